@@ -1,0 +1,31 @@
+"""Typed errors. Each also derives from the built-in that PyTorch users already catch."""
+
+from __future__ import annotations
+
+
+class TgtError(Exception):
+    """Base of every error that tgt_fast raises on purpose."""
+
+
+class ShapeError(TgtError, ValueError):
+    """Tensors whose shapes do not fit together."""
+
+
+class DTypeError(TgtError, TypeError):
+    """A tensor of a dtype that the operation does not take."""
+
+
+class DeviceError(TgtError, ValueError):
+    """Tensors on different devices, or on one that the operation does not serve."""
+
+
+class ArgumentError(TgtError, ValueError):
+    """An option outside its range, or options that contradict each other."""
+
+
+class BackendError(TgtError, RuntimeError):
+    """A backend that was asked for by name cannot run this call; the message says why and what to do."""
+
+
+class CheckpointError(TgtError, RuntimeError):
+    """A checkpoint that is corrupt, incomplete or of another program."""
