@@ -1,0 +1,231 @@
+"""The meaning of the distillation loss: plain PyTorch in float64, differentiable any number of times.
+
+Every other backend is measured against this file, so it prefers the formula to speed. Two ideas keep it exact
+where logits are -inf, +inf or NaN:
+
+* Rows that cannot go through the formula (dropped, not a number, infinitely far apart) are replaced by harmless
+  zeros *before* it and given their value after it. ``torch.where`` then cuts their gradient exactly, where
+  multiplying by 0 would leave NaN.
+* A class exists on a side where its logit is above -inf. Missing classes get log-probability 0 and probability
+  0, both finite, so that every product below is 0 there, in value and in every derivative.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tgt_fast.kernels.options import DistillOptions, DistillStats
+
+__all__ = ["distillation_loss"]
+
+# Lower is as good as this; it keeps 0 * log q finite when float64 logits span their whole range.
+_LOWEST_SHIFTED = -1e300
+
+
+class _Side(NamedTuple):
+    """One side's distribution. Where a class is missing, ``log`` and ``p`` are 0."""
+
+    log: Tensor  # [N, C] log-probabilities
+    p: Tensor  # [N, C] probabilities
+    exists: Tensor  # [N, C] bool
+    lse: Tensor  # [N] log-sum-exp of logits / temperature
+
+
+def _side(logits: Tensor, temperature: float) -> _Side:
+    """softmax(logits / temperature) of rows that hold a finite logit and neither +inf nor NaN."""
+    exists = logits > -math.inf
+    peak = logits.detach().amax(dim=-1, keepdim=True)
+    shifted = torch.where(exists, (logits - peak) / temperature, 0.0).clamp_min(_LOWEST_SHIFTED)
+    lse = torch.where(exists, shifted.exp(), 0.0).sum(dim=-1, keepdim=True).log()
+    log = torch.where(exists, shifted - lse, 0.0)
+    p = torch.where(exists, log.exp(), 0.0)
+    return _Side(log, p, exists, (lse + peak / temperature).squeeze(-1))
+
+
+def _kl(a: _Side, b: _Side) -> Tensor:
+    """sum a (log a - log b) over classes; b must exist wherever a does."""
+    return (a.p * (a.log - b.log)).sum(dim=-1)
+
+
+def _jsd(teacher: _Side, student: _Side, beta: float) -> Tensor:
+    """beta KL(p, m) + (1 - beta) KL(q, m) with m = beta p + (1 - beta) q, log m without underflow."""
+    log_bp = teacher.log + math.log(beta)
+    log_bq = student.log + math.log1p(-beta)
+    both = log_bp + F.softplus(log_bq - log_bp, threshold=50.0)
+    log_m = torch.where(teacher.exists & student.exists, both, torch.where(teacher.exists, log_bp, log_bq))
+    to_teacher = (teacher.p * (teacher.log - log_m)).sum(dim=-1)
+    to_student = (student.p * (student.log - log_m)).sum(dim=-1)
+    return beta * to_teacher + (1.0 - beta) * to_student
+
+
+def _divergence(student: Tensor, teacher: Tensor, options: DistillOptions) -> Tensor:
+    """The soft term of each row, for rows on which it is finite.  [N, C], [N, C] -> [N]"""
+    ts, tt = options.temperature, options.teacher_temperature
+    if options.divergence == "mse":
+        exists = student > -math.inf  # on such rows both sides agree on which classes exist
+        difference = torch.where(exists, student, 0.0) / ts - torch.where(exists, teacher, 0.0) / tt
+        return difference.square().sum(dim=-1)
+
+    q, p = _side(student, ts), _side(teacher, tt)
+    if options.divergence == "forward_kl":
+        value = _kl(p, q)
+    elif options.divergence == "reverse_kl":
+        value = _kl(q, p)
+    elif options.divergence == "symmetric":
+        value = _kl(p, q) + _kl(q, p)
+    elif options.divergence == "jsd":
+        value = _jsd(p, q, options.beta)
+    elif options.divergence == "tvd":
+        value = 0.5 * (p.p - q.p).abs().sum(dim=-1)
+    elif options.divergence == "cross_entropy":
+        value = -(p.p * q.log).sum(dim=-1)
+    else:
+        raise ValueError(f"unknown divergence {options.divergence!r}")
+    return ts * ts * value
+
+
+def _is_infinite(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
+    """Rows whose divergence is +inf because one side has mass where the other has none.  -> [N] bool
+
+    Mass is a logit above -inf: a probability that underflows to 0 is still mass.
+    """
+    has_q, has_p = student > -math.inf, teacher > -math.inf
+    if divergence in ("forward_kl", "cross_entropy"):
+        return (has_p & ~has_q).any(dim=-1)
+    if divergence == "reverse_kl":
+        return (has_q & ~has_p).any(dim=-1)
+    if divergence in ("symmetric", "mse"):
+        return (has_q ^ has_p).any(dim=-1)
+    return torch.zeros(student.shape[0], dtype=torch.bool, device=student.device)  # jsd and tvd are bounded
+
+
+def _is_undefined(logits: Tensor) -> Tensor:
+    """Rows that hold NaN or +inf, or nothing but -inf.  [N, C] -> [N] bool"""
+    return (logits.isnan() | (logits == math.inf)).any(dim=-1) | (logits == -math.inf).all(dim=-1)
+
+
+def _select(rows: Tensor, logits: Tensor) -> Tensor:
+    """The logits where ``rows``, harmless zeros elsewhere; no gradient reaches the other rows."""
+    return torch.where(rows[:, None], logits, 0.0)
+
+
+def _not_a_number(rows: Tensor, logits: Tensor) -> Tensor:
+    """NaN in value and in every gradient where ``rows``, 0 elsewhere.  [N], [N, C] -> [N]"""
+    poison = torch.where(rows, math.nan, 0.0).to(logits.dtype)
+    return (_select(rows, logits) * poison[:, None]).sum(dim=-1)
+
+
+def _clamped(value: Tensor) -> Tensor:
+    """max(value, 0) without touching the gradient: a value below 0 is rounding, its gradient is not."""
+    return value + (value.clamp_min(0.0) - value).detach()
+
+
+def _soft_term(student: Tensor, teacher: Tensor, counted: Tensor, options: DistillOptions) -> Tensor:
+    undefined = counted & (_is_undefined(student) | _is_undefined(teacher))
+    infinite = counted & ~undefined & _is_infinite(student, teacher, options.divergence)
+    finite = counted & ~undefined & ~infinite
+    rows = _clamped(_divergence(_select(finite, student), _select(finite, teacher), options))
+    rows = torch.where(finite, rows, torch.where(infinite, math.inf, 0.0))
+    return rows + _not_a_number(undefined, student) + _not_a_number(undefined, teacher)
+
+
+def _hard_term(student: Tensor, target: Tensor, labeled: Tensor, label_smoothing: float) -> Tensor:
+    """Cross-entropy with the label, T = 1; smoothing is spread over the classes that exist.  -> [N]"""
+    undefined = labeled & _is_undefined(student)
+    index = torch.where(labeled, target, 0)[:, None]
+    label_is_missing = student.detach().gather(-1, index).squeeze(-1) == -math.inf
+    infinite = labeled & ~undefined & label_is_missing & (label_smoothing < 1.0)
+    finite = labeled & ~undefined & ~infinite
+    q = _side(_select(finite, student), 1.0)
+    rows = -(1.0 - label_smoothing) * q.log.gather(-1, index).squeeze(-1)
+    if label_smoothing > 0.0:
+        rows = rows - label_smoothing * q.log.sum(dim=-1) / q.exists.sum(dim=-1)
+    rows = torch.where(finite, _clamped(rows), torch.where(infinite, math.inf, 0.0))
+    return rows + _not_a_number(undefined, student)
+
+
+def _statistics(student: Tensor, teacher: Tensor, counted: Tensor, options: DistillOptions) -> DistillStats:
+    """What each row's two distributions look like; 0 and False on rows that do not count."""
+    bad_student, bad_teacher = _is_undefined(student), _is_undefined(teacher)
+    q = _side(_select(counted & ~bad_student, student), options.temperature)
+    p = _side(_select(counted & ~bad_teacher, teacher), options.teacher_temperature)
+
+    def finish(value: Tensor, undefined: Tensor) -> Tensor:
+        return torch.where(counted, value.masked_fill(undefined, math.nan), 0.0)
+
+    infinite = _is_infinite(student, teacher, "forward_kl")
+    undefined = bad_student | bad_teacher
+    kl = _kl(p, q).clamp_min(0.0).masked_fill(infinite, math.inf)
+    return DistillStats(
+        student_entropy=finish(-(q.p * q.log).sum(dim=-1), bad_student),
+        teacher_entropy=finish(-(p.p * p.log).sum(dim=-1), bad_teacher),
+        kl=finish(kl, undefined),
+        agreement=counted & ~undefined & (student.argmax(dim=-1) == teacher.argmax(dim=-1)),
+        student_lse=finish(q.lse, bad_student),
+        teacher_lse=finish(p.lse, bad_teacher),
+    )
+
+
+def distillation_loss(
+    student: Tensor,  # [N, C] fp64 | fp32 | bf16 | fp16
+    teacher: Tensor,  # [N, C] fp64 | fp32 | bf16 | fp16
+    target: Tensor | None,  # [N] int64
+    sample_weight: Tensor | None,  # [N]
+    normalizer: float | Tensor | None,  # a number or a 0-d tensor
+    options: DistillOptions,
+    want_stats: bool = False,
+) -> tuple[Tensor, DistillStats | None]:
+    """soft_weight * Ts^2 * D(softmax(teacher/Tt), softmax(student/Ts)) + hard_weight * CE(student, target).
+
+    A row counts unless its target is ``ignore_index`` (or no class at all), its weight is 0, or the normalizer
+    is 0; a target of ``unlabeled_index`` drops only the hard term. Rows that do not count give 0 and pass no
+    gradient.
+
+    Returns:
+        The loss, 0-d or [N], in float32 (float64 if an input is), and the statistics of each row if wanted.
+    """
+    result_dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    s, t = student.to(torch.float64), teacher.to(torch.float64)
+    rows, classes = s.shape
+
+    counted = torch.ones(rows, dtype=torch.bool, device=s.device)
+    labeled = torch.zeros_like(counted)
+    if target is not None:
+        names_a_class = (target >= 0) & (target < classes)
+        unlabeled = target == options.unlabeled_index
+        counted = (target != options.ignore_index) & (names_a_class | unlabeled)
+        labeled = counted & ~unlabeled
+    weight = torch.ones(rows, dtype=torch.float64, device=s.device)
+    if sample_weight is not None:
+        weight = sample_weight.detach().to(torch.float64)
+        counted = counted & (weight != 0)
+    if normalizer is not None:
+        divisor = torch.as_tensor(normalizer, dtype=torch.float64, device=s.device).detach()
+        counted = counted & (divisor != 0)
+    else:
+        divisor = torch.where(counted, weight, 0.0).sum()
+    labeled = labeled & counted
+
+    loss = torch.zeros(rows, dtype=torch.float64, device=s.device)
+    if options.soft_weight != 0.0:
+        loss = loss + options.soft_weight * _soft_term(s, t, counted, options)
+    if options.hard_weight != 0.0 and target is not None:
+        loss = loss + options.hard_weight * _hard_term(s, target, labeled, options.label_smoothing)
+    loss = torch.where(counted, weight * loss, 0.0)
+
+    if options.reduction == "sum":
+        loss = loss.sum()
+    elif options.reduction == "mean":
+        loss = loss.sum() / torch.where(divisor != 0, divisor, 1.0)
+
+    stats = None
+    if want_stats:
+        with torch.no_grad():
+            values = _statistics(s.detach(), t.detach(), counted, options)
+        stats = DistillStats(*(v if v.dtype == torch.bool else v.to(result_dtype) for v in values))
+    return loss.to(result_dtype), stats
