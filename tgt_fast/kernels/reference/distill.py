@@ -3,11 +3,11 @@
 Every other backend is measured against this file, so it prefers the formula to speed. Two ideas keep it exact
 where logits are -inf, +inf or NaN:
 
-* Rows that cannot go through the formula (dropped, not a number, infinitely far apart) are replaced by harmless
-  zeros *before* it and given their value after it. ``torch.where`` then cuts their gradient exactly, where
+* Rows that cannot go through the formula (dropped, not a number, infinitely far apart) are replaced by zeros
+  *before* it and given their value after it. ``torch.where`` then cuts their gradient exactly, where
   multiplying by 0 would leave NaN.
-* A class exists on a side where its logit is above -inf. Missing classes get log-probability 0 and probability
-  0, both finite, so that every product below is 0 there, in value and in every derivative.
+* A class exists on a side where its logit is above -inf. Missing classes get log-probability and probability 0,
+  both finite, so that every product below is 0 there, in value and in every derivative.
 """
 
 from __future__ import annotations
@@ -182,9 +182,9 @@ def distillation_loss(
 ) -> tuple[Tensor, DistillStats | None]:
     """soft_weight * Ts^2 * D(softmax(teacher/Tt), softmax(student/Ts)) + hard_weight * CE(student, target).
 
-    A row counts unless its target is ``ignore_index`` (or no class at all), its weight is 0, or the normalizer
-    is 0; a target of ``unlabeled_index`` drops only the hard term. Rows that do not count give 0 and pass no
-    gradient.
+    A row counts unless its target is ``ignore_index`` (or no class at all), its weight is 0, or the
+    normalizer is 0; a target of ``unlabeled_index`` drops only the hard term. Rows that do not count give 0
+    and pass no gradient.
 
     Returns:
         The loss, 0-d or [N], in float32 (float64 if an input is), and the statistics of each row if wanted.

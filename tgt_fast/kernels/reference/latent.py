@@ -77,9 +77,9 @@ def standard_normal(
 ) -> Tensor:
     """``count`` standard normal numbers a sample, a function of (seed, id, step, replica, op) alone.
 
-    Box-Muller on Philox words: with u = (x_even + 0.5) / 2^32 and angle = 2 pi x_odd / 2^32, a pair of numbers
-    is sqrt(-2 ln u) * (cos angle, sin angle). Truncated to [-c, c] it is the exact truncated normal, by
-    inversion, a word a number.
+    Box-Muller on Philox words: with u = (x_even + 0.5) / 2^32 and angle = 2 pi x_odd / 2^32, a pair of
+    numbers is sqrt(-2 ln u) * (cos angle, sin angle). Truncated to [-c, c] it is the exact truncated normal,
+    by inversion, a word a number.
 
     Args:
         seed: 64 bits, an int or a 0-d int64 tensor.
@@ -179,11 +179,11 @@ def ascend(
     step: int | Tensor,
     replica: int | Tensor,
 ) -> Tensor:
-    """z + step_size * scale * direction(scale * grad) + sigma * scale * noise, projected into the trust region.
+    """z + step_size * scale * direction(scale * grad) + sigma * scale * noise, then into the trust region.
 
     direction(u) = u / ||u||_2 ("l2"), sign(u) ("linf") or u ("raw"); 0 for a sample whose ||u||_2 is 0 or not
-    finite. The region is ||(z' - anchor) / scale|| <= radius in ``radius_norm``; coordinates of scale 0 stay at
-    the anchor.
+    finite. The region is ||(z' - anchor) / scale|| <= radius in ``radius_norm``; coordinates of scale 0 stay
+    at the anchor.
     Float64 inside, cast back to z's dtype.
     """
     if z.numel() == 0:
