@@ -6,8 +6,8 @@ where logits are -inf, +inf or NaN:
 * Rows that cannot go through the formula (dropped, not a number, infinitely far apart) are replaced by zeros
   *before* it and given their value after it. ``torch.where`` then cuts their gradient exactly, where
   multiplying by 0 would leave NaN.
-* A class exists on a side where its logit is above -inf. Missing classes get log-probability and probability 0,
-  both finite, so that every product below is 0 there, in value and in every derivative.
+* A class exists on a side where its logit is above -inf. A missing one gets log-probability and probability
+  0, both finite, so that every product below is 0 there, in value and in every derivative.
 """
 
 from __future__ import annotations
