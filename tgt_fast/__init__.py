@@ -1,5 +1,26 @@
-"""tgt_fast: teacher-guided training for PyTorch."""
+"""tgt_fast: teacher-guided training for PyTorch.
+
+A frozen teacher explores the neighbourhood of each training example in its own latent space, decodes what it finds into new examples,
+labels them softly, and the student learns from both. Importing this package starts nothing: the compiled core is loaded at first use.
+"""
 
 from __future__ import annotations
 
+from tgt_fast.kernels.options import DistillStats
+from tgt_fast.kernels.select import backends, explain
+from tgt_fast.losses.distill import DistillationLoss
+from tgt_fast.ops.distill import distillation_loss
+from tgt_fast.ops.latent import ascend_latents, perturb_latents
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "DistillStats",
+    "DistillationLoss",
+    "__version__",
+    "ascend_latents",
+    "backends",
+    "distillation_loss",
+    "explain",
+    "perturb_latents",
+]

@@ -1,0 +1,66 @@
+"""The compiled core: C++ on a CPU.
+
+The core is loaded when it is first needed, never at import. A core that fails to load is remembered with its reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgt_fast.errors import BackendError
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/common/dtype.h
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+@functools.cache
+def load() -> ModuleType | str:
+    """The core, or the reason why it does not load."""
+    try:
+        core: Any = importlib.import_module("tgt_fast._core")
+    except ImportError as error:
+        return f"tgt_fast._core does not load ({error}); reinstall tgt-fast with a C++17 compiler present"
+    return core
+
+
+def core() -> Any:
+    """The core. Raises BackendError with the reason when it cannot be loaded."""
+    module = load()
+    if isinstance(module, str):
+        raise BackendError(module)
+    return module
+
+
+def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
+    """Why the core cannot run ``op`` on ``tensors``; None when it can."""
+    module = load()
+    if isinstance(module, str):
+        return module
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms (vmap, jvp, ...) do not reach compiled code; backend='reference' works under them"
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return f"{type(tensor).__name__} is a tensor subclass; pass a plain tensor, or use backend='reference'"
+        if tensor.device.type != "cpu":
+            return f"this core was built for the CPU alone, the tensors are on {tensor.device}"
+        if tensor.layout != torch.strided:
+            return f"tensors of layout {tensor.layout} are not dense"
+    return None
+
+
+def status() -> tuple[bool, str, tuple[str, ...], str]:
+    """(available, reason, devices, detail) for ``tgt_fast.backends()``."""
+    module = load()
+    if isinstance(module, str):
+        return False, module, (), ""
+    info = module.build_info()
+    detail = f"{info['compiler']}, CUDA {info['cuda'] or 'off'}, running {info['isa']} of {', '.join(info['isas'])}"
+    return True, "", ("cpu",), detail

@@ -1,0 +1,108 @@
+"""Which backend runs a call, and why the others do not.
+
+A backend is a module under ``tgt_fast.kernels`` with one file an op. It answers one question, ``refusal(op, tensors)``: ``None`` when it
+can run the call, else the reason. The same answer steers ``backend="auto"``, fills :func:`explain` and :func:`backends`, and becomes the
+typed error when a backend that was asked for by name cannot run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from tgt_fast.errors import ArgumentError, BackendError
+from tgt_fast.kernels import native, reference
+
+OPS: Final = ("distill", "latent")
+BACKENDS: Final[dict[str, ModuleType]] = {"native": native, "reference": reference}
+DEFAULT_VARIABLE: Final = "TGT_FAST_BACKEND"
+
+# Fastest first; the reference runs everywhere and comes last.
+_ORDER: Final[dict[str, tuple[str, ...]]] = {"cpu": ("native", "reference"), "cuda": ("native", "reference")}
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One row of :func:`backends`."""
+
+    name: str
+    available: bool
+    reason: str  # why it cannot run here; empty when it can
+    devices: tuple[str, ...]  # device types it serves in this process
+    detail: str  # what was built, for what
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One row of :func:`explain`: whether a backend would run the call, and why not."""
+
+    backend: str
+    chosen: bool
+    reason: str
+
+
+def _resolve(requested: str) -> str:
+    """The name asked for, where ``"auto"`` gives way to the environment's default, read at call time."""
+    if requested == "auto":
+        requested = os.environ.get(DEFAULT_VARIABLE, "auto")
+    if requested != "auto" and requested not in BACKENDS:
+        raise ArgumentError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {requested!r}")
+    return requested
+
+
+def choose(op: str, requested: str, tensors: Sequence[Tensor]) -> str:
+    """The name of the backend that runs ``op`` on ``tensors``.
+
+    Raises:
+        ArgumentError: an unknown backend name.
+        BackendError: the backend asked for by name cannot run this call.
+    """
+    name = _resolve(requested)
+    if name != "auto":
+        reason = BACKENDS[name].refusal(op, tensors)
+        if reason is not None:
+            raise BackendError(f"{op}: backend {name!r} cannot run this call: {reason}")
+        return name
+    for candidate in _ORDER.get(tensors[0].device.type, ("reference",)):
+        if BACKENDS[candidate].refusal(op, tensors) is None:
+            return candidate
+    reasons = "; ".join(f"{row.backend}: {row.reason}" for row in explain(op, *tensors))
+    raise BackendError(f"{op}: no backend can run this call ({reasons})")
+
+
+def explain(op: str, *tensors: Tensor) -> list[Verdict]:
+    """Which backend ``backend="auto"`` takes for ``op`` ("distill" or "latent") on ``tensors``, and why not the others.
+
+    >>> import torch, tgt_fast as tgt
+    >>> [row.backend for row in tgt.explain("distill", torch.zeros(2, 3)) if row.chosen]  # doctest: +SKIP
+    ['native']
+    """
+    if op not in OPS:
+        raise ArgumentError(f"op must be one of {OPS}, got {op!r}")
+    if not tensors:
+        tensors = (torch.empty(0),)
+    default = _resolve("auto")
+    rows: list[Verdict] = []
+    taken = False
+    order = _ORDER.get(tensors[0].device.type, ("reference",))
+    for name in order:
+        reason = BACKENDS[name].refusal(op, tensors)
+        if reason is None and default not in ("auto", name):
+            reason = f"{DEFAULT_VARIABLE}={default}"
+        chosen = reason is None and not taken
+        if reason is None and taken:
+            reason = "a faster backend can run the call"
+        taken = taken or chosen
+        rows.append(Verdict(name, chosen, reason or ""))
+    return rows
+
+
+def backends() -> list[BackendStatus]:
+    """Every backend: whether it can run in this process, why not, for which devices, and what was built."""
+    return [BackendStatus(name, *module.status()) for name, module in BACKENDS.items()]

@@ -1,0 +1,99 @@
+"""The distillation loss as a module."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor, nn
+
+from tgt_fast.kernels.options import DistillOptions, DistillStats
+from tgt_fast.ops.distill import distillation_loss, make_options
+
+
+class DistillationLoss(nn.Module):
+    r"""Mean over counted rows of ``soft_weight * T**2 * D(softmax(t/T), softmax(s/T)) + hard_weight * CE(s, target)``.
+
+    The same options, checks and errors as :func:`tgt_fast.distillation_loss`, fixed once. It has no parameters and no state.
+
+    Args:
+        divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing, ignore_index,
+        unlabeled_index, reduction, inplace, return_stats, backend: see :func:`tgt_fast.distillation_loss`.
+
+    >>> import tgt_fast as tgt
+    >>> tgt.DistillationLoss(temperature=2.0, hard_weight=1.0)
+    DistillationLoss(divergence='forward_kl', temperature=2.0, hard_weight=1.0)
+    """
+
+    def __init__(
+        self,
+        divergence: str = "forward_kl",
+        *,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        teacher_temperature: float | None = None,
+        soft_weight: float = 1.0,
+        hard_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        unlabeled_index: int = -1,
+        reduction: str = "mean",
+        inplace: bool = False,
+        return_stats: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.options = make_options(
+            divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing,
+            ignore_index, unlabeled_index, reduction,
+        )  # fmt: skip
+        self.inplace = inplace
+        self.return_stats = return_stats
+        self.backend = backend
+        self._keywords = {field.name: getattr(self.options, field.name) for field in fields(DistillOptions)}
+
+    def forward(
+        self,
+        student_logits: Tensor,  # [..., C]
+        teacher_logits: Tensor,  # [..., C]
+        target: Tensor | None = None,  # [...]
+        *,
+        sample_weight: Tensor | None = None,  # [...]
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, DistillStats]:
+        """The soft term and, with a ``hard_weight``, the hard term; the target is needed exactly then."""
+        return self._call(student_logits, teacher_logits, target, sample_weight, normalizer, self._keywords)
+
+    def soft(
+        self,
+        student_logits: Tensor,  # [..., C]
+        teacher_logits: Tensor,  # [..., C]
+        *,
+        sample_weight: Tensor | None = None,  # [...]
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, DistillStats]:
+        """The same loss without the hard term: what a synthetic example, which has no label, is trained with."""
+        keywords = {**self._keywords, "hard_weight": 0.0}
+        return self._call(student_logits, teacher_logits, None, sample_weight, normalizer, keywords)
+
+    def _call(
+        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, sample_weight: Tensor | None,
+        normalizer: float | Tensor | None, keywords: dict[str, Any],
+    ) -> Tensor | tuple[Tensor, DistillStats]:  # fmt: skip
+        return distillation_loss(
+            student_logits, teacher_logits, target, sample_weight=sample_weight, normalizer=normalizer,
+            inplace=self.inplace, return_stats=self.return_stats, backend=self.backend, **keywords,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        default = DistillOptions()
+        shown = [f"divergence={self.options.divergence!r}"]
+        for field in fields(DistillOptions)[1:]:
+            value = getattr(self.options, field.name)
+            usual = self.options.temperature if field.name == "teacher_temperature" else getattr(default, field.name)
+            if value != usual:
+                shown.append(f"{field.name}={value!r}")
+        shown += [f"{name}=True" for name in ("inplace", "return_stats") if getattr(self, name)]
+        if self.backend != "auto":
+            shown.append(f"backend={self.backend!r}")
+        return ", ".join(shown)

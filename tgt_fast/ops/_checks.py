@@ -1,0 +1,57 @@
+"""Argument checks that several ops share: each names the op and the offending values."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from tgt_fast.errors import ArgumentError, DeviceError, DTypeError
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def number(op: str, name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
+    """``value`` as a finite float in [low, high], or (low, high] with ``open_low``; else ArgumentError."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ArgumentError(f"{op}: {name} must be a number, got {value!r}")
+    result = float(value)
+    inside = low < result <= high if open_low else low <= result <= high
+    if not math.isfinite(result) or not inside:
+        bracket = "(" if open_low else "["
+        raise ArgumentError(f"{op}: {name} must be finite and in {bracket}{low:g}, {high:g}], got {value!r}")
+    return result
+
+
+def choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> str:
+    """``value`` if it is one of ``choices``; else ArgumentError."""
+    if value not in choices:
+        raise ArgumentError(f"{op}: {name} must be one of {choices}, got {value!r}")
+    return str(value)
+
+
+def floating(op: str, name: str, tensor: object) -> Tensor:
+    """``tensor`` if it is a floating-point tensor of a dtype the ops take; else DTypeError."""
+    if not isinstance(tensor, Tensor):
+        raise DTypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise DTypeError(f"{op}: {name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
+    return tensor
+
+
+def same_device(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """DeviceError unless both tensors are on one device."""
+    if tensor.device != other.device:
+        raise DeviceError(f"{op}: {name} is on {tensor.device}, {other_name} on {other.device}")
+
+
+def on_plain_cpu(tensor: Tensor) -> bool:
+    """Whether values may be looked at: a CPU tensor with data, outside transforms and compilation."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not isinstance(tensor, torch._subclasses.FakeTensor)
+    )
