@@ -28,4 +28,5 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
 
 def status() -> tuple[bool, str, tuple[str, ...], str]:
     """Whether it can run here, why not, on which devices, and what was built."""
-    return True, "", ("cpu", "cuda"), f"plain PyTorch {torch.__version__} in float64"
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return True, "", devices, f"plain PyTorch {torch.__version__} in float64"
