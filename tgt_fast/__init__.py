@@ -11,16 +11,19 @@ from tgt_fast.kernels.select import backends, explain
 from tgt_fast.losses.distill import DistillationLoss
 from tgt_fast.ops.distill import distillation_loss
 from tgt_fast.ops.latent import ascend_latents, perturb_latents
+from tgt_fast.train import TGTObjective, fit
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DistillStats",
     "DistillationLoss",
+    "TGTObjective",
     "__version__",
     "ascend_latents",
     "backends",
     "distillation_loss",
     "explain",
+    "fit",
     "perturb_latents",
 ]

@@ -1,0 +1,22 @@
+"""Training a student: the objective, a thin loop, checkpoints and metrics."""
+
+from tgt_fast.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_weights
+from tgt_fast.train.loop import FitResult, fit
+from tgt_fast.train.metrics import accuracy, agreement, class_accuracy, class_thirds, evaluate, mean_kl
+from tgt_fast.train.objective import TGTObjective
+
+__all__ = [
+    "Checkpoint",
+    "FitResult",
+    "TGTObjective",
+    "accuracy",
+    "agreement",
+    "class_accuracy",
+    "class_thirds",
+    "evaluate",
+    "fit",
+    "load_checkpoint",
+    "mean_kl",
+    "save_checkpoint",
+    "save_weights",
+]

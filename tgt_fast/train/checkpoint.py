@@ -1,0 +1,388 @@
+"""Checkpoints without pickle: one safetensors file, and one JSON file that names it by its hash.
+
+In a checkpoint folder::
+
+    checkpoint.json                      structure and numbers; its replacement is the moment a checkpoint becomes valid
+    checkpoint-<sha256, 16 digits>.safetensors   every tensor of that checkpoint
+
+A new checkpoint's tensors are written beside the old ones, then ``checkpoint.json`` is replaced in one rename, then the
+old tensors are removed: a process killed at any moment leaves a whole checkpoint, the old or the new.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from tgt_fast.errors import CheckpointError
+from tgt_fast.train.codec import decode, encode
+from tgt_fast.train.rng import get_rng_state, set_rng_state
+
+MANIFEST = "checkpoint.json"
+_FORMAT, _VERSION = "tgt_fast.checkpoint", 1
+_SHOWN = 5  # how many differing names an error lists
+
+
+class Stateful(Protocol):
+    """Anything with ``state_dict`` and ``load_state_dict``: an optimizer, a schedule, a sampler."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What :func:`load_checkpoint` hands back beside the objects that it filled."""
+
+    step: int
+    extra: Any  # as given to save_checkpoint
+    rng: dict[str, Any]  # for tgt_fast.train.rng.set_rng_state
+
+
+def has_checkpoint(directory: str | os.PathLike[str]) -> bool:
+    """Whether ``directory`` holds a checkpoint (not whether it is a good one)."""
+    return (Path(directory) / MANIFEST).exists()
+
+
+def save_checkpoint(
+    directory: str | os.PathLike[str],
+    *,
+    student: nn.Module,
+    optimizer: Stateful | None = None,
+    scheduler: Stateful | None = None,
+    sampler: Stateful | None = None,
+    step: int = 0,
+    extra: Any = None,
+) -> Path:
+    """Save a training state, so that ``load_checkpoint`` continues it bit for bit on the same machine.
+
+    Saved are ``student.state_dict()``, the states of the optimizer, the schedule and the sampler, the states of the global
+    random number generators, ``step`` and ``extra``. The teacher is not: it is frozen, and yours to build again.
+
+    Args:
+        directory: the folder; made if it is missing. It holds one checkpoint, the last.
+        student: the module that is trained. Tied weights are stored once a name.
+        optimizer, scheduler, sampler: whatever of them the run has; their states must be tensors, numbers, strings and
+            containers of them.
+        step: the number of optimizer steps taken.
+        extra: anything else of such values.
+
+    Returns:
+        The path of ``checkpoint.json``.
+
+    Raises:
+        CheckpointError: a state cannot be stored without pickle, or the folder cannot be written (full, read-only). The
+            previous checkpoint in the folder is then intact.
+    """
+    folder = Path(directory)
+    tensors: dict[str, Tensor] = {}
+    state = {
+        "step": step,
+        "student": encode(dict(student.state_dict()), "student", tensors),
+        "rng": encode(get_rng_state(), "rng", tensors),
+        "extra": encode(extra, "extra", tensors),
+    }
+    for name, part in (("optimizer", optimizer), ("scheduler", scheduler), ("sampler", sampler)):
+        state[name] = None if part is None else _encode_part(name, part, tensors)
+
+    make_writable(folder)
+    _remove(folder, ".*.tmp")  # what a killed save left
+    unhashed = folder / ".checkpoint.safetensors.tmp"
+    _write_tensors(unhashed, tensors)
+    with _reported(unhashed, "write"):
+        digest = _file_sha256(unhashed)
+        tensor_file = folder / _tensor_file(digest)
+        os.replace(unhashed, tensor_file)
+    document = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "torch": torch.__version__,
+        "tensors_sha256": digest,
+        "state_sha256": _text_sha256(_canonical(state)),
+        "state": state,
+    }
+    _replace_file(folder / MANIFEST, lambda path: _write_bytes(path, _canonical(document).encode()))
+    for stale in folder.glob("checkpoint-*.safetensors"):
+        if stale != tensor_file:
+            stale.unlink(missing_ok=True)
+    return folder / MANIFEST
+
+
+def load_checkpoint(
+    directory: str | os.PathLike[str],
+    *,
+    student: nn.Module,
+    optimizer: Stateful | None = None,
+    scheduler: Stateful | None = None,
+    sampler: Stateful | None = None,
+    restore_rng: bool = True,
+) -> Checkpoint:
+    """Fill the objects of a run from the checkpoint in ``directory``: all of them, or none.
+
+    Hashes, names, shapes, dtypes and the kinds of optimizer, schedule and sampler are checked before anything is touched; if
+    an object still refuses its state, those already filled are put back.
+
+    Args:
+        directory: a folder written by :func:`save_checkpoint`.
+        student, optimizer, scheduler, sampler: built as for the run that saved; None where that run had None.
+        restore_rng: also set the global random number generators.
+
+    Returns:
+        The step, ``extra`` and the generators' states.
+
+    Raises:
+        CheckpointError: no checkpoint, a damaged or foreign one, or one of another student, optimizer, schedule or sampler.
+            The message names the file and what differs, and nothing was changed.
+    """
+    manifest = Path(directory) / MANIFEST
+    state, tensors = _read(manifest)
+    parts = {"optimizer": optimizer, "scheduler": scheduler, "sampler": sampler}
+    try:
+        weights = decode(state["student"], tensors)
+        rng = decode(state["rng"], tensors)
+        step, extra = int(state["step"]), decode(state["extra"], tensors)
+        states = {name: _decode_part(name, part, state[name], tensors) for name, part in parts.items()}
+        _check_student(student, weights)
+        if optimizer is not None:
+            _check_optimizer(optimizer, states["optimizer"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{manifest}: {error}") from None
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{manifest}: not a training state of tgt_fast ({error!r})") from error
+
+    undo: list[Callable[[], Any]] = []
+    try:
+        for name, part in parts.items():
+            if part is not None:
+                undo.append(_restorer(part.load_state_dict, part.state_dict()))
+                part.load_state_dict(states[name])
+        undo.append(_restorer(student.load_state_dict, student.state_dict()))
+        student.load_state_dict(weights)
+        if restore_rng:
+            undo.append(_restorer(set_rng_state, get_rng_state()))
+            set_rng_state(rng)
+    except Exception as error:
+        for restore in reversed(undo):
+            restore()
+        raise CheckpointError(f"{manifest}: its state was refused ({error}); nothing was changed") from error
+    return Checkpoint(step, extra, rng)
+
+
+def save_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> None:
+    """Write a ``state_dict`` as one safetensors file under its own names, replacing ``path`` in one rename.
+
+    ``module.load_state_dict(safetensors.torch.load_file(path))`` loads it again, strictly.
+
+    Raises:
+        CheckpointError: an entry is not a tensor, or the file cannot be written; an older file of that name is then intact.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path}: {name} is a {type(value).__name__}; a weights file takes tensors only"
+            )
+        encode(value, name, tensors)
+    _replace_file(Path(path), lambda temporary: _write_tensors(temporary, tensors))
+
+
+def make_writable(folder: Path) -> None:
+    """Make ``folder`` and prove that a file can be written there, before work is spent that could not be saved.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    probe = folder / f".probe-{os.getpid()}.tmp"
+    with _reported(folder, "write to"):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"\0")
+        probe.unlink()
+
+
+# ---- the parts ----
+
+
+def _kind(part: object) -> str:
+    return f"{type(part).__module__}.{type(part).__qualname__}"
+
+
+def _encode_part(name: str, part: Stateful, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {"kind": _kind(part), "state": encode(part.state_dict(), name, tensors)}
+
+
+def _decode_part(name: str, part: Stateful | None, saved: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if saved is None and part is None:
+        return None
+    if saved is None or part is None:
+        has, lacks = ("run", "checkpoint") if saved is None else ("checkpoint", "run")
+        raise CheckpointError(f"the {has} has a {name}, the {lacks} has none")
+    if saved["kind"] != _kind(part):
+        raise CheckpointError(f"its {name} is a {saved['kind']}, the run's is a {_kind(part)}")
+    return decode(saved["state"], tensors)
+
+
+def _check_student(student: nn.Module, weights: Mapping[str, Any]) -> None:
+    here = student.state_dict()
+    missing = [name for name in here if name not in weights]
+    unexpected = [name for name in weights if name not in here]
+    if missing or unexpected:
+        raise CheckpointError(
+            f"it is of another student: the checkpoint lacks {_names(missing)} and has in excess {_names(unexpected)}"
+        )
+    differing = [
+        f"{name} (checkpoint {_describe(weights[name])}, student {_describe(value)})"
+        for name, value in here.items()
+        if _describe(weights[name]) != _describe(value)
+    ]
+    if differing:
+        raise CheckpointError(f"it is of another student: these entries differ: {_names(differing)}")
+
+
+def _check_optimizer(optimizer: Stateful, saved: Mapping[str, Any]) -> None:
+    def sizes(state: Mapping[str, Any]) -> list[int]:
+        return [len(group["params"]) for group in state["param_groups"]]
+
+    here = optimizer.state_dict()
+    if "param_groups" in here and sizes(here) != sizes(saved):
+        raise CheckpointError(
+            f"its optimizer has parameter groups of {sizes(saved)} tensors, the run's of {sizes(here)}"
+        )
+
+
+def _describe(value: Any) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _names(names: list[str]) -> str:
+    if not names:
+        return "nothing"
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _restorer(load: Callable[[Any], Any], state: Any) -> Callable[[], Any]:
+    snapshot = copy.deepcopy(state)
+    return lambda: load(snapshot)
+
+
+# ---- the files ----
+
+
+class _reported:
+    """``with _reported(path, "write"):`` turns the file system's errors into a CheckpointError that names the path."""
+
+    def __init__(self, path: Path, verb: str) -> None:
+        self.path, self.verb = path, verb
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, (OSError, SafetensorError)):
+            reason = getattr(error, "strerror", None) or str(error)
+            raise CheckpointError(f"cannot {self.verb} {self.path}: {reason}") from error
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
+def _text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _tensor_file(digest: str) -> str:
+    return f"checkpoint-{digest[:16]}.safetensors"
+
+
+def _sync(path: Path) -> None:
+    """Have the data of a file, or the names in a folder, on the disk before the next step depends on it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    _sync(path)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    with _reported(path, "write"):
+        try:
+            safetensors.torch.save_file(tensors, path)
+            _sync(path)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
+def _replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Write beside ``path``, then rename over it: a reader, or a crash, meets the old file or the new one, whole."""
+    temporary = path.parent / f".{path.name}.tmp"
+    with _reported(path, "write"):
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+
+
+def _remove(folder: Path, pattern: str) -> None:
+    for path in folder.glob(pattern):
+        path.unlink(missing_ok=True)
+
+
+def _read(manifest: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The validated content of a checkpoint: its state, still encoded, and its tensors."""
+    if not manifest.exists():
+        raise CheckpointError(f"{manifest.parent}: no checkpoint there (no {manifest.name})")
+    with _reported(manifest, "read"):
+        raw = manifest.read_bytes()
+    try:
+        document = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{manifest}: damaged, not JSON ({error})") from error
+    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+        raise CheckpointError(f"{manifest}: not a checkpoint of tgt_fast (no format {_FORMAT!r})")
+    if document.get("version") != _VERSION:
+        raise CheckpointError(
+            f"{manifest}: version {document.get('version')!r}; this tgt_fast reads version {_VERSION}"
+        )
+    state, digest = document.get("state"), document.get("tensors_sha256")
+    if not isinstance(state, dict) or document.get("state_sha256") != _text_sha256(_canonical(state)):
+        raise CheckpointError(f"{manifest}: damaged (its content does not match its hash)")
+    # The file's name comes from a hash, checked to be one, never from a path in the document.
+    if not isinstance(digest, str) or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+        raise CheckpointError(f"{manifest}: damaged (tensors_sha256 is no hash)")
+    tensor_file = manifest.parent / _tensor_file(digest)
+    if not tensor_file.exists():
+        raise CheckpointError(f"{tensor_file}: missing, though {manifest.name} names it")
+    with _reported(tensor_file, "read"):
+        data = tensor_file.read_bytes()
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise CheckpointError(f"{tensor_file}: damaged (truncated or altered: its hash does not match)")
+        return state, safetensors.torch.load(data)

@@ -1,0 +1,142 @@
+"""Batches, and a loader read as an endless stream whose place can be saved and found again."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tgt_fast.errors import ArgumentError
+from tgt_fast.train.rng import get_rng_state, set_rng_state
+
+
+class Batch(NamedTuple):
+    """One batch of a loader, by name."""
+
+    sample_ids: Tensor | None  # (B,) int64
+    x: Any  # a tensor or a pytree of tensors
+    y: Tensor | None  # (B,) int64
+
+
+def split_batch(batch: Any) -> Batch:
+    """``(ids, x, y)``, ``(x, y)``, ``(x,)`` or ``x`` -> ``Batch``. Only tuples and lists are taken apart.
+
+    Raises:
+        ArgumentError: a tuple or list of another length.
+    """
+    if not isinstance(batch, (tuple, list)):
+        return Batch(None, batch, None)
+    if len(batch) == 3:
+        return Batch(*batch)
+    if len(batch) in (1, 2):
+        return Batch(None, batch[0], batch[1] if len(batch) == 2 else None)
+    raise ArgumentError(
+        f"a batch is x, (x, y) or (ids, x, y); the loader gave {type(batch).__name__} of {len(batch)}"
+    )
+
+
+def to_device(batch: Any, device: torch.device | None) -> Any:
+    """Every tensor of a pytree on ``device``; None leaves them where they are."""
+    if device is None:
+        return batch
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
+
+
+def module_device(module: nn.Module) -> torch.device | None:
+    """The device of a module's first parameter or buffer; None when it has neither."""
+    for tensors in (module.parameters(), module.buffers()):
+        for tensor in tensors:
+            return tensor.device
+    return None
+
+
+class BatchStream:
+    """The batches of ``loader``, epoch after epoch, with a place that can be saved.
+
+    The order of an epoch is drawn when it begins, from the global generators or from those of the loader and its samplers. So
+    their states at that moment, and the number of batches taken since, say where the stream is. Finding the place again reads
+    the epoch's batches up to there once more; the global generators are then the caller's to set.
+
+    Args:
+        loader: a DataLoader, or anything that can be iterated over again. ``set_epoch`` of its samplers is called.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+        self.epoch = 0  # the epoch that the next batch is of, counted from 0
+        self.position = 0  # batches taken of that epoch
+        self._start: dict[str, Any] = {}
+        self._batches: Iterator[Any] | None = None
+
+    def take(self) -> Any:
+        """The next batch.
+
+        Raises:
+            ArgumentError: an epoch without any batch.
+        """
+        while True:
+            for batch in self._batches or self._begin():
+                self.position += 1
+                return batch
+            if not self.position:
+                raise ArgumentError(
+                    "the loader gave no batch (empty, or an iterator that can be read only once)"
+                )
+            self.epoch, self.position, self._batches = self.epoch + 1, 0, None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position, "start": self._start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved place.
+
+        Raises:
+            ArgumentError: the loader has fewer batches, or other generators, than the one whose place was saved.
+        """
+        self.epoch, self.position, self._batches = state["epoch"], 0, None
+        if not state["position"]:
+            return
+        generators = self._generators()
+        if len(generators) != len(state["start"]["generators"]):
+            raise ArgumentError("the loader's generators are not those of the run that was saved")
+        set_rng_state(state["start"]["global"])
+        for generator, saved in zip(generators, state["start"]["generators"], strict=True):
+            generator.set_state(saved)
+        batches = self._begin()
+        self.position = sum(1 for _ in itertools.islice(batches, state["position"]))
+        if self.position < state["position"]:
+            raise ArgumentError(
+                f"the loader ends before batch {state['position']} of its epoch, where the saved run was"
+            )
+
+    def _begin(self) -> Iterator[Any]:
+        for sampler in self._samplers():
+            if hasattr(sampler, "set_epoch"):  # a DistributedSampler shuffles by it
+                sampler.set_epoch(self.epoch)
+        generators = [generator.get_state() for generator in self._generators()]
+        self._start = {"global": get_rng_state(), "generators": generators}
+        self._batches = iter(self.loader)
+        return self._batches
+
+    def _samplers(self) -> list[Any]:
+        batch_sampler = getattr(self.loader, "batch_sampler", None)
+        found = (
+            getattr(self.loader, "sampler", None),
+            batch_sampler,
+            getattr(batch_sampler, "sampler", None),
+        )
+        return [
+            sampler for i, sampler in enumerate(found) if sampler is not None and sampler not in found[:i]
+        ]
+
+    def _generators(self) -> list[torch.Generator]:
+        found: list[torch.Generator] = []
+        for owner in (self.loader, *self._samplers()):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator) and not any(generator is other for other in found):
+                found.append(generator)
+        return found

@@ -1,0 +1,216 @@
+"""How good a student is, and how close to its teacher: plain floats, measured in eval mode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tgt_fast.errors import ArgumentError, ShapeError
+from tgt_fast.train.data import module_device, split_batch, to_device
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every submodule's own train/eval flag is what it was."""
+    flags = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in flags:
+            child.training = training
+
+
+def class_thirds(class_counts: Sequence[int] | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Head, middle and tail: the classes in three groups by their number of training examples.
+
+    Classes are sorted from the most frequent to the rarest (ties in order of class index) and cut into three groups of as
+    equal a number of classes as possible, the larger ones first: ten classes give 4, 3 and 3.
+
+    Args:
+        class_counts: the number of training examples of each class, (C,), C >= 3.
+
+    Returns:
+        Three int64 tensors of class indices.
+
+    Raises:
+        ArgumentError: fewer than three classes, or a negative count.
+    """
+    counts = torch.as_tensor(class_counts).cpu()
+    if counts.dim() != 1 or counts.numel() < 3 or bool((counts < 0).any()):
+        raise ArgumentError(
+            f"class_counts: expected at least 3 non-negative counts in one dimension, got {class_counts}"
+        )
+    head, middle, tail = torch.argsort(counts, descending=True, stable=True).tensor_split(3)
+    return head, middle, tail
+
+
+def accuracy(logits: Tensor, target: Tensor, *, classes: Tensor | None = None) -> float:
+    """mean(argmax(logits) == target), over the examples whose target is a class (>= 0).
+
+    Args:
+        logits: (..., C).
+        target: (...) int64. Negative entries (ignored, unlabeled) do not count.
+        classes: count only examples of these classes, such as one of :func:`class_thirds`.
+
+    Returns:
+        A fraction between 0 and 1; NaN when nothing counts.
+
+    Raises:
+        ShapeError: the shapes do not fit.
+    """
+    _check_rows("accuracy", logits, target)
+    counted = target >= 0
+    if classes is not None:
+        counted &= torch.isin(target, classes.to(target.device))
+    return _ratio((logits.argmax(-1) == target)[counted].sum().item(), counted.sum().item())
+
+
+def class_accuracy(logits: Tensor, target: Tensor) -> list[float]:
+    """The accuracy on each class's own examples: C floats, NaN for a class without any. Arguments as :func:`accuracy`."""
+    _check_rows("class_accuracy", logits, target)
+    correct, total = _class_hits("class_accuracy", logits, target)
+    return [_ratio(hits, count) for hits, count in zip(correct.tolist(), total.tolist(), strict=True)]
+
+
+def agreement(student_logits: Tensor, teacher_logits: Tensor) -> float:
+    """mean(argmax(student) == argmax(teacher)) over the rows of (..., C) logits; NaN when there are none.
+
+    Raises:
+        ShapeError: the shapes differ.
+    """
+    _check_same("agreement", student_logits, teacher_logits)
+    same = student_logits.argmax(-1) == teacher_logits.argmax(-1)
+    return _ratio(same.sum().item(), same.numel())
+
+
+def mean_kl(student_logits: Tensor, teacher_logits: Tensor) -> float:
+    """The mean over rows of KL(teacher || student) = sum_c p_c (log p_c - log q_c), in nats, at temperature 1.
+
+    Computed in float64. A class that the teacher's logits exclude (-inf) adds nothing.
+
+    Args:
+        student_logits, teacher_logits: (..., C).
+
+    Returns:
+        A float >= 0, +inf where the student excludes a class that the teacher does not; NaN when there are no rows.
+
+    Raises:
+        ShapeError: the shapes differ.
+    """
+    _check_same("mean_kl", student_logits, teacher_logits)
+    rows = _row_kl(student_logits, teacher_logits)
+    return _ratio(rows.sum().item(), rows.numel())
+
+
+@torch.no_grad()
+def evaluate(
+    student: nn.Module,
+    teacher: Any | None,
+    loader: Iterable[Any],
+    *,
+    class_counts: Sequence[int] | Tensor | None = None,
+) -> dict[str, float]:
+    """Measure a student on a loader, in eval mode; its train/eval flags are afterwards as they were.
+
+    Args:
+        student: inputs -> logits (B, C).
+        teacher: a ``Teacher``, whose ``student_view`` prepares the student's input, or None.
+        loader: gives ``(x, y)``, ``(ids, x, y)`` or, for a comparison with the teacher alone, ``x``.
+        class_counts: the training examples of each class; adds accuracies on thirds of the classes (:func:`class_thirds`).
+
+    Returns:
+        ``accuracy`` (a fraction; NaN without labels), with ``class_counts`` also ``head``, ``middle`` and ``tail`` (NaN where no
+        example is of that third), with a teacher also ``agreement`` and ``mean_kl``, as the functions of those names.
+
+    Raises:
+        ArgumentError: the loader gave no batch, or ``class_counts`` does not fit.
+        ShapeError: student, teacher and labels do not fit together.
+    """
+    hits: Tensor | None = None  # [C]
+    totals: Tensor | None = None  # [C]
+    rows = 0
+    agreed: Tensor | float = 0.0  # sums on the device until the end
+    kl: Tensor | float = 0.0
+    batches = 0
+    device = module_device(student)
+    with eval_mode(student):
+        for batch in loader:
+            batches += 1
+            _, x, y = split_batch(to_device(batch, device))
+            logits = student(x if teacher is None else teacher.student_view(x))
+            if y is not None:
+                _check_rows("evaluate", logits, y)
+                correct, total = _class_hits("evaluate", logits, y)
+                hits = correct if hits is None else hits + correct
+                totals = total if totals is None else totals + total
+            if teacher is not None:
+                labels = teacher.label(x)
+                _check_same("evaluate", logits, labels)
+                rows += labels[..., 0].numel()
+                agreed = agreed + (logits.argmax(-1) == labels.argmax(-1)).sum()
+                kl = kl + _row_kl(logits, labels).sum()
+    if not batches:
+        raise ArgumentError("evaluate: the loader gave no batch")
+    result = {
+        "accuracy": math.nan
+        if hits is None or totals is None
+        else _ratio(hits.sum().item(), totals.sum().item())
+    }
+    if class_counts is not None:
+        thirds = class_thirds(class_counts)
+        for name, classes in zip(("head", "middle", "tail"), thirds, strict=True):
+            result[name] = math.nan
+            if hits is not None and totals is not None:
+                if len(class_counts) != hits.numel():
+                    raise ArgumentError(
+                        f"evaluate: {len(class_counts)} class_counts, but the student has {hits.numel()} classes"
+                    )
+                result[name] = _ratio(hits[classes].sum().item(), totals[classes].sum().item())
+    if teacher is not None:
+        result["agreement"] = _ratio(float(agreed), rows)
+        result["mean_kl"] = _ratio(float(kl), rows)
+    return result
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
+
+
+def _class_hits(name: str, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The examples of each class that were right, and all of them: two int64 tensors [C] on the CPU."""
+    classes = logits.shape[-1]
+    counted = target >= 0
+    right = counted & (logits.argmax(-1) == target)
+    total = torch.bincount(target[counted], minlength=classes).cpu()
+    if total.numel() > classes:
+        raise ArgumentError(
+            f"{name}: a target is class {total.numel() - 1}, but the logits have {classes} classes"
+        )
+    return torch.bincount(target[right], minlength=classes).cpu(), total
+
+
+def _row_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    log_q = torch.log_softmax(student.double(), -1)
+    log_p = torch.log_softmax(teacher.double(), -1)
+    terms = torch.where(log_p == -math.inf, 0.0, log_p.exp() * (log_p - log_q))  # 0 * log 0 = 0
+    return terms.sum(-1).clamp_min(0)
+
+
+def _check_rows(name: str, logits: Tensor, target: Tensor) -> None:
+    if logits.shape[:-1] != target.shape:
+        raise ShapeError(
+            f"{name}: logits {tuple(logits.shape)} need targets {tuple(logits.shape[:-1])}, got {tuple(target.shape)}"
+        )
+
+
+def _check_same(name: str, student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        raise ShapeError(
+            f"{name}: student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ"
+        )

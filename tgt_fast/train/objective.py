@@ -1,0 +1,203 @@
+"""The three-term objective of teacher-guided training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypedDict, cast
+
+import torch
+from torch import Tensor
+
+from tgt_fast.errors import ArgumentError
+from tgt_fast.losses.distill import DistillationLoss
+from tgt_fast.teacher import Teacher, tree
+from tgt_fast.train.data import Batch
+
+if TYPE_CHECKING:
+    from tgt_fast.explore import LatentSampler
+
+
+class Parts(TypedDict):
+    """The terms of the objective, weighted as they enter it: they add up to the loss. Detached, 0-d."""
+
+    hard: Tensor
+    soft: Tensor
+    synthetic: Tensor
+
+
+class ObjectiveOutput(TypedDict):
+    loss: Tensor  # 0-d, with a graph
+    parts: Parts
+
+
+class TGTObjective:
+    r"""The objective of teacher-guided training, in one call::
+
+        R(f) = 1/n sum_i [ hard_weight * CE(f(x_i), y_i) + l_d(f(x_i), h(x_i)) ]
+             + synthetic_weight * 1/m sum_j l_d(f(x~_j), h(x~_j))
+
+    f is the student, h the teacher's labeler, x~ the sampler's synthetic examples, and l_d the soft term of ``loss``.
+
+    The student runs once on the real and once on the synthetic examples, each as seen through ``teacher.student_view``. Two
+    passes rather than one over both: a BatchNorm then normalises real examples by real statistics, as it will when the student
+    is used, and the two batches may have different sizes or padding.
+
+    Args:
+        teacher: the frozen teacher.
+        sampler: makes the synthetic examples; None leaves the third term out (plain distillation).
+        loss: l_d and the hard term, with reduction "mean". By default ``DistillationLoss(temperature=2.0, hard_weight=1.0)``.
+        synthetic_weight: factor of the third term, >= 0. With 0 the sampler is not called.
+
+    Raises:
+        ArgumentError: a loss with another reduction or with ``return_stats``, a negative weight, or a sampler with a loss that
+            has no soft term.
+
+    Source: Zaheer et al., "Teacher Guided Training: An Efficient Framework for Knowledge Transfer", ICLR 2023. The weight of
+    the synthetic term is ours.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        sampler: LatentSampler | None = None,
+        *,
+        loss: DistillationLoss | None = None,
+        synthetic_weight: float = 1.0,
+    ) -> None:
+        self.teacher = teacher
+        self.sampler = sampler
+        self.loss = DistillationLoss(temperature=2.0, hard_weight=1.0) if loss is None else loss
+        self.synthetic_weight = float(synthetic_weight)
+        if self.loss.options.reduction != "mean" or self.loss.return_stats:
+            raise ArgumentError(
+                f"TGTObjective: the loss must have reduction='mean' and return_stats=False, got {self.loss}"
+            )
+        if not 0 <= self.synthetic_weight < float("inf"):
+            raise ArgumentError(
+                f"TGTObjective: synthetic_weight must be finite and >= 0, got {synthetic_weight!r}"
+            )
+        if sampler is not None and self.loss.options.soft_weight == 0:
+            raise ArgumentError(
+                "TGTObjective: a loss with soft_weight=0 ignores the synthetic examples; leave the sampler out"
+            )
+        self._hard_loss = self._without_soft(self.loss)
+
+    def __call__(
+        self,
+        student: Callable[[Any], Tensor],
+        x: Any,
+        y: Tensor | None = None,
+        *,
+        sample_ids: Tensor | None = None,
+        step: int | Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        synthetic_normalizer: float | Tensor | None = None,
+    ) -> ObjectiveOutput:
+        """The loss on one batch; its ``backward()`` is yours to call.
+
+        Args:
+            student: inputs -> logits (n, ..., C), the teacher's C.
+            x: n real examples in data space, a tensor or a pytree of tensors.
+            y: (n, ...) int64 labels, or None: the soft terms alone. The loss's ``ignore_index`` drops a real row from both its
+                terms, ``unlabeled_index`` from the hard one.
+            sample_ids: (n,) int64, what the sampler keys its noise by.
+            step: the optimizer step, also for the sampler; by default it counts its own calls. Pass it when one optimizer step
+                consists of several calls.
+            sample_weight: (n, ...) weights of the real rows.
+            normalizer: replaces n, the number (or total weight) of counted real rows, when several calls make one step. See
+                :meth:`normalizers`.
+            synthetic_normalizer: likewise replaces m, the number of synthetic rows.
+
+        Returns:
+            ``{"loss": 0-d tensor, "parts": {"hard", "soft", "synthetic"}}``; the parts are detached and add up to the loss.
+
+        Raises:
+            ShapeError: student, teacher and labels do not fit together. Errors of the sampler are passed on.
+        """
+        with torch.no_grad():
+            teacher_logits = self.teacher.label(x)
+        logits = student(self.teacher.student_view(x))
+        loss, hard = self._real(logits, teacher_logits, y, sample_weight, normalizer)
+        soft = loss.detach() - hard
+        synthetic = torch.zeros_like(soft)
+        if self.sampler is not None and self.synthetic_weight > 0:
+            made = self.sampler(x, student=student, sample_ids=sample_ids, step=step)
+            term = self.synthetic_weight * self._soft(
+                student(self.teacher.student_view(made.x)), made.teacher_logits, None, synthetic_normalizer
+            )
+            loss, synthetic = loss + term, term.detach()
+        return {"loss": loss, "parts": {"hard": hard, "soft": soft, "synthetic": synthetic}}
+
+    def normalizers(self, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+        """(n, m) over the micro-batches of one step: its counted real rows, and its synthetic rows.
+
+        With them, k calls whose losses are added up equal one call on all the examples, however the valid rows are spread. In a
+        data parallel run sum them over the processes and divide by the number of processes. Where logits have more dimensions
+        than (n, C), labels are needed to count real rows, and synthetic rows are yours to count.
+
+        Args:
+            batches: the micro-batches; ``y`` may be None.
+
+        Returns:
+            Two 0-d float32 tensors on the device of the examples, made without reading anything from it.
+        """
+        counts: list[Tensor] = []
+        examples = 0
+        for batch in batches:
+            rows = tree.batch_size(batch.x)
+            examples += rows
+            if batch.y is None:
+                counts.append(torch.tensor(rows, device=tree.first_device(batch.x)))
+            else:
+                counts.append((batch.y != self.loss.options.ignore_index).sum())
+        real = torch.stack(counts).sum().to(torch.float32)
+        return real, torch.full_like(real, examples * getattr(self.sampler, "replicas", 1))
+
+    def _real(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        y: Tensor | None,
+        weight: Tensor | None,
+        normalizer: float | Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The first sum, and (detached) the hard term in it."""
+        options = self.loss.options
+        if y is None:
+            loss = self._soft(logits, teacher_logits, weight, normalizer)
+            return loss, torch.zeros_like(loss.detach())
+        if options.hard_weight == 0:
+            # The loss takes no target then; what ignore_index says still holds.
+            counted = (y != options.ignore_index).to(torch.float32)
+            loss = self._soft(
+                logits, teacher_logits, counted if weight is None else counted * weight, normalizer
+            )
+            return loss, torch.zeros_like(loss.detach())
+        hard = None
+        if self._hard_loss is not None:
+            with torch.no_grad():  # before the loss, which may write over the logits
+                hard = self._hard_loss(logits, teacher_logits, y, sample_weight=weight, normalizer=normalizer)
+        loss = cast(Tensor, self.loss(logits, teacher_logits, y, sample_weight=weight, normalizer=normalizer))
+        return loss, loss.detach() if hard is None else hard
+
+    def _soft(
+        self, logits: Tensor, teacher_logits: Tensor, weight: Tensor | None, normalizer: float | Tensor | None
+    ) -> Tensor:
+        soft = self.loss.soft(logits, teacher_logits, sample_weight=weight, normalizer=normalizer)
+        return cast(Tensor, soft)  # a pair only with return_stats, which __init__ refused
+
+    @staticmethod
+    def _without_soft(loss: DistillationLoss) -> DistillationLoss | None:
+        """The hard term alone, to report it; None where the loss has but one term."""
+        options = loss.options
+        if options.soft_weight == 0 or options.hard_weight == 0:
+            return None
+        return DistillationLoss(
+            soft_weight=0.0,
+            hard_weight=options.hard_weight,
+            label_smoothing=options.label_smoothing,
+            ignore_index=options.ignore_index,
+            unlabeled_index=options.unlabeled_index,
+            backend=loss.backend,
+        )
