@@ -1,0 +1,77 @@
+"""Which tgt_fast is tested, on which backends, and how hypothesis behaves in CI."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import hypothesis
+import pytest
+import tgt_fast
+
+REQUIRE_NATIVE = os.environ.get("TGT_FAST_REQUIRE_NATIVE") == "1"
+
+hypothesis.settings.register_profile("dev", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def _native_reason() -> str:
+    """Why the compiled core cannot run here; empty when it can."""
+    (row,) = (row for row in tgt_fast.backends() if row.name == "native")
+    return "" if row.available else row.reason
+
+
+def _tested_package() -> Path:
+    """The tgt_fast under test. Started from the source tree, Python would import that instead of the wheel."""
+    tested = Path(tgt_fast.__file__).resolve()
+    try:
+        installed = metadata.distribution("tgt-fast")
+    except metadata.PackageNotFoundError:
+        return tested
+    for file in installed.files or ():
+        if file.as_posix() == "tgt_fast/__init__.py":
+            wheel = Path(str(installed.locate_file(file))).resolve()
+            if wheel != tested:
+                raise pytest.UsageError(
+                    f"tgt_fast is installed at {wheel} but the tests import {tested}; run the `pytest` command, "
+                    "not `python -m pytest`, or uninstall the wheel"
+                )
+    return tested
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    tested = _tested_package()
+    reason = _native_reason()
+    if REQUIRE_NATIVE and reason:
+        raise pytest.UsageError(f"TGT_FAST_REQUIRE_NATIVE=1, but {tested} has no usable compiled core: {reason}")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    reason = _native_reason()
+    return [f"tgt_fast: {tgt_fast.__version__} from {_tested_package().parent}", f"native: {reason or 'available'}"]
+
+
+@pytest.fixture(scope="session")
+def native() -> str:
+    """The name of the compiled backend, for tests of what it alone promises."""
+    reason = _native_reason()
+    if reason:
+        pytest.skip(f"no compiled core: {reason}")
+    return "native"
+
+
+@pytest.fixture(scope="session", params=["reference", "native"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that can run here."""
+    if request.param == "native":
+        return str(request.getfixturevalue("native"))
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def child_environment() -> dict[str, str]:
+    """An environment in which a child process imports the same tgt_fast as this one."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
