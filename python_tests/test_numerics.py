@@ -109,12 +109,18 @@ def test_wrong_dtypes_and_missing_gradients_are_seen() -> None:
 def test_infinities_must_be_at_the_same_places() -> None:
     reference = torch.tensor([1.0, math.inf, -math.inf, math.nan])
     assert_close("x", reference.clone(), reference, bar=1e-6, floor=1e-2)
-    for wrong in ([1.0, -math.inf, -math.inf, math.nan], [1.0, 3e38, -math.inf, math.nan], [1.0, math.inf, -math.inf, 0.0]):
+    for wrong in (
+        [1.0, -math.inf, -math.inf, math.nan],
+        [1.0, 3e38, -math.inf, math.nan],
+        [1.0, math.inf, -math.inf, 0.0],
+    ):
         with pytest.raises(AssertionError):
             assert_close("x", torch.tensor(wrong), reference, bar=1e-6, floor=1e-2)
 
 
 def test_relative_error_uses_the_floor_and_refuses_other_shapes() -> None:
-    assert relative_error(torch.tensor([1e-3]), torch.tensor([0.0]), gradient_floor(1.0, 1)) == pytest.approx(0.1)
+    assert relative_error(torch.tensor([1e-3]), torch.tensor([0.0]), gradient_floor(1.0, 1)) == pytest.approx(
+        0.1
+    )
     with pytest.raises(AssertionError, match="shape"):
         relative_error(torch.zeros(2), torch.zeros(1, 2), 1.0)
