@@ -6,11 +6,13 @@ labels them softly, and the student learns from both. Importing this package sta
 
 from __future__ import annotations
 
+from tgt_fast.explore import LatentSampler, Synthetic
 from tgt_fast.kernels.options import DistillStats
 from tgt_fast.kernels.select import backends, explain
 from tgt_fast.losses.distill import DistillationLoss
 from tgt_fast.ops.distill import distillation_loss
 from tgt_fast.ops.latent import ascend_latents, perturb_latents
+from tgt_fast.teacher import Latents, Teacher
 from tgt_fast.train import TGTObjective, fit
 
 __version__ = "0.1.0"
@@ -18,7 +20,11 @@ __version__ = "0.1.0"
 __all__ = [
     "DistillStats",
     "DistillationLoss",
+    "LatentSampler",
+    "Latents",
+    "Synthetic",
     "TGTObjective",
+    "Teacher",
     "__version__",
     "ascend_latents",
     "backends",

@@ -1,0 +1,6 @@
+"""Exploration of the teacher's latent space: fresh examples with soft labels."""
+
+from tgt_fast.explore.sampler import LatentSampler
+from tgt_fast.explore.synthetic import Synthetic
+
+__all__ = ["LatentSampler", "Synthetic"]

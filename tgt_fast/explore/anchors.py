@@ -1,0 +1,79 @@
+"""A pool of real latents by class, to draw anchors from that are balanced over the classes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tgt_fast.errors import ArgumentError
+from tgt_fast.explore.draws import Key, words
+from tgt_fast.kernels.options import OP_PERTURB
+from tgt_fast.teacher import Latents, tree
+
+
+class AnchorPool:
+    """Encoded real examples, in the order of their classes; a draw takes a class uniformly, then a member uniformly.
+
+    Balanced anchors are this project's choice, not the paper's: in a long tail the batch's own examples rarely show
+    the rare classes.
+    """
+
+    def __init__(self, latents: Latents, labels: Tensor) -> None:
+        """latents: N examples; labels: [N] int64 >= 0, the class of each, on the same device."""
+        order = torch.argsort(labels, stable=True)
+        self.latents = tree.take(latents, order)
+        self.labels = labels[order]
+        _, self._sizes = torch.unique_consecutive(self.labels, return_counts=True)
+        self._starts = torch.cumsum(self._sizes, 0) - self._sizes
+
+    @property
+    def classes(self) -> int:
+        return self._sizes.shape[0]
+
+    def to(self, device: torch.device) -> AnchorPool:
+        """The pool on that device; itself where it is there."""
+        if self.labels.device == device:
+            return self
+        return AnchorPool(tree.map_batched(lambda leaf: leaf.to(device), self.latents), self.labels.to(device))
+
+    def draw(self, key: Key) -> Latents:
+        """An anchor for each sample id of the key; the same for every replica."""
+        key = key.on(self.labels.device)
+        first, second, _, _ = words(key.of_replica(0), OP_PERTURB)
+        # floor(word * n / 2^32): uniform over 0..n-1, exact in int64 as n < 2^31.
+        group = (first * self.classes) >> 32
+        member = (second * self._sizes[group]) >> 32
+        return tree.take(self.latents, self._starts[group] + member)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {"pool_latents": self.latents.z, "pool_labels": self.labels}
+        return state if self.latents.mask is None else {**state, "pool_mask": self.latents.mask}
+
+
+class PoolBuilder:
+    """Collects the pool batch by batch, at most ``per_class`` examples a class, first come first kept."""
+
+    def __init__(self, per_class: int) -> None:
+        self._per_class = per_class
+        self._kept: dict[int, int] = {}
+        self._latents: list[Latents] = []
+        self._labels: list[Tensor] = []
+
+    def add(self, latents: Latents, labels: Tensor) -> None:
+        """labels: [B] int64; a negative one leaves its example out."""
+        rows = []
+        for row, label in enumerate(labels.tolist()):
+            seen = self._kept.get(label, 0)
+            if label >= 0 and seen < self._per_class:
+                self._kept[label] = seen + 1
+                rows.append(row)
+        if rows:
+            keep = torch.tensor(rows)
+            self._latents.append(tree.take(latents, keep))
+            self._labels.append(labels.to(latents.z.device)[keep.to(latents.z.device)])
+
+    def build(self) -> AnchorPool:
+        if not self._latents:
+            raise ArgumentError("calibrate: the loader gave no examples")
+        longest = torch.Size(max(sizes) for sizes in zip(*(part.z.shape[1:] for part in self._latents), strict=True))
+        return AnchorPool(tree.concat([part.padded_to(longest) for part in self._latents]), torch.cat(self._labels))

@@ -1,0 +1,108 @@
+"""The latents' standard deviation, streamed, and what a calibration loader's batches look like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
+from tgt_fast.teacher import Latents, Teacher
+
+
+class StreamingStd:
+    """Standard deviation of each latent coordinate over all examples seen, by Chan's merge of batch moments in float64.
+
+    Where the latents carry a mask, its positions are exchangeable and of changing number: the deviation is pooled over
+    the real ones and has size 1 there, for example (1, d) for z of (B, L, d) with a mask of (B, L).
+    """
+
+    def __init__(self) -> None:
+        self._count: Tensor | None = None  # per coordinate, as the mask may hide different positions
+        self._mean = torch.empty(0)
+        self._squares = torch.empty(0)
+
+    def update(self, latents: Latents) -> None:
+        z = latents.z.detach().double()
+        dims = [0]
+        real = torch.ones_like(z)
+        if latents.mask is not None and latents.real is not None:
+            real = latents.real.expand_as(z).double()
+            mask = latents.mask
+            dims += [i for i in range(1, mask.ndim) if mask.shape[i] > 1 or z.shape[i] == 1]
+            z = torch.where(latents.real, z, 0.0)  # whatever padding holds, 0 * NaN included
+        if self._count is not None:
+            pooled = [1 if i in dims else n for i, n in enumerate(z.shape)][1:]
+            if list(self._count.shape) != pooled:
+                raise ShapeError(f"calibrate: latents of shape {pooled} after latents of shape {list(self._count.shape)}")
+        count = real.sum(dims, keepdim=True)[0]
+        mean = (z * real).sum(dims, keepdim=True)[0] / count.clamp(min=1)
+        squares = ((z - mean).square() * real).sum(dims, keepdim=True)[0]
+        if self._count is None:
+            self._count, self._mean, self._squares = count, mean, squares
+            return
+        total = self._count + count
+        gap = mean - self._mean
+        share = count / total.clamp(min=1)
+        self._squares = self._squares + squares + gap.square() * self._count * share
+        self._mean = self._mean + gap * share
+        self._count = total
+
+    def result(self) -> Tensor:
+        """The unbiased standard deviation, float32, in the shape of one example's latents (size 1 where pooled).
+
+        Raises:
+            ArgumentError: fewer than two examples, latents that are not finite, or that are all the same.
+        """
+        if self._count is None or not bool((self._count >= 2).any()):
+            raise ArgumentError(
+                "LatentSampler: the latents' standard deviation needs at least two examples: "
+                'call calibrate(loader) with more data, or use units="absolute"'
+            )
+        std = (self._squares / (self._count - 1).clamp(min=1)).sqrt().float()
+        if not bool(std.isfinite().all()):
+            raise ArgumentError("LatentSampler: the encoder's latents are not all finite; their standard deviation has no value")
+        if not bool((std > 0).any()):
+            raise ArgumentError(
+                "LatentSampler: the encoder gives the same latent for every example seen, so there is no standard deviation to "
+                'measure in; calibrate with more data, or use units="absolute"'
+            )
+        return std
+
+
+def inputs_and_labels(batch: Any) -> tuple[Any, Tensor | None]:
+    """x and y of a loader's batch, which is ``x``, ``(x,)``, ``(x, y)`` or ``(ids, x, y)``."""
+    if not isinstance(batch, (tuple, list)):
+        return batch, None
+    if len(batch) == 1:
+        return batch[0], None
+    if len(batch) == 2:
+        return batch[0], batch[1]
+    if len(batch) == 3:
+        return batch[1], batch[2]
+    raise ArgumentError(f"calibrate: a batch must be x, (x, y) or (ids, x, y), got {len(batch)} parts")
+
+
+@torch.no_grad()
+def labels_of(teacher: Teacher, x: Any, y: Tensor | None) -> Tensor:
+    """The class of each example, int64 [B]: y, or, where it is missing or negative, the labeler's argmax."""
+    if y is None:
+        return _opinion(teacher, x)
+    if not isinstance(y, Tensor) or y.is_floating_point() or y.dtype == torch.bool:
+        found = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise DTypeError(f"calibrate: labels must be a tensor of integer classes, got {found}")
+    if y.ndim != 1:
+        raise ShapeError(f"calibrate: labels must be [batch], got {tuple(y.shape)}")
+    y = y.to(torch.int64)
+    if bool((y >= 0).all()):
+        return y
+    opinion = _opinion(teacher, x)
+    return torch.where(y.to(opinion.device) >= 0, y.to(opinion.device), opinion)
+
+
+def _opinion(teacher: Teacher, x: Any) -> Tensor:
+    logits = teacher.label(x)
+    if logits.ndim != 2:
+        raise ShapeError(f"calibrate: balanced anchors need one class an example, the labeler gives logits {tuple(logits.shape)}")
+    return logits.argmax(1)

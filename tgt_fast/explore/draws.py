@@ -1,0 +1,77 @@
+"""What random numbers are keyed by, and the draws that exploration makes from them. No global generator is used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tgt_fast.explore.options import SamplerOptions
+from tgt_fast.kernels.reference.latent import philox4x32
+from tgt_fast.ops.latent import perturb_latents
+from tgt_fast.teacher import Latents
+
+# Normals take a sample's counter blocks from 0 upwards, four numbers each. The last block is out of their reach.
+_LAST_BLOCK = 0xFFFFFFFF
+_WORD = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Key:
+    """All that the noise of one call depends on."""
+
+    seed: Tensor  # 0-d int64
+    ids: Tensor  # [B] int64
+    step: int | Tensor  # 0-d int64 as a tensor
+    replica: int = 0
+
+    def on(self, device: torch.device) -> Key:
+        if self.ids.device == device:
+            return self
+        step = self.step.to(device) if isinstance(self.step, Tensor) else self.step
+        return replace(self, seed=self.seed.to(device), ids=self.ids.to(device), step=step)
+
+    def of_replica(self, replica: int) -> Key:
+        return replace(self, replica=replica)
+
+    def take(self, rows: Tensor) -> Key:
+        return replace(self, ids=self.ids[rows])
+
+
+def words(key: Key, op: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four independent 32-bit words a sample, each int64 [B] in [0, 2^32), that no normal draw uses."""
+    counter = (
+        torch.full_like(key.ids, _LAST_BLOCK),
+        key.ids & _WORD,
+        ((key.ids >> 32) & 0xFFFF) | (key.replica << 16),
+        torch.zeros_like(key.ids) | (op << 28) | key.step,
+    )
+    made = philox4x32(counter, (key.seed & _WORD, (key.seed >> 32) & _WORD))
+    return cast("tuple[Tensor, Tensor, Tensor, Tensor]", made)
+
+
+def with_noise(latents: Latents, scale: Tensor | None, key: Key, options: SamplerOptions, *, op: str = "perturb") -> Latents:
+    """z + sigma * scale * noise at the real positions. scale: broadcastable to z.shape[1:], or None for 1."""
+    if options.sigma == 0 or latents.z.numel() == 0:
+        return latents
+    key = key.on(latents.z.device)
+    sigma = options.sigma if scale is None else options.sigma * over_coordinates(scale, latents.z)
+    z = perturb_latents(
+        latents.z,
+        sigma,
+        seed=key.seed,
+        sample_ids=key.ids,
+        step=key.step,
+        replica=key.replica,
+        truncation=options.truncation,
+        op=op,
+        backend=options.backend,
+    )
+    return latents.at_real(z)
+
+
+def over_coordinates(scale: Tensor, z: Tensor) -> Tensor:
+    """The scale, which may be pooled over positions, as (1,) + one number a coordinate of z."""
+    return scale.to(z.device).expand(z.shape[1:]).unsqueeze(0)

@@ -1,0 +1,143 @@
+"""Gradient exploration: climb the disagreement of student and labeler, through both, from each anchor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgt_fast.errors import ArgumentError, ShapeError
+from tgt_fast.explore.draws import Key, over_coordinates
+from tgt_fast.explore.guard import left_as_found, unwrapped
+from tgt_fast.explore.options import SamplerOptions
+from tgt_fast.ops.distill import distillation_loss
+from tgt_fast.ops.latent import ascend_latents
+from tgt_fast.teacher import Latents, Teacher, tree
+from tgt_fast.teacher.teacher import checked_logits, module_behind
+
+Student = Callable[..., Any]
+
+
+def checked_student(teacher: Teacher, student: Student | None) -> Student:
+    """The student, if there is one and it is not the teacher's own labeler.
+
+    Raises:
+        ArgumentError: no student; the student is the labeler; inference mode, under which nothing is differentiable.
+    """
+    if student is None:
+        raise ArgumentError("LatentSampler: gradient mode climbs the student's disagreement: pass student=")
+    if not callable(student):
+        raise ArgumentError(f"LatentSampler: student must be callable, got {type(student).__name__}")
+    student = unwrapped(student)
+    itself = module_behind(student) or student
+    if itself in (teacher, teacher.labeler, module_behind(teacher.labeler)):
+        raise ArgumentError(
+            "LatentSampler: the student is the teacher's labeler, so their disagreement is identically 0; "
+            "pass the model that is being trained"
+        )
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError("LatentSampler: gradient mode needs gradients, which torch.inference_mode() forbids")
+    return student
+
+
+def climb(
+    teacher: Teacher, student: Student, start: Latents, anchors: Latents, scale: Tensor | None, key: Key, options: SamplerOptions
+) -> tuple[Latents, list[float]]:
+    """``options.steps`` steps of z + step_size * g/||g||, g the gradient of the disagreement, kept near the anchors.
+
+    Returns the latents reached and, where ``record_disagreement`` asks for it, the mean disagreement before each step
+    and at the end (steps + 1 numbers; one more pass of decoder, labeler and student).
+    """
+    latents = start
+    history: list[float] = []
+    with left_as_found(student, start.z.device):
+        for number in range(options.steps):
+            parts = [_slope(teacher, student, piece, options) for piece in tree.chunks(latents, teacher.max_batch)]
+            value, slope = (torch.cat(column) for column in zip(*parts, strict=True))
+            if options.record_disagreement:
+                history.append(value.mean().item())
+            latents = step_up(latents, slope, anchors, scale, key, options, number=number)
+        if options.record_disagreement:
+            with torch.no_grad():
+                last = [_disagreement(teacher, student, p, options) for p in tree.chunks(latents, teacher.max_batch)]
+            history.append(torch.cat(last).mean().item())
+    return latents, history
+
+
+def _slope(teacher: Teacher, student: Student, latents: Latents, options: SamplerOptions) -> tuple[Tensor, Tensor]:
+    """The disagreement of each sample, [B], and its gradient in z."""
+    with torch.enable_grad():
+        z = latents.z.detach().requires_grad_()
+        value = _disagreement(teacher, student, latents.at_real(z), options)
+        # With respect to z alone: no parameter gradient is computed, none accumulated.
+        (slope,) = torch.autograd.grad(value.sum(), z, allow_unused=True)
+    if slope is None:
+        raise ArgumentError("LatentSampler: no gradient reaches the latents: decoder, or both student and labeler, cut the graph")
+    return value.detach(), slope
+
+
+def _disagreement(teacher: Teacher, student: Student, latents: Latents, options: SamplerOptions) -> Tensor:
+    x = teacher.decode(latents, relaxed=True)
+    theirs = teacher.label(x)
+    ours = checked_logits(student(teacher.student_view(x)), latents.z.shape[0], "student")
+    if ours.shape[-1] != theirs.shape[-1]:
+        raise ShapeError(f"LatentSampler: the student has {ours.shape[-1]} classes, the teacher's labeler {theirs.shape[-1]}")
+    loss = distillation_loss(
+        ours,
+        theirs,
+        divergence=options.divergence,
+        beta=options.beta,
+        temperature=options.temperature,
+        reduction="none",
+        backend=options.backend,
+    )
+    return loss.flatten(1).sum(1) if loss.ndim > 1 else loss
+
+
+def step_up(
+    latents: Latents,
+    slope: Tensor,
+    anchors: Latents | None,
+    scale: Tensor | None,
+    key: Key,
+    options: SamplerOptions,
+    *,
+    number: int = 0,
+) -> Latents:
+    """One ascent step with optional noise and trust region, at the real positions only.
+
+    ``number`` tells the steps of one call apart in the noise: its step is ``step * steps + number``.
+    """
+    key = key.on(latents.z.device)
+    real = latents.real
+    slope = slope if real is None else torch.where(real, slope, 0.0)
+    anchor = None if anchors is None else anchors.z
+    radius = options.radius
+    common: dict[str, Any] = {
+        "scale": None if scale is None else over_coordinates(scale, latents.z),
+        "sample_ids": key.ids,
+        "seed": key.seed,
+        "step": key.step * options.steps + number,
+        "replica": key.replica,
+        "backend": options.backend,
+    }
+    # Masked positions get noise too, and would count in the distance to the anchor: then project in a second call.
+    apart = latents.mask is not None and options.step_noise > 0 and radius is not None
+    moved = latents.at_real(
+        ascend_latents(
+            latents.z,
+            slope,
+            step_size=options.step_size,
+            norm=options.norm,
+            sigma=options.step_noise,
+            anchor=None if apart or radius is None else anchor,
+            radius=None if apart else radius,
+            **common,
+        )
+    )
+    if apart:
+        still = torch.zeros_like(moved.z)
+        moved = moved.at_real(ascend_latents(moved.z, still, step_size=0.0, anchor=anchor, radius=radius, **common))
+    return moved

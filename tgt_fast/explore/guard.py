@@ -1,0 +1,55 @@
+"""Run a student without a trace: it is found afterwards as it was before, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tgt_fast.teacher.teacher import module_behind
+
+
+def unwrapped(student: Callable[..., Any]) -> Callable[..., Any]:
+    """The module inside a DistributedDataParallel: its forward would broadcast buffers and arm gradient reduction."""
+    return student.module if isinstance(student, DistributedDataParallel) else student
+
+
+@contextmanager
+def left_as_found(student: Callable[..., Any], device: torch.device) -> Iterator[None]:
+    """The student in eval mode inside; its train/eval flags, buffers and the global generators as they were outside.
+
+    Parameters and their ``.grad`` are the caller's part: differentiate with ``torch.autograd.grad`` alone.
+    """
+    module = module_behind(student)
+    modules = list(module.modules()) if module is not None else []
+    flags = [(m, m.training) for m in modules]
+    buffers = [
+        (m, name, buffer, buffer._version, buffer.detach().clone())
+        for m in modules
+        for name, buffer in m._buffers.items()
+        if buffer is not None
+    ]
+    devices = [device] if device.type == "cuda" and not torch.cuda.is_current_stream_capturing() else []
+    try:
+        with torch.random.fork_rng(devices):
+            for m in modules:
+                # Not m.eval(): an adapter that overrides train() may merge weights there, and rounding would stay.
+                m.training = False
+            yield
+    finally:
+        for m, flag in flags:
+            m.training = flag
+        for m, name, buffer, version, before in buffers:
+            _restore(m, name, buffer, version, before)
+
+
+def _restore(module: nn.Module, name: str, buffer: Tensor, version: int, before: Tensor) -> None:
+    if module._buffers.get(name) is not buffer:
+        module._buffers[name] = buffer
+    if buffer._version != version:
+        with torch.no_grad():
+            buffer.copy_(before)

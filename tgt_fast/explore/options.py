@@ -1,0 +1,81 @@
+"""The options of a sampler: one frozen dataclass that checks itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from tgt_fast.errors import ArgumentError
+from tgt_fast.kernels.options import DIVERGENCES, MAX_REPLICA, STEP_NORMS
+from tgt_fast.ops import _checks
+
+MODES: Final = ("prior", "random", "gradient", "persistent")
+UNITS: Final = ("std", "absolute")
+ANCHORS: Final = ("batch", "balanced")
+_OP: Final = "LatentSampler"
+_LARGE: Final = 1e30
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """See :class:`tgt_fast.explore.LatentSampler`, which documents every option."""
+
+    mode: str = "random"
+    sigma: float = 1.0
+    step_size: float = 1.0
+    steps: int = 1
+    radius: float | None = None
+    norm: str = "l2"
+    step_noise: float = 0.0
+    units: str = "std"
+    anchors: str = "batch"
+    replicas: int = 1
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+    temperature: float = 1.0
+    restart_probability: float = 0.1
+    bank_size: int = 65536
+    truncation: float | None = None
+    backend: str = "auto"
+    record_disagreement: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("mode", MODES),
+            ("norm", STEP_NORMS),
+            ("units", UNITS),
+            ("anchors", ANCHORS),
+            ("divergence", DIVERGENCES),
+        ):
+            _checks.choice(_OP, name, getattr(self, name), allowed)
+        for name in ("sigma", "step_size", "step_noise"):
+            _checks.number(_OP, name, getattr(self, name), 0, _LARGE)
+        _checks.number(_OP, "restart_probability", self.restart_probability, 0, 1)
+        _checks.number(_OP, "temperature", self.temperature, 0, _LARGE, open_low=True)
+        for name in ("radius", "truncation"):
+            if getattr(self, name) is not None:
+                _checks.number(_OP, name, getattr(self, name), 0, _LARGE, open_low=True)
+        for name, most in (("steps", 1 << 20), ("replicas", MAX_REPLICA // 2), ("bank_size", 1 << 40)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ArgumentError(f"{_OP}: {name} must be an integer in [1, {most}], got {value!r}")
+        if self.divergence == "jsd" and not 0 < _checks.number(_OP, "beta", self.beta, 0, 1) < 1:
+            raise ArgumentError(f"{_OP}: jsd needs 0 < beta < 1, got {self.beta!r}; see forward_kl and reverse_kl")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.anchors == "balanced" and self.mode not in ("random", "gradient"):
+            raise ArgumentError(
+                f'{_OP}: anchors="balanced" serves the modes random and gradient, not {self.mode!r}: '
+                "prior has no anchors, persistent keeps one chain a training example"
+            )
+        if self.mode == "persistent" and self.norm == "raw":
+            raise ArgumentError(f'{_OP}: norm="raw" in persistent mode would make the steps depend on the loss scale')
+        noisy = self.sigma > 0 or (self.step_noise > 0 and self.mode == "gradient")
+        if self.replicas > 1 and not noisy:
+            raise ArgumentError(f"{_OP}: {self.replicas} replicas without noise would be copies of each other; set sigma > 0")
+
+    @property
+    def needs_scale(self) -> bool:
+        """Whether sigma, step_size and radius are measured in the latents' standard deviations."""
+        return self.units == "std" and self.mode != "prior"

@@ -1,0 +1,107 @@
+"""Persistent exploration: one chain of latents a training example, moved by the user's own backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgt_fast.explore.bank import LatentBank, chain_key
+from tgt_fast.explore.draws import Key, with_noise, words
+from tgt_fast.explore.gradient import step_up
+from tgt_fast.explore.options import SamplerOptions
+from tgt_fast.kernels.options import OP_RESTART
+from tgt_fast.teacher import Latents, Teacher, tree
+
+_CPU = torch.device("cpu")
+
+
+def visit_chains(
+    teacher: Teacher,
+    bank: LatentBank,
+    x: Any,
+    key: Key,
+    scale_of: Callable[[Latents], Tensor | None],
+    options: SamplerOptions,
+) -> Latents:
+    """Where the chains of these examples stand, as a leaf that requires grad, [replicas * B, ...].
+
+    A chain that is unknown, and any with probability ``restart_probability``, (re)starts at Enc(x) + noise; only
+    those examples are encoded. The gradient that a later backward brings to the leaf moves the bank.
+    """
+    host = key.on(_CPU)
+    ids = host.ids.tolist()
+    chains = [chain_key(sample_id, replica) for replica in range(options.replicas) for sample_id in ids]
+    fresh = torch.stack([_starts_anew(bank, host.of_replica(r), options) for r in range(options.replicas)])  # [m, B]
+    encoded: Latents | None = None
+    places = torch.cumsum(fresh.any(0), 0) - 1  # [B], an example's row among the encoded ones
+    if fresh.any():
+        encoded = teacher.encode(x if fresh.any(0).all() else tree.take(x, fresh.any(0).nonzero().flatten()))
+
+    where: list[Latents] = []  # pieces of the batch, and beside them their anchors and their rows in it
+    anchors: list[Latents] = []
+    rows: list[Tensor] = []
+    known = (~fresh).flatten().nonzero().flatten()
+    if known.numel():
+        stored, stored_anchors = bank.get([chains[row] for row in known.tolist()])
+        where.append(stored)
+        anchors.append(stored if stored_anchors is None else replace(stored, z=stored_anchors))
+        rows.append(known)
+    scale = scale_of(where[0] if encoded is None else encoded)
+    if encoded is not None:
+        for replica in range(options.replicas):
+            chosen = fresh[replica].nonzero().flatten()
+            if not chosen.numel():
+                continue
+            anchors.append(tree.take(encoded, places[chosen]))
+            noise_key = replace(host, ids=host.ids[chosen], replica=replica)
+            where.append(with_noise(anchors[-1], scale, noise_key, options, op="restart"))
+            rows.append(chosen + replica * len(ids))
+
+    order = torch.argsort(torch.cat(rows))
+    start = _in_order(where, order)
+    anchor = None if options.radius is None else _in_order(anchors, order)
+    visit = bank.visit(chains, start, None if anchor is None else anchor.z)
+    seen: list[Tensor] = []
+
+    def move(d_z: Tensor) -> None:
+        # Summed over backward passes of one graph, so that a loss backpropagated in parts moves as if in one.
+        seen[:] = [d_z if not seen else seen[0] + d_z]
+        bank.move(visit, chains, _moved(start, seen[0], anchor, scale, key, options))
+
+    # The hook holds `start`, not the leaf that holds the hook: no cycle keeps the batch alive.
+    leaf = start.z.detach().requires_grad_()
+    leaf.register_hook(move)
+    return replace(start, z=leaf)
+
+
+def _starts_anew(bank: LatentBank, key: Key, options: SamplerOptions) -> Tensor:
+    """Whether each chain starts from its example, bool [B]; decided by sample id, step and replica alone."""
+    coin = words(key, OP_RESTART)[0] < options.restart_probability * 2.0**32
+    unknown = [chain_key(sample_id, key.replica) not in bank for sample_id in key.ids.tolist()]
+    return coin | torch.tensor(unknown, dtype=torch.bool)
+
+
+def _in_order(parts: list[Latents], order: Tensor) -> Latents:
+    """The pieces, padded to the longest of them, put together in batch order."""
+    if len(parts) > 1:
+        longest = tuple(max(sizes) for sizes in zip(*(part.z.shape[1:] for part in parts), strict=True))
+        parts = [part.padded_to(longest) for part in parts]
+    return tree.take(tree.concat(parts), order)
+
+
+def _moved(
+    start: Latents, slope: Tensor, anchors: Latents | None, scale: Tensor | None, key: Key, options: SamplerOptions
+) -> Latents:
+    """One normalised step from where the visit began; replica by replica, as the noise is keyed by it."""
+    count = key.ids.shape[0]
+    parts = []
+    for replica in range(options.replicas):
+        rows = torch.arange(replica * count, (replica + 1) * count)
+        anchor = None if anchors is None else tree.take(anchors, rows)
+        mine = tree.take(start, rows)
+        parts.append(step_up(mine, tree.take(slope, rows), anchor, scale, key.of_replica(replica), options))
+    return tree.concat(parts)

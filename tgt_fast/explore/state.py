@@ -1,0 +1,100 @@
+"""A sampler's saved state, checked before anything of it is taken over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from tgt_fast.errors import CheckpointError
+from tgt_fast.explore.anchors import AnchorPool
+from tgt_fast.explore.bank import LatentBank
+from tgt_fast.explore.options import SamplerOptions
+from tgt_fast.teacher import Latents
+
+_COUNTERS: Final = ("seed", "step", "next_id")
+_BANK: Final = ("bank_chains", "bank_latents", "bank_mask", "bank_anchors")
+_POOL: Final = ("pool_latents", "pool_mask", "pool_labels")
+
+
+@dataclass(frozen=True)
+class SamplerState:
+    seed: Tensor
+    step: Tensor
+    next_id: Tensor
+    stride: int
+    scale: Tensor | None
+    bank: LatentBank
+    pool: AnchorPool | None
+
+
+def checked_state(state: Any, options: SamplerOptions) -> SamplerState:
+    """The parts of a ``LatentSampler.state_dict()``, for a sampler with these options.
+
+    Raises:
+        CheckpointError: what is wrong, and where.
+    """
+    if not isinstance(state, dict):
+        raise CheckpointError(f"LatentSampler: a state is a dict, got {type(state).__name__}")
+    _check_names(state, options)
+    for name in ("version", "stride"):
+        if isinstance(state[name], bool) or not isinstance(state[name], int) or state[name] < 0:
+            raise CheckpointError(f"LatentSampler: {name} must be a non-negative integer, got {state[name]!r}")
+    if state["version"] != 1:
+        raise CheckpointError(f"LatentSampler: this state has format {state['version']}, this release reads format 1")
+    for name in _COUNTERS:
+        value = _tensor(state, name)
+        if value.ndim or value.dtype != torch.int64:
+            raise CheckpointError(f"LatentSampler: {name} must be a 0-d int64 tensor, got {value.dtype} {tuple(value.shape)}")
+    scale = None
+    if "scale" in state:
+        scale = _tensor(state, "scale").clone()
+        if not scale.is_floating_point() or not bool((scale.isfinite() & (scale >= 0)).all()):
+            raise CheckpointError("LatentSampler: scale must hold finite standard deviations >= 0")
+    bank = LatentBank(options.bank_size)
+    bank.load_state_dict({name: _tensor(state, name) for name in _BANK if name in state})
+    seed, step, next_id = (state[name].clone() for name in _COUNTERS)
+    return SamplerState(seed, step, next_id, state["stride"], scale, bank, _pool(state))
+
+
+def _check_names(state: dict[str, Any], options: SamplerOptions) -> None:
+    needed = {"version", "stride", *_COUNTERS}
+    allowed = needed | {"scale"}
+    has_bank, has_pool = any(name in state for name in _BANK), any(name in state for name in _POOL)
+    if options.mode == "persistent":
+        allowed |= set(_BANK)
+        if has_bank:
+            needed |= {"bank_chains", "bank_latents"} | ({"bank_anchors"} if options.radius is not None else set())
+    if options.anchors == "balanced":
+        allowed |= set(_POOL)
+        if has_pool:
+            needed |= {"pool_latents", "pool_labels"}
+    missing, foreign = sorted(needed - state.keys()), sorted(map(str, state.keys() - allowed))
+    if missing or foreign:
+        raise CheckpointError(
+            f"LatentSampler: not the state of a sampler with mode={options.mode!r}, anchors={options.anchors!r}: "
+            f"missing {missing}, foreign {foreign}"
+        )
+
+
+def _pool(state: dict[str, Any]) -> AnchorPool | None:
+    if "pool_latents" not in state:
+        return None
+    z, labels = _tensor(state, "pool_latents"), _tensor(state, "pool_labels")
+    if labels.dtype != torch.int64 or labels.shape != z.shape[:1] or not labels.numel():
+        raise CheckpointError(f"LatentSampler: pool_labels {labels.dtype} {tuple(labels.shape)} do not fit {tuple(z.shape)} latents")
+    latents = Latents(z, _tensor(state, "pool_mask") if "pool_mask" in state else None)
+    try:
+        latents.check(z.shape[0], "pool")
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"LatentSampler: {error}") from error
+    return AnchorPool(latents, labels)
+
+
+def _tensor(state: dict[str, Any], name: str) -> Tensor:
+    value = state[name]
+    if not isinstance(value, Tensor):
+        raise CheckpointError(f"LatentSampler: {name} must be a tensor, got {type(value).__name__}")
+    return value

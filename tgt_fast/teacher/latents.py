@@ -1,0 +1,99 @@
+"""Latents: what an encoder gives and a decoder takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from tgt_fast.errors import DTypeError, ShapeError
+
+
+@dataclass(frozen=True)
+class Latents:
+    """A batch of latents, ``z = Enc(x)``, and which of its positions are real.
+
+    Attributes:
+        z: [B, ...] floating point: (B, d), (B, c, h, w), (B, L, d), ...
+        mask: None (everything is real), or bool or integer [B, ...] over the leading dimensions of ``z``, for example
+            (B, L) for z of (B, L, d); each of its dimensions is z's or 1. True (non-zero) marks a real position.
+            Padding goes to the right: then noise, which is numbered position by position, is the same for an
+            example alone and for the same example padded.
+
+    A node of ``torch.utils._pytree``; the mask is a leaf only where there is one.
+    """
+
+    z: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def real(self) -> Tensor | None:
+        """The mask as bool with z's number of dimensions, ready to broadcast; None where everything is real."""
+        if self.mask is None:
+            return None
+        return self.mask.bool().reshape(self.mask.shape + (1,) * (self.z.ndim - self.mask.ndim))
+
+    def at_real(self, z: Tensor) -> Latents:
+        """The same latents with ``z`` at the real positions; masked positions keep their values, bit for bit."""
+        real = self.real
+        return replace(self, z=z if real is None else torch.where(real, z, self.z))
+
+    def check(self, batch: int, what: str) -> Latents:
+        """Itself, if z and mask make sense for a batch of that size.
+
+        Raises:
+            DTypeError: z is not floating point.
+            ShapeError: the batch size is another, or the mask does not broadcast over z's leading dimensions.
+        """
+        if not isinstance(self.z, Tensor) or not self.z.is_floating_point():
+            found = self.z.dtype if isinstance(self.z, Tensor) else type(self.z).__name__
+            raise DTypeError(f"{what}: latents must be a floating-point tensor, got {found}")
+        if self.z.ndim < 2 or self.z.shape[0] != batch:
+            raise ShapeError(f"{what}: latents must be [batch={batch}, ...], got {tuple(self.z.shape)}")
+        if self.mask is not None:
+            over = self.z.shape[: self.mask.ndim]
+            fits = 0 < self.mask.ndim <= self.z.ndim and self.mask.shape[0] == batch
+            if not fits or any(m not in (1, n) for m, n in zip(self.mask.shape, over, strict=True)):
+                raise ShapeError(
+                    f"{what}: mask {tuple(self.mask.shape)} does not cover the leading dimensions of "
+                    f"latents {tuple(self.z.shape)}"
+                )
+        return self
+
+    def padded_to(self, shape: torch.Size | tuple[int, ...]) -> Latents:
+        """The latents with positions added on the right (zeros, masked) until an example has ``shape``.
+
+        Raises:
+            ShapeError: ``shape`` differs where there is no mask to say which positions are real, or is smaller.
+        """
+        have = tuple(self.z.shape[1:])
+        if have == tuple(shape):
+            return self
+        mask = self.mask
+        grows = [b - a for a, b in zip(have, shape, strict=False)]
+        if mask is None or len(have) != len(shape) or any(g < 0 for g in grows) or any(grows[mask.ndim - 1 :]):
+            raise ShapeError(f"latents of shape {have} do not fit where examples have shape {tuple(shape)}")
+        widths = [g if mask.shape[1 + i] == have[i] else 0 for i, g in enumerate(grows[: mask.ndim - 1])]
+        return replace(self, z=_pad_right(self.z, grows), mask=_pad_right(mask, widths))
+
+
+def _pad_right(x: Tensor, widths: list[int]) -> Tensor:
+    """Zeros after the end of the dimensions 1, 2, ... of x."""
+    widths = widths + [0] * (x.ndim - 1 - len(widths))
+    return F.pad(x, [n for width in reversed(widths) for n in (0, width)])
+
+
+def _flatten(latents: Latents) -> tuple[list[Any], bool]:
+    return ([latents.z], False) if latents.mask is None else ([latents.z, latents.mask], True)
+
+
+def _unflatten(children: Any, has_mask: bool) -> Latents:
+    z, *mask = children
+    return Latents(z, mask[0] if has_mask else None)
+
+
+pytree.register_pytree_node(Latents, _flatten, _unflatten, serialized_type_name="tgt_fast.Latents")

@@ -1,0 +1,276 @@
+"""Teacher: a frozen generator and a frozen labeler, through which gradients flow."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
+from tgt_fast.teacher import tree
+from tgt_fast.teacher.latents import Latents
+
+Inputs: TypeAlias = Any  # a tensor, or a pytree of tensors that share the batch dimension
+Prior: TypeAlias = "str | tuple[int, ...] | Callable[[Tensor], Tensor | Latents] | None"
+
+
+class Teacher(nn.Module):
+    r"""The frozen teacher: ``z = Enc(x)``, ``x = Dec(z)``, ``logits = h(x)``.
+
+    Source: Zaheer et al., "Teacher Guided Training" (ICLR 2023). Frozen means: parameters need no gradient, modules
+    stay in eval mode whatever a parent module does, and nothing of the teacher enters ``state_dict()``,
+    ``parameters()`` or ``modules()``. It does not mean ``no_grad``: gradients flow through ``decode`` and ``label``
+    to the latents. ``.to()``, ``.cuda()``, ``.half()`` of this module or of a parent do move the teacher.
+
+    All inputs live in one *data space*: what the loader gives, the encoder takes and the decoder makes.
+
+    Args:
+        encoder: data -> latents, a floating-point [B, ...] tensor or a :class:`Latents` (with a mask).
+        decoder: latents -> data with the same B. It is called with the tensor z, or with the whole ``Latents`` where
+            they carry a mask. If it has a parameter named ``relaxed`` it is told whether a differentiable output
+            is wanted (decoders of discrete data); any other decoder is taken to be differentiable as it is.
+        labeler: ``labeler_transform(data)`` -> logits [B, ..., C].
+        prior: None; "normal" (z ~ N(0, I) in the shape of the encoder's latents); a shape such as (16,) (the same,
+            and no encoder call is needed to learn the shape); or a callable that turns normal noise in the shape
+            of the encoder's latents into latents.
+        labeler_transform: data -> what the labeler expects, for example a normalisation. Deterministic.
+        student_transform: data -> what the student expects; applied by :meth:`student_view`. Deterministic.
+        max_batch: run encoder, decoder and labeler on at most so many examples at a time; None: all at once.
+        modules: modules that the callables use without showing it (a lambda's closure), to be frozen and moved too.
+
+    Each part is any callable: a module, a bound method of a module (``vae.encode``; the module is found and frozen),
+    a ``functools.partial`` of either, or a plain function. A module shared with the student is frozen there too.
+
+    Raises:
+        ArgumentError: a part that cannot be called, a prior or ``max_batch`` of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        encoder: Callable[..., Any],
+        decoder: Callable[..., Any],
+        labeler: Callable[..., Any],
+        *,
+        prior: Prior = None,
+        labeler_transform: Callable[..., Any] | None = None,
+        student_transform: Callable[..., Any] | None = None,
+        max_batch: int | None = None,
+        modules: Sequence[nn.Module] = (),
+    ) -> None:
+        super().__init__()
+        # In a plain dict, because nn.Module registers what is assigned to an attribute.
+        self._parts: dict[str, Any] = {"encoder": encoder, "decoder": decoder, "labeler": labeler}
+        self._parts |= {"labeler_transform": labeler_transform, "student_transform": student_transform}
+        for name, part in self._parts.items():
+            if not callable(part) and (part is not None or not name.endswith("transform")):
+                raise ArgumentError(f"Teacher: {name} must be callable, got {type(part).__name__}")
+        self._parts["prior"] = _checked_prior(prior)
+        if max_batch is not None and (not isinstance(max_batch, int) or max_batch < 1):
+            raise ArgumentError(f"Teacher: max_batch must be a positive integer or None, got {max_batch!r}")
+        self.max_batch = max_batch
+        self._decoder_takes_relaxed = _has_parameter(decoder, "relaxed")
+        found = [owner for part in self._parts.values() if (owner := module_behind(part)) is not None]
+        unique = {id(module): module for module in [*found, *modules]}
+        self._frozen: tuple[nn.Module, ...] = tuple(unique.values())
+        self.training = False
+        self._keep_frozen()
+
+    # ---- what frozen means ------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in eval mode, whatever ``mode`` says: a parent's ``train()`` ends here."""
+        self._keep_frozen()
+        return self
+
+    def _keep_frozen(self) -> None:
+        # At every call, because a module may also hang in a parent that was put in train mode since the last one.
+        for root in self._frozen:
+            if any(module.training for module in root.modules()):
+                root.eval()
+            for parameter in root.parameters():
+                if parameter.requires_grad:
+                    parameter.requires_grad_(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
+        super()._apply(fn, recurse)
+        for module in self._frozen:
+            module._apply(fn, recurse)
+        return self
+
+    def frozen_tensors(self) -> Iterator[Tensor]:
+        """The parameters and buffers of every module behind the teacher, which ``parameters()`` does not show."""
+        for module in self._frozen:
+            yield from module.parameters()
+            yield from module.buffers()
+
+    # ---- its parts --------------------------------------------------------------------------------------------
+
+    @property
+    def encoder(self) -> Callable[..., Any]:
+        return self._parts["encoder"]
+
+    @property
+    def decoder(self) -> Callable[..., Any]:
+        return self._parts["decoder"]
+
+    @property
+    def labeler(self) -> Callable[..., Any]:
+        return self._parts["labeler"]
+
+    @property
+    def prior(self) -> Prior:
+        return self._parts["prior"]
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the teacher's first tensor lies; None for a teacher without modules."""
+        return next((tensor.device for tensor in self.frozen_tensors()), None)
+
+    def extra_repr(self) -> str:
+        lines = [f"{name}={_name_of(part)}" for name, part in self._parts.items()]
+        return ", ".join([*lines, f"max_batch={self.max_batch}"])
+
+    # ---- what it does -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, x: Inputs) -> Latents:
+        """``Enc(x)``, without a graph. x: data, a pytree of B examples. Returns :class:`Latents` of B examples.
+
+        Raises:
+            ShapeError, DTypeError: the encoder gave another number of examples, or no floating-point latents.
+        """
+        self._keep_frozen()
+        return tree.concat([self._encode(piece) for piece in tree.chunks(x, self.max_batch)])
+
+    def _encode(self, x: Inputs) -> Latents:
+        return _as_latents(self.encoder(x), tree.batch_size(x), "encoder")
+
+    def decode(self, latents: Latents | Tensor, relaxed: bool = False) -> Inputs:
+        """``Dec(z)``, differentiable in z.
+
+        Args:
+            latents: B latents, or a bare tensor [B, ...].
+            relaxed: ask a decoder of discrete data for an output through which gradients flow.
+
+        Returns:
+            Data, a pytree of B examples.
+
+        Raises:
+            ShapeError: the decoder changed the batch size.
+        """
+        self._keep_frozen()
+        if isinstance(latents, Tensor):
+            latents = Latents(latents)
+        return tree.concat([self._decode(piece, relaxed) for piece in tree.chunks(latents, self.max_batch)])
+
+    def _decode(self, latents: Latents, relaxed: bool) -> Inputs:
+        # A subclass of Latents carries more than z, so its decoder gets all of it.
+        bare = latents.mask is None and type(latents) is Latents
+        options = {"relaxed": relaxed} if self._decoder_takes_relaxed else {}
+        x = self.decoder(latents.z if bare else latents, **options)
+        _same_batch("decoder", latents.z.shape[0], tree.batch_size(x, "decoder's output"))
+        return x
+
+    def label(self, x: Inputs) -> Tensor:
+        """``h(labeler_transform(x))``, logits [B, ..., C]; differentiable in x, no graph where x needs none.
+
+        Raises:
+            ShapeError, DTypeError: the labeler changed the batch size, or gave no floating-point logits.
+        """
+        self._keep_frozen()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and tree.requires_grad(x)):
+            return tree.concat([self._label(piece) for piece in tree.chunks(x, self.max_batch)])
+
+    def _label(self, x: Inputs) -> Tensor:
+        transform = self._parts["labeler_transform"]
+        logits = self.labeler(x if transform is None else transform(x))
+        return checked_logits(logits, tree.batch_size(x), "labeler")
+
+    forward = label
+
+    def student_view(self, x: Inputs) -> Inputs:
+        """``student_transform(x)``: the data as the student expects it; x itself where there is no transform."""
+        transform = self._parts["student_transform"]
+        if transform is None:
+            return x
+        self._keep_frozen()
+        view = transform(x)
+        _same_batch("student_transform", tree.batch_size(x), tree.batch_size(view, "student_transform's output"))
+        return view
+
+    def from_prior(self, noise: Latents) -> Latents:
+        """Latents of the generator's prior from standard normal noise of their shape.
+
+        Raises:
+            ArgumentError: the teacher was built without a prior.
+        """
+        if self.prior is None:
+            raise ArgumentError('this teacher has no prior: build it with Teacher(..., prior="normal"), a shape or a callable')
+        if not callable(self.prior):
+            return noise
+        self._keep_frozen()
+        made = self.prior(noise.z)
+        made = made if isinstance(made, Latents) else Latents(made, noise.mask)
+        return made.check(noise.z.shape[0], "prior")
+
+
+def module_behind(part: Any) -> nn.Module | None:
+    """The module that a callable is, or is a method or a ``functools.partial`` of; None where none can be seen."""
+    while isinstance(part, functools.partial):
+        part = part.func
+    if isinstance(part, nn.Module):
+        return part
+    owner = getattr(part, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def checked_logits(logits: Any, batch: int, who: str) -> Tensor:
+    """The logits, if they are a floating-point tensor [batch, ..., C]."""
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        found = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise DTypeError(f"{who}: expected a floating-point tensor of logits, got {found}; wrap it to return the logits")
+    if logits.ndim < 2:
+        raise ShapeError(f"{who}: logits must be [batch, ..., classes], got {tuple(logits.shape)}")
+    _same_batch(who, batch, logits.shape[0])
+    return logits
+
+
+def _same_batch(who: str, given: int, made: int) -> None:
+    if given != made:
+        raise ShapeError(f"{who} changed the batch size: it was given {given} examples and returned {made}")
+
+
+def _as_latents(made: Any, batch: int, who: str) -> Latents:
+    if isinstance(made, Tensor):
+        made = Latents(made)
+    if not isinstance(made, Latents):
+        raise DTypeError(
+            f"{who}: expected a tensor or Latents, got {type(made).__name__}; "
+            "wrap it to return the latent itself (of a VAE: the mean)"
+        )
+    return made.check(batch, who)
+
+
+def _checked_prior(prior: Any) -> Prior:
+    if prior is None or prior == "normal" or callable(prior):
+        return prior
+    if isinstance(prior, (tuple, list)) and prior and all(isinstance(n, int) and n > 0 for n in prior):
+        return tuple(prior)
+    raise ArgumentError(f'Teacher: prior must be None, "normal", a shape or a callable, got {prior!r}')
+
+
+def _has_parameter(part: Callable[..., Any], name: str) -> bool:
+    try:
+        return name in inspect.signature(part.forward if isinstance(part, nn.Module) else part).parameters
+    except (TypeError, ValueError):  # a built-in without a signature
+        return False
+
+
+def _name_of(part: Any) -> str:
+    if part is None or isinstance(part, (str, tuple)):
+        return repr(part)
+    return getattr(part, "__qualname__", type(part).__name__)
