@@ -2,11 +2,12 @@
 
 In a checkpoint folder::
 
-    checkpoint.json                      structure and numbers; its replacement is the moment a checkpoint becomes valid
-    checkpoint-<sha256, 16 digits>.safetensors   every tensor of that checkpoint
+    checkpoint.json                      structure and numbers; replacing it makes a checkpoint valid
+    checkpoint-<16 digits>.safetensors   every tensor of that checkpoint; the digits begin its SHA-256
 
-A new checkpoint's tensors are written beside the old ones, then ``checkpoint.json`` is replaced in one rename, then the
-old tensors are removed: a process killed at any moment leaves a whole checkpoint, the old or the new.
+A new checkpoint's tensors are written beside the old ones, then ``checkpoint.json`` is replaced in one
+rename, then the old tensors are removed: a process killed at any moment leaves a whole checkpoint, the old or
+the new.
 """
 
 from __future__ import annotations
@@ -22,15 +23,24 @@ from typing import Any, Protocol
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tgt_fast.errors import CheckpointError
 from tgt_fast.train.codec import decode, encode
+from tgt_fast.train.files import (
+    make_writable,
+    replace_file,
+    reported,
+    sha256,
+    sync,
+    write_tensors,
+    write_text,
+)
 from tgt_fast.train.rng import get_rng_state, set_rng_state
 
 MANIFEST = "checkpoint.json"
 _FORMAT, _VERSION = "tgt_fast.checkpoint", 1
+_ANY_TENSOR_FILE = "checkpoint-" + "[0-9a-f]" * 16 + ".safetensors"
 _SHOWN = 5  # how many differing names an error lists
 
 
@@ -48,7 +58,6 @@ class Checkpoint:
 
     step: int
     extra: Any  # as given to save_checkpoint
-    rng: dict[str, Any]  # for tgt_fast.train.rng.set_rng_state
 
 
 def has_checkpoint(directory: str | os.PathLike[str]) -> bool:
@@ -63,19 +72,22 @@ def save_checkpoint(
     optimizer: Stateful | None = None,
     scheduler: Stateful | None = None,
     sampler: Stateful | None = None,
+    data: Stateful | None = None,
     step: int = 0,
     extra: Any = None,
 ) -> Path:
     """Save a training state, so that ``load_checkpoint`` continues it bit for bit on the same machine.
 
-    Saved are ``student.state_dict()``, the states of the optimizer, the schedule and the sampler, the states of the global
-    random number generators, ``step`` and ``extra``. The teacher is not: it is frozen, and yours to build again.
+    Saved are ``student.state_dict()``, the states of the other objects given, those of the global random
+    number generators (torch, numpy, Python), ``step`` and ``extra``. The teacher is not: it is frozen, and
+    yours to build again.
 
     Args:
         directory: the folder; made if it is missing. It holds one checkpoint, the last.
         student: the module that is trained. Tied weights are stored once a name.
-        optimizer, scheduler, sampler: whatever of them the run has; their states must be tensors, numbers, strings and
-            containers of them.
+        optimizer, scheduler, sampler: whatever of them the run has. Their states must be tensors, numbers,
+            strings and containers of them.
+        data: what knows the place in the data's order, such as a :class:`tgt_fast.train.data.BatchStream`.
         step: the number of optimizer steps taken.
         extra: anything else of such values.
 
@@ -83,8 +95,8 @@ def save_checkpoint(
         The path of ``checkpoint.json``.
 
     Raises:
-        CheckpointError: a state cannot be stored without pickle, or the folder cannot be written (full, read-only). The
-            previous checkpoint in the folder is then intact.
+        CheckpointError: a state cannot be stored without pickle, or the folder cannot be written (full,
+            read-only). The previous checkpoint in the folder is then intact.
     """
     folder = Path(directory)
     tensors: dict[str, Tensor] = {}
@@ -94,30 +106,26 @@ def save_checkpoint(
         "rng": encode(get_rng_state(), "rng", tensors),
         "extra": encode(extra, "extra", tensors),
     }
-    for name, part in (("optimizer", optimizer), ("scheduler", scheduler), ("sampler", sampler)):
+    parts = {"data": data, "sampler": sampler, "scheduler": scheduler, "optimizer": optimizer}
+    for name, part in parts.items():
         state[name] = None if part is None else _encode_part(name, part, tensors)
 
     make_writable(folder)
-    _remove(folder, ".*.tmp")  # what a killed save left
-    unhashed = folder / ".checkpoint.safetensors.tmp"
-    _write_tensors(unhashed, tensors)
-    with _reported(unhashed, "write"):
-        digest = _file_sha256(unhashed)
-        tensor_file = folder / _tensor_file(digest)
-        os.replace(unhashed, tensor_file)
-    document = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "torch": torch.__version__,
-        "tensors_sha256": digest,
-        "state_sha256": _text_sha256(_canonical(state)),
-        "state": state,
-    }
-    _replace_file(folder / MANIFEST, lambda path: _write_bytes(path, _canonical(document).encode()))
-    for stale in folder.glob("checkpoint-*.safetensors"):
-        if stale != tensor_file:
-            stale.unlink(missing_ok=True)
-    return folder / MANIFEST
+    manifest = folder / MANIFEST
+    try:
+        digest = _write_under_hash(folder, tensors)
+        document = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "torch": torch.__version__,
+            "tensors_sha256": digest,
+            "state_sha256": _text_sha256(_canonical(state)),
+            "state": state,
+        }
+        replace_file(manifest, lambda path: write_text(path, _canonical(document)))
+    finally:
+        _remove_unnamed(manifest)
+    return manifest
 
 
 def load_checkpoint(
@@ -127,28 +135,30 @@ def load_checkpoint(
     optimizer: Stateful | None = None,
     scheduler: Stateful | None = None,
     sampler: Stateful | None = None,
-    restore_rng: bool = True,
+    data: Stateful | None = None,
 ) -> Checkpoint:
     """Fill the objects of a run from the checkpoint in ``directory``: all of them, or none.
 
-    Hashes, names, shapes, dtypes and the kinds of optimizer, schedule and sampler are checked before anything is touched; if
-    an object still refuses its state, those already filled are put back.
+    Hashes, names, shapes, dtypes and the kinds of the objects are checked before anything is touched; if an
+    object still refuses its state, those already filled are put back. The global random number generators are
+    set as well.
 
     Args:
         directory: a folder written by :func:`save_checkpoint`.
-        student, optimizer, scheduler, sampler: built as for the run that saved; None where that run had None.
-        restore_rng: also set the global random number generators.
+        student, optimizer, scheduler, sampler, data: built as for the run that saved; None where that run had
+            None.
 
     Returns:
-        The step, ``extra`` and the generators' states.
+        The step and ``extra``.
 
     Raises:
-        CheckpointError: no checkpoint, a damaged or foreign one, or one of another student, optimizer, schedule or sampler.
-            The message names the file and what differs, and nothing was changed.
+        CheckpointError: no checkpoint, a damaged or foreign one, or one of another student, optimizer,
+            schedule, sampler or loader. The message names the file and what differs, and nothing was changed.
     """
     manifest = Path(directory) / MANIFEST
     state, tensors = _read(manifest)
-    parts = {"optimizer": optimizer, "scheduler": scheduler, "sampler": sampler}
+    # The data first, since finding its place may move the global generators, which are set last.
+    parts = {"data": data, "sampler": sampler, "scheduler": scheduler, "optimizer": optimizer}
     try:
         weights = decode(state["student"], tensors)
         rng = decode(state["rng"], tensors)
@@ -162,7 +172,7 @@ def load_checkpoint(
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{manifest}: not a training state of tgt_fast ({error!r})") from error
 
-    undo: list[Callable[[], Any]] = []
+    undo = [_restorer(set_rng_state, get_rng_state())]
     try:
         for name, part in parts.items():
             if part is not None:
@@ -170,14 +180,12 @@ def load_checkpoint(
                 part.load_state_dict(states[name])
         undo.append(_restorer(student.load_state_dict, student.state_dict()))
         student.load_state_dict(weights)
-        if restore_rng:
-            undo.append(_restorer(set_rng_state, get_rng_state()))
-            set_rng_state(rng)
+        set_rng_state(rng)
     except Exception as error:
         for restore in reversed(undo):
             restore()
         raise CheckpointError(f"{manifest}: its state was refused ({error}); nothing was changed") from error
-    return Checkpoint(step, extra, rng)
+    return Checkpoint(step, extra)
 
 
 def save_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> None:
@@ -186,7 +194,8 @@ def save_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor]) ->
     ``module.load_state_dict(safetensors.torch.load_file(path))`` loads it again, strictly.
 
     Raises:
-        CheckpointError: an entry is not a tensor, or the file cannot be written; an older file of that name is then intact.
+        CheckpointError: an entry is not a tensor, or the file cannot be written; an older file is then
+            intact.
     """
     tensors: dict[str, Tensor] = {}
     for name, value in weights.items():
@@ -195,20 +204,7 @@ def save_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor]) ->
                 f"{path}: {name} is a {type(value).__name__}; a weights file takes tensors only"
             )
         encode(value, name, tensors)
-    _replace_file(Path(path), lambda temporary: _write_tensors(temporary, tensors))
-
-
-def make_writable(folder: Path) -> None:
-    """Make ``folder`` and prove that a file can be written there, before work is spent that could not be saved.
-
-    Raises:
-        CheckpointError: it cannot.
-    """
-    probe = folder / f".probe-{os.getpid()}.tmp"
-    with _reported(folder, "write to"):
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"\0")
-        probe.unlink()
+    replace_file(Path(path), lambda temporary: write_tensors(temporary, tensors))
 
 
 # ---- the parts ----
@@ -239,7 +235,7 @@ def _check_student(student: nn.Module, weights: Mapping[str, Any]) -> None:
     unexpected = [name for name in weights if name not in here]
     if missing or unexpected:
         raise CheckpointError(
-            f"it is of another student: the checkpoint lacks {_names(missing)} and has in excess {_names(unexpected)}"
+            f"it is of another student: it lacks {_names(missing)} and has {_names(unexpected)} too many"
         )
     differing = [
         f"{name} (checkpoint {_describe(weights[name])}, student {_describe(value)})"
@@ -279,21 +275,6 @@ def _restorer(load: Callable[[Any], Any], state: Any) -> Callable[[], Any]:
 # ---- the files ----
 
 
-class _reported:
-    """``with _reported(path, "write"):`` turns the file system's errors into a CheckpointError that names the path."""
-
-    def __init__(self, path: Path, verb: str) -> None:
-        self.path, self.verb = path, verb
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, (OSError, SafetensorError)):
-            reason = getattr(error, "strerror", None) or str(error)
-            raise CheckpointError(f"cannot {self.verb} {self.path}: {reason}") from error
-
-
 def _canonical(value: Any) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
@@ -302,65 +283,41 @@ def _text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _tensor_file(digest: str) -> str:
     return f"checkpoint-{digest[:16]}.safetensors"
 
 
-def _sync(path: Path) -> None:
-    """Have the data of a file, or the names in a folder, on the disk before the next step depends on it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-    _sync(path)
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    with _reported(path, "write"):
+def _write_under_hash(folder: Path, tensors: dict[str, Tensor]) -> str:
+    """Write a tensor file named by its hash, which is returned; no other checkpoint's file is touched."""
+    temporary = folder / ".checkpoint.safetensors.tmp"
+    with reported(temporary, "write"):
         try:
-            safetensors.torch.save_file(tensors, path)
-            _sync(path)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-
-
-def _replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside ``path``, then rename over it: a reader, or a crash, meets the old file or the new one, whole."""
-    temporary = path.parent / f".{path.name}.tmp"
-    with _reported(path, "write"):
-        try:
-            write(temporary)
-            os.replace(temporary, path)
+            write_tensors(temporary, tensors)
+            digest = sha256(temporary)
+            os.replace(temporary, folder / _tensor_file(digest))
+            sync(folder)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync(path.parent)
+    return digest
 
 
-def _remove(folder: Path, pattern: str) -> None:
-    for path in folder.glob(pattern):
-        path.unlink(missing_ok=True)
+def _remove_unnamed(manifest: Path) -> None:
+    """Remove the tensor files that ``checkpoint.json`` does not name; where it cannot be read, none."""
+    try:
+        named = _tensor_file(json.loads(manifest.read_bytes())["tensors_sha256"])
+        for path in manifest.parent.glob(_ANY_TENSOR_FILE):
+            if path.name != named:
+                path.unlink()
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # untidy, but no checkpoint is harmed
 
 
 def _read(manifest: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The validated content of a checkpoint: its state, still encoded, and its tensors."""
     if not manifest.exists():
         raise CheckpointError(f"{manifest.parent}: no checkpoint there (no {manifest.name})")
-    with _reported(manifest, "read"):
+    with reported(manifest, "read"):
         raw = manifest.read_bytes()
     try:
         document = json.loads(raw)
@@ -381,7 +338,7 @@ def _read(manifest: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensor_file = manifest.parent / _tensor_file(digest)
     if not tensor_file.exists():
         raise CheckpointError(f"{tensor_file}: missing, though {manifest.name} names it")
-    with _reported(tensor_file, "read"):
+    with reported(tensor_file, "read"):
         data = tensor_file.read_bytes()
         if hashlib.sha256(data).hexdigest() != digest:
             raise CheckpointError(f"{tensor_file}: damaged (truncated or altered: its hash does not match)")

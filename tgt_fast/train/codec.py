@@ -13,23 +13,23 @@ from torch import Tensor
 
 from tgt_fast.errors import CheckpointError
 
-# JSON knows lists and objects with string keys. Everything else is an object with one of these tags as its only key.
+# JSON knows lists, and objects with string keys. Anything else is an object whose only key is one of these tags.
 _TENSOR, _TUPLE, _DICT, _COUNTER, _FLOAT = "tensor", "tuple", "dict", "counter", "float"
 
 
 def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """``decode(encode(value, path, tensors), tensors) == value`` for state made of numbers, strings and tensors.
+    """``decode(encode(value, path, tensors), tensors) == value``, for state of numbers, strings and tensors.
 
     Args:
-        value: None, bool, int, float, str, tensors, numpy scalars, and lists, tuples, dicts and Counters of them.
+        value: None, bool, int, float, str, tensors, numpy scalars; lists, tuples, dicts and Counters of them.
         path: where ``value`` sits, such as ``"optimizer/state"``: the prefix of its tensors' names.
-        tensors: receives every tensor (detached, on the CPU, contiguous, sharing no memory with the original).
+        tensors: receives every tensor: detached, on the CPU, contiguous, sharing no memory with the original.
 
     Returns:
         What ``json.dumps(..., allow_nan=False)`` takes.
 
     Raises:
-        CheckpointError: something else is in there (a function, an object); the message names its place and type.
+        CheckpointError: something else is in there (a function, an object); the message names place and type.
     """
     if value is None or isinstance(value, (bool, str)):
         return value
@@ -52,8 +52,8 @@ def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         tag = _COUNTER if isinstance(value, Counter) else _DICT
         return {tag: [[_key(k, path), encode(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
     raise CheckpointError(
-        f"{path} holds a {type(value).__module__}.{type(value).__qualname__}: a checkpoint takes tensors, numbers, strings and "
-        "lists, tuples and dicts of them (it is never pickled)"
+        f"{path} holds a {type(value).__module__}.{type(value).__qualname__}: a checkpoint takes tensors, numbers, "
+        "strings and lists, tuples and dicts of them (it is never pickled)"
     )
 
 

@@ -13,13 +13,15 @@ from torch.utils import _pytree as pytree
 from tgt_fast.errors import ArgumentError
 from tgt_fast.train.rng import get_rng_state, set_rng_state
 
+_END = object()
+
 
 class Batch(NamedTuple):
     """One batch of a loader, by name."""
 
     sample_ids: Tensor | None  # (B,) int64
     x: Any  # a tensor or a pytree of tensors
-    y: Tensor | None  # (B,) int64
+    y: Tensor | None  # (B, ...) int64
 
 
 def split_batch(batch: Any) -> Batch:
@@ -35,7 +37,7 @@ def split_batch(batch: Any) -> Batch:
     if len(batch) in (1, 2):
         return Batch(None, batch[0], batch[1] if len(batch) == 2 else None)
     raise ArgumentError(
-        f"a batch is x, (x, y) or (ids, x, y); the loader gave {type(batch).__name__} of {len(batch)}"
+        f"a batch is x, (x, y) or (ids, x, y); the loader gave a {type(batch).__name__} of {len(batch)}"
     )
 
 
@@ -48,29 +50,28 @@ def to_device(batch: Any, device: torch.device | None) -> Any:
 
 def module_device(module: nn.Module) -> torch.device | None:
     """The device of a module's first parameter or buffer; None when it has neither."""
-    for tensors in (module.parameters(), module.buffers()):
-        for tensor in tensors:
-            return tensor.device
-    return None
+    return next((tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())), None)
 
 
 class BatchStream:
     """The batches of ``loader``, epoch after epoch, with a place that can be saved.
 
-    The order of an epoch is drawn when it begins, from the global generators or from those of the loader and its samplers. So
-    their states at that moment, and the number of batches taken since, say where the stream is. Finding the place again reads
-    the epoch's batches up to there once more; the global generators are then the caller's to set.
+    The order of an epoch is drawn as it begins, from the global generators or from those of the loader and
+    its samplers. So their states at that moment, and the number of batches taken since, say where the stream
+    is. Finding the place again reads the epoch's batches up to there once more; it moves the global
+    generators, which are the caller's to set afterwards.
 
     Args:
-        loader: a DataLoader, or anything that can be iterated over again. ``set_epoch`` of its samplers is called.
+        loader: a DataLoader, or anything that can be iterated over again. Its samplers' ``set_epoch`` is
+            called.
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader
-        self.epoch = 0  # the epoch that the next batch is of, counted from 0
-        self.position = 0  # batches taken of that epoch
-        self._start: dict[str, Any] = {}
+        self.epoch = 0  # the epoch under way, counted from 0
+        self.position = 0  # batches taken of it
         self._batches: Iterator[Any] | None = None
+        self._start: dict[str, Any] | None = None  # the generators when it began
 
     def take(self) -> Any:
         """The next batch.
@@ -79,48 +80,50 @@ class BatchStream:
             ArgumentError: an epoch without any batch.
         """
         while True:
-            for batch in self._batches or self._begin():
+            if self._batches is None:
+                self._batches = self._begin()
+            batch = next(self._batches, _END)
+            if batch is not _END:
                 self.position += 1
                 return batch
             if not self.position:
-                raise ArgumentError(
-                    "the loader gave no batch (empty, or an iterator that can be read only once)"
-                )
+                raise ArgumentError("the loader gave no batch: it is empty, or can be read only once")
             self.epoch, self.position, self._batches = self.epoch + 1, 0, None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "position": self.position, "start": self._start}
+        own = [generator.get_state() for generator in self._generators()]
+        return {"epoch": self.epoch, "position": self.position, "start": self._start, "generators": own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved place.
 
         Raises:
-            ArgumentError: the loader has fewer batches, or other generators, than the one whose place was saved.
+            ArgumentError: the loader has fewer batches, or other generators, than the one whose place was
+                saved.
         """
+        generators, start = self._generators(), state["start"]
+        if len(generators) != len(state["generators"]):
+            raise ArgumentError("the loader's random generators are not those of the run that was saved")
         self.epoch, self.position, self._batches = state["epoch"], 0, None
-        if not state["position"]:
-            return
-        generators = self._generators()
-        if len(generators) != len(state["start"]["generators"]):
-            raise ArgumentError("the loader's generators are not those of the run that was saved")
-        set_rng_state(state["start"]["global"])
-        for generator, saved in zip(generators, state["start"]["generators"], strict=True):
-            generator.set_state(saved)
-        batches = self._begin()
-        self.position = sum(1 for _ in itertools.islice(batches, state["position"]))
+        if start is not None:
+            set_rng_state(start["global"])
+            _set_states(generators, start["generators"])
+            self._batches = self._begin()
+            self.position = sum(1 for _ in itertools.islice(self._batches, state["position"]))
         if self.position < state["position"]:
             raise ArgumentError(
-                f"the loader ends before batch {state['position']} of its epoch, where the saved run was"
+                f"the loader has {self.position} batches; the saved run had taken {state['position']}"
             )
+        # They may have been used for something else since the epoch began, such as an evaluation.
+        _set_states(generators, state["generators"])
 
     def _begin(self) -> Iterator[Any]:
         for sampler in self._samplers():
             if hasattr(sampler, "set_epoch"):  # a DistributedSampler shuffles by it
                 sampler.set_epoch(self.epoch)
-        generators = [generator.get_state() for generator in self._generators()]
-        self._start = {"global": get_rng_state(), "generators": generators}
-        self._batches = iter(self.loader)
-        return self._batches
+        own = [generator.get_state() for generator in self._generators()]
+        self._start = {"global": get_rng_state(), "generators": own}
+        return iter(self.loader)
 
     def _samplers(self) -> list[Any]:
         batch_sampler = getattr(self.loader, "batch_sampler", None)
@@ -129,14 +132,17 @@ class BatchStream:
             batch_sampler,
             getattr(batch_sampler, "sampler", None),
         )
-        return [
-            sampler for i, sampler in enumerate(found) if sampler is not None and sampler not in found[:i]
-        ]
+        return _distinct(sampler for sampler in found if sampler is not None)
 
     def _generators(self) -> list[torch.Generator]:
-        found: list[torch.Generator] = []
-        for owner in (self.loader, *self._samplers()):
-            generator = getattr(owner, "generator", None)
-            if isinstance(generator, torch.Generator) and not any(generator is other for other in found):
-                found.append(generator)
-        return found
+        found = (getattr(owner, "generator", None) for owner in (self.loader, *self._samplers()))
+        return _distinct(generator for generator in found if isinstance(generator, torch.Generator))
+
+
+def _distinct(objects: Iterable[Any]) -> list[Any]:
+    return list({id(one): one for one in objects}.values())
+
+
+def _set_states(generators: list[torch.Generator], states: list[Tensor]) -> None:
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)

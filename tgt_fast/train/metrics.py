@@ -18,7 +18,10 @@ from tgt_fast.train.data import module_device, split_batch, to_device
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every submodule's own train/eval flag is what it was."""
     flags = [(child, child.training) for child in module.modules()]
-    module.eval()
+    for child, _ in flags:
+        child.training = (
+            False  # not eval(): an adapter may merge weights there, which flags alone would not undo
+        )
     try:
         yield
     finally:
@@ -29,8 +32,9 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 def class_thirds(class_counts: Sequence[int] | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Head, middle and tail: the classes in three groups by their number of training examples.
 
-    Classes are sorted from the most frequent to the rarest (ties in order of class index) and cut into three groups of as
-    equal a number of classes as possible, the larger ones first: ten classes give 4, 3 and 3.
+    Classes are sorted from the most frequent to the rarest (ties in order of class index) and cut into three
+    groups of
+    as equal a number of classes as possible, the larger groups first: ten classes give 4, 3 and 3.
 
     Args:
         class_counts: the number of training examples of each class, (C,), C >= 3.
@@ -72,7 +76,12 @@ def accuracy(logits: Tensor, target: Tensor, *, classes: Tensor | None = None) -
 
 
 def class_accuracy(logits: Tensor, target: Tensor) -> list[float]:
-    """The accuracy on each class's own examples: C floats, NaN for a class without any. Arguments as :func:`accuracy`."""
+    """:func:`accuracy` on each class's own examples: C floats, NaN for a class without any.
+
+    Raises:
+        ShapeError: the shapes do not fit.
+        ArgumentError: a target is not below C.
+    """
     _check_rows("class_accuracy", logits, target)
     correct, total = _class_hits("class_accuracy", logits, target)
     return [_ratio(hits, count) for hits, count in zip(correct.tolist(), total.tolist(), strict=True)]
@@ -90,7 +99,7 @@ def agreement(student_logits: Tensor, teacher_logits: Tensor) -> float:
 
 
 def mean_kl(student_logits: Tensor, teacher_logits: Tensor) -> float:
-    """The mean over rows of KL(teacher || student) = sum_c p_c (log p_c - log q_c), in nats, at temperature 1.
+    """mean over rows of KL(teacher || student) = sum_c p_c (log p_c - log q_c), in nats, at temperature 1.
 
     Computed in float64. A class that the teacher's logits exclude (-inf) adds nothing.
 
@@ -98,7 +107,8 @@ def mean_kl(student_logits: Tensor, teacher_logits: Tensor) -> float:
         student_logits, teacher_logits: (..., C).
 
     Returns:
-        A float >= 0, +inf where the student excludes a class that the teacher does not; NaN when there are no rows.
+        A float >= 0; +inf where the student excludes a class that the teacher does not; NaN when there are no
+        rows.
 
     Raises:
         ShapeError: the shapes differ.
@@ -122,11 +132,11 @@ def evaluate(
         student: inputs -> logits (B, C).
         teacher: a ``Teacher``, whose ``student_view`` prepares the student's input, or None.
         loader: gives ``(x, y)``, ``(ids, x, y)`` or, for a comparison with the teacher alone, ``x``.
-        class_counts: the training examples of each class; adds accuracies on thirds of the classes (:func:`class_thirds`).
+        class_counts: the training examples of each class; adds the accuracies on :func:`class_thirds`.
 
     Returns:
-        ``accuracy`` (a fraction; NaN without labels), with ``class_counts`` also ``head``, ``middle`` and ``tail`` (NaN where no
-        example is of that third), with a teacher also ``agreement`` and ``mean_kl``, as the functions of those names.
+        ``accuracy`` (a fraction; NaN without labels); with ``class_counts`` also ``head``, ``middle`` and
+        ``tail`` (NaN where no example is of that third); with a teacher also ``agreement`` and ``mean_kl``.
 
     Raises:
         ArgumentError: the loader gave no batch, or ``class_counts`` does not fit.
@@ -169,7 +179,7 @@ def evaluate(
             if hits is not None and totals is not None:
                 if len(class_counts) != hits.numel():
                     raise ArgumentError(
-                        f"evaluate: {len(class_counts)} class_counts, but the student has {hits.numel()} classes"
+                        f"evaluate: {len(class_counts)} class_counts for a student of {hits.numel()} classes"
                     )
                 result[name] = _ratio(hits[classes].sum().item(), totals[classes].sum().item())
     if teacher is not None:
@@ -205,7 +215,7 @@ def _row_kl(student: Tensor, teacher: Tensor) -> Tensor:
 def _check_rows(name: str, logits: Tensor, target: Tensor) -> None:
     if logits.shape[:-1] != target.shape:
         raise ShapeError(
-            f"{name}: logits {tuple(logits.shape)} need targets {tuple(logits.shape[:-1])}, got {tuple(target.shape)}"
+            f"{name}: logits {tuple(logits.shape)} do not fit targets {tuple(target.shape)}, one a row expected"
         )
 
 

@@ -36,24 +36,28 @@ class TGTObjective:
         R(f) = 1/n sum_i [ hard_weight * CE(f(x_i), y_i) + l_d(f(x_i), h(x_i)) ]
              + synthetic_weight * 1/m sum_j l_d(f(x~_j), h(x~_j))
 
-    f is the student, h the teacher's labeler, x~ the sampler's synthetic examples, and l_d the soft term of ``loss``.
+    f is the student, h the teacher's labeler, x~ the sampler's synthetic examples, l_d the soft term of
+    ``loss``.
 
-    The student runs once on the real and once on the synthetic examples, each as seen through ``teacher.student_view``. Two
-    passes rather than one over both: a BatchNorm then normalises real examples by real statistics, as it will when the student
-    is used, and the two batches may have different sizes or padding.
+    The student runs once on the real and once on the synthetic examples, both seen through
+    ``teacher.student_view``. Two passes rather than one over both, because a BatchNorm then normalises real
+    examples by statistics of real ones, and the two batches may differ in size or padding. Its running
+    statistics see both, the real batch first.
 
     Args:
         teacher: the frozen teacher.
         sampler: makes the synthetic examples; None leaves the third term out (plain distillation).
-        loss: l_d and the hard term, with reduction "mean". By default ``DistillationLoss(temperature=2.0, hard_weight=1.0)``.
+        loss: l_d and the hard term, with reduction "mean";
+            ``DistillationLoss(temperature=2.0, hard_weight=1.0)`` by default.
         synthetic_weight: factor of the third term, >= 0. With 0 the sampler is not called.
 
     Raises:
-        ArgumentError: a loss with another reduction or with ``return_stats``, a negative weight, or a sampler with a loss that
-            has no soft term.
+        ArgumentError: a loss with another reduction or with ``return_stats``, a negative weight, or a sampler
+            with a loss that has no soft term.
 
-    Source: Zaheer et al., "Teacher Guided Training: An Efficient Framework for Knowledge Transfer", ICLR 2023. The weight of
-    the synthetic term is ours.
+    Source: Zaheer et al., "Teacher Guided Training: An Efficient Framework for Knowledge Transfer", ICLR
+        2023. The
+    weight of the synthetic term is ours.
     """
 
     def __init__(
@@ -78,7 +82,7 @@ class TGTObjective:
             )
         if sampler is not None and self.loss.options.soft_weight == 0:
             raise ArgumentError(
-                "TGTObjective: a loss with soft_weight=0 ignores the synthetic examples; leave the sampler out"
+                "TGTObjective: a loss with soft_weight=0 ignores synthetic examples; leave the sampler out"
             )
         self._hard_loss = self._without_soft(self.loss)
 
@@ -99,18 +103,19 @@ class TGTObjective:
         Args:
             student: inputs -> logits (n, ..., C), the teacher's C.
             x: n real examples in data space, a tensor or a pytree of tensors.
-            y: (n, ...) int64 labels, or None: the soft terms alone. The loss's ``ignore_index`` drops a real row from both its
-                terms, ``unlabeled_index`` from the hard one.
-            sample_ids: (n,) int64, what the sampler keys its noise by.
-            step: the optimizer step, also for the sampler; by default it counts its own calls. Pass it when one optimizer step
+            y: (n, ...) int64 labels, or None: the soft terms alone. The loss's ``ignore_index`` drops a real
+                row from both its terms, ``unlabeled_index`` from the hard one.
+            sample_ids: (n,) int64, what the sampler keys its noise by; by default it counts examples.
+            step: for the sampler's noise; by default it counts its calls. Pass the optimizer step where one
                 consists of several calls.
             sample_weight: (n, ...) weights of the real rows.
-            normalizer: replaces n, the number (or total weight) of counted real rows, when several calls make one step. See
-                :meth:`normalizers`.
+            normalizer: replaces n, the number (or total weight) of counted real rows, where several calls
+                make one step; see :meth:`normalizers`.
             synthetic_normalizer: likewise replaces m, the number of synthetic rows.
 
         Returns:
-            ``{"loss": 0-d tensor, "parts": {"hard", "soft", "synthetic"}}``; the parts are detached and add up to the loss.
+            ``{"loss", "parts": {"hard", "soft", "synthetic"}}``, 0-d; the parts are detached and add up to
+            the loss.
 
         Raises:
             ShapeError: student, teacher and labels do not fit together. Errors of the sampler are passed on.
@@ -132,9 +137,10 @@ class TGTObjective:
     def normalizers(self, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
         """(n, m) over the micro-batches of one step: its counted real rows, and its synthetic rows.
 
-        With them, k calls whose losses are added up equal one call on all the examples, however the valid rows are spread. In a
-        data parallel run sum them over the processes and divide by the number of processes. Where logits have more dimensions
-        than (n, C), labels are needed to count real rows, and synthetic rows are yours to count.
+        With them, k calls whose losses are added up equal one call on all the examples, however the valid
+        rows are spread. In a data parallel run, which averages gradients, sum them over the processes and
+        divide by the number of processes. Rows are counted by labels, or by examples: for logits (n, ..., C)
+        without labels, and for synthetic rows of such logits, pass counts of your own.
 
         Args:
             batches: the micro-batches; ``y`` may be None.

@@ -43,7 +43,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def isolated_rng(seed: int | None = None) -> Iterator[None]:
-    """Whatever runs inside leaves the global generators as they were; with a seed, it also starts from that seed."""
+    """What runs inside leaves the global generators as they were; with a seed, it starts from that seed."""
     before = get_rng_state()
     try:
         if seed is not None:
