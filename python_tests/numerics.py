@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,17 @@ HALF_FACTOR = 1.5  # a bf16 or fp16 gradient may err so many times as much as th
 ELEMENT_FACTOR = 4.0  # and a single element so many times as much, relative to its row, as the whole may
 
 HALF = (torch.bfloat16, torch.float16)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch on ``count`` threads. The truth takes one: on a busy machine many small parallel loops only wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -46,11 +59,13 @@ def evaluate(
     """The public loss and its gradients; without ``upstream`` those of ``loss.sum()``."""
     student = student.detach().requires_grad_(needs[0])
     teacher = teacher.detach().requires_grad_(needs[1])
-    out = tgt.distillation_loss(student, teacher, target, backend=backend, **options)
-    loss, stats = out if isinstance(out, tuple) else (out, None)
-    return _differentiate(loss, student, teacher, upstream, stats)
+    with threads(1) if backend == "reference" else contextlib.nullcontext():
+        out = tgt.distillation_loss(student, teacher, target, backend=backend, **options)
+        loss, stats = out if isinstance(out, tuple) else (out, None)
+        return _differentiate(loss, student, teacher, upstream, stats)
 
 
+@threads(1)
 def truth(
     student: Tensor,
     teacher: Tensor,

@@ -120,6 +120,11 @@ def _not_a_number(rows: Tensor, logits: Tensor) -> Tensor:
     return (_select(rows, logits) * poison[:, None]).sum(dim=-1)
 
 
+def _nothing(logits: Tensor) -> Tensor:
+    """0, with a gradient of 0: a term that is not computed leaves its inputs in the graph.  [N, C] -> [N]"""
+    return _select(torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device), logits).sum(dim=-1)
+
+
 def _clamped(value: Tensor) -> Tensor:
     """max(value, 0) without touching the gradient: a value below 0 is rounding, its gradient is not."""
     return value + (value.clamp_min(0.0) - value).detach()
@@ -214,6 +219,8 @@ def distillation_loss(
     loss = torch.zeros(rows, dtype=torch.float64, device=s.device)
     if options.soft_weight != 0.0:
         loss = loss + options.soft_weight * _soft_term(s, t, counted, options)
+    else:
+        loss = loss + _nothing(s) + _nothing(t)
     if options.hard_weight != 0.0 and target is not None:
         loss = loss + options.hard_weight * _hard_term(s, target, labeled, options.label_smoothing)
     loss = torch.where(counted, weight * loss, 0.0)

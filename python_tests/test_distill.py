@@ -1,0 +1,407 @@
+"""The distillation loss against the float64 truth: values and gradients, sizes, dtypes, layouts, reductions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import tgt_fast as tgt
+import torch
+from hypothesis import given, settings
+from numerics import (
+    Result,
+    arithmetic_bar,
+    assert_close,
+    assert_matches_truth,
+    evaluate,
+    logits,
+    magnitude,
+    targets,
+    truth,
+)
+from strategies import DTYPES, DistillCase, distill_cases, lay_out
+from tgt_fast.kernels.options import DIVERGENCES
+from torch import Tensor
+
+# What each size is there for.
+CLASSES = (
+    1,  # softmax is 1 whatever the logits: every KL is 0, every gradient of a distribution too
+    2,
+    10,  # the digits; less than a vector of any instruction set
+    17,  # one float of AVX-512 more than a vector
+    1000,  # ImageNet; whole vectors and a tail, rows that stay in the first-level cache
+    4099,  # prime: a tail for every vector width and every unrolling; more than one block of a row
+    33000,  # a vocabulary; a row leaves the first-level cache between the passes
+)
+ROWS = (
+    1,  # a single row: nothing to spread over threads
+    3,  # fewer rows than some thread counts
+    128,  # every thread gets several
+)
+
+
+def check(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    *,
+    backend: str,
+    needs: tuple[bool, bool] = (True, True),
+    upstream: Tensor | None = None,
+    per_row: float = 1.0,
+    **options: Any,
+) -> Result:
+    """Evaluate on a backend and hold loss and gradients against the truth."""
+    result = evaluate(student, teacher, target, backend=backend, needs=needs, upstream=upstream, **options)
+    expected = truth(student, teacher, target, needs=needs, upstream=upstream, **options)
+    assert_matches_truth(
+        result,
+        expected,
+        student,
+        teacher,
+        temperature=options.get("temperature", 1.0),
+        teacher_temperature=options.get("teacher_temperature"),
+        hard=target is not None,
+        per_row=per_row,
+    )
+    return result
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_number_of_classes(backend: str, divergence: str, classes: int) -> None:
+    rows = 128 if classes <= 17 else 3
+    student, teacher, target = logits(rows, classes, 0), logits(rows, classes, 1), targets(rows, classes, 2)
+    options = {"divergence": divergence, "beta": 0.3, "reduction": "none", "temperature": 2.0}
+    check(student, teacher, backend=backend, **options)
+    check(student, teacher, target, backend=backend, hard_weight=0.7, label_smoothing=0.1, **options)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_number_of_rows(backend: str, divergence: str, rows: int) -> None:
+    check(
+        logits(rows, 100, 0), logits(rows, 100, 1), backend=backend, divergence=divergence, reduction="none"
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(0, 7), (0, 3, 7), (2, 0, 7)])
+def test_an_empty_batch_gives_zero_and_empty_gradients(
+    backend: str, shape: tuple[int, ...], reduction: str
+) -> None:
+    student, teacher = torch.empty(shape), torch.empty(shape)
+    result = evaluate(student, teacher, backend=backend, reduction=reduction)
+    assert result.loss.shape == (shape[:-1] if reduction == "none" else ())
+    assert result.loss.sum() == 0
+    assert result.d_student is not None and result.d_student.shape == shape
+    assert result.d_teacher is not None and result.d_teacher.shape == shape
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(
+    "pair", list(itertools.product(DTYPES, DTYPES)), ids=lambda p: "-".join(str(d)[6:] for d in p)
+)
+def test_every_pair_of_dtypes(backend: str, pair: tuple[torch.dtype, torch.dtype], divergence: str) -> None:
+    student, teacher = logits(33, 100, 0, dtype=pair[0]), logits(33, 100, 1, dtype=pair[1])
+    target = targets(33, 100, 2)
+    check(
+        student, teacher, target, backend=backend, divergence=divergence, hard_weight=0.5, temperature=2.0,
+        reduction="none",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_half_gradients_are_as_good_as_rounding_the_truth(
+    backend: str, divergence: str, dtype: torch.dtype
+) -> None:
+    """Logits are never rounded before the softmax: a vocabulary in half precision keeps the bar."""
+    student, teacher = logits(8, 33000, 0, dtype=dtype), logits(8, 33000, 1, dtype=dtype)
+    check(student, teacher, backend=backend, divergence=divergence, reduction="none")
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=2)), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_subset_of_gradients(
+    backend: str, divergence: str, dtype: torch.dtype, needs: tuple[bool, bool]
+) -> None:
+    student, teacher, target = logits(5, 21, 0, dtype=dtype), logits(5, 21, 1, dtype=dtype), targets(5, 21, 2)
+    options = {"divergence": divergence, "hard_weight": 0.5, "reduction": "none"}
+    result = check(student, teacher, target, backend=backend, needs=needs, **options)
+    whole = evaluate(student, teacher, target, backend=backend, **options)
+    assert torch.equal(result.loss, whole.loss)
+    for got, want in ((result.d_student, whole.d_student), (result.d_teacher, whole.d_teacher)):
+        assert got is None or torch.equal(got, want)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.5, 2.0, 100.0])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_temperatures_from_a_twentieth_to_a_hundred(
+    backend: str, divergence: str, temperature: float
+) -> None:
+    student, teacher = logits(16, 257, 0), logits(16, 257, 1)
+    check(student, teacher, backend=backend, divergence=divergence, temperature=temperature, reduction="none")
+
+
+@pytest.mark.parametrize("ts, tt", [(1.0, 4.0), (4.0, 1.0), (0.3, 2.0)])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_student_and_teacher_may_differ_in_temperature(
+    backend: str, divergence: str, ts: float, tt: float
+) -> None:
+    student, teacher = logits(16, 257, 0), logits(16, 257, 1)
+    options = {"divergence": divergence, "temperature": ts, "teacher_temperature": tt, "reduction": "none"}
+    check(student, teacher, targets(16, 257, 2), backend=backend, hard_weight=1.0, **options)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_flat_and_peaked_rows_side_by_side(backend: str, divergence: str) -> None:
+    """Row i spans a hundred times the logits of row i - 1; some agree with the teacher, some contradict it."""
+    base = logits(6, 50, 0)
+    student = base * torch.tensor([0.0, 0.01, 1.0, 1.0, 20.0, 20.0])[:, None]
+    teacher = torch.where(
+        torch.tensor([1, 1, 1, 0, 1, 0], dtype=torch.bool)[:, None], student * 1.01, student.flip(-1)
+    )
+    check(student, teacher, backend=backend, divergence=divergence, reduction="none")
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_equal_logits_give_no_loss_and_no_gradient(backend: str, dtype: torch.dtype, divergence: str) -> None:
+    both = logits(9, 130, 0, dtype=dtype)
+    result = check(
+        both, both.clone(), backend=backend, divergence=divergence, temperature=2.0, reduction="none"
+    )
+    assert result.loss.ge(0).all()
+    assert divergence == "cross_entropy" or result.loss.le(1e-5).all()
+
+
+# Reductions, weights, normalizer
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """12 rows of 20 classes, with dropped and unlabeled rows and a row of weight 0."""
+    target = targets(12, 20, 2)
+    target[3], target[7], target[8] = -100, -1, -100
+    weight = torch.rand(12, generator=torch.Generator().manual_seed(3)) + 0.5
+    weight[5] = 0.0
+    return logits(12, 20, 0), logits(12, 20, 1), target, weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "mse"])
+def test_reductions_with_weights_and_dropped_rows(
+    backend: str, divergence: str, reduction: str, weighted: bool, dtype: torch.dtype
+) -> None:
+    student, teacher, target, weight = batch()
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    options: dict[str, Any] = {"divergence": divergence, "hard_weight": 0.5, "reduction": reduction}
+    if weighted:
+        options["sample_weight"] = weight
+    per_row = 1.0 / 10.0 if reduction == "mean" else 1.0
+    check(student, teacher, target, backend=backend, per_row=per_row, **options)
+
+
+@pytest.mark.parametrize(
+    "normalizer", [3.0, 7, torch.tensor(5.0), torch.tensor(4), torch.tensor(2.5, dtype=torch.float64)]
+)
+def test_normalizer_replaces_the_divisor(backend: str, normalizer: float | Tensor) -> None:
+    student, teacher, target, _ = batch()
+    options: dict[str, Any] = {"hard_weight": 1.0, "backend": backend}
+    total = evaluate(student, teacher, target, reduction="sum", **options)
+    ours = evaluate(student, teacher, target, normalizer=normalizer, **options)
+    torch.testing.assert_close(ours.loss, total.loss / float(normalizer))
+    torch.testing.assert_close(ours.d_student, total.d_student / float(normalizer))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("normalizer", [0, 0.0, torch.tensor(0.0)])
+def test_a_normalizer_of_zero_gives_zero(backend: str, normalizer: float | Tensor) -> None:
+    student, teacher, target, _ = batch()
+    student[0, 0] = math.nan
+    result = evaluate(student, teacher, target, backend=backend, hard_weight=1.0, normalizer=normalizer)
+    assert result.loss == 0
+    assert result.d_student is not None and result.d_student.eq(0).all()
+    assert result.d_teacher is not None and result.d_teacher.eq(0).all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_nothing_counted_is_zero_not_nan(backend: str, divergence: str) -> None:
+    student, teacher, _, _ = batch()
+    options: dict[str, Any] = {"backend": backend, "divergence": divergence}
+    for result in (
+        evaluate(student, teacher, torch.full((12,), -100), hard_weight=1.0, **options),
+        evaluate(student, teacher, sample_weight=torch.zeros(12), **options),
+    ):
+        assert result.loss == 0
+        assert result.d_student is not None and result.d_student.eq(0).all()
+        assert result.d_teacher is not None and result.d_teacher.eq(0).all()
+
+
+def test_accumulation_1x32_equals_4x8_with_unequal_valid_rows(backend: str) -> None:
+    """A global count as normalizer makes micro-batches add up to the batch, whatever rows each of them drops."""
+    student, teacher, target = logits(32, 50, 0), logits(32, 50, 1), targets(32, 50, 2)
+    target[:7], target[9], target[17] = -100, -100, -1  # 1, 7, 8 and 8 valid rows
+    count = int((target != -100).sum())
+    options: dict[str, Any] = {"backend": backend, "hard_weight": 0.5, "temperature": 2.0}
+    whole = evaluate(student, teacher, target, **options)
+    parts = [
+        evaluate(s, t, y, normalizer=count, **options)
+        for s, t, y in zip(student.split(8), teacher.split(8), target.split(8), strict=True)
+    ]
+    torch.testing.assert_close(torch.stack([p.loss for p in parts]).sum(), whole.loss, rtol=1e-6, atol=0)
+    for name in ("d_student", "d_teacher"):
+        torch.testing.assert_close(
+            torch.cat([getattr(p, name) for p in parts]), getattr(whole, name), rtol=1e-6, atol=1e-9
+        )
+    naive = torch.stack([evaluate(s, t, y, **options).loss for s, t, y in zip(
+        student.split(8), teacher.split(8), target.split(8), strict=True)]).mean()  # fmt: skip
+    assert not torch.allclose(naive, whole.loss, rtol=1e-3)  # the mean of means is something else
+
+
+@pytest.mark.parametrize("classes", [10, 1000, 32000])
+def test_size_of_the_soft_term_does_not_depend_on_the_number_of_classes(backend: str, classes: int) -> None:
+    """Only the first two classes have mass: q = (3/4, 1/4), p = (1/2, 1/2). The loss and its ratio to CE are fixed."""
+    student = torch.full((4, classes), -math.inf)
+    teacher = student.clone()
+    student[:, 0], student[:, 1] = math.log(3.0), 0.0
+    teacher[:, :2] = 0.0
+    soft = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    hard = -math.log(0.75)
+    value = tgt.distillation_loss(student, teacher, backend=backend)
+    assert float(value) == pytest.approx(soft, rel=1e-5)
+    mixed = tgt.distillation_loss(
+        student, teacher, torch.zeros(4, dtype=torch.int64), hard_weight=1.0, backend=backend
+    )
+    assert float(mixed) == pytest.approx(soft + hard, rel=1e-5)
+
+
+# Layouts
+
+
+@pytest.mark.parametrize("layout", ["row-strided", "column-strided", "transposed"])
+@pytest.mark.parametrize("shape", [(5, 33), (2, 3, 33), (33,), (2, 1, 3, 9)], ids=str)
+def test_shapes_and_strides_do_not_change_the_result(
+    backend: str, shape: tuple[int, ...], layout: str
+) -> None:
+    student, teacher = logits(shape[:-1], shape[-1], 0), logits(shape[:-1], shape[-1], 1)
+    target = targets(math.prod(shape[:-1]), shape[-1], 2).view(shape[:-1])
+    options: dict[str, Any] = {"hard_weight": 0.5, "reduction": "none", "backend": backend}
+    plain = evaluate(student, teacher, target, **options)
+    placed = evaluate(lay_out(student, layout), lay_out(teacher, layout), target, **options)
+    assert placed.loss.shape == shape[:-1]
+    assert torch.equal(placed.loss, plain.loss)
+    assert placed.d_student is not None and placed.d_student.shape == shape
+    assert torch.equal(placed.d_student, plain.d_student)  # type: ignore[arg-type]
+    assert torch.equal(placed.d_teacher, plain.d_teacher)  # type: ignore[arg-type]
+
+
+def test_expanded_logits_and_a_broadcast_teacher(backend: str) -> None:
+    student, row = logits(6, 20, 0), logits(1, 20, 1)
+    result = evaluate(student, row.expand(6, 20), backend=backend, reduction="none")
+    copied = evaluate(student, row.repeat(6, 1), backend=backend, reduction="none")
+    assert torch.equal(result.loss, copied.loss)
+    assert torch.equal(result.d_student, copied.d_student)  # type: ignore[arg-type]
+
+
+# Everything at once
+
+
+@settings(max_examples=150)
+@given(case=distill_cases())
+def test_any_legal_call_agrees_with_the_truth(backend: str, case: DistillCase) -> None:
+    result = evaluate(
+        case.student, case.teacher, case.target, backend=backend, needs=case.needs, **case.options
+    )
+    expected = truth(case.student, case.teacher, case.target, needs=case.needs, **_explicit(case.options))
+    assert_matches_truth(
+        result,
+        expected,
+        case.student,
+        case.teacher,
+        temperature=case.options["temperature"],
+        teacher_temperature=case.options["teacher_temperature"],
+        hard=case.hard,
+        per_row=_smallest_upstream(case),
+    )
+
+
+def _explicit(options: dict[str, Any]) -> dict[str, Any]:
+    return {**options, "teacher_temperature": options["teacher_temperature"] or options["temperature"]}
+
+
+def _smallest_upstream(case: DistillCase) -> float:
+    """The upstream gradient of a row: 1, or 1 over the divisor of a mean."""
+    if case.options["reduction"] != "mean":
+        return 1.0
+    rows = math.prod(case.student.shape[:-1])
+    return 1.0 / max(1.0, float(case.options.get("normalizer") or rows))
+
+
+# Three ways: the truth, torch's own functions in float32, and ours
+
+
+@pytest.mark.parametrize("classes", [10, 1000, 33000])
+def test_no_worse_than_eager_torch_in_float32(backend: str, classes: int) -> None:
+    student, teacher, target = logits(16, classes, 0), logits(16, classes, 1), targets(16, classes, 2)
+    expected = truth(student, teacher, target, hard_weight=1.0, reduction="none", needs=(True, False))
+    leaf = student.clone().requires_grad_()
+    log_q, log_p = torch.log_softmax(leaf, -1), torch.log_softmax(teacher, -1)
+    eager = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    eager = eager + torch.nn.functional.cross_entropy(leaf, target, reduction="none")
+    (d_eager,) = torch.autograd.grad(eager.sum(), leaf)
+    ours = evaluate(
+        student, teacher, target, backend=backend, hard_weight=1.0, reduction="none", needs=(True, False)
+    )
+    for mine, theirs, best in (
+        (ours.loss, eager, expected.loss),
+        (ours.d_student, d_eager, expected.d_student),
+    ):
+        assert mine is not None and best is not None
+        margin = max(2.0 * float((theirs.double() - best).norm() / best.norm()), 2e-7)
+        assert float((mine.double() - best).norm() / best.norm()) <= margin
+
+
+# Statistics
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_statistics_describe_both_distributions(backend: str, divergence: str, dtype: torch.dtype) -> None:
+    student, teacher = logits((3, 4), 57, 0, dtype=dtype), logits((3, 4), 57, 1, dtype=dtype)
+    teacher[0] = student[0]
+    options: dict[str, Any] = {"divergence": divergence, "temperature": 2.0, "teacher_temperature": 0.5}
+    plain = evaluate(student, teacher, backend=backend, **options)
+    result = evaluate(student, teacher, backend=backend, return_stats=True, **options)
+    stats = result.stats
+    assert stats is not None
+    assert torch.equal(result.loss, plain.loss)
+    assert torch.equal(result.d_student, plain.d_student)  # type: ignore[arg-type]
+    q = torch.distributions.Categorical(logits=student.double() / 2.0)
+    p = torch.distributions.Categorical(logits=teacher.double() / 0.5)
+    expected = {
+        "student_entropy": q.entropy(),
+        "teacher_entropy": p.entropy(),
+        "kl": torch.distributions.kl_divergence(p, q),
+        "student_lse": torch.logsumexp(student.double() / 2.0, -1),
+        "teacher_lse": torch.logsumexp(teacher.double() / 0.5, -1),
+    }
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    bar = arithmetic_bar(wide, magnitude(student / 2.0, teacher / 0.5))
+    for name, want in expected.items():
+        got = getattr(stats, name)
+        assert got.dtype == wide and got.shape == (3, 4) and not got.requires_grad
+        assert_close(name, got, want, bar=bar, floor=1e-1)
+    assert stats.agreement.dtype == torch.bool
+    assert torch.equal(stats.agreement, student.argmax(-1) == teacher.argmax(-1))
+    assert stats.agreement[0].all() and not stats.agreement.all()
+
+
+def test_statistics_need_no_gradient(backend: str) -> None:
+    loss, stats = tgt.distillation_loss(logits(4, 9, 0), logits(4, 9, 1), return_stats=True, backend=backend)
+    assert not loss.requires_grad
+    assert all(not value.requires_grad and value.shape == (4,) for value in stats)
