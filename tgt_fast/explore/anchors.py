@@ -12,10 +12,10 @@ from tgt_fast.teacher import Latents, tree
 
 
 class AnchorPool:
-    """Encoded real examples, in the order of their classes; a draw takes a class uniformly, then a member uniformly.
+    """Encoded real examples by class; a draw takes a class uniformly, then a member of it uniformly.
 
-    Balanced anchors are this project's choice, not the paper's: in a long tail the batch's own examples rarely show
-    the rare classes.
+    Balanced anchors are this project's choice, not the paper's: in a long tail the batch's own examples
+    rarely show the rare classes.
     """
 
     def __init__(self, latents: Latents, labels: Tensor) -> None:
@@ -28,13 +28,15 @@ class AnchorPool:
 
     @property
     def classes(self) -> int:
-        return self._sizes.shape[0]
+        return int(self._sizes.shape[0])
 
     def to(self, device: torch.device) -> AnchorPool:
         """The pool on that device; itself where it is there."""
         if self.labels.device == device:
             return self
-        return AnchorPool(tree.map_batched(lambda leaf: leaf.to(device), self.latents), self.labels.to(device))
+        return AnchorPool(
+            tree.map_batched(lambda leaf: leaf.to(device), self.latents), self.labels.to(device)
+        )
 
     def draw(self, key: Key) -> Latents:
         """An anchor for each sample id of the key; the same for every replica."""
@@ -75,5 +77,9 @@ class PoolBuilder:
     def build(self) -> AnchorPool:
         if not self._latents:
             raise ArgumentError("calibrate: the loader gave no examples")
-        longest = torch.Size(max(sizes) for sizes in zip(*(part.z.shape[1:] for part in self._latents), strict=True))
-        return AnchorPool(tree.concat([part.padded_to(longest) for part in self._latents]), torch.cat(self._labels))
+        longest = torch.Size(
+            max(sizes) for sizes in zip(*(part.z.shape[1:] for part in self._latents), strict=True)
+        )
+        return AnchorPool(
+            tree.concat([part.padded_to(longest) for part in self._latents]), torch.cat(self._labels)
+        )

@@ -22,15 +22,18 @@ def chain_key(sample_id: int, replica: int) -> int:
 class LatentBank:
     """At most ``size`` latents, found by chain; the least recently visited goes first.
 
-    The bank belongs to its process and shares nothing: an id that moves to another process (another rank) starts there
-    anew from Enc(x) + noise, and so does one that was evicted. Look-ups happen on the host; the latents stay on their
-    device, in one tensor that grows by doubling, so that a visit is a gather and a move a scatter. Latents with a mask
-    may be of unequal length: they are kept, and come back, padded to the longest seen.
+    The bank belongs to its process and shares nothing: an id that moves to another process (another rank)
+    starts there anew from Enc(x) + noise, and so does one that was evicted. Look-ups happen on the host; the
+    latents stay on their device, in one tensor that grows by doubling, so that a visit is a gather and a move
+    a scatter. Latents with a mask may be of unequal length: they are kept, and come back, padded to the
+    longest seen.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._slots: OrderedDict[int, int] = OrderedDict()  # chain -> row of the store; the longest unvisited first
+        self._slots: OrderedDict[int, int] = (
+            OrderedDict()
+        )  # chain -> row of the store; the longest unvisited first
         self._visits: dict[int, int] = {}  # chain -> its last visit, to tell a late move from a current one
         self._visit = 0
         self._store: Latents | None = None  # [capacity, ...]
@@ -64,8 +67,8 @@ class LatentBank:
             self._visits[chain] = self._visit
             if chain in self._slots:
                 self._slots.move_to_end(chain)
-        # Those evicted are never of this batch, which now stands at the end. Their rows are all taken over by new
-        # chains, so that rows 0 .. len - 1 are the ones in use.
+        # Those evicted are never of this batch, which now stands at the end. Their rows are all taken over by
+        # new chains, so that rows 0 .. len - 1 are the ones in use.
         evicted = [self._slots.popitem(last=False) for _ in range(len(self._slots) + len(new) - self.size)]
         for chain, _ in evicted:
             del self._visits[chain]
@@ -110,10 +113,14 @@ class LatentBank:
                 shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
                 raise CheckpointError(f"LatentSampler: the bank's tensors do not fit together: {shapes}")
             kept = slice(max(0, count - self.size), None)
-            latents = Latents(z[kept].clone(), None if "bank_mask" not in state else state["bank_mask"][kept].clone())
+            latents = Latents(
+                z[kept].clone(), None if "bank_mask" not in state else state["bank_mask"][kept].clone()
+            )
             try:
                 latents.check(latents.z.shape[0], "bank")
-                fresh.visit(chains[kept].tolist(), latents, None if anchors is None else anchors[kept].clone())
+                fresh.visit(
+                    chains[kept].tolist(), latents, None if anchors is None else anchors[kept].clone()
+                )
             except (ArgumentError, ShapeError, TypeError) as error:
                 raise CheckpointError(f"LatentSampler: {error}") from error
         self.__dict__.update(fresh.__dict__)
@@ -122,11 +129,13 @@ class LatentBank:
         if len(set(chains)) < len(chains):
             twice = next(chain for chain in chains if chains.count(chain) > 1) & ((1 << _ID_BITS) - 1)
             raise ArgumentError(
-                f"LatentSampler: sample id {twice} occurs twice in one batch, but persistent mode keeps one chain an id; "
-                "draw batches without replacement, or use replicas="
+                f"LatentSampler: sample id {twice} occurs twice in one batch, but persistent mode keeps one "
+                "chain an id; draw batches without replacement, or use replicas="
             )
         if len(chains) > self.size:
-            raise ArgumentError(f"LatentSampler: one call visits {len(chains)} chains, but bank_size is {self.size}")
+            raise ArgumentError(
+                f"LatentSampler: one call visits {len(chains)} chains, but bank_size is {self.size}"
+            )
 
     def _reserve(self, needed: int, latents: Latents, anchors: Tensor | None) -> None:
         """Room for ``needed`` chains, at the latents' length and on their device."""
@@ -136,16 +145,15 @@ class LatentBank:
             self._anchors = None if anchors is None else anchors[:0]
         store, old = _moved(store, latents.z.device), self._anchors
         if len(store.z.shape) != len(latents.z.shape) or (store.mask is None) != (latents.mask is None):
-            raise ShapeError(
-                f"LatentSampler: latents of shape {tuple(latents.z.shape[1:])} in a bank of {tuple(store.z.shape[1:])}"
-            )
+            have, given = tuple(store.z.shape[1:]), tuple(latents.z.shape[1:])
+            raise ShapeError(f"LatentSampler: latents of shape {given} do not fit a bank of shape {have}")
         shape = tuple(max(a, b) for a, b in zip(store.z.shape[1:], latents.z.shape[1:], strict=True))
         if old is not None:
             old = replace(store, z=old.to(latents.z.device)).padded_to(shape).z
         store = store.padded_to(shape)
-        have = store.z.shape[0]
-        if needed > have:
-            more = min(self.size, max(needed, 2 * have)) - have
+        capacity = store.z.shape[0]
+        if needed > capacity:
+            more = min(self.size, max(needed, 2 * capacity)) - capacity
             store = tree.map_batched(lambda t: torch.cat([t, t.new_zeros(more, *t.shape[1:])]), store)
             old = None if old is None else torch.cat([old, old.new_zeros(more, *old.shape[1:])])
         self._store, self._anchors = store, old

@@ -12,10 +12,10 @@ from tgt_fast.teacher import Latents, Teacher
 
 
 class StreamingStd:
-    """Standard deviation of each latent coordinate over all examples seen, by Chan's merge of batch moments in float64.
+    """Standard deviation of each latent coordinate over all examples, by Chan's merge of float64 moments.
 
-    Where the latents carry a mask, its positions are exchangeable and of changing number: the deviation is pooled over
-    the real ones and has size 1 there, for example (1, d) for z of (B, L, d) with a mask of (B, L).
+    Where the latents carry a mask, its positions are exchangeable and of changing number: the deviation is
+    pooled over the real ones and has size 1 there: (1, d) for z of (B, L, d) and a mask of (B, L).
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,9 @@ class StreamingStd:
         if self._count is not None:
             pooled = [1 if i in dims else n for i, n in enumerate(z.shape)][1:]
             if list(self._count.shape) != pooled:
-                raise ShapeError(f"calibrate: latents of shape {pooled} after latents of shape {list(self._count.shape)}")
+                raise ShapeError(
+                    f"calibrate: latents of shape {pooled} after latents of shape {list(self._count.shape)}"
+                )
         count = real.sum(dims, keepdim=True)[0]
         mean = (z * real).sum(dims, keepdim=True)[0] / count.clamp(min=1)
         squares = ((z - mean).square() * real).sum(dims, keepdim=True)[0]
@@ -50,7 +52,7 @@ class StreamingStd:
         self._count = total
 
     def result(self) -> Tensor:
-        """The unbiased standard deviation, float32, in the shape of one example's latents (size 1 where pooled).
+        """The unbiased standard deviation, float32, shaped like one example's latents (size 1 where pooled).
 
         Raises:
             ArgumentError: fewer than two examples, latents that are not finite, or that are all the same.
@@ -62,10 +64,12 @@ class StreamingStd:
             )
         std = (self._squares / (self._count - 1).clamp(min=1)).sqrt().float()
         if not bool(std.isfinite().all()):
-            raise ArgumentError("LatentSampler: the encoder's latents are not all finite; their standard deviation has no value")
+            raise ArgumentError(
+                "LatentSampler: the encoder's latents are not all finite, so they have no standard deviation"
+            )
         if not bool((std > 0).any()):
             raise ArgumentError(
-                "LatentSampler: the encoder gives the same latent for every example seen, so there is no standard deviation to "
+                "LatentSampler: the encoder gives every example the same latent, so there is no deviation to "
                 'measure in; calibrate with more data, or use units="absolute"'
             )
         return std
@@ -104,5 +108,8 @@ def labels_of(teacher: Teacher, x: Any, y: Tensor | None) -> Tensor:
 def _opinion(teacher: Teacher, x: Any) -> Tensor:
     logits = teacher.label(x)
     if logits.ndim != 2:
-        raise ShapeError(f"calibrate: balanced anchors need one class an example, the labeler gives logits {tuple(logits.shape)}")
+        raise ShapeError(
+            "calibrate: balanced anchors need one class an example, but the labeler gives logits of shape "
+            f"{tuple(logits.shape)}"
+        )
     return logits.argmax(1)

@@ -1,4 +1,4 @@
-"""What random numbers are keyed by, and the draws that exploration makes from them. No global generator is used."""
+"""The key of random numbers, and the draws that exploration makes. No global generator is used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tgt_fast.kernels.reference.latent import philox4x32
 from tgt_fast.ops.latent import perturb_latents
 from tgt_fast.teacher import Latents
 
-# Normals take a sample's counter blocks from 0 upwards, four numbers each. The last block is out of their reach.
+# Normals take a sample's counter blocks from 0 upwards, four numbers each: the last is out of their reach.
 _LAST_BLOCK = 0xFFFFFFFF
 _WORD = 0xFFFFFFFF
 
@@ -52,7 +52,9 @@ def words(key: Key, op: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return cast("tuple[Tensor, Tensor, Tensor, Tensor]", made)
 
 
-def with_noise(latents: Latents, scale: Tensor | None, key: Key, options: SamplerOptions, *, op: str = "perturb") -> Latents:
+def with_noise(
+    latents: Latents, scale: Tensor | None, key: Key, options: SamplerOptions, *, op: str = "perturb"
+) -> Latents:
     """z + sigma * scale * noise at the real positions. scale: broadcastable to z.shape[1:], or None for 1."""
     if options.sigma == 0 or latents.z.numel() == 0:
         return latents

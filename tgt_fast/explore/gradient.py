@@ -24,7 +24,8 @@ def checked_student(teacher: Teacher, student: Student | None) -> Student:
     """The student, if there is one and it is not the teacher's own labeler.
 
     Raises:
-        ArgumentError: no student; the student is the labeler; inference mode, under which nothing is differentiable.
+        ArgumentError: no student; the student is the labeler; inference mode, under which nothing is
+            differentiable.
     """
     if student is None:
         raise ArgumentError("LatentSampler: gradient mode climbs the student's disagreement: pass student=")
@@ -38,35 +39,50 @@ def checked_student(teacher: Teacher, student: Student | None) -> Student:
             "pass the model that is being trained"
         )
     if torch.is_inference_mode_enabled():
-        raise ArgumentError("LatentSampler: gradient mode needs gradients, which torch.inference_mode() forbids")
+        raise ArgumentError(
+            "LatentSampler: gradient mode needs gradients, which torch.inference_mode() forbids"
+        )
     return student
 
 
 def climb(
-    teacher: Teacher, student: Student, start: Latents, anchors: Latents, scale: Tensor | None, key: Key, options: SamplerOptions
+    teacher: Teacher,
+    student: Student,
+    start: Latents,
+    anchors: Latents,
+    scale: Tensor | None,
+    key: Key,
+    options: SamplerOptions,
 ) -> tuple[Latents, list[float]]:
-    """``options.steps`` steps of z + step_size * g/||g||, g the gradient of the disagreement, kept near the anchors.
+    """``options.steps`` steps up the disagreement of student and labeler, kept near the anchors.
 
-    Returns the latents reached and, where ``record_disagreement`` asks for it, the mean disagreement before each step
-    and at the end (steps + 1 numbers; one more pass of decoder, labeler and student).
+    Returns the latents reached and, where ``record_disagreement`` asks for it, the mean disagreement before
+    each step and at the end (steps + 1 numbers; one more pass of decoder, labeler and student).
     """
     latents = start
     history: list[float] = []
     with left_as_found(student, start.z.device):
         for number in range(options.steps):
-            parts = [_slope(teacher, student, piece, options) for piece in tree.chunks(latents, teacher.max_batch)]
+            parts = [
+                _slope(teacher, student, piece, options) for piece in tree.chunks(latents, teacher.max_batch)
+            ]
             value, slope = (torch.cat(column) for column in zip(*parts, strict=True))
             if options.record_disagreement:
                 history.append(value.mean().item())
             latents = step_up(latents, slope, anchors, scale, key, options, number=number)
         if options.record_disagreement:
             with torch.no_grad():
-                last = [_disagreement(teacher, student, p, options) for p in tree.chunks(latents, teacher.max_batch)]
+                last = [
+                    _disagreement(teacher, student, p, options)
+                    for p in tree.chunks(latents, teacher.max_batch)
+                ]
             history.append(torch.cat(last).mean().item())
     return latents, history
 
 
-def _slope(teacher: Teacher, student: Student, latents: Latents, options: SamplerOptions) -> tuple[Tensor, Tensor]:
+def _slope(
+    teacher: Teacher, student: Student, latents: Latents, options: SamplerOptions
+) -> tuple[Tensor, Tensor]:
     """The disagreement of each sample, [B], and its gradient in z."""
     with torch.enable_grad():
         z = latents.z.detach().requires_grad_()
@@ -74,7 +90,10 @@ def _slope(teacher: Teacher, student: Student, latents: Latents, options: Sample
         # With respect to z alone: no parameter gradient is computed, none accumulated.
         (slope,) = torch.autograd.grad(value.sum(), z, allow_unused=True)
     if slope is None:
-        raise ArgumentError("LatentSampler: no gradient reaches the latents: decoder, or both student and labeler, cut the graph")
+        raise ArgumentError(
+            "LatentSampler: no gradient reaches the latents: the decoder, or both student and labeler, "
+            "cut the graph"
+        )
     return value.detach(), slope
 
 
@@ -83,7 +102,9 @@ def _disagreement(teacher: Teacher, student: Student, latents: Latents, options:
     theirs = teacher.label(x)
     ours = checked_logits(student(teacher.student_view(x)), latents.z.shape[0], "student")
     if ours.shape[-1] != theirs.shape[-1]:
-        raise ShapeError(f"LatentSampler: the student has {ours.shape[-1]} classes, the teacher's labeler {theirs.shape[-1]}")
+        raise ShapeError(
+            f"LatentSampler: the student has {ours.shape[-1]} classes, the labeler {theirs.shape[-1]}"
+        )
     loss = distillation_loss(
         ours,
         theirs,
@@ -119,11 +140,11 @@ def step_up(
         "scale": None if scale is None else over_coordinates(scale, latents.z),
         "sample_ids": key.ids,
         "seed": key.seed,
-        "step": key.step * options.steps + number,
+        "step": key.step * options.steps + number if options.step_noise > 0 else key.step,
         "replica": key.replica,
         "backend": options.backend,
     }
-    # Masked positions get noise too, and would count in the distance to the anchor: then project in a second call.
+    # Masked positions get noise too and would count in the distance to the anchor: project in a second call.
     apart = latents.mask is not None and options.step_noise > 0 and radius is not None
     moved = latents.at_real(
         ascend_latents(
@@ -139,5 +160,7 @@ def step_up(
     )
     if apart:
         still = torch.zeros_like(moved.z)
-        moved = moved.at_real(ascend_latents(moved.z, still, step_size=0.0, anchor=anchor, radius=radius, **common))
+        moved = moved.at_real(
+            ascend_latents(moved.z, still, step_size=0.0, anchor=anchor, radius=radius, **common)
+        )
     return moved

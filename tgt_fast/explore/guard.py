@@ -14,13 +14,13 @@ from tgt_fast.teacher.teacher import module_behind
 
 
 def unwrapped(student: Callable[..., Any]) -> Callable[..., Any]:
-    """The module inside a DistributedDataParallel: its forward would broadcast buffers and arm gradient reduction."""
+    """The module inside a DistributedDataParallel, whose forward would broadcast buffers, arm reduction."""
     return student.module if isinstance(student, DistributedDataParallel) else student
 
 
 @contextmanager
 def left_as_found(student: Callable[..., Any], device: torch.device) -> Iterator[None]:
-    """The student in eval mode inside; its train/eval flags, buffers and the global generators as they were outside.
+    """Inside, the student is in eval mode; after, its flags, buffers and the global generators are as before.
 
     Parameters and their ``.grad`` are the caller's part: differentiate with ``torch.autograd.grad`` alone.
     """
@@ -37,7 +37,7 @@ def left_as_found(student: Callable[..., Any], device: torch.device) -> Iterator
     try:
         with torch.random.fork_rng(devices):
             for m in modules:
-                # Not m.eval(): an adapter that overrides train() may merge weights there, and rounding would stay.
+                # Not m.eval(): an adapter's train() may merge weights there, and the rounding would stay.
                 m.training = False
             yield
     finally:

@@ -29,13 +29,15 @@ def visit_chains(
 ) -> Latents:
     """Where the chains of these examples stand, as a leaf that requires grad, [replicas * B, ...].
 
-    A chain that is unknown, and any with probability ``restart_probability``, (re)starts at Enc(x) + noise; only
-    those examples are encoded. The gradient that a later backward brings to the leaf moves the bank.
+    A chain that is unknown, and any with probability ``restart_probability``, (re)starts at Enc(x) + noise;
+    only those examples are encoded. The gradient that a later backward brings to the leaf moves the bank.
     """
     host = key.on(_CPU)
     ids = host.ids.tolist()
     chains = [chain_key(sample_id, replica) for replica in range(options.replicas) for sample_id in ids]
-    fresh = torch.stack([_starts_anew(bank, host.of_replica(r), options) for r in range(options.replicas)])  # [m, B]
+    fresh = torch.stack(
+        [_starts_anew(bank, host.of_replica(r), options) for r in range(options.replicas)]
+    )  # [m, B]
     encoded: Latents | None = None
     places = torch.cumsum(fresh.any(0), 0) - 1  # [B], an example's row among the encoded ones
     if fresh.any():
@@ -94,7 +96,12 @@ def _in_order(parts: list[Latents], order: Tensor) -> Latents:
 
 
 def _moved(
-    start: Latents, slope: Tensor, anchors: Latents | None, scale: Tensor | None, key: Key, options: SamplerOptions
+    start: Latents,
+    slope: Tensor,
+    anchors: Latents | None,
+    scale: Tensor | None,
+    key: Key,
+    options: SamplerOptions,
 ) -> Latents:
     """One normalised step from where the visit began; replica by replica, as the noise is keyed by it."""
     count = key.ids.shape[0]

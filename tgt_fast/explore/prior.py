@@ -1,4 +1,4 @@
-"""Prior: z drawn from the generator's prior, anchored nowhere (this project's mode, and the control of the others)."""
+"""Prior: z drawn from the generator's prior, anchored nowhere (this project's, a control of the others)."""
 
 from __future__ import annotations
 

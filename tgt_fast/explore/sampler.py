@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
+from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.explore.anchors import AnchorPool, PoolBuilder
 from tgt_fast.explore.bank import LatentBank
 from tgt_fast.explore.calibration import StreamingStd, inputs_and_labels, labels_of
+from tgt_fast.explore.counters import Counters
 from tgt_fast.explore.draws import Key, with_noise
 from tgt_fast.explore.gradient import checked_student, climb
 from tgt_fast.explore.options import SamplerOptions
@@ -21,61 +22,78 @@ from tgt_fast.explore.persistent import visit_chains
 from tgt_fast.explore.prior import prior_latents
 from tgt_fast.explore.state import SamplerState, checked_state
 from tgt_fast.explore.synthetic import Synthetic
-from tgt_fast.kernels.options import MAX_SAMPLE_ID, MAX_STEP
 from tgt_fast.teacher import Latents, Teacher, tree
 
 
 class LatentSampler:
     r"""Synthetic examples ``x~ = Dec(z~)`` with soft labels ``h(x~)``, where, by mode::
 
-        prior       z~ = prior(sigma * nu)                                             nu ~ N(0, I)
+        prior       z~ = prior(sigma * nu)                      nu ~ N(0, I)
+
         random      z~ = Enc(x) + sigma * scale * nu
-        gradient    z_0 = Enc(x) + sigma * scale * nu;   z_{k+1} = z_k + step_size * scale * u_k / ||u_k||_2,
-                    u_k = scale * grad_z D( f(Dec(z_k)), h(Dec(z_k)) );   ||(z_k - Enc(x)) / scale||_2 <= radius;   z~ = z_steps
-        persistent  z~ = where the example's chain stands; the user's own backward moves it by one such step, and with
-                    restart_probability it starts again at Enc(x) + sigma * scale * nu
 
-    with ``scale`` the latents' standard deviation, coordinate by coordinate (``units="std"``), or 1 (``"absolute"``), f the student, h
-    the labeler and D the divergence; its gradient passes through both.
+        gradient    z_0 = Enc(x) + sigma * scale * nu
+                    z_{k+1} = z_k + step_size * scale * u_k / ||u_k||_2
+                        u_k = scale * grad_z D( f(Dec(z_k)), h(Dec(z_k)) )
+                        kept within  ||(z_{k+1} - Enc(x)) / scale||_2 <= radius
+                    z~ = z_steps
 
-    Source: random and gradient are of Zaheer et al., "Teacher Guided Training" (ICLR 2023). Ours: the modes prior and persistent,
-    normalised steps, starting and step noise, the trust region, balanced anchors, replicas, units of the latent's standard deviation.
+        persistent  z~ = where the example's chain stands; the user's own backward moves it by one such
+                    step; with restart_probability it starts again at Enc(x) + sigma * scale * nu
 
-    Noise is a function of (seed, sample id, step, replica) alone: the same in any batch order, split or number of
-    processes; no global generator is read or written. Exploration leaves the student as it found it, bit for bit.
+    with ``scale`` the latents' standard deviation, coordinate by coordinate (``units="std"``), or 1
+    (``"absolute"``), f the student, h the labeler and D the divergence; its gradient passes through both.
+
+    Source: random and gradient are of Zaheer et al., "Teacher Guided Training" (ICLR 2023). Ours: the modes
+    prior and persistent, normalised steps, starting and step noise, the trust region, balanced anchors,
+    replicas, units of the latent's standard deviation.
+
+    Noise is a function of (seed, sample id, step, replica) alone: the same in any batch order, split or
+    number of processes; no global generator is read or written. Exploration leaves the student as it found
+    it, bit for bit.
 
     Args:
         teacher: the frozen :class:`tgt_fast.Teacher`.
-        mode: "prior" (needs a teacher with a prior), "random", "gradient" (needs ``student=`` at each call) or "persistent" (needs
-            ``sample_ids=``).
-        sigma: >= 0, the noise's standard deviation, in units of ``scale`` (of the prior's noise in prior mode).
+        mode: "prior" (needs a teacher with a prior), "random", "gradient" (needs ``student=`` at each call)
+            or "persistent" (needs ``sample_ids=``).
+        sigma: >= 0, the noise's standard deviation, in units of ``scale`` (of the prior's noise in prior
+            mode).
         step_size: >= 0, length of a step in units of ``scale`` (gradient, persistent).
         steps: >= 1, steps a call (gradient; persistent takes one a visit).
-        radius: > 0 or None, of the ball round Enc(x) in units of ``scale`` (gradient, persistent). Noise of sigma in d coordinates lies
-            about sigma * sqrt(d) away.
+        radius: > 0 or None, of the ball round Enc(x) in units of ``scale`` (gradient, persistent). Noise of
+            sigma in d coordinates lies about sigma * sqrt(d) away.
         norm: "l2" (a step along u/||u||), "linf" (along its sign) or "raw" (along u; not in persistent mode).
         step_noise: >= 0, standard deviation of the noise added at each step, in units of ``scale``.
         units: "std" or "absolute".
-        anchors: "batch", or "balanced" (random, gradient; after ``calibrate``): each anchor is of a class drawn uniformly.
+        anchors: "batch", or "balanced" (random, gradient; after ``calibrate``): each anchor is of a class
+            drawn uniformly.
         replicas: in [1, 32768], synthetic examples a real one, each with its own noise.
-        divergence, beta, temperature: D, as in :func:`tgt_fast.distillation_loss` (gradient mode; in persistent mode D is the user's loss).
+        divergence, beta, temperature: D, as in :func:`tgt_fast.distillation_loss` (gradient mode; in
+            persistent mode D is the user's loss).
         restart_probability: in [0, 1] (persistent).
-        bank_size: >= 1, chains that persistent mode remembers; beyond it the longest unvisited is forgotten. The bank belongs to this
-            process: an id that moves to another one starts there anew from Enc(x) + noise.
-        truncation: > 0 or None: draw the starting noise from the normal truncated to so many standard deviations.
+        bank_size: >= 1, chains that persistent mode remembers; beyond it the longest unvisited is forgotten.
+            The bank belongs to this process: an id that moves to another one starts there anew from Enc(x) +
+            noise.
+        truncation: > 0 or None: draw the starting noise from the normal truncated to so many standard
+            deviations.
         seed: 64-bit integer.
-        rank, world_size: of this process, for the default ids; by default torch.distributed's, where it is initialised.
+        rank, world_size: of this process, for the default ids; by default torch.distributed's, where it is
+            initialised.
         backend: of the ops, see :func:`tgt_fast.explain`.
-        record_disagreement: keep, of each call, ``last_disagreement`` (gradient mode; costs one more evaluation and a synchronisation).
+        record_disagreement: keep, of each call, ``last_disagreement`` (gradient mode; costs one more
+            evaluation and a synchronisation).
 
     Attributes:
-        scale: None until known, then [latent shape] float32 (size 1 along masked positions, over which it is pooled).
-        last_disagreement: the mean of D over the batch before each step of the last call and after the last step.
+        scale: None until known, then [latent shape] float32 (size 1 along masked positions, over which it is
+            pooled).
+        last_disagreement: the mean of D over the batch before each step of the last call and after the last
+            step.
 
     Raises:
         ArgumentError: an option outside its range, NaN included, or options that contradict each other.
 
-    On a CUDA device persistent mode reads ids and step back to the host once a call; the other modes do not synchronise.
+    On a CUDA device persistent mode reads ids and step back to the host once a call; the other modes do not
+    synchronise.
     """
 
     def __init__(
@@ -105,24 +123,21 @@ class LatentSampler:
         record_disagreement: bool = False,
     ) -> None:
         if not isinstance(teacher, Teacher):
-            raise ArgumentError(f"LatentSampler: teacher must be a tgt_fast.Teacher, got {type(teacher).__name__}")
+            raise ArgumentError(
+                f"LatentSampler: teacher must be a tgt_fast.Teacher, got {type(teacher).__name__}"
+            )
         self.options = SamplerOptions(
-            mode, sigma, step_size, steps, radius, norm, step_noise, units, anchors, replicas, divergence, beta, temperature,
-            restart_probability, bank_size, truncation, backend, record_disagreement,
+            mode, sigma, step_size, steps, radius, norm, step_noise, units, anchors, replicas, divergence,
+            beta, temperature, restart_probability, bank_size, truncation, backend, record_disagreement,
         )  # fmt: skip
         if mode == "prior" and teacher.prior is None:
-            raise ArgumentError('LatentSampler: mode="prior" needs a teacher with a prior: Teacher(..., prior="normal")')
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-            raise ArgumentError(f"LatentSampler: seed must be a 64-bit integer, got {seed!r}")
-        self._place_given = _checked_place(rank, world_size)
+            raise ArgumentError(
+                'LatentSampler: mode="prior" needs a teacher with a prior: Teacher(..., prior="normal")'
+            )
         self.teacher = teacher
         self.scale: Tensor | None = None
         self.last_disagreement: list[float] = []
-        # On the device and counted there, so that a replayed CUDA graph moves on.
-        self.seed = torch.tensor(seed)
-        self.step = torch.tensor(0)
-        self.next_id = torch.tensor(0)
-        self._stride = 0  # ids set aside for each rank a call
+        self._counters = Counters(seed, rank, world_size)
         self._bank = LatentBank(bank_size)
         self._pool: AnchorPool | None = None
 
@@ -131,8 +146,10 @@ class LatentSampler:
         return self.options.mode
 
     def __repr__(self) -> str:
-        shown = [f"{f.name}={v!r}" for f in dataclasses.fields(self.options) if (v := getattr(self.options, f.name)) != f.default]
-        return f"LatentSampler({', '.join([f'mode={self.mode!r}', *(s for s in shown if not s.startswith('mode='))])})"
+        options = dataclasses.asdict(self.options)
+        defaults = dataclasses.asdict(SamplerOptions())
+        shown = [f"{k}={v!r}" for k, v in options.items() if k == "mode" or v != defaults[k]]
+        return f"LatentSampler({', '.join(shown)})"
 
     def __call__(
         self,
@@ -146,22 +163,26 @@ class LatentSampler:
 
         Args:
             x: data, a pytree of B examples, in the teacher's data space.
-            student: the model in training, called as ``student(teacher.student_view(x~))`` -> logits [B, ..., C] (gradient mode).
-            sample_ids: [B] integers, 0 <= id < 2**48, what the noise and the chains are keyed by. By default a running counter over
-                the global batch: rank r of R takes the r-th part of it. Ranks are taken to see batches of one size, the last
-                excepted, which may be smaller.
-            step: 0 <= step < 2**28 (divided by ``steps`` with step noise); by default an internal counter that advances once a call.
-                Pass the optimizer's step when several calls make one batch.
+            student: the model in training, called as ``student(teacher.student_view(x~))`` -> logits [B, ...,
+                C] (gradient mode).
+            sample_ids: [B] integers, 0 <= id < 2**48, what the noise and the chains are keyed by. By default
+                a running counter over the global batch: rank r of R takes the r-th part of it. Ranks are
+                taken to see batches of one size, the last excepted, which may be smaller.
+            step: 0 <= step < 2**28 (divided by ``steps`` with step noise); by default an internal counter
+                that advances once a call. Pass the optimizer's step when several calls make one batch.
 
         Returns:
             :class:`Synthetic` of replicas * B examples; detached, except in persistent mode.
 
         Raises:
-            ArgumentError: a missing student, ids or calibration; a student that is the labeler; on a CPU, an id out of range or, in
-                persistent mode, twice.
-            ShapeError: a decoder that changes the batch size, a student whose class count is not the labeler's.
+            ArgumentError: a missing student, ids or calibration; a student that is the labeler; on a CPU, an
+                id out of range or, in persistent mode, twice.
+            ShapeError: a decoder that changes the batch size, a student whose class count is not the
+                labeler's.
         """
-        key = self._key(x, sample_ids, step)
+        if sample_ids is None and self.mode == "persistent":
+            raise ArgumentError("LatentSampler: persistent mode keeps one chain an example: pass sample_ids=")
+        key = self._counters.key(tree.batch_size(x), tree.first_device(x), sample_ids, step)
         if self.mode == "persistent":
             latents = visit_chains(self.teacher, self._bank, x, key, self._scale_for, self.options)
             made = self.teacher.decode(latents, relaxed=True)
@@ -171,17 +192,17 @@ class LatentSampler:
             with torch.no_grad():
                 made = self.teacher.decode(latents)
                 logits = self.teacher.label(made)
-        self._advance(key.ids.shape[0], own_ids=sample_ids is None, own_step=step is None)
+        self._counters.advance(key.ids.shape[0], ids=sample_ids is None, step=step is None)
         return Synthetic(made, latents, logits, self.mode, key.ids.repeat(self.options.replicas))
 
     def calibrate(self, loader: Iterable[Any], *, per_class: int = 1024) -> LatentSampler:
-        """Measure ``scale``, the standard deviation of Enc(x) over a loader, and collect the balanced anchors.
+        """Measure ``scale``, the standard deviation of Enc(x) over a loader, and collect balanced anchors.
 
         Args:
-            loader: batches ``x``, ``(x,)``, ``(x, y)`` or ``(ids, x, y)``. In data parallel runs give every rank the
-                same data, or load one rank's state, so that all measure in the same unit.
-            per_class: anchors kept a class, the first ones (balanced anchors only; class: y, or, where y is missing or
-                negative, the labeler's argmax).
+            loader: batches ``x``, ``(x,)``, ``(x, y)`` or ``(ids, x, y)``. In data parallel runs give every
+                rank the same data, or load one rank's state, so that all measure in the same unit.
+            per_class: anchors kept a class, the first ones (balanced anchors only; class: y, or, where y is
+                missing or negative, the labeler's argmax).
 
         Returns:
             The sampler itself.
@@ -208,9 +229,11 @@ class LatentSampler:
         return self
 
     def state_dict(self) -> dict[str, Tensor | int]:
-        """What a resumed run needs to go on with the same numbers: tensors and ints, none of the teacher's."""
-        state: dict[str, Tensor | int] = {"version": 1, "stride": self._stride}
-        state |= {"seed": self.seed.clone(), "step": self.step.clone(), "next_id": self.next_id.clone()}
+        """What a resumed run needs to go on with the same numbers: tensors and ints, not the teacher's."""
+        counters = self._counters
+        state: dict[str, Tensor | int] = {"version": 1, "stride": counters.stride}
+        for name in ("seed", "step", "next_id"):
+            state[name] = getattr(counters, name).clone()
         if self.scale is not None:
             state["scale"] = self.scale.clone()
         state |= self._bank.state_dict()
@@ -222,14 +245,14 @@ class LatentSampler:
         """Take over a :meth:`state_dict`, the seed included; the options stay this sampler's.
 
         Raises:
-            CheckpointError: contents that are missing, foreign, or of another mode. The sampler is then unchanged.
+            CheckpointError: contents that are missing, foreign, or of another mode. The sampler is then
+                unchanged.
         """
         checked: SamplerState = checked_state(state, self.options)
-        self.seed, self.step, self.next_id = checked.seed, checked.step, checked.next_id
-        self._stride, self.scale = checked.stride, checked.scale
-        self._bank, self._pool = checked.bank, checked.pool
-
-    # ---- one call ---------------------------------------------------------------------------------------------
+        counters = self._counters
+        counters.seed, counters.step, counters.next_id = checked.seed, checked.step, checked.next_id
+        counters.stride = checked.stride
+        self.scale, self._bank, self._pool = checked.scale, checked.bank, checked.pool
 
     def _explored(self, x: Any, student: Callable[..., Any] | None, key: Key) -> list[Latents]:
         """The latents of each replica."""
@@ -244,7 +267,10 @@ class LatentSampler:
         found = [with_noise(anchors, scale, k, options) for k in keys]
         if self.mode == "random" or student is None:
             return found
-        climbed = [climb(self.teacher, student, z, anchors, scale, k, options) for z, k in zip(found, keys, strict=True)]
+        climbed = [
+            climb(self.teacher, student, z, anchors, scale, k, options)
+            for z, k in zip(found, keys, strict=True)
+        ]
         histories = [history for _, history in climbed]
         self.last_disagreement = [sum(values) / len(values) for values in zip(*histories, strict=True)]
         return [latents for latents, _ in climbed]
@@ -253,7 +279,9 @@ class LatentSampler:
         if self.options.anchors == "batch":
             return self.teacher.encode(x)
         if self._pool is None:
-            raise ArgumentError('LatentSampler: anchors="balanced" needs to know the classes: call calibrate(loader) first')
+            raise ArgumentError(
+                'LatentSampler: anchors="balanced" needs to know the classes: call calibrate(loader) first'
+            )
         self._pool = self._pool.to(key.ids.device)
         return self._pool.draw(key)
 
@@ -266,73 +294,15 @@ class LatentSampler:
             self.scale = std.result()
             warnings.warn(
                 "LatentSampler: the latents' standard deviation was estimated from the first batch "
-                f"({latents.z.shape[0]} examples) and is kept; call calibrate(loader) before training for a better one"
-                " and, with several processes, for the same one on each",
+                f"({latents.z.shape[0]} examples) and is kept; call calibrate(loader) before training for a "
+                "better one and, with several processes, for the same one on each",
                 stacklevel=4,
             )
         shape, latent = self.scale.shape, latents.z.shape[1:]
         if len(shape) != len(latent) or any(a not in (1, b) for a, b in zip(shape, latent, strict=True)):
-            raise ShapeError(f"LatentSampler: calibrated for latents of shape {tuple(shape)}, the encoder now gives {tuple(latent)}")
+            raise ShapeError(
+                f"LatentSampler: calibrated for latents of shape {tuple(shape)}, the encoder now gives "
+                f"{tuple(latent)}"
+            )
         self.scale = self.scale.to(latents.z.device)
         return self.scale
-
-    def _key(self, x: Any, sample_ids: Tensor | None, step: int | Tensor | None) -> Key:
-        count, device = tree.batch_size(x), tree.first_device(x)
-        if self.seed.device != device:
-            self.seed, self.step, self.next_id = (t.to(device) for t in (self.seed, self.step, self.next_id))
-        if sample_ids is None:
-            if self.mode == "persistent":
-                raise ArgumentError("LatentSampler: persistent mode keeps one chain an example: pass sample_ids=")
-            rank, world = self._place()
-            first = self.next_id + rank * self._stride_for(count, world)
-            ids = first + torch.arange(count, device=device)
-        else:
-            ids = _checked_ids(sample_ids, count).to(device)
-        if step is None:
-            step = self.step.clone()
-        elif isinstance(step, bool) or not isinstance(step, (int, Tensor)):
-            raise ArgumentError(f"LatentSampler: step must be an integer or a 0-d int64 tensor, got {step!r}")
-        elif isinstance(step, int) and not 0 <= step < MAX_STEP:
-            raise ArgumentError(f"LatentSampler: step must be in [0, 2**28), got {step}")
-        elif isinstance(step, Tensor):
-            step = step.to(device)
-        return Key(self.seed, ids, step)
-
-    def _advance(self, count: int, *, own_ids: bool, own_step: bool) -> None:
-        if own_ids:
-            _, world = self._place()
-            self._stride = self._stride_for(count, world)
-            self.next_id += world * self._stride
-        if own_step:
-            self.step += 1
-
-    def _stride_for(self, count: int, world: int) -> int:
-        # A rank's part of the ids must not depend on how many examples it happens to have in a last, smaller batch.
-        return count if world == 1 else max(count, self._stride)
-
-    def _place(self) -> tuple[int, int]:
-        """This process's rank, and of how many."""
-        if self._place_given is not None:
-            return self._place_given
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
-
-
-def _checked_place(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
-    if rank is None and world_size is None:
-        return None
-    if rank is None or world_size is None or not 0 <= rank < world_size:
-        raise ArgumentError(f"LatentSampler: give both rank and world_size, 0 <= rank < world_size; got {rank!r} and {world_size!r}")
-    return rank, world_size
-
-
-def _checked_ids(ids: Any, count: int) -> Tensor:
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise DTypeError(f"LatentSampler: sample_ids must be a tensor of integers, got {found}")
-    if ids.shape != (count,):
-        raise ShapeError(f"LatentSampler: sample_ids {tuple(ids.shape)} must be ({count},), one an example of the batch")
-    if ids.device.type == "cpu" and count and not (int(ids.min()) >= 0 and int(ids.max()) < MAX_SAMPLE_ID):
-        raise ArgumentError(f"LatentSampler: sample_ids must be in [0, 2**48), got {int(ids.min())} to {int(ids.max())}")
-    return ids.to(torch.int64)

@@ -41,13 +41,19 @@ def checked_state(state: Any, options: SamplerOptions) -> SamplerState:
     _check_names(state, options)
     for name in ("version", "stride"):
         if isinstance(state[name], bool) or not isinstance(state[name], int) or state[name] < 0:
-            raise CheckpointError(f"LatentSampler: {name} must be a non-negative integer, got {state[name]!r}")
+            raise CheckpointError(
+                f"LatentSampler: {name} must be a non-negative integer, got {state[name]!r}"
+            )
     if state["version"] != 1:
-        raise CheckpointError(f"LatentSampler: this state has format {state['version']}, this release reads format 1")
+        raise CheckpointError(
+            f"LatentSampler: this state has format {state['version']}, this release reads format 1"
+        )
     for name in _COUNTERS:
         value = _tensor(state, name)
         if value.ndim or value.dtype != torch.int64:
-            raise CheckpointError(f"LatentSampler: {name} must be a 0-d int64 tensor, got {value.dtype} {tuple(value.shape)}")
+            raise CheckpointError(
+                f"LatentSampler: {name} must be a 0-d int64 tensor, got {value.dtype} {tuple(value.shape)}"
+            )
     scale = None
     if "scale" in state:
         scale = _tensor(state, "scale").clone()
@@ -66,7 +72,9 @@ def _check_names(state: dict[str, Any], options: SamplerOptions) -> None:
     if options.mode == "persistent":
         allowed |= set(_BANK)
         if has_bank:
-            needed |= {"bank_chains", "bank_latents"} | ({"bank_anchors"} if options.radius is not None else set())
+            needed |= {"bank_chains", "bank_latents"} | (
+                {"bank_anchors"} if options.radius is not None else set()
+            )
     if options.anchors == "balanced":
         allowed |= set(_POOL)
         if has_pool:
@@ -74,8 +82,8 @@ def _check_names(state: dict[str, Any], options: SamplerOptions) -> None:
     missing, foreign = sorted(needed - state.keys()), sorted(map(str, state.keys() - allowed))
     if missing or foreign:
         raise CheckpointError(
-            f"LatentSampler: not the state of a sampler with mode={options.mode!r}, anchors={options.anchors!r}: "
-            f"missing {missing}, foreign {foreign}"
+            f"LatentSampler: not the state of a sampler with mode={options.mode!r} and "
+            f"anchors={options.anchors!r}: missing {missing}, foreign {foreign}"
         )
 
 
@@ -84,7 +92,8 @@ def _pool(state: dict[str, Any]) -> AnchorPool | None:
         return None
     z, labels = _tensor(state, "pool_latents"), _tensor(state, "pool_labels")
     if labels.dtype != torch.int64 or labels.shape != z.shape[:1] or not labels.numel():
-        raise CheckpointError(f"LatentSampler: pool_labels {labels.dtype} {tuple(labels.shape)} do not fit {tuple(z.shape)} latents")
+        found = f"{labels.dtype} {tuple(labels.shape)}"
+        raise CheckpointError(f"LatentSampler: pool_labels {found} do not fit latents {tuple(z.shape)}")
     latents = Latents(z, _tensor(state, "pool_mask") if "pool_mask" in state else None)
     try:
         latents.check(z.shape[0], "pool")

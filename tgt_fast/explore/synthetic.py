@@ -14,8 +14,8 @@ from tgt_fast.teacher import Latents
 class Synthetic:
     """``x = Dec(z)`` and ``teacher_logits = h(x)``, for M = replicas * B synthetic examples.
 
-    Row ``r * B + b`` is replica r of the batch's example b. Everything is detached, except in persistent mode, where
-    x and teacher_logits keep their graph to ``latents.z``.
+    Row ``r * B + b`` is replica r of the batch's example b. Everything is detached, except in persistent
+    mode, where x and teacher_logits keep their graph to ``latents.z``.
     """
 
     x: Any  # data, a pytree of M examples, in the teacher's data space

@@ -19,10 +19,10 @@ class Latents:
 
     Attributes:
         z: [B, ...] floating point: (B, d), (B, c, h, w), (B, L, d), ...
-        mask: None (everything is real), or bool or integer [B, ...] over the leading dimensions of ``z``, for example
-            (B, L) for z of (B, L, d); each of its dimensions is z's or 1. True (non-zero) marks a real position.
-            Padding goes to the right: then noise, which is numbered position by position, is the same for an
-            example alone and for the same example padded.
+        mask: None (everything is real), or bool or integer [B, ...] over the leading dimensions of ``z``, for
+            example (B, L) for z of (B, L, d); each of its dimensions is z's or 1. True (non-zero) marks a
+            real position. Padding goes to the right: then noise, which is numbered position by position, is
+            the same for an example alone and for the same example padded.
 
     A node of ``torch.utils._pytree``; the mask is a leaf only where there is one.
     """
@@ -32,13 +32,13 @@ class Latents:
 
     @property
     def real(self) -> Tensor | None:
-        """The mask as bool with z's number of dimensions, ready to broadcast; None where everything is real."""
+        """The mask as bool with as many dimensions as z, ready to broadcast; None where all is real."""
         if self.mask is None:
             return None
         return self.mask.bool().reshape(self.mask.shape + (1,) * (self.z.ndim - self.mask.ndim))
 
     def at_real(self, z: Tensor) -> Latents:
-        """The same latents with ``z`` at the real positions; masked positions keep their values, bit for bit."""
+        """The same latents with ``z`` at the real positions; masked ones keep their values, bit for bit."""
         real = self.real
         return replace(self, z=z if real is None else torch.where(real, z, self.z))
 
@@ -68,14 +68,20 @@ class Latents:
         """The latents with positions added on the right (zeros, masked) until an example has ``shape``.
 
         Raises:
-            ShapeError: ``shape`` differs where there is no mask to say which positions are real, or is smaller.
+            ShapeError: ``shape`` differs where there is no mask to say which positions are real, or is
+                smaller.
         """
         have = tuple(self.z.shape[1:])
         if have == tuple(shape):
             return self
         mask = self.mask
         grows = [b - a for a, b in zip(have, shape, strict=False)]
-        if mask is None or len(have) != len(shape) or any(g < 0 for g in grows) or any(grows[mask.ndim - 1 :]):
+        if (
+            mask is None
+            or len(have) != len(shape)
+            or any(g < 0 for g in grows)
+            or any(grows[mask.ndim - 1 :])
+        ):
             raise ShapeError(f"latents of shape {have} do not fit where examples have shape {tuple(shape)}")
         widths = [g if mask.shape[1 + i] == have[i] else 0 for i, g in enumerate(grows[: mask.ndim - 1])]
         return replace(self, z=_pad_right(self.z, grows), mask=_pad_right(mask, widths))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,29 +21,33 @@ Prior: TypeAlias = "str | tuple[int, ...] | Callable[[Tensor], Tensor | Latents]
 class Teacher(nn.Module):
     r"""The frozen teacher: ``z = Enc(x)``, ``x = Dec(z)``, ``logits = h(x)``.
 
-    Source: Zaheer et al., "Teacher Guided Training" (ICLR 2023). Frozen means: parameters need no gradient, modules
-    stay in eval mode whatever a parent module does, and nothing of the teacher enters ``state_dict()``,
-    ``parameters()`` or ``modules()``. It does not mean ``no_grad``: gradients flow through ``decode`` and ``label``
-    to the latents. ``.to()``, ``.cuda()``, ``.half()`` of this module or of a parent do move the teacher.
+    Source: Zaheer et al., "Teacher Guided Training" (ICLR 2023). Frozen means: parameters need no gradient,
+    modules stay in eval mode whatever a parent module does, and nothing of the teacher enters
+    ``state_dict()``, ``parameters()`` or ``modules()``. It does not mean ``no_grad``: gradients flow through
+    ``decode`` and ``label`` to the latents. ``.to()``, ``.cuda()``, ``.half()`` of this module or of a parent
+    do move the teacher.
 
     All inputs live in one *data space*: what the loader gives, the encoder takes and the decoder makes.
 
     Args:
         encoder: data -> latents, a floating-point [B, ...] tensor or a :class:`Latents` (with a mask).
-        decoder: latents -> data with the same B. It is called with the tensor z, or with the whole ``Latents`` where
-            they carry a mask. If it has a parameter named ``relaxed`` it is told whether a differentiable output
-            is wanted (decoders of discrete data); any other decoder is taken to be differentiable as it is.
+        decoder: latents -> data with the same B. It is called with the tensor z, or with the whole
+            ``Latents`` where they carry a mask. If it has a parameter named ``relaxed`` it is told whether a
+            differentiable output is wanted (decoders of discrete data); any other decoder is taken to be
+            differentiable as it is.
         labeler: ``labeler_transform(data)`` -> logits [B, ..., C].
-        prior: None; "normal" (z ~ N(0, I) in the shape of the encoder's latents); a shape such as (16,) (the same,
-            and no encoder call is needed to learn the shape); or a callable that turns normal noise in the shape
-            of the encoder's latents into latents.
+        prior: None; "normal" (z ~ N(0, I) in the shape of the encoder's latents); a shape such as (16,) (the
+            same, and no encoder call is needed to learn the shape); or a callable that turns normal noise in
+            the shape of the encoder's latents into latents.
         labeler_transform: data -> what the labeler expects, for example a normalisation. Deterministic.
         student_transform: data -> what the student expects; applied by :meth:`student_view`. Deterministic.
         max_batch: run encoder, decoder and labeler on at most so many examples at a time; None: all at once.
-        modules: modules that the callables use without showing it (a lambda's closure), to be frozen and moved too.
+        modules: modules that the callables use without showing it (a lambda's closure), to be frozen and
+            moved too.
 
-    Each part is any callable: a module, a bound method of a module (``vae.encode``; the module is found and frozen),
-    a ``functools.partial`` of either, or a plain function. A module shared with the student is frozen there too.
+    Each part is any callable: a module, a bound method of a module (``vae.encode``; the module is found and
+    frozen), a ``functools.partial`` of either, or a plain function. A module shared with the student is
+    frozen there too.
 
     Raises:
         ArgumentError: a part that cannot be called, a prior or ``max_batch`` of the wrong kind.
@@ -79,15 +83,13 @@ class Teacher(nn.Module):
         self.training = False
         self._keep_frozen()
 
-    # ---- what frozen means ------------------------------------------------------------------------------------
-
     def train(self, mode: bool = True) -> Teacher:
         """Stays in eval mode, whatever ``mode`` says: a parent's ``train()`` ends here."""
         self._keep_frozen()
         return self
 
     def _keep_frozen(self) -> None:
-        # At every call, because a module may also hang in a parent that was put in train mode since the last one.
+        # At every call: a module may also hang in a parent that was put in train mode since the last one.
         for root in self._frozen:
             if any(module.training for module in root.modules()):
                 root.eval()
@@ -102,28 +104,30 @@ class Teacher(nn.Module):
         return self
 
     def frozen_tensors(self) -> Iterator[Tensor]:
-        """The parameters and buffers of every module behind the teacher, which ``parameters()`` does not show."""
+        """The parameters and buffers of every module behind the teacher, which is what others do not see."""
         for module in self._frozen:
             yield from module.parameters()
             yield from module.buffers()
 
-    # ---- its parts --------------------------------------------------------------------------------------------
-
     @property
     def encoder(self) -> Callable[..., Any]:
-        return self._parts["encoder"]
+        encoder: Callable[..., Any] = self._parts["encoder"]
+        return encoder
 
     @property
     def decoder(self) -> Callable[..., Any]:
-        return self._parts["decoder"]
+        decoder: Callable[..., Any] = self._parts["decoder"]
+        return decoder
 
     @property
     def labeler(self) -> Callable[..., Any]:
-        return self._parts["labeler"]
+        labeler: Callable[..., Any] = self._parts["labeler"]
+        return labeler
 
     @property
     def prior(self) -> Prior:
-        return self._parts["prior"]
+        prior: Prior = self._parts["prior"]
+        return prior
 
     @property
     def device(self) -> torch.device | None:
@@ -134,11 +138,9 @@ class Teacher(nn.Module):
         lines = [f"{name}={_name_of(part)}" for name, part in self._parts.items()]
         return ", ".join([*lines, f"max_batch={self.max_batch}"])
 
-    # ---- what it does -----------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def encode(self, x: Inputs) -> Latents:
-        """``Enc(x)``, without a graph. x: data, a pytree of B examples. Returns :class:`Latents` of B examples.
+        """``Enc(x)``: data, a pytree of B examples -> :class:`Latents` of B examples, without a graph.
 
         Raises:
             ShapeError, DTypeError: the encoder gave another number of examples, or no floating-point latents.
@@ -193,13 +195,15 @@ class Teacher(nn.Module):
     forward = label
 
     def student_view(self, x: Inputs) -> Inputs:
-        """``student_transform(x)``: the data as the student expects it; x itself where there is no transform."""
+        """``student_transform(x)``: the data as the student expects it; x itself without a transform."""
         transform = self._parts["student_transform"]
         if transform is None:
             return x
         self._keep_frozen()
         view = transform(x)
-        _same_batch("student_transform", tree.batch_size(x), tree.batch_size(view, "student_transform's output"))
+        _same_batch(
+            "student_transform", tree.batch_size(x), tree.batch_size(view, "student_transform's output")
+        )
         return view
 
     def from_prior(self, noise: Latents) -> Latents:
@@ -209,7 +213,9 @@ class Teacher(nn.Module):
             ArgumentError: the teacher was built without a prior.
         """
         if self.prior is None:
-            raise ArgumentError('this teacher has no prior: build it with Teacher(..., prior="normal"), a shape or a callable')
+            raise ArgumentError(
+                'this teacher has no prior: build it with Teacher(..., prior="normal"), a shape or a callable'
+            )
         if not callable(self.prior):
             return noise
         self._keep_frozen()
@@ -219,7 +225,7 @@ class Teacher(nn.Module):
 
 
 def module_behind(part: Any) -> nn.Module | None:
-    """The module that a callable is, or is a method or a ``functools.partial`` of; None where none can be seen."""
+    """The module that a callable is, or is a method or ``functools.partial`` of; None where none is seen."""
     while isinstance(part, functools.partial):
         part = part.func
     if isinstance(part, nn.Module):
@@ -232,7 +238,9 @@ def checked_logits(logits: Any, batch: int, who: str) -> Tensor:
     """The logits, if they are a floating-point tensor [batch, ..., C]."""
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         found = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise DTypeError(f"{who}: expected a floating-point tensor of logits, got {found}; wrap it to return the logits")
+        raise DTypeError(
+            f"{who}: expected a floating-point tensor of logits, got {found}; wrap it to return the logits"
+        )
     if logits.ndim < 2:
         raise ShapeError(f"{who}: logits must be [batch, ..., classes], got {tuple(logits.shape)}")
     _same_batch(who, batch, logits.shape[0])
@@ -257,7 +265,7 @@ def _as_latents(made: Any, batch: int, who: str) -> Latents:
 
 def _checked_prior(prior: Any) -> Prior:
     if prior is None or prior == "normal" or callable(prior):
-        return prior
+        return cast("Prior", prior)
     if isinstance(prior, (tuple, list)) and prior and all(isinstance(n, int) and n > 0 for n in prior):
         return tuple(prior)
     raise ArgumentError(f'Teacher: prior must be None, "normal", a shape or a callable, got {prior!r}')

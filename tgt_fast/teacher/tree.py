@@ -1,4 +1,5 @@
-"""Batches that are not one tensor: a pytree (dict, list, tuple, dataclass) whose tensors share the leading dimension.
+"""Batches that are not one tensor: a pytree (dict, list, tuple, dataclass) whose tensors share the leading
+dimension.
 
 A leaf that is not a tensor, or is a 0-d tensor, belongs to the whole batch and is passed through as it is.
 """
@@ -25,7 +26,8 @@ def map_batched(fn: Callable[[Tensor], Tensor], tree: T) -> T:
     """The same tree with ``fn`` applied to every tensor that has a batch dimension."""
     if isinstance(tree, Tensor):  # the usual case, without the walk
         return fn(tree) if tree.ndim > 0 else tree  # type: ignore[return-value]
-    return pytree.tree_map(lambda leaf: fn(leaf) if _is_batched(leaf) else leaf, tree)
+    mapped: T = pytree.tree_map(lambda leaf: fn(leaf) if _is_batched(leaf) else leaf, tree)
+    return mapped
 
 
 def batched_leaves(tree: Any) -> list[Tensor]:
@@ -81,7 +83,9 @@ def concat(trees: Sequence[T]) -> T:
     flat = [pytree.tree_flatten(tree) for tree in trees]
     spec = flat[0][1]
     if any(other != spec for _, other in flat):
-        raise ShapeError("batches of different structure cannot be put together: " + str([str(s) for _, s in flat]))
+        raise ShapeError(
+            "batches of different structure cannot be put together: " + str([str(s) for _, s in flat])
+        )
     joined = []
     for column in zip(*(leaves for leaves, _ in flat), strict=True):
         if not _is_batched(column[0]):
@@ -91,7 +95,8 @@ def concat(trees: Sequence[T]) -> T:
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in column)
             raise ShapeError(f"batches whose examples differ in shape cannot be put together: {shapes}")
         joined.append(torch.cat(column))
-    return pytree.tree_unflatten(joined, spec)
+    whole: T = pytree.tree_unflatten(joined, spec)
+    return whole
 
 
 def chunks(tree: T, size: int | None) -> list[T]:

@@ -1,0 +1,94 @@
+"""What a sampler counts so that its caller need not: steps, and the ids of examples without one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
+from tgt_fast.explore.draws import Key
+from tgt_fast.kernels.options import MAX_SAMPLE_ID, MAX_STEP
+
+
+class Counters:
+    """Makes the noise key of each call. The counters are tensors on the device of the batches and are counted
+    there, so that a replayed CUDA graph moves on."""
+
+    def __init__(self, seed: int, rank: int | None, world_size: int | None) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ArgumentError(f"LatentSampler: seed must be a 64-bit integer, got {seed!r}")
+        self._place_given = _checked_place(rank, world_size)
+        self.seed = torch.tensor(seed)
+        self.step = torch.tensor(0)
+        self.next_id = torch.tensor(0)
+        self.stride = 0  # ids set aside for each rank a call, where there are several
+
+    def key(
+        self, count: int, device: torch.device, sample_ids: Tensor | None, step: int | Tensor | None
+    ) -> Key:
+        """The key of a batch of ``count`` examples: what the caller gives, and for the rest the counters."""
+        if self.seed.device != device:
+            self.seed, self.step, self.next_id = (t.to(device) for t in (self.seed, self.step, self.next_id))
+        if sample_ids is None:
+            rank, world = self._place()
+            ids = self.next_id + rank * self._stride_for(count, world) + torch.arange(count, device=device)
+        else:
+            ids = _checked_ids(sample_ids, count).to(device)
+        return Key(self.seed, ids, self.step.clone() if step is None else _checked_step(step, device))
+
+    def advance(self, count: int, *, ids: bool, step: bool) -> None:
+        """Count one call, for the counters that it used."""
+        if ids:
+            _, world = self._place()
+            self.stride = self._stride_for(count, world)
+            self.next_id += world * self.stride
+        if step:
+            self.step += 1
+
+    def _stride_for(self, count: int, world: int) -> int:
+        # A rank's share of the ids must not depend on how few examples happen to be in its last batch.
+        return count if world == 1 else max(count, self.stride)
+
+    def _place(self) -> tuple[int, int]:
+        """This process's rank, and of how many."""
+        if self._place_given is not None:
+            return self._place_given
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
+
+
+def _checked_place(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
+    if rank is None and world_size is None:
+        return None
+    if rank is None or world_size is None or not 0 <= rank < world_size:
+        raise ArgumentError(
+            "LatentSampler: give both rank and world_size, with 0 <= rank < world_size, or neither; "
+            f"got {rank!r} and {world_size!r}"
+        )
+    return rank, world_size
+
+
+def _checked_ids(ids: Any, count: int) -> Tensor:
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise DTypeError(f"LatentSampler: sample_ids must be a tensor of integers, got {found}")
+    if ids.shape != (count,):
+        raise ShapeError(f"LatentSampler: sample_ids {tuple(ids.shape)} must be ({count},), one an example")
+    if ids.device.type == "cpu" and count:
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= MAX_SAMPLE_ID:
+            raise ArgumentError(f"LatentSampler: sample_ids must be in [0, 2**48), got {low} to {high}")
+    return ids.to(torch.int64)
+
+
+def _checked_step(step: Any, device: torch.device) -> int | Tensor:
+    if isinstance(step, Tensor) and step.ndim == 0 and not step.is_floating_point():
+        return step.to(device, torch.int64)
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise ArgumentError(f"LatentSampler: step must be an integer or a 0-d integer tensor, got {step!r}")
+    if not 0 <= step < MAX_STEP:
+        raise ArgumentError(f"LatentSampler: step must be in [0, 2**28), got {step}")
+    return step
