@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+
 import tgt_fast
 
 REQUIRE_NATIVE = os.environ.get("TGT_FAST_REQUIRE_NATIVE") == "1"
@@ -25,7 +26,7 @@ def _native_reason() -> str:
 
 
 def _tested_package() -> Path:
-    """The tgt_fast under test. Started from the source tree, Python would import that instead of the wheel."""
+    """The tgt_fast under test. From the source tree, Python would import that instead of the wheel."""
     tested = Path(tgt_fast.__file__).resolve()
     try:
         installed = metadata.distribution("tgt-fast")
@@ -36,8 +37,8 @@ def _tested_package() -> Path:
             wheel = Path(str(installed.locate_file(file))).resolve()
             if wheel != tested:
                 raise pytest.UsageError(
-                    f"tgt_fast is installed at {wheel} but the tests import {tested}; run the `pytest` command, "
-                    "not `python -m pytest`, or uninstall the wheel"
+                    f"tgt_fast is installed at {wheel} but the tests import {tested}; "
+                    "run the `pytest` command, not `python -m pytest`, or uninstall the wheel"
                 )
     return tested
 

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import tgt_fast as tgt
 import torch
+from torch import Tensor
+
+import tgt_fast as tgt
 from tgt_fast.kernels.options import DistillOptions, DistillStats
 from tgt_fast.kernels.reference import distillation_loss as reference_loss
-from torch import Tensor
 
 FLOAT64_BAR = 1e-9
 FLOAT32_BAR = 1e-5
@@ -27,7 +28,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """torch on ``count`` threads. The truth takes one: on a busy machine many small parallel loops only wait."""
+    """torch on ``count`` threads. The truth takes one: on a busy machine small parallel loops only wait."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -154,7 +155,7 @@ def arithmetic_bar(result_dtype: torch.dtype, largest: float) -> float:
 
 
 def assert_close(name: str, out: Tensor, reference: Tensor, *, bar: float, floor: float) -> None:
-    """``out`` has the reference's NaN and infinities where they are, and its error elsewhere is within ``bar``.
+    """``out`` has the reference's NaN and infinities at their places, and errs within ``bar`` elsewhere.
 
     ``floor`` is that of the whole tensor; single elements are held to ``ELEMENT_FACTOR`` times the bar,
     relative to the norm of their own row, so that large rows cannot hide a wrong small one.
@@ -185,7 +186,7 @@ def assert_close(name: str, out: Tensor, reference: Tensor, *, bar: float, floor
 def gradient_bar(
     dtype: torch.dtype, loss_dtype: torch.dtype, largest: float, reference: Tensor, floor: float
 ) -> float:
-    """The bar of a gradient of ``dtype``: its arithmetic's, or 1.5 times what rounding the truth to it costs."""
+    """The bar of a gradient of ``dtype``: its arithmetic's, or 1.5 times what rounding the truth costs."""
     bar = arithmetic_bar(loss_dtype, largest)
     if dtype == loss_dtype:
         return bar
@@ -206,8 +207,8 @@ def assert_matches_truth(
 ) -> None:
     """Loss and gradients within the bars of their dtypes.
 
-    ``hard``: there is a hard term, which sees the student at temperature 1. ``per_row``: the upstream gradient
-    that a row sees.
+    ``hard``: there is a hard term, which sees the student at temperature 1.
+    ``per_row``: the upstream gradient that a row sees.
     """
     scaled = [student / temperature, teacher / (teacher_temperature or temperature)]
     largest = magnitude(*scaled, *([student] if hard else []))
@@ -231,6 +232,33 @@ def assert_matches_truth(
             raise AssertionError(f"{name}: {grad.dtype} for logits of {logits.dtype}")
         bar = gradient_bar(logits.dtype, loss_dtype, largest, reference, floor)
         assert_close(name, grad, reference, bar=bar, floor=floor)
+
+
+def check(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    *,
+    backend: str,
+    needs: tuple[bool, bool] = (True, True),
+    upstream: Tensor | None = None,
+    per_row: float = 1.0,
+    **options: Any,
+) -> Result:
+    """Evaluate on a backend and hold loss and gradients against the truth."""
+    result = evaluate(student, teacher, target, backend=backend, needs=needs, upstream=upstream, **options)
+    expected = truth(student, teacher, target, needs=needs, upstream=upstream, **options)
+    assert_matches_truth(
+        result,
+        expected,
+        student,
+        teacher,
+        temperature=options.get("temperature", 1.0),
+        teacher_temperature=options.get("teacher_temperature"),
+        hard=target is not None,
+        per_row=per_row,
+    )
+    return result
 
 
 def logits(

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from tgt_fast.kernels.options import DIVERGENCES, RADIUS_NORMS, REDUCTIONS, STEP_NORMS
 from torch import Tensor
+
+from tgt_fast.kernels.options import DIVERGENCES, RADIUS_NORMS, REDUCTIONS, STEP_NORMS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,7 +27,7 @@ layouts = st.sampled_from(("dense", "row-strided", "column-strided", "transposed
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
-    """The same values, in memory as ``layout`` says. What lies between them is NaN, so that reading it shows."""
+    """The same values, in memory as ``layout`` says. Between them lies NaN, so that reading it shows."""
     if values.dim() == 0 or layout == "dense":
         return values.contiguous()
     width = values.shape[-1]

@@ -6,12 +6,13 @@ import math
 from typing import Any
 
 import pytest
-import tgt_fast as tgt
 import torch
 from scipy import stats
+from torch import Tensor
+
+import tgt_fast as tgt
 from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels.reference import philox4x32, standard_normal
-from torch import Tensor
 
 # Random123 1.14, examples/kat_vectors: philox4x32-10, (counter, key, result).
 KNOWN_ANSWERS = [
@@ -126,7 +127,7 @@ def test_truncated_noise_is_the_truncated_normal(backend: str, bound: float) -> 
 
 
 def test_each_place_of_a_block_is_normal_by_chi_square(backend: str) -> None:
-    """20 cells of equal probability, for each of the four numbers that a block makes and for pairs of them."""
+    """20 cells of equal probability, for each of a block's four numbers and for pairs of them."""
     cells = (
         torch.distributions.Normal(0.0, 1.0).cdf(flat_noise(backend)).mul(20).long().clamp(0, 19).view(-1, 4)
     )
@@ -146,7 +147,7 @@ def test_words_are_uniform_in_every_bit() -> None:
 
 @pytest.mark.parametrize("what", ["sample_ids", "step", "replica", "seed", "op"])
 def test_streams_that_differ_in_one_field_are_independent(backend: str, what: str) -> None:
-    """Neighbours in id, step, replica, seed or op: no correlation of values, nor of squares (radii), at 4 sigma."""
+    """Neighbours in one field: no correlation of values, squares (radii) or signs, at 4 sigma."""
     samples, count = 64, 1024
     base: dict[str, Any] = {"seed": 3, "sample_ids": torch.arange(samples) * 2, "step": 8, "replica": 4}
     other = dict(base)

@@ -1,4 +1,4 @@
-"""The reference is proven first: its derivatives by finite differences, its values by formulas written another way."""
+"""The reference is proven first: derivatives by finite differences, values by formulas written anew."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from numerics import logits, targets
 from strategies import random_values, seeds, temperatures
+from torch import Tensor
+
 from tgt_fast.kernels.options import DIVERGENCES, DistillOptions
 from tgt_fast.kernels.reference import distillation_loss
-from torch import Tensor
 
 BOUNDED = ("jsd", "tvd")  # finite whatever is masked
 INF = math.inf
@@ -218,7 +219,7 @@ def test_jsd_is_symmetric_at_one_half_and_symmetric_is_the_sum_of_both_direction
 
 
 def test_a_loss_is_a_sum_over_classes_not_a_mean() -> None:
-    """Splitting each class into 64 of equal probability changes nothing: no hidden division by their number."""
+    """Splitting each class into 64 of equal probability changes nothing: no division by their number."""
     student, teacher = double(4, 5, 0), double(4, 5, 1)
     split = [x.repeat_interleave(64, dim=-1) for x in (student, teacher)]
     for divergence in ("forward_kl", "reverse_kl", "symmetric", "jsd", "tvd"):
