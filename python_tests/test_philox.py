@@ -34,10 +34,11 @@ def noise(backend: str, samples: int, count: int, **options: Any) -> Tensor:
 
 
 def box_muller(words: tuple[int, int, int, int]) -> list[float]:
-    """Four normal numbers of a block, by the textbook and in Python's own floats."""
+    """Four normal numbers of a block, by the textbook in Python's own floats; u is a float32."""
     out = []
     for even, odd in (words[:2], words[2:]):
-        radius = math.sqrt(-2.0 * math.log((even + 0.5) / 2**32))
+        u = float(torch.tensor((even + 0.5) / 2**32, dtype=torch.float32))
+        radius = math.sqrt(-2.0 * math.log(u))
         angle = 2.0 * math.pi * odd / 2**32
         out += [radius * math.cos(angle), radius * math.sin(angle)]
     return out
