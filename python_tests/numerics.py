@@ -142,7 +142,7 @@ def magnitude(*scaled_logits: Tensor) -> float:
     """max |logit / T| over what is finite: exp magnifies the rounding of an argument of this size."""
     largest = 0.0
     for logits in scaled_logits:
-        finite = logits[logits.isfinite()].double().abs()
+        finite = logits.detach()[logits.isfinite()].double().abs()
         largest = max(largest, float(finite.max()) if finite.numel() else 0.0)
     return largest
 
