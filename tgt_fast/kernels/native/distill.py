@@ -19,7 +19,7 @@ class Forward(NamedTuple):
     loss: Tensor  # 0-d, or [N]
     d_student: Tensor | None  # [N, C] like the student, for an upstream gradient of 1
     d_teacher: Tensor | None  # [N, C] like the teacher
-    rows: Tensor | None  # [N, K] a row's statistics, enough to make its gradients again
+    rows: Tensor | None  # [N, K] float64, a row's statistics: enough to make its gradients again
     stats: DistillStats | None
 
 
@@ -47,6 +47,11 @@ def _core_options(options: DistillOptions) -> Any:
     return made
 
 
+def _accumulate(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic, the losses and the statistics."""
+    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+
+
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -71,7 +76,7 @@ def forward(
 ) -> Forward:
     """Row losses, their reduction and the wanted gradients, in one pass over the logits."""
     rows, classes = student.shape
-    accumulate = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    accumulate = _accumulate(student, teacher)
     loss = torch.empty(rows if options.reduction == "none" else (), dtype=accumulate)
     row_loss = loss if options.reduction == "none" else torch.empty(rows, dtype=accumulate)
     if sample_weight is not None:
@@ -83,7 +88,7 @@ def forward(
         d_student = student.detach() if inplace else torch.empty(rows, classes, dtype=student.dtype)
     d_teacher = torch.empty(rows, classes, dtype=teacher.dtype) if wanted[1] else None
     compiled = core()
-    state = torch.empty(rows, compiled.ROW_STATE, dtype=accumulate) if keep_rows else None
+    state = torch.empty(rows, compiled.ROW_STATE, dtype=torch.float64) if keep_rows else None
     stats = torch.empty(6, rows, dtype=accumulate) if want_stats else None
     status, row = compiled.distill_forward(
         _core_options(options), rows, classes, _matrix(student), _matrix(teacher), _pointer(target), _pointer(sample_weight),
@@ -115,7 +120,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients from the logits and the saved row statistics, with the upstream gradient applied before rounding."""
     rows, classes = student.shape
-    d_loss = d_loss.detach().to(state.dtype).contiguous()
+    d_loss = d_loss.detach().to(_accumulate(student, teacher)).contiguous()
     d_student = None
     if wanted[0]:
         d_student = student.detach() if inplace else torch.empty(rows, classes, dtype=student.dtype)

@@ -11,15 +11,27 @@ from tgt_fast.kernels.options import OP_ASCEND, RADIUS_NORMS, STEP_NORMS
 _UINT64 = (1 << 64) - 1
 
 
-def _spread(value: float | Tensor | None, wide: torch.dtype) -> tuple[float, Tensor | None]:
-    """(number, tensor): a factor that is one number for all, or one a row in the accumulation dtype."""
-    if isinstance(value, Tensor):
-        return 1.0, value.detach().reshape(-1).to(wide).contiguous()
-    return (0.0 if value is None else float(value)), None
+class _Factor:
+    """A number for all samples or one a sample, as the core takes it; keeps the tensor alive for the call."""
+
+    def __init__(self, value: float | Tensor | None, wide: torch.dtype) -> None:
+        self.tensor = _vector(value, wide) if isinstance(value, Tensor) else None
+        self.number = float(value) if isinstance(value, (int, float)) else 0.0
+
+    def packed(self) -> tuple[float, int]:
+        return self.number, _pointer(self.tensor)
+
+
+def _vector(value: Tensor, wide: torch.dtype) -> Tensor:
+    return value.detach().reshape(-1).to(wide).contiguous()
 
 
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _noise(seed: int | Tensor, sample_ids: Tensor, step: int | Tensor, replica: int, op: int) -> tuple[int, int, int, int, int]:
+    return int(seed) & _UINT64, sample_ids.data_ptr(), int(step), int(replica), op
 
 
 def _wide(*tensors: Tensor) -> torch.dtype:
@@ -43,14 +55,13 @@ def perturb(
     z = z.detach().contiguous()
     sample_ids = sample_ids.contiguous()
     wide = _wide(z)
-    sigma, sigmas = _spread(per_sample, wide)
-    _, coordinate = _spread(per_coordinate, wide)
+    sigma = _Factor(per_sample, wide)
+    scale = None if per_coordinate is None else _vector(per_coordinate, wide)
     out = torch.empty_like(z)
     radius = -1.0 if sphere_radius == "keep" else 0.0 if sphere_radius is None else float(sphere_radius)
     core().latent_perturb(
-        *z.shape, DTYPES[z.dtype], z.data_ptr(), out.data_ptr(), sigma, _pointer(sigmas), _pointer(coordinate),
-        int(seed) & _UINT64, sample_ids.data_ptr(), int(step), replica, op, truncation or 0.0, radius,
-        torch.get_num_threads(),
+        *z.shape, DTYPES[z.dtype], z.data_ptr(), out.data_ptr(), sigma.packed(), _pointer(scale),
+        _noise(seed, sample_ids, step, replica, op), truncation or 0.0, radius, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -76,15 +87,13 @@ def ascend(
     anchor = None if anchor is None else anchor.detach().contiguous()
     sample_ids = sample_ids.contiguous()
     wide = _wide(z, grad) if anchor is None else _wide(z, grad, anchor)
-    steps, step_each = _spread(step_size, wide)
-    sigmas, sigma_each = _spread(sigma, wide)
-    radii, radius_each = _spread(radius, wide)
-    _, coordinate = _spread(scale, wide)
+    steps, sigmas, radii = _Factor(step_size, wide), _Factor(sigma, wide), _Factor(radius, wide)
+    unit = None if scale is None else _vector(scale, wide)
     out = torch.empty_like(z)
+    types = tuple(DTYPES[tensor.dtype] for tensor in (z, grad, z if anchor is None else anchor))
     core().latent_ascend(
-        *z.shape, DTYPES[z.dtype], DTYPES[grad.dtype], DTYPES[z.dtype if anchor is None else anchor.dtype],
-        z.data_ptr(), grad.data_ptr(), _pointer(anchor), out.data_ptr(), steps, _pointer(step_each), sigmas, _pointer(sigma_each),
-        radii, _pointer(radius_each), _pointer(coordinate), STEP_NORMS.index(norm), RADIUS_NORMS.index(radius_norm),
-        int(seed) & _UINT64, sample_ids.data_ptr(), int(step), replica, OP_ASCEND, torch.get_num_threads(),
+        *z.shape, types, z.data_ptr(), grad.data_ptr(), _pointer(anchor), out.data_ptr(), steps.packed(), sigmas.packed(),
+        radii.packed(), _pointer(unit), STEP_NORMS.index(norm), RADIUS_NORMS.index(radius_norm),
+        _noise(seed, sample_ids, step, replica, OP_ASCEND), torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -96,7 +96,9 @@ def standard_normal(
     words = _words(seed, sample_ids, (count + 3) // 4, step, replica, op).to(torch.float64)
     uniform = (words + 0.5) * 2.0**-32
     if truncation is None:
-        radius = torch.sqrt(-2.0 * torch.log(uniform[..., 0::2]))
+        # Rounded to float32, as every backend computes it: near 1 the logarithm would magnify the difference.
+        rounded = uniform[..., 0::2].to(torch.float32).to(torch.float64)
+        radius = torch.sqrt(-2.0 * torch.log(rounded))
         angle = words[..., 1::2] * (2.0 * math.pi * 2.0**-32)
         normal = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
     else:

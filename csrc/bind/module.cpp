@@ -1,0 +1,169 @@
+// The Python module: integers in (pointers, sizes, strides, dtype codes), a status out. No tensor library is included.
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <tuple>
+
+#include "../cpu/distill.h"
+#include "../cpu/isa.h"
+#include "../cpu/latent.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using tgt::DType;
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// (pointer, row stride, dtype code)
+using MatrixTuple = std::tuple<uintptr_t, int64_t, int>;
+
+tgt::Matrix matrix(const MatrixTuple& from) {
+  return {pointer<void>(std::get<0>(from)), std::get<1>(from), static_cast<DType>(std::get<2>(from))};
+}
+
+// (number, pointer to one a sample or 0)
+using FactorTuple = std::tuple<double, uintptr_t>;
+
+tgt::Factor factor(const FactorTuple& from) { return {std::get<0>(from), pointer<void>(std::get<1>(from))}; }
+
+// (seed, pointer to ids, step, replica, op)
+using NoiseTuple = std::tuple<uint64_t, uintptr_t, uint32_t, uint32_t, uint32_t>;
+
+tgt::NoiseKey noise(const NoiseTuple& from) {
+  tgt::NoiseKey key;
+  key.seed = std::get<0>(from);
+  key.ids = pointer<int64_t>(std::get<1>(from));
+  key.step = std::get<2>(from);
+  key.replica = std::get<3>(from);
+  key.op = std::get<4>(from);
+  return key;
+}
+
+std::tuple<int, int64_t> distill_forward(const tgt::DistillOptions& options, int64_t rows, int64_t classes,
+                                         const MatrixTuple& student, const MatrixTuple& teacher, uintptr_t target,
+                                         uintptr_t weight, double normalizer, uintptr_t row_loss, uintptr_t loss,
+                                         const MatrixTuple& d_student, const MatrixTuple& d_teacher, uintptr_t state,
+                                         uintptr_t stats, int threads) {
+  tgt::DistillCall call;
+  call.options = options;
+  call.rows = rows;
+  call.classes = classes;
+  call.student = matrix(student);
+  call.teacher = matrix(teacher);
+  call.target = pointer<int64_t>(target);
+  call.weight = pointer<double>(weight);
+  call.row_loss = pointer<void>(row_loss);
+  call.d_student = matrix(d_student);
+  call.d_teacher = matrix(d_teacher);
+  call.state = pointer<tgt::RowState>(state);
+  call.stats = pointer<void>(stats);
+  const tgt::StatusAt status = tgt::cpu::distill_forward(call, normalizer, pointer<void>(loss), threads);
+  return {static_cast<int>(status.status), status.row};
+}
+
+void distill_backward(const tgt::DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
+                      const MatrixTuple& teacher, uintptr_t target, uintptr_t state, uintptr_t upstream,
+                      bool upstream_per_row, const MatrixTuple& d_student, const MatrixTuple& d_teacher, int threads) {
+  tgt::DistillCall call;
+  call.options = options;
+  call.rows = rows;
+  call.classes = classes;
+  call.student = matrix(student);
+  call.teacher = matrix(teacher);
+  call.target = pointer<int64_t>(target);
+  call.state = pointer<tgt::RowState>(state);
+  call.upstream = pointer<void>(upstream);
+  call.upstream_per_row = upstream_per_row;
+  call.d_student = matrix(d_student);
+  call.d_teacher = matrix(d_teacher);
+  tgt::cpu::distill_backward(call, threads);
+}
+
+void distill_scale(int64_t rows, int64_t classes, const MatrixTuple& grad, uintptr_t factors, bool per_row, int threads) {
+  tgt::cpu::distill_scale({rows, classes, matrix(grad), pointer<void>(factors), per_row}, threads);
+}
+
+void perturb(int64_t samples, int64_t size, int type, uintptr_t z, uintptr_t out, const FactorTuple& sigma, uintptr_t scale,
+             const NoiseTuple& key, double truncation, double sphere_radius, int threads) {
+  tgt::PerturbCall call;
+  call.samples = samples;
+  call.size = size;
+  call.type = static_cast<DType>(type);
+  call.z = pointer<void>(z);
+  call.out = pointer<void>(out);
+  call.sigma = factor(sigma);
+  call.scale = pointer<void>(scale);
+  call.noise = noise(key);
+  call.noise.truncation = truncation;
+  call.sphere_radius = sphere_radius;
+  tgt::cpu::perturb(call, threads);
+}
+
+void ascend(int64_t samples, int64_t size, std::tuple<int, int, int> types, uintptr_t z, uintptr_t grad, uintptr_t anchor,
+            uintptr_t out, const FactorTuple& step_size, const FactorTuple& sigma, const FactorTuple& radius,
+            uintptr_t scale, int norm, int radius_norm, const NoiseTuple& key, int threads) {
+  tgt::AscendCall call;
+  call.samples = samples;
+  call.size = size;
+  call.z_type = static_cast<DType>(std::get<0>(types));
+  call.grad_type = static_cast<DType>(std::get<1>(types));
+  call.anchor_type = static_cast<DType>(std::get<2>(types));
+  call.z = pointer<void>(z);
+  call.grad = pointer<void>(grad);
+  call.anchor = pointer<void>(anchor);
+  call.out = pointer<void>(out);
+  call.step_size = factor(step_size);
+  call.sigma = factor(sigma);
+  call.radius = factor(radius);
+  call.scale = pointer<void>(scale);
+  call.norm = static_cast<tgt::StepNorm>(norm);
+  call.radius_norm = static_cast<tgt::RadiusNorm>(radius_norm);
+  call.noise = noise(key);
+  tgt::cpu::ascend(call, threads);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = TGT_COMPILER;
+  info["cuda"] = "";  // version of the CUDA tier that was built in; empty: none
+  info["cuda_architectures"] = "";
+  info["isa"] = tgt::cpu::kernels().name;
+  info["isas"] = py::str(tgt::cpu::built_sets()).attr("split")(",");
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+  m.doc() = "The compiled kernels of tgt_fast. Takes raw pointers: call it through tgt_fast.kernels.native.";
+  m.attr("ROW_STATE") = tgt::kRowState;
+  m.attr("BAD_TARGET") = static_cast<int>(tgt::Status::kBadTarget);
+  m.attr("BAD_WEIGHT") = static_cast<int>(tgt::Status::kBadWeight);
+
+  using tgt::DistillOptions;
+  py::class_<DistillOptions>(m, "DistillOptions")
+      .def(py::init<>())
+      .def_readwrite("divergence", &DistillOptions::divergence)
+      .def_readwrite("reduction", &DistillOptions::reduction)
+      .def_readwrite("beta", &DistillOptions::beta)
+      .def_readwrite("temperature", &DistillOptions::temperature)
+      .def_readwrite("teacher_temperature", &DistillOptions::teacher_temperature)
+      .def_readwrite("soft_weight", &DistillOptions::soft_weight)
+      .def_readwrite("hard_weight", &DistillOptions::hard_weight)
+      .def_readwrite("label_smoothing", &DistillOptions::label_smoothing)
+      .def_readwrite("ignore_index", &DistillOptions::ignore_index)
+      .def_readwrite("unlabeled_index", &DistillOptions::unlabeled_index);
+
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  m.def("distill_forward", &distill_forward, release);
+  m.def("distill_backward", &distill_backward, release);
+  m.def("distill_scale", &distill_scale, release);
+  m.def("latent_perturb", &perturb, release);
+  m.def("latent_ascend", &ascend, release);
+  m.def("build_info", &build_info);
+}

@@ -1,0 +1,232 @@
+// The divergences, one struct each: how a class adds to the row's sums, the loss from the sums, and the gradients.
+//
+// p = softmax(t / Tt) is the teacher, q = softmax(s / Ts) the student. Gradients are with respect to the tempered logits
+// t / Tt and s / Ts, of the divergence alone: weights, Ts^2 and 1 / T are one factor a row, applied by the caller.
+//
+// Members of a divergence:
+//   kProbabilities  it reads log-probabilities; otherwise it reads the tempered logits themselves
+//   kShiftedSums    its sums can be taken before the row's normalisers are known, relative to the running maxima
+//   add             adds one class to the sums x, y
+//   shift           restates x, y when the maxima rise by ds, dt (only with kShiftedSums)
+//   finish          normalised x, y from the sums, for the loss and the gradients
+//   value           the loss from the normalised sums
+//   d_student, d_teacher
+#pragma once
+
+#include "row_stats.h"
+
+namespace tgt {
+
+enum class DivergenceKind : int {
+  kForwardKl,
+  kReverseKl,
+  kSymmetric,
+  kJsd,
+  kTvd,
+  kCrossEntropy,
+  kMse,
+  kNone  // no soft term
+};
+constexpr int kDivergences = 8;
+
+inline namespace TGT_ISA {
+
+// One class. Before normalisation a, b are shifted log-values and p, q their exponentials; after it, log p, log q, p, q.
+template <class V>
+struct Class {
+  V a, b, p, q;
+};
+
+// The mixture of jsd: weights and their logarithms.
+template <class Real>
+struct Mixture {
+  Real teacher, student, log_teacher, log_student;
+};
+
+struct ForwardKl {  // sum p (a - b)
+  static constexpr bool kProbabilities = true, kShiftedSums = true;
+  template <class V, class R>
+  static TGT_HD void add(const Class<V>& c, const Mixture<R>&, V& x, V&) {
+    x = fused(c.p, c.a - c.b, x);
+  }
+  static TGT_HD void shift(OnlineSums& m, double ds, double dt, double, double shrink_teacher) {
+    m.x = (m.x + (ds - dt) * m.teacher) * shrink_teacher;
+  }
+  static TGT_HD void finish(const OnlineSums& m, double log_student, double log_teacher, double& x, double&) {
+    x = m.x / m.teacher - (log_teacher - log_student);
+  }
+  static TGT_HD double value(double x, double, double) { return x; }
+  template <class V, class R>
+  static TGT_HD V d_student(const Class<V>& c, const Mixture<R>&, R, R) {
+    return c.q - c.p;
+  }
+  template <class V, class R>
+  static TGT_HD V d_teacher(const Class<V>& c, const Mixture<R>&, R x, R) {
+    return c.p * ((c.a - c.b) - x);
+  }
+};
+
+struct ReverseKl {  // sum q (b - a)
+  static constexpr bool kProbabilities = true, kShiftedSums = true;
+  template <class V, class R>
+  static TGT_HD void add(const Class<V>& c, const Mixture<R>&, V&, V& y) {
+    y = fused(c.q, c.b - c.a, y);
+  }
+  static TGT_HD void shift(OnlineSums& m, double ds, double dt, double shrink_student, double) {
+    m.y = (m.y + (dt - ds) * m.student) * shrink_student;
+  }
+  static TGT_HD void finish(const OnlineSums& m, double log_student, double log_teacher, double&, double& y) {
+    y = m.y / m.student - (log_student - log_teacher);
+  }
+  static TGT_HD double value(double, double y, double) { return y; }
+  template <class V, class R>
+  static TGT_HD V d_student(const Class<V>& c, const Mixture<R>&, R, R y) {
+    return c.q * ((c.b - c.a) - y);
+  }
+  template <class V, class R>
+  static TGT_HD V d_teacher(const Class<V>& c, const Mixture<R>&, R, R) {
+    return c.p - c.q;
+  }
+};
+
+struct Symmetric {  // the sum of both
+  static constexpr bool kProbabilities = true, kShiftedSums = true;
+  template <class V, class R>
+  static TGT_HD void add(const Class<V>& c, const Mixture<R>& m, V& x, V& y) {
+    ForwardKl::add(c, m, x, y);
+    ReverseKl::add(c, m, x, y);
+  }
+  static TGT_HD void shift(OnlineSums& m, double ds, double dt, double shrink_student, double shrink_teacher) {
+    ForwardKl::shift(m, ds, dt, shrink_student, shrink_teacher);
+    ReverseKl::shift(m, ds, dt, shrink_student, shrink_teacher);
+  }
+  static TGT_HD void finish(const OnlineSums& m, double log_student, double log_teacher, double& x, double& y) {
+    ForwardKl::finish(m, log_student, log_teacher, x, y);
+    ReverseKl::finish(m, log_student, log_teacher, x, y);
+  }
+  static TGT_HD double value(double x, double y, double) { return x + y; }
+  template <class V, class R>
+  static TGT_HD V d_student(const Class<V>& c, const Mixture<R>& m, R x, R y) {
+    return ForwardKl::d_student(c, m, x, y) + ReverseKl::d_student(c, m, x, y);
+  }
+  template <class V, class R>
+  static TGT_HD V d_teacher(const Class<V>& c, const Mixture<R>& m, R x, R y) {
+    return ForwardKl::d_teacher(c, m, x, y) + ReverseKl::d_teacher(c, m, x, y);
+  }
+};
+
+// Members for sums over normalised classes: they are only added up.
+struct NormalisedSums {
+  static constexpr bool kShiftedSums = false;
+  static TGT_HD void shift(OnlineSums&, double, double, double, double) {}
+  static TGT_HD void finish(const OnlineSums&, double, double, double&, double&) {}
+};
+
+struct Jsd : NormalisedSums {  // x = KL(p, m), y = KL(q, m), m = beta p + (1 - beta) q, from logarithms alone
+  static constexpr bool kProbabilities = true;
+  template <class V, class R>
+  static TGT_HD V log_mixture(const Class<V>& c, const Mixture<R>& m) {
+    const V u = c.a + m.log_teacher;
+    const V v = c.b + m.log_student;
+    return larger(u, v) + log1p_unit(exp_nonpositive(-absolute(u - v)));
+  }
+  template <class V, class R>
+  static TGT_HD void add(const Class<V>& c, const Mixture<R>& m, V& x, V& y) {
+    const V log_m = log_mixture(c, m);
+    x = fused(c.p, c.a - log_m, x);
+    y = fused(c.q, c.b - log_m, y);
+  }
+  static TGT_HD double value(double x, double y, double beta) { return beta * x + (1 - beta) * y; }
+  template <class V, class R>
+  static TGT_HD V d_student(const Class<V>& c, const Mixture<R>& m, R, R y) {
+    return (c.q * m.student) * ((c.b - log_mixture(c, m)) - y);
+  }
+  template <class V, class R>
+  static TGT_HD V d_teacher(const Class<V>& c, const Mixture<R>& m, R x, R) {
+    return (c.p * m.teacher) * ((c.a - log_mixture(c, m)) - x);
+  }
+};
+
+struct Tvd : NormalisedSums {  // x = sum p sign(p - q) / 2, y = sum q sign(q - p) / 2
+  static constexpr bool kProbabilities = true;
+  template <class V>
+  static TGT_HD V half_sign(V p, V q) {
+    using R = typename Traits<V>::Real;
+    const V positive = p > q ? splat<V>(R(0.5)) : V{};
+    return p < q ? splat<V>(R(-0.5)) : positive;
+  }
+  template <class V, class R>
+  static TGT_HD void add(const Class<V>& c, const Mixture<R>&, V& x, V& y) {
+    const V side = half_sign(c.p, c.q);
+    x = fused(c.p, side, x);
+    y = fused(c.q, -side, y);
+  }
+  static TGT_HD double value(double x, double y, double) { return x + y; }
+  template <class V, class R>
+  static TGT_HD V d_student(const Class<V>& c, const Mixture<R>&, R, R y) {
+    return c.q * (-half_sign(c.p, c.q) - y);
+  }
+  template <class V, class R>
+  static TGT_HD V d_teacher(const Class<V>& c, const Mixture<R>&, R x, R) {
+    return c.p * (half_sign(c.p, c.q) - x);
+  }
+};
+
+struct CrossEntropy {  // -sum p b
+  static constexpr bool kProbabilities = true, kShiftedSums = true;
+  template <class V, class R>
+  static TGT_HD void add(const Class<V>& c, const Mixture<R>&, V& x, V&) {
+    x = fused(c.p, -c.b, x);
+  }
+  static TGT_HD void shift(OnlineSums& m, double ds, double, double, double shrink_teacher) {
+    m.x = (m.x + ds * m.teacher) * shrink_teacher;
+  }
+  static TGT_HD void finish(const OnlineSums& m, double log_student, double, double& x, double&) {
+    x = m.x / m.teacher + log_student;
+  }
+  static TGT_HD double value(double x, double, double) { return x; }
+  template <class V, class R>
+  static TGT_HD V d_student(const Class<V>& c, const Mixture<R>&, R, R) {
+    return c.q - c.p;
+  }
+  template <class V, class R>
+  static TGT_HD V d_teacher(const Class<V>& c, const Mixture<R>&, R x, R) {
+    return c.p * (-c.b - x);
+  }
+};
+
+struct Mse : NormalisedSums {  // sum (b - a)^2 of the tempered logits
+  static constexpr bool kProbabilities = false;
+  template <class V, class R>
+  static TGT_HD void add(const Class<V>& c, const Mixture<R>&, V& x, V&) {
+    const V difference = c.b - c.a;
+    x = fused(difference, difference, x);
+  }
+  static TGT_HD double value(double x, double, double) { return x; }
+  template <class V, class R>
+  static TGT_HD V d_student(const Class<V>& c, const Mixture<R>&, R, R) {
+    return (c.b - c.a) * 2;
+  }
+  template <class V, class R>
+  static TGT_HD V d_teacher(const Class<V>& c, const Mixture<R>&, R, R) {
+    return (c.a - c.b) * 2;
+  }
+};
+
+struct NoDivergence : NormalisedSums {
+  static constexpr bool kProbabilities = false;
+  template <class V, class R>
+  static TGT_HD void add(const Class<V>&, const Mixture<R>&, V&, V&) {}
+  static TGT_HD double value(double, double, double) { return 0; }
+  template <class V, class R>
+  static TGT_HD V d_student(const Class<V>&, const Mixture<R>&, R, R) {
+    return V{};
+  }
+  template <class V, class R>
+  static TGT_HD V d_teacher(const Class<V>&, const Mixture<R>&, R, R) {
+    return V{};
+  }
+};
+
+}  // namespace TGT_ISA
+}  // namespace tgt

@@ -1,0 +1,16 @@
+// What lets one header serve g++, clang++ and nvcc.
+#pragma once
+
+#include <cstdint>
+
+// Inline code is compiled once per instruction set. Each copy lives in an inline namespace of its own, so that the linker
+// can never hand the AVX-512 copy to a CPU without it. CMake defines TGT_ISA for every such translation unit.
+#ifndef TGT_ISA
+#define TGT_ISA portable
+#endif
+
+#if defined(__CUDACC__)
+#define TGT_HD __host__ __device__ __forceinline__
+#else
+#define TGT_HD inline __attribute__((always_inline))
+#endif

@@ -1,0 +1,24 @@
+// The kernels of one instruction set, and which set this process runs.
+#pragma once
+
+#include "../common/distill.h"
+#include "../common/latent.h"
+
+namespace tgt::cpu {
+
+// Each handles rows or samples [begin, end) and touches nothing of the others.
+struct Kernels {
+  const char* name;
+  void (*distill_forward)(const DistillCall&, int64_t begin, int64_t end);
+  void (*distill_backward)(const DistillCall&, int64_t begin, int64_t end);
+  void (*perturb)(const PerturbCall&, int64_t begin, int64_t end);
+  void (*ascend)(const AscendCall&, int64_t begin, int64_t end);
+};
+
+// The widest set that was built and that this CPU has.
+const Kernels& kernels();
+
+// Names of the sets that were built, widest first, separated by commas.
+const char* built_sets();
+
+}  // namespace tgt::cpu

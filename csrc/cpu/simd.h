@@ -1,0 +1,158 @@
+// Vectors of lanes for the CPU kernels: as wide as the instruction set that the translation unit is compiled for.
+//
+// Arithmetic, comparison and selection are the compiler's own vector extensions; only what those cannot say (a fused
+// multiply-add, a square root, a widening multiplication) is written a set.
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../common/math.h"
+
+namespace tgt {
+inline namespace TGT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kSimdBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kSimdBytes = 32;
+#else
+constexpr int kSimdBytes = 16;
+#endif
+
+typedef float VFloat __attribute__((vector_size(kSimdBytes)));
+typedef double VDouble __attribute__((vector_size(kSimdBytes)));
+typedef int32_t VInt32 __attribute__((vector_size(kSimdBytes)));
+typedef int64_t VInt64 __attribute__((vector_size(kSimdBytes)));
+typedef uint32_t VUInt32 __attribute__((vector_size(kSimdBytes)));
+typedef uint64_t VUInt64 __attribute__((vector_size(kSimdBytes)));
+
+template <class Real>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  using Vector = VFloat;
+  static constexpr int kCount = kSimdBytes / 4;
+};
+template <>
+struct Lanes<double> {
+  using Vector = VDouble;
+  static constexpr int kCount = kSimdBytes / 8;
+};
+
+// Products of the low 32 bits of each 64-bit lane.
+TGT_HD VUInt64 multiply_low_words(VUInt64 a, VUInt64 b) {
+#if defined(__AVX512F__)
+  return (VUInt64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (VUInt64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return (VUInt64)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+template <>
+struct Traits<VFloat> {
+  using Real = float;
+  using Int = VInt32;
+  static TGT_HD VFloat from_int(VInt32 x) { return __builtin_convertvector(x, VFloat); }
+  static TGT_HD VFloat fused(VFloat a, VFloat b, VFloat c) {
+#if defined(__AVX512F__)
+    return (VFloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (VFloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;  // a rounding more, within every bound that the tests hold
+#endif
+  }
+  static TGT_HD VFloat square_root(VFloat x) {
+#if defined(__AVX512F__)
+    return (VFloat)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+    return (VFloat)_mm256_sqrt_ps((__m256)x);
+#elif defined(__x86_64__)
+    return (VFloat)_mm_sqrt_ps((__m128)x);
+#else
+    for (int i = 0; i < Lanes<float>::kCount; ++i) x[i] = sqrtf(x[i]);
+    return x;
+#endif
+  }
+};
+template <>
+struct Traits<VDouble> {
+  using Real = double;
+  using Int = VInt64;
+  static TGT_HD VDouble fused(VDouble a, VDouble b, VDouble c) {
+#if defined(__AVX512F__)
+    return (VDouble)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__AVX2__)
+    return (VDouble)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+    return a * b + c;
+#endif
+  }
+};
+template <>
+struct Traits<VUInt32> {
+  static TGT_HD void multiply_wide(VUInt32 a, uint32_t b, VUInt32& high, VUInt32& low) {
+    const VUInt64 factor = VUInt64{} + b;
+    const VUInt64 even = multiply_low_words((VUInt64)a, factor);
+    const VUInt64 odd = multiply_low_words((VUInt64)a >> 32, factor);
+    high = (VUInt32)((even >> 32) | (odd & 0xffffffff00000000u));
+    low = (VUInt32)((even & 0xffffffffu) | (odd << 32));
+  }
+};
+
+template <class Real>
+TGT_HD typename Lanes<Real>::Vector load(const Real* from) {
+  typename Lanes<Real>::Vector value;
+  memcpy(&value, from, sizeof(value));
+  return value;
+}
+template <class Real>
+TGT_HD void store(Real* to, typename Lanes<Real>::Vector value) {
+  memcpy(to, &value, sizeof(value));
+}
+// The first `count` lanes; the others hold `fill`.
+template <class Real>
+TGT_HD typename Lanes<Real>::Vector load_part(const Real* from, int count, Real fill) {
+  Real lanes[Lanes<Real>::kCount];
+  for (int i = 0; i < Lanes<Real>::kCount; ++i) lanes[i] = i < count ? from[i] : fill;
+  return load(lanes);
+}
+template <class Real>
+TGT_HD void store_part(Real* to, typename Lanes<Real>::Vector value, int count) {
+  Real lanes[Lanes<Real>::kCount];
+  store(lanes, value);
+  for (int i = 0; i < count; ++i) to[i] = lanes[i];
+}
+
+// A fixed tree over the lanes, in double.
+template <class V>
+TGT_HD double sum_lanes(V value) {
+  using Real = typename Traits<V>::Real;
+  constexpr int kCount = Lanes<Real>::kCount;
+  Real lanes[kCount];
+  store(lanes, value);
+  double tree[kCount];
+  for (int i = 0; i < kCount; ++i) tree[i] = lanes[i];
+  for (int width = kCount / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) tree[i] += tree[i + width];
+  }
+  return tree[0];
+}
+template <class V>
+TGT_HD typename Traits<V>::Real largest_lane(V value) {
+  using Real = typename Traits<V>::Real;
+  Real lanes[Lanes<Real>::kCount];
+  store(lanes, value);
+  Real best = lanes[0];
+  for (int i = 1; i < Lanes<Real>::kCount; ++i) best = lanes[i] > best ? lanes[i] : best;
+  return best;
+}
+
+}  // namespace TGT_ISA
+}  // namespace tgt

@@ -1,0 +1,121 @@
+#include "thread_pool.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+
+namespace tgt::cpu {
+namespace {
+
+struct Job {
+  int64_t count = 0;
+  int64_t chunk = 1;
+  void (*body)(void*, int64_t, int64_t) = nullptr;
+  void* context = nullptr;
+  std::atomic<int64_t> next{0};
+
+  void work() {
+    for (;;) {
+      const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
+      if (begin >= count) return;
+      body(context, begin, std::min(begin + chunk, count));
+    }
+  }
+};
+
+// One caller at a time holds `caller` for the length of its job. Workers sleep between jobs.
+class Pool {
+ public:
+  // False when another caller holds the pool.
+  bool run(Job& job, int helpers) {
+    std::unique_lock<std::mutex> caller(caller_, std::try_to_lock);
+    if (!caller.owns_lock()) return false;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      while (workers_ < helpers) {
+        try {
+          std::thread(&Pool::serve, this, workers_).detach();
+        } catch (const std::system_error&) {
+          break;  // no more threads to be had: fewer do the work
+        }
+        ++workers_;
+      }
+      job_ = &job;
+      wanted_ = std::min(helpers, workers_);
+      active_ = wanted_;
+      ++generation_;
+    }
+    wake_.notify_all();
+    job.work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return active_ == 0; });
+    job_ = nullptr;
+    return true;
+  }
+
+ private:
+  void serve(int index) {
+    uint64_t seen = 0;
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return generation_ != seen; });
+      seen = generation_;
+      if (index >= wanted_ || job_ == nullptr) continue;
+      Job* job = job_;
+      lock.unlock();
+      job->work();
+      lock.lock();
+      if (--active_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex caller_, mutex_;
+  std::condition_variable wake_, done_;
+  Job* job_ = nullptr;
+  uint64_t generation_ = 0;
+  int workers_ = 0;
+  int wanted_ = 0;
+  int active_ = 0;
+};
+
+// Never destroyed: sleeping workers may outlive static destructors. A forked child has none of the workers, and perhaps a
+// locked mutex, so it starts with a pool of its own and leaves the parent's behind.
+std::atomic<Pool*> g_pool{nullptr};
+
+void forget_pool() { g_pool.store(nullptr, std::memory_order_relaxed); }
+
+Pool* pool() {
+  Pool* current = g_pool.load(std::memory_order_acquire);
+  if (current != nullptr) return current;
+  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
+  (void)registered;
+  Pool* made = new (std::nothrow) Pool;
+  if (made == nullptr || g_pool.compare_exchange_strong(current, made)) return made;
+  delete made;
+  return current;
+}
+
+}  // namespace
+
+void parallel_for(int64_t count, int64_t grain, int threads, void (*body)(void*, int64_t, int64_t), void* context) {
+  const int64_t most = (count + grain - 1) / std::max<int64_t>(grain, 1);
+  const int used = static_cast<int>(std::min<int64_t>(threads, most));
+  if (used > 1) {
+    Job job;
+    job.count = count;
+    job.chunk = std::max<int64_t>(grain, count / (used * 8));
+    job.body = body;
+    job.context = context;
+    Pool* shared = pool();
+    if (shared != nullptr && shared->run(job, used - 1)) return;
+  }
+  if (count > 0) body(context, 0, count);
+}
+
+}  // namespace tgt::cpu
