@@ -1,0 +1,130 @@
+"""An HTML page in one file: text, tables, and images embedded beside their copies as PNG files."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from tgt_fast.errors import ArgumentError
+from tgt_fast.report.output import write_bytes
+
+_STYLE = """
+:root { --ink: #1c2733; --soft: #5b6b7b; --line: #dde3ea; --tint: #f4f7fa; --accent: #1d4e89; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.6 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
+h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
+h2 { font-size: 1.3rem; margin: 3rem 0 .8rem; padding-top: 1.2rem; border-top: 1px solid var(--line); }
+p { max-width: 48rem; margin: .6rem 0; }
+p.lead { color: var(--soft); font-size: 1.08rem; }
+.facts { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.6rem 0; padding: 0; list-style: none; }
+.facts li { flex: 1 1 9rem; background: var(--tint); border-radius: 10px; padding: .8rem 1rem; }
+.facts b { display: block; font-size: 1.45rem; line-height: 1.3; color: var(--accent); font-variant-numeric: tabular-nums; }
+.facts span { color: var(--soft); font-size: .85rem; }
+figure { margin: 1.4rem 0 2rem; }
+figure img { max-width: 100%; height: auto; display: block; }
+figcaption { color: var(--soft); font-size: .92rem; max-width: 48rem; margin-top: .5rem; }
+.scroll { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; width: 100%; font-size: .93rem; font-variant-numeric: tabular-nums; }
+caption { caption-side: bottom; text-align: left; color: var(--soft); font-size: .92rem; padding-top: .5rem; }
+th, td { padding: .42rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th { font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--line); }
+th:first-child, td:first-child { text-align: left; }
+tr.strong td { background: var(--tint); font-weight: 600; }
+footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
+code { background: var(--tint); padding: .1em .35em; border-radius: 4px; }
+"""
+
+
+class Page:
+    """A report, built from top to bottom. All text is plain text: it is escaped here.
+
+    >>> page = Page("Results", "Of a test")
+    >>> page.text("1 < 2")
+    >>> "1 &lt; 2" in page.html()
+    True
+    """
+
+    def __init__(self, title: str, lead: str = "") -> None:
+        self.title = title
+        self._images: dict[str, bytes] = {}
+        self._body = [f"<h1>{escape(title)}</h1>"]
+        if lead:
+            self._body.append(f'<p class="lead">{escape(lead)}</p>')
+
+    def section(self, title: str) -> None:
+        self._body.append(f"<h2>{escape(title)}</h2>")
+
+    def text(self, text: str) -> None:
+        self._body.append(f"<p>{escape(text)}</p>")
+
+    def facts(self, facts: Sequence[tuple[str, str]]) -> None:
+        """A row of (number, what it is)."""
+        items = "".join(f"<li><b>{escape(n)}</b><span>{escape(what)}</span></li>" for n, what in facts)
+        self._body.append(f'<ul class="facts">{items}</ul>')
+
+    def figure(self, name: str, png: bytes, alt: str, caption: str = "", width: int | None = None) -> None:
+        """An image, embedded, and written beside the page as ``name``.png.
+
+        ``width``: in CSS pixels; by default as wide as the page allows.
+
+        Raises:
+            ArgumentError: a name that is no plain, new file name.
+        """
+        if not name.replace("-", "").replace("_", "").isalnum() or name in self._images:
+            raise ArgumentError(f"Page.figure: not a plain, new file name: {name!r}")
+        self._images[name] = png
+        data = base64.b64encode(png).decode("ascii")
+        size = f' width="{width}"' if width else ""
+        image = f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}"{size}>'
+        text = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+        self._body.append(f'<figure id="{name}">{image}{text}</figure>')
+
+    def table(
+        self,
+        header: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        caption: str = "",
+        strong: Sequence[int] = (),
+    ) -> None:
+        """A table; ``strong``: the rows to set off.
+
+        Raises:
+            ArgumentError: a row of another length than the header.
+        """
+        if any(len(row) != len(header) for row in rows):
+            raise ArgumentError(f"Page.table: a row does not have the header's {len(header)} cells")
+        head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+        lines = []
+        for number, row in enumerate(rows):
+            mark = ' class="strong"' if number in strong else ""
+            lines.append(f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+        text = f"<caption>{escape(caption)}</caption>" if caption else ""
+        body = f"<table>{text}<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+        self._body.append(f'<div class="scroll">{body}</div>')
+
+    def footer(self, text: str) -> None:
+        self._body.append(f"<footer>{escape(text)}</footer>")
+
+    def html(self) -> str:
+        """The whole page; it needs nothing beside it and nothing from the net."""
+        return (
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{escape(self.title)}</title><style>{_STYLE}</style></head>"
+            "<body><main>\n" + "\n".join(self._body) + "\n</main></body></html>\n"
+        )
+
+    def write(self, folder: Path) -> Path:
+        """The PNG files, then index.html; each whole or not at all. Returns the page's path.
+
+        Raises:
+            CheckpointError: a file cannot be written.
+        """
+        for name, png in self._images.items():
+            write_bytes(folder / f"{name}.png", png)
+        index = folder / "index.html"
+        write_bytes(index, self.html().encode("utf-8"))
+        return index

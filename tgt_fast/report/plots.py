@@ -1,0 +1,262 @@
+"""Plots in one hand: the same fonts, lines and colours everywhere, drawn without a display or global state."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tgt_fast.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, SOFT, LINE = "#1c2733", "#5b6b7b", "#dde3ea"
+_STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that the plots look alike everywhere
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": LINE,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 13,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.8,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "legend.frameon": False,
+}
+
+
+@contextmanager
+def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Iterator[tuple[Figure, Any]]:
+    """A figure of so many inches and its axes (one, or an array [rows, columns]), in the common style.
+
+    Raises:
+        ArgumentError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ArgumentError("plots need matplotlib: pip install 'tgt-fast[demo]'") from error
+    with matplotlib.rc_context(_STYLE):
+        made = Figure(figsize=(width, height), dpi=160, layout="constrained")
+        axes = made.subplots(rows, columns, squeeze=rows == columns == 1)
+        yield made, axes
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file; the same bytes for the same figure and matplotlib."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: its height is the points' mean."""
+
+    label: str
+    points: Sequence[float]
+    color: str
+
+    @property
+    def mean(self) -> float:
+        return sum(self.points) / len(self.points)
+
+
+def bars(items: Sequence[Bar], title: str, unit: str, low: float = 0.0, high: float | None = None) -> bytes:
+    """Horizontal bars from top to bottom with every single point and the mean as a number."""
+    with figure(9, 0.9 + 0.46 * len(items)) as (made, axes):
+        top = max(max(item.points) for item in items) if high is None else high
+        for row, item in enumerate(items):
+            axes.barh(row, item.mean - low, left=low, height=0.66, color=item.color)
+            axes.plot(
+                item.points, [row] * len(item.points), "o", ms=5, mfc="white", mec=INK, mew=1.0, zorder=3
+            )
+            end = max(item.mean, *item.points)
+            axes.annotate(
+                f"{item.mean:.1f}", (end, row), xytext=(9, 0), textcoords="offset points",
+                va="center", ha="left", fontweight="bold", fontsize=10.5,
+            )  # fmt: skip
+        axes.set_yticks(range(len(items)), [item.label for item in items])
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.invert_yaxis()
+        axes.set_xlim(low, top + 0.06 * (top - low))
+        axes.grid(axis="x")
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel(unit)
+        axes.set_title(title)
+        return png(made)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line, with the band between its lowest and highest where these are given."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    color: str
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    dashed: bool = False
+    marker: str = ""
+
+
+def lines(
+    items: Sequence[Series],
+    title: str,
+    x_label: str,
+    y_label: str,
+    *,
+    log_x: bool = False,
+    y_limits: tuple[float, float] | None = None,
+    x_ticks: Sequence[float] | None = None,
+) -> bytes:
+    """Lines, each named at its right end in its own colour; names that would overlap are moved apart."""
+    with figure(9, 4.6) as (made, axes):
+        for item in items:
+            axes.plot(
+                item.x, item.y, color=item.color, lw=2, ls="--" if item.dashed else "-", marker=item.marker, ms=5
+            )  # fmt: skip
+            if item.low:
+                axes.fill_between(item.x, item.low, item.high, color=item.color, alpha=0.14, lw=0)
+        if log_x:
+            axes.set_xscale("log")
+        if x_ticks is not None:
+            axes.set_xticks(list(x_ticks), [f"{tick:g}" for tick in x_ticks])
+            axes.set_xticks([], minor=True)
+        if y_limits is not None:
+            axes.set_ylim(*y_limits)
+        axes.grid(axis="y")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.set_title(title)
+        _name_at_end(axes, items)
+        return png(made)
+
+
+def _name_at_end(axes: Axes, items: Sequence[Series]) -> None:
+    low, high = axes.get_ylim()
+    gap = 0.056 * (high - low)
+    ends = sorted(((min(max(item.y[-1], low), high), number) for number, item in enumerate(items)))
+    places: list[float] = []
+    for end, _ in ends:
+        places.append(end if not places else max(end, places[-1] + gap))
+    # Push down what went above the top, each only as far as the one above it asks.
+    limit = high
+    for row in range(len(places) - 1, -1, -1):
+        places[row] = min(places[row], limit)
+        limit = places[row] - gap
+    for (_, number), place in zip(ends, places, strict=True):
+        axes.annotate(
+            items[number].label, (1, (place - low) / (high - low)), xycoords="axes fraction", xytext=(8, 0),
+            textcoords="offset points", va="center", color=items[number].color, fontsize=10.5, annotation_clip=False,
+        )  # fmt: skip
+
+
+def heatmap(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float]],
+    title: str,
+    x_label: str,
+    limits: tuple[float, float] = (0.0, 100.0),
+) -> bytes:
+    """Numbers in coloured cells, dark for high."""
+    with figure(9, 1.5 + 0.44 * len(rows)) as (made, axes):
+        axes.imshow(values, cmap="YlGnBu", vmin=limits[0], vmax=limits[1], aspect="auto")
+        middle = limits[0] + 0.6 * (limits[1] - limits[0])
+        for row, line in enumerate(values):
+            for column, value in enumerate(line):
+                color = "white" if value > middle else INK
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=color, fontsize=10)
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.tick_params(length=0, labelcolor=INK)
+        axes.set_xticks([c - 0.5 for c in range(1, len(columns))], minor=True)
+        axes.set_yticks([r - 0.5 for r in range(1, len(rows))], minor=True)
+        axes.grid(which="minor", color="white", linewidth=2)
+        axes.tick_params(which="minor", length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        axes.set_xlabel(x_label)
+        axes.set_title(title)
+        return png(made)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One image, its caption, and whether the caption is to be set off."""
+
+    pixels: Any  # [H, W] in [0, 1]
+    caption: str = ""
+    marked: bool = False
+
+
+def image_grid(
+    rows: Sequence[tuple[str, Sequence[Tile]]], title: str, mark_color: str = "#c1440e"
+) -> bytes:
+    """Rows of images, each row with its name on the left."""
+    columns = max(len(tiles) for _, tiles in rows)
+    with figure(0.9 * columns + 1.6, 1.12 * len(rows) + 0.5, len(rows), columns) as (made, axes):
+        grid = [[axes]] if len(rows) == columns == 1 else axes
+        for row, (name, tiles) in enumerate(rows):
+            for column in range(columns):
+                ax = grid[row][column]
+                ax.set_xticks([])
+                ax.set_yticks([])
+                for spine in ax.spines.values():
+                    spine.set_visible(False)
+                if column >= len(tiles):
+                    continue
+                tile = tiles[column]
+                ax.imshow(tile.pixels, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+                ax.set_xlabel(
+                    tile.caption, fontsize=8.5, labelpad=3, color=mark_color if tile.marked else SOFT,
+                    fontweight="bold" if tile.marked else "normal",
+                )  # fmt: skip
+            grid[row][0].set_ylabel(
+                name, rotation=0, ha="right", va="center", labelpad=10, color=INK, fontsize=10.5
+            )
+        made.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=13)
+        return png(made)
+
+
+def panels(items: Sequence[tuple[str, str, Sequence[Bar]]], title: str) -> bytes:
+    """Small bar charts side by side over the same rows: (heading, number format, bars)."""
+    count = len(items[0][2])
+    with figure(9.6, 1.2 + 0.4 * count, 1, len(items)) as (made, axes):
+        for number, (heading, form, items_here) in enumerate(items):
+            ax = axes[0][number] if len(items) > 1 else axes
+            top = max((item.mean for item in items_here if item.points), default=1.0)
+            for row, item in enumerate(items_here):
+                if not item.points:
+                    ax.annotate("–", (0, row), xytext=(5, 0), textcoords="offset points", va="center", color=SOFT)
+                    continue
+                ax.barh(row, item.mean, height=0.64, color=item.color)
+                ax.annotate(
+                    format(item.mean, form), (item.mean, row), xytext=(5, 0), textcoords="offset points",
+                    va="center", fontsize=9.5,
+                )  # fmt: skip
+            ax.set_xlim(0, top * 1.38 if top > 0 else 1)
+            ax.set_yticks(range(count), [item.label for item in items_here] if number == 0 else [""] * count)
+            ax.tick_params(axis="y", length=0, labelcolor=INK)
+            ax.set_xticks([])
+            ax.invert_yaxis()
+            for spine in ax.spines.values():
+                spine.set_visible(False)
+            ax.set_title(heading, fontsize=10, fontweight="normal", color=SOFT, pad=6)
+        made.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=13)
+        return png(made)
