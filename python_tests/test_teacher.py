@@ -7,11 +7,12 @@ import functools
 from typing import Any
 
 import pytest
-import toys
 import torch
+import toys
+from torch import Tensor, nn
+
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.teacher import Latents, Teacher, tree
-from torch import Tensor, nn
 
 
 class Parent(nn.Module):
@@ -160,7 +161,9 @@ def test_methods_and_partials_are_frozen_through_their_module() -> None:
             return gain * self.decoder(z)
 
     vae, hidden = Vae(), nn.Linear(8, 3)
-    teacher = Teacher(vae.encode, functools.partial(vae.decode, gain=2.0), lambda x: hidden(x), modules=[hidden])
+    teacher = Teacher(
+        vae.encode, functools.partial(vae.decode, gain=2.0), lambda x: hidden(x), modules=[hidden]
+    )
     assert not vae.training and not any(p.requires_grad for m in (vae, hidden) for p in m.parameters())
     teacher.double()
     assert teacher.label(teacher.decode(teacher.encode(torch.zeros(2, 8).double()))).dtype == torch.float64
@@ -224,7 +227,12 @@ def test_bad_parts_are_refused(options: dict[str, Any], error: type[Exception], 
         ("encoder", lambda x: x[:2], ShapeError, r"batch=4.*\(2, 6\)"),
         ("encoder", lambda x: Latents(x, torch.ones(4, 5)), ShapeError, r"mask \(4, 5\).*\(4, 6\)"),
         ("decoder", lambda z: z[:3], ShapeError, "decoder changed the batch size.* 4 .* 3"),
-        ("decoder", lambda z: {"a": z, "b": z[:1]}, ShapeError, r"differ within one batch: \(4, 6\), \(1, 6\)"),
+        (
+            "decoder",
+            lambda z: {"a": z, "b": z[:1]},
+            ShapeError,
+            r"differ within one batch: \(4, 6\), \(1, 6\)",
+        ),
         ("decoder", lambda z: None, ArgumentError, "no tensor with a batch dimension"),
         ("labeler", lambda x: x[:, 0], ShapeError, r"logits must be \[batch, ..., classes\], got \(4,\)"),
         ("labeler", lambda x: x.argmax(1), DTypeError, "got torch.int64"),
@@ -233,7 +241,9 @@ def test_bad_parts_are_refused(options: dict[str, Any], error: type[Exception], 
         ("student_transform", lambda x: x[:3], ShapeError, "student_transform changed the batch size"),
     ],
 )
-def test_parts_that_return_nonsense_are_named(part: str, made: Any, error: type[Exception], message: str) -> None:
+def test_parts_that_return_nonsense_are_named(
+    part: str, made: Any, error: type[Exception], message: str
+) -> None:
     parts: dict[str, Any] = {"encoder": nn.Identity(), "decoder": nn.Identity(), "labeler": nn.Identity()}
     teacher, x = Teacher(**{**parts, part: made}), torch.zeros(4, 6)
     with pytest.raises(error, match=message):

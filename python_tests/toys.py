@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tgt_fast.teacher import Latents, Teacher
 from torch import Tensor, nn
+
+from tgt_fast.teacher import Latents, Teacher
 
 FEATURES, LATENT, CLASSES = 8, 4, 3
 
@@ -106,7 +107,9 @@ def snapshot(module: nn.Module) -> dict[str, Any]:
     """All that exploration may not change: values, gradients, buffers, flags."""
     return {
         "parameters": {name: p.detach().clone() for name, p in module.named_parameters()},
-        "gradients": {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()},
+        "gradients": {
+            name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()
+        },
         "buffers": {name: b.clone() for name, b in module.named_buffers()},
         "flags": {name: m.training for name, m in module.named_modules()},
         "needs": {name: p.requires_grad for name, p in module.named_parameters()},

@@ -59,6 +59,8 @@ def climb(
     Returns the latents reached and, where ``record_disagreement`` asks for it, the mean disagreement before
     each step and at the end (steps + 1 numbers; one more pass of decoder, labeler and student).
     """
+    if start.z.numel() == 0:
+        return start, []
     latents = start
     history: list[float] = []
     with left_as_found(student, start.z.device):
@@ -87,8 +89,10 @@ def _slope(
     with torch.enable_grad():
         z = latents.z.detach().requires_grad_()
         value = _disagreement(teacher, student, latents.at_real(z), options)
-        # With respect to z alone: no parameter gradient is computed, none accumulated.
-        (slope,) = torch.autograd.grad(value.sum(), z, allow_unused=True)
+        slope: Tensor | None = None
+        if value.requires_grad:
+            # With respect to z alone: no parameter gradient is computed, none accumulated.
+            (slope,) = torch.autograd.grad(value.sum(), z, allow_unused=True)
     if slope is None:
         raise ArgumentError(
             "LatentSampler: no gradient reaches the latents: the decoder, or both student and labeler, "

@@ -34,6 +34,9 @@ def visit_chains(
     """
     host = key.on(_CPU)
     ids = host.ids.tolist()
+    if not ids:
+        nothing = teacher.encode(x)
+        return replace(nothing, z=nothing.z.requires_grad_())
     chains = [chain_key(sample_id, replica) for replica in range(options.replicas) for sample_id in ids]
     fresh = torch.stack(
         [_starts_anew(bank, host.of_replica(r), options) for r in range(options.replicas)]
