@@ -2,6 +2,7 @@
 #include "latent.h"
 
 #include "isa.h"
+#include "memory.h"
 #include "thread_pool.h"
 
 namespace tgt::cpu {
@@ -14,6 +15,7 @@ int64_t sample_grain(int64_t size) { return kNumbersPerThread / (size + 1) + 1; 
 }  // namespace
 
 void perturb(PerturbCall call, int threads) {
+  expect_writes(call.out, call.samples * call.size * element_size(call.type));
   parallel_for(
       call.samples, sample_grain(call.size), threads,
       [](void* context, int64_t begin, int64_t end) {
@@ -23,6 +25,7 @@ void perturb(PerturbCall call, int threads) {
 }
 
 void ascend(AscendCall call, int threads) {
+  expect_writes(call.out, call.samples * call.size * element_size(call.z_type));
   parallel_for(
       call.samples, sample_grain(call.size), threads,
       [](void* context, int64_t begin, int64_t end) {
