@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+from torch import nn
+from training_kit import CLASSES, FEATURES, make_data, make_student, make_teacher
+
 from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.train import accuracy, agreement, class_accuracy, class_thirds, evaluate, mean_kl
 from tgt_fast.train.metrics import eval_mode
-from torch import nn
-from training_kit import CLASSES, FEATURES, make_data, make_student, make_teacher
 
 LOGITS = torch.tensor([[3.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 2.0, 1.0], [5.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
 TARGET = torch.tensor([0, 2, 0, 1, -100])  # right, right, wrong, wrong, not counted
@@ -33,7 +34,8 @@ def test_agreement_and_kl_by_hand() -> None:
     by_hand = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     assert mean_kl(student, teacher) == pytest.approx(by_hand / 2)
     assert mean_kl(teacher, teacher) == 0.0
-    assert math.isnan(mean_kl(student[:0], teacher[:0])) and math.isnan(agreement(student[:0], teacher[:0]))
+    assert math.isnan(mean_kl(student[:0], teacher[:0]))
+    assert math.isnan(agreement(student[:0], teacher[:0]))
 
 
 def test_kl_and_excluded_classes() -> None:
@@ -79,7 +81,8 @@ def test_evaluate_equals_the_functions(with_ids: bool) -> None:
         "mean_kl": pytest.approx(mean_kl(logits, labels)),
     }
     assert all(type(value) is float for value in found.values())
-    assert 0 < found["agreement"] < 1 and found["mean_kl"] > 0
+    assert 0 < found["agreement"] < 1
+    assert found["mean_kl"] > 0
 
 
 def test_evaluate_leaves_no_trace() -> None:
@@ -108,7 +111,8 @@ def test_evaluate_without_teacher_or_labels() -> None:
     x, y = make_data(23)
     assert set(evaluate(make_student(), None, [(x, y)])) == {"accuracy"}
     found = evaluate(make_student(), make_teacher(), [x])
-    assert math.isnan(found["accuracy"]) and found["mean_kl"] > 0
+    assert math.isnan(found["accuracy"])
+    assert found["mean_kl"] > 0
 
 
 def test_errors() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tgt_fast as tgt
 import torch
-from tgt_fast.errors import ArgumentError, ShapeError
-from tgt_fast.train.data import Batch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training_kit import CLASSES, FEATURES, make_data, make_student, make_teacher
+
+import tgt_fast as tgt
+from tgt_fast.errors import ArgumentError, ShapeError
+from tgt_fast.train.data import Batch
 
 
 def soft_by_hand(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -50,11 +51,14 @@ def test_the_formula() -> None:
     out = objective(student, x, y, sample_ids=ids, step=4)
 
     expected = {"hard": hard, "soft": soft, "synthetic": synthetic}
-    assert set(out) == {"loss", "parts"} and set(out["parts"]) == set(expected)
+    assert set(out) == {"loss", "parts"}
+    assert set(out["parts"]) == set(expected)
     for name, value in expected.items():
         part = out["parts"][name]  # type: ignore[literal-required]
         torch.testing.assert_close(part.double(), value.detach(), rtol=1e-5, atol=1e-6)
-        assert value > 0.01 and part.dim() == 0 and not part.requires_grad
+        assert value > 0.01
+        assert part.dim() == 0
+        assert not part.requires_grad
     torch.testing.assert_close(out["loss"].double(), hard + soft + synthetic, rtol=1e-5, atol=1e-6)
 
     (hard + soft + synthetic).backward()
@@ -107,7 +111,8 @@ def test_labels_may_be_missing() -> None:
     objective = tgt.TGTObjective(teacher, loss=tgt.DistillationLoss(temperature=2.0, hard_weight=1.0))
     x, y = make_data(8)
     none = objective(student, x)
-    assert none["parts"]["hard"] == 0 and none["parts"]["soft"] > 0
+    assert none["parts"]["hard"] == 0
+    assert none["parts"]["soft"] > 0
 
     unlabeled = objective(student, x, torch.full_like(y, -1))
     torch.testing.assert_close(unlabeled["loss"], none["loss"])
@@ -255,8 +260,8 @@ def test_bad_arguments() -> None:
     for weight in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ArgumentError, match="synthetic_weight"):
             tgt.TGTObjective(teacher, synthetic_weight=weight)
+    hard_only = tgt.DistillationLoss(soft_weight=0.0, hard_weight=1.0)
     with pytest.raises(ArgumentError, match="soft_weight=0"):
-        hard_only = tgt.DistillationLoss(soft_weight=0.0, hard_weight=1.0)
         tgt.TGTObjective(teacher, absolute_sampler(teacher), loss=hard_only)
     x, y = make_data(8)
     with pytest.raises(ShapeError, match="7 classes"):

@@ -6,10 +6,11 @@ import random
 from typing import Any
 
 import numpy as np
-import tgt_fast as tgt
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+
+import tgt_fast as tgt
 
 FEATURES, LATENT, CLASSES, EXAMPLES = 6, 3, 4, 22
 
@@ -28,9 +29,7 @@ def make_student(*, seed: int = 1, batch_norm: bool = True, dropout: float = 0.2
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         norm = [nn.BatchNorm1d(10)] if batch_norm else []
-        return nn.Sequential(
-            nn.Linear(FEATURES, 10), *norm, nn.Tanh(), nn.Dropout(dropout), nn.Linear(10, CLASSES)
-        )
+        return nn.Sequential(nn.Linear(FEATURES, 10), *norm, nn.Tanh(), nn.Dropout(dropout), nn.Linear(10, CLASSES))
 
 
 def make_data(n: int = EXAMPLES, *, seed: int = 2) -> tuple[Tensor, Tensor]:

@@ -200,9 +200,7 @@ def save_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor]) ->
     tensors: dict[str, Tensor] = {}
     for name, value in weights.items():
         if not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{path}: {name} is a {type(value).__name__}; a weights file takes tensors only"
-            )
+            raise CheckpointError(f"{path}: {name} is a {type(value).__name__}; a weights file takes tensors only")
         encode(value, name, tensors)
     replace_file(Path(path), lambda temporary: write_tensors(temporary, tensors))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tgt_fast.errors import CheckpointError
 
-# JSON knows lists, and objects with string keys. Anything else is an object whose only key is one of these tags.
+# JSON knows lists, and objects with string keys. Anything else is an object of one key, one of these tags.
 _TENSOR, _TUPLE, _DICT, _COUNTER, _FLOAT = "tensor", "tuple", "dict", "counter", "float"
 
 
@@ -52,8 +52,8 @@ def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         tag = _COUNTER if isinstance(value, Counter) else _DICT
         return {tag: [[_key(k, path), encode(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
     raise CheckpointError(
-        f"{path} holds a {type(value).__module__}.{type(value).__qualname__}: a checkpoint takes tensors, numbers, "
-        "strings and lists, tuples and dicts of them (it is never pickled)"
+        f"{path} holds a {type(value).__module__}.{type(value).__qualname__}: a checkpoint, which is never "
+        "pickled, takes tensors, numbers, strings and lists, tuples and dicts of them"
     )
 
 
@@ -86,9 +86,7 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 def _key(key: Any, path: str) -> Any:
     if key is None or isinstance(key, (bool, int, str)):
         return key
-    raise CheckpointError(
-        f"{path} has a key of type {type(key).__name__}; a checkpoint takes strings and integers"
-    )
+    raise CheckpointError(f"{path} has a key of type {type(key).__name__}; a checkpoint takes strings and integers")
 
 
 def _unused(name: str, tensors: Mapping[str, Tensor]) -> str:

@@ -111,9 +111,7 @@ class BatchStream:
             self._batches = self._begin()
             self.position = sum(1 for _ in itertools.islice(self._batches, state["position"]))
         if self.position < state["position"]:
-            raise ArgumentError(
-                f"the loader has {self.position} batches; the saved run had taken {state['position']}"
-            )
+            raise ArgumentError(f"the loader has {self.position} batches; the saved run had taken {state['position']}")
         # They may have been used for something else since the epoch began, such as an evaluation.
         _set_states(generators, state["generators"])
 

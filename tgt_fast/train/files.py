@@ -17,7 +17,7 @@ from tgt_fast.errors import CheckpointError
 
 @contextmanager
 def reported(path: Path, verb: str) -> Iterator[None]:
-    """Inside ``with reported(path, "write"):`` a file system's error becomes a CheckpointError with path and reason."""
+    """Inside ``with reported(path, "write"):`` an error of the file system becomes a CheckpointError."""
     try:
         yield
     except (OSError, SafetensorError) as error:

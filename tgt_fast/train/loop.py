@@ -45,7 +45,7 @@ class Objective(Protocol):
         step: int,
         **normalizers: Any,
     ) -> Mapping[str, Any]:
-        """``{"loss": 0-d}``, and if you like ``"parts"``: a dict of detached 0-d tensors, averaged in the history."""
+        """``{"loss": 0-d}`` and, if wanted, ``"parts"``: detached 0-d tensors, averaged in the history."""
         ...
 
 
@@ -143,9 +143,7 @@ def fit(
     """
     _check(steps, accumulate, clip_grad_norm, eval_every, mode, checkpoint_every)
     if accumulate > 1 and not hasattr(objective, "normalizers"):
-        raise ArgumentError(
-            "fit: accumulate > 1 needs an objective with normalizers(batches), as TGTObjective has"
-        )
+        raise ArgumentError("fit: accumulate > 1 needs an objective with normalizers(batches), as TGTObjective has")
     if isinstance(scheduler, ReduceLROnPlateau) and evaluate is None:
         raise ArgumentError("fit: ReduceLROnPlateau follows the monitored metric, so it needs evaluate")
     folder = _checked_folder(checkpoint_dir, resume)
@@ -156,9 +154,8 @@ def fit(
         student.train()
         optimizer.zero_grad()
         result = run.result
-        with tqdm(
-            total=steps, initial=min(result.steps, steps), disable=not progress, desc="fit", unit="step"
-        ) as bar:
+        shown = {"disable": not progress, "desc": "fit", "unit": "step", "miniters": 1}
+        with _Bar(total=steps, initial=min(result.steps, steps), **shown) as bar:
             while result.steps < steps:
                 run.step(accumulate, clip_grad_norm)
                 if _due(eval_every, result.steps, steps):
@@ -171,6 +168,12 @@ def fit(
                     run.save(folder)
                 bar.update()
     return result
+
+
+class _Bar(tqdm):  # type: ignore[misc]
+    """A bar without tqdm's monitoring thread: it outlives the run, and DataLoader workers are forked beside it."""
+
+    monitor_interval = 0
 
 
 class _Run:
@@ -188,9 +191,7 @@ class _Run:
         self.optimizer, self.scheduler = optimizer, scheduler
         self.device = module_device(student)
         self.result = FitResult()
-        self.sums: dict[
-            str, Tensor
-        ] = {}  # of the loss and its parts since the last record; no step waits for them
+        self.sums: dict[str, Tensor] = {}  # of the loss and its parts since the last record; no step waits for them
         self.summed = 0  # steps in the sums
 
     def step(self, accumulate: int, clip_grad_norm: float | None) -> None:
@@ -238,9 +239,7 @@ class _Run:
         score = metrics[monitor]
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(score)
-        if math.isnan(score) or (
-            result.best_score is not None and not _better(score, result.best_score, mode)
-        ):
+        if math.isnan(score) or (result.best_score is not None and not _better(score, result.best_score, mode)):
             return False
         result.best_step, result.best_score = result.steps, score
         result.best = {name: _copy(value) for name, value in self.student.state_dict().items()}
@@ -261,9 +260,7 @@ class _Run:
     def load(self, folder: Path) -> None:
         loaded = checkpoint.load_checkpoint(folder, **self._parts())
         extra = loaded.extra
-        self.result = FitResult(
-            loaded.step, extra["history"], extra["best"], extra["best_step"], extra["best_score"]
-        )
+        self.result = FitResult(loaded.step, extra["history"], extra["best"], extra["best_step"], extra["best_score"])
         self.sums = {name: value.to(self.device) for name, value in extra["sums"].items()}
         self.summed = extra["summed"]
 
@@ -320,8 +317,6 @@ def _checked_folder(checkpoint_dir: str | os.PathLike[str] | None, resume: bool)
         return None
     folder = Path(checkpoint_dir)
     if not resume and checkpoint.has_checkpoint(folder):
-        raise ArgumentError(
-            f"fit: {folder} holds a run's checkpoint; pass resume=True to go on, or another folder"
-        )
+        raise ArgumentError(f"fit: {folder} holds a run's checkpoint; pass resume=True to go on, or another folder")
     make_writable(folder)
     return folder

@@ -19,9 +19,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every submodule's own train/eval flag is what it was."""
     flags = [(child, child.training) for child in module.modules()]
     for child, _ in flags:
-        child.training = (
-            False  # not eval(): an adapter may merge weights there, which flags alone would not undo
-        )
+        child.training = False  # not eval(): an adapter may merge weights there, which flags alone would not undo
     try:
         yield
     finally:
@@ -168,9 +166,7 @@ def evaluate(
     if not batches:
         raise ArgumentError("evaluate: the loader gave no batch")
     result = {
-        "accuracy": math.nan
-        if hits is None or totals is None
-        else _ratio(hits.sum().item(), totals.sum().item())
+        "accuracy": math.nan if hits is None or totals is None else _ratio(hits.sum().item(), totals.sum().item())
     }
     if class_counts is not None:
         thirds = class_thirds(class_counts)
@@ -199,9 +195,7 @@ def _class_hits(name: str, logits: Tensor, target: Tensor) -> tuple[Tensor, Tens
     right = counted & (logits.argmax(-1) == target)
     total = torch.bincount(target[counted], minlength=classes).cpu()
     if total.numel() > classes:
-        raise ArgumentError(
-            f"{name}: a target is class {total.numel() - 1}, but the logits have {classes} classes"
-        )
+        raise ArgumentError(f"{name}: a target is class {total.numel() - 1}, but the logits have {classes} classes")
     return torch.bincount(target[right], minlength=classes).cpu(), total
 
 
@@ -214,9 +208,7 @@ def _row_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _check_rows(name: str, logits: Tensor, target: Tensor) -> None:
     if logits.shape[:-1] != target.shape:
-        raise ShapeError(
-            f"{name}: logits {tuple(logits.shape)} do not fit targets {tuple(target.shape)}, one a row expected"
-        )
+        raise ShapeError(f"{name}: targets {tuple(target.shape)} do not fit the rows of logits {tuple(logits.shape)}")
 
 
 def _check_same(name: str, student: Tensor, teacher: Tensor) -> None:

@@ -77,9 +77,7 @@ class TGTObjective:
                 f"TGTObjective: the loss must have reduction='mean' and return_stats=False, got {self.loss}"
             )
         if not 0 <= self.synthetic_weight < float("inf"):
-            raise ArgumentError(
-                f"TGTObjective: synthetic_weight must be finite and >= 0, got {synthetic_weight!r}"
-            )
+            raise ArgumentError(f"TGTObjective: synthetic_weight must be finite and >= 0, got {synthetic_weight!r}")
         if sampler is not None and self.loss.options.soft_weight == 0:
             raise ArgumentError(
                 "TGTObjective: a loss with soft_weight=0 ignores synthetic examples; leave the sampler out"
@@ -158,7 +156,7 @@ class TGTObjective:
             else:
                 counts.append((batch.y != self.loss.options.ignore_index).sum())
         real = torch.stack(counts).sum().to(torch.float32)
-        return real, torch.full_like(real, examples * getattr(self.sampler, "replicas", 1))
+        return real, torch.full_like(real, examples * (1 if self.sampler is None else self.sampler.options.replicas))
 
     def _real(
         self,
@@ -176,9 +174,7 @@ class TGTObjective:
         if options.hard_weight == 0:
             # The loss takes no target then; what ignore_index says still holds.
             counted = (y != options.ignore_index).to(torch.float32)
-            loss = self._soft(
-                logits, teacher_logits, counted if weight is None else counted * weight, normalizer
-            )
+            loss = self._soft(logits, teacher_logits, counted if weight is None else counted * weight, normalizer)
             return loss, torch.zeros_like(loss.detach())
         hard = None
         if self._hard_loss is not None:
