@@ -84,12 +84,13 @@ void distill_backward(const tgt::DistillOptions& options, int64_t rows, int64_t 
   tgt::cpu::distill_backward(call, threads);
 }
 
-void distill_scale(int64_t rows, int64_t classes, const MatrixTuple& grad, uintptr_t factors, bool per_row, int threads) {
+void distill_scale(int64_t rows, int64_t classes, const MatrixTuple& grad, uintptr_t factors, bool per_row,
+                   int threads) {
   tgt::cpu::distill_scale({rows, classes, matrix(grad), pointer<void>(factors), per_row}, threads);
 }
 
-void perturb(int64_t samples, int64_t size, int type, uintptr_t z, uintptr_t out, const FactorTuple& sigma, uintptr_t scale,
-             const NoiseTuple& key, double truncation, double sphere_radius, int threads) {
+void perturb(int64_t samples, int64_t size, int type, uintptr_t z, uintptr_t out, const FactorTuple& sigma,
+             uintptr_t scale, const NoiseTuple& key, double truncation, double sphere_radius, int threads) {
   tgt::PerturbCall call;
   call.samples = samples;
   call.size = size;
@@ -104,9 +105,9 @@ void perturb(int64_t samples, int64_t size, int type, uintptr_t z, uintptr_t out
   tgt::cpu::perturb(call, threads);
 }
 
-void ascend(int64_t samples, int64_t size, std::tuple<int, int, int> types, uintptr_t z, uintptr_t grad, uintptr_t anchor,
-            uintptr_t out, const FactorTuple& step_size, const FactorTuple& sigma, const FactorTuple& radius,
-            uintptr_t scale, int norm, int radius_norm, const NoiseTuple& key, int threads) {
+void ascend(int64_t samples, int64_t size, std::tuple<int, int, int> types, uintptr_t z, uintptr_t grad,
+            uintptr_t anchor, uintptr_t out, const FactorTuple& step_size, const FactorTuple& sigma,
+            const FactorTuple& radius, uintptr_t scale, int norm, int radius_norm, const NoiseTuple& key, int threads) {
   tgt::AscendCall call;
   call.samples = samples;
   call.size = size;

@@ -1,7 +1,8 @@
 // The divergences, one struct each: how a class adds to the row's sums, the loss from the sums, and the gradients.
 //
-// p = softmax(t / Tt) is the teacher, q = softmax(s / Ts) the student. Gradients are with respect to the tempered logits
-// t / Tt and s / Ts, of the divergence alone: weights, Ts^2 and 1 / T are one factor a row, applied by the caller.
+// p = softmax(t / Tt) is the teacher, q = softmax(s / Ts) the student. Gradients are with respect to the tempered
+// logits t / Tt and s / Ts, of the divergence alone: weights, Ts^2 and 1 / T are one factor a row, applied by the
+// caller.
 //
 // Members of a divergence:
 //   kProbabilities  it reads log-probabilities; otherwise it reads the tempered logits themselves
@@ -31,7 +32,8 @@ constexpr int kDivergences = 8;
 
 inline namespace TGT_ISA {
 
-// One class. Before normalisation a, b are shifted log-values and p, q their exponentials; after it, log p, log q, p, q.
+// One class. Before normalisation a, b are shifted log-values and p, q their exponentials; after it, log p, log q, p,
+// q.
 template <class V>
 struct Class {
   V a, b, p, q;

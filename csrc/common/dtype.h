@@ -17,9 +17,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-constexpr int64_t element_size(DType type) {
-  return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
-}
+constexpr int64_t element_size(DType type) { return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2; }
 
 inline namespace TGT_ISA {
 
@@ -47,8 +45,8 @@ TGT_HD Real widen(BFloat16 x) {
 }
 template <class Real>
 TGT_HD Real widen(Float16 x) {
-  // Exponent and mantissa shifted into place, then an exact multiplication by 2^112 rebiases the exponent and normalises
-  // subnormals; infinities and NaNs get their exponent by hand.
+  // Exponent and mantissa shifted into place, then an exact multiplication by 2^112 rebiases the exponent and
+  // normalises subnormals; infinities and NaNs get their exponent by hand.
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
   const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 5.192296858534828e+33f);
   const uint32_t value = magnitude >= (0x7c00u << 13) ? magnitude | 0x7f800000u : finite;

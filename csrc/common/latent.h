@@ -5,8 +5,8 @@
 
 namespace tgt {
 
-// A factor that is one number for all samples, or one a sample. Factors a sample or a coordinate come in the type of the
-// arithmetic: double as soon as a latent, gradient or anchor is double, else float.
+// A factor that is one number for all samples, or one a sample. Factors a sample or a coordinate come in the type of
+// the arithmetic: double as soon as a latent, gradient or anchor is double, else float.
 struct Factor {
   double value = 0;
   const void* values = nullptr;  // [samples]

@@ -83,8 +83,8 @@ struct Exp<V, float> {
     const V k = shifted - bias;
     V r = fused(k, splat<V>(-0.693359375f), x);
     r = fused(k, splat<V>(2.12194440e-4f), r);
-    const V tail = polynomial(r, 0.5f, 1.6666665459e-1f, 4.1665795894e-2f, 8.3334519073e-3f, 1.3981999507e-3f,
-                              1.9875691500e-4f);
+    const V tail =
+        polynomial(r, 0.5f, 1.6666665459e-1f, 4.1665795894e-2f, 8.3334519073e-3f, 1.3981999507e-3f, 1.9875691500e-4f);
     const V value = fused(r * r, tail, r) + 1.0f;
     return bit_cast<V>(bit_cast<Int>(value) + (bit_cast<Int>(shifted) << 23));
   }
@@ -130,7 +130,8 @@ TGT_HD V log1p_unit(V x) {
   }
 }
 
-// log(x) for a positive normal float x: x = m 2^e with m in [sqrt(1/2), sqrt(2)), log m by a minimax polynomial in m - 1.
+// log(x) for a positive normal float x: x = m 2^e with m in [sqrt(1/2), sqrt(2)), log m by a minimax polynomial in m
+// - 1.
 template <class V>
 TGT_HD V log_positive(V x) {
   using Int = typename Traits<V>::Int;
@@ -139,9 +140,8 @@ TGT_HD V log_positive(V x) {
   const V m = bit_cast<V>((offset & 0x007fffff) + 0x3f3504f3);
   const V f = m - 1.0f;
   const V g = f * f;
-  const V tail =
-      polynomial(f, 3.3333331174e-1f, -2.4999993993e-1f, 2.0000714765e-1f, -1.6668057665e-1f, 1.4249322787e-1f,
-                 -1.2420140846e-1f, 1.1676998740e-1f, -1.1514610310e-1f, 7.0376836292e-2f);
+  const V tail = polynomial(f, 3.3333331174e-1f, -2.4999993993e-1f, 2.0000714765e-1f, -1.6668057665e-1f,
+                            1.4249322787e-1f, -1.2420140846e-1f, 1.1676998740e-1f, -1.1514610310e-1f, 7.0376836292e-2f);
   const V e = Traits<V>::from_int(exponent);
   V small = fused(e, splat<V>(-2.12194440e-4f), f * g * tail);
   small = fused(g, splat<V>(-0.5f), small);

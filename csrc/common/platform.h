@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-// Inline code is compiled once per instruction set. Each copy lives in an inline namespace of its own, so that the linker
-// can never hand the AVX-512 copy to a CPU without it. CMake defines TGT_ISA for every such translation unit.
+// Inline code is compiled once per instruction set. Each copy lives in an inline namespace of its own, so that the
+// linker can never hand the AVX-512 copy to a CPU without it. CMake defines TGT_ISA for every such translation unit.
 #ifndef TGT_ISA
 #define TGT_ISA portable
 #endif

@@ -4,8 +4,8 @@
 
 namespace tgt::cpu {
 
-// Row losses, their reduction, and the gradients, statistics and row states whose pointers are set. `normalizer` replaces
-// the divisor of the mean; below 0: none given. On an error nothing is written.
+// Row losses, their reduction, and the gradients, statistics and row states whose pointers are set. `normalizer`
+// replaces the divisor of the mean; below 0: none given. On an error nothing is written.
 StatusAt distill_forward(DistillCall call, double normalizer, void* loss, int threads);
 
 // The gradients from the logits, the row states and the upstream gradient.

@@ -28,8 +28,9 @@ const Kernels& pick() {
   const bool any = limit == nullptr || *limit == '\0';
   (void)any;
 #if defined(TGT_HAVE_X86_V4)
-  if ((any || std::strcmp(limit, "x86_v4") == 0) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd")) {
+  if ((any || std::strcmp(limit, "x86_v4") == 0) && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512cd")) {
     return x86_v4::kKernels;
   }
 #endif

@@ -1,7 +1,7 @@
 // The latent kernels, compiled once per instruction set: seeded noise, steps up a gradient, and projections.
 //
-// A sample is handled block by block in the first-level cache. Where a projection needs the norm of the whole moved sample,
-// the moved sample waits in a scratch row of the thread, so that noise is drawn once.
+// A sample is handled block by block in the first-level cache. Where a projection needs the norm of the whole moved
+// sample, the moved sample waits in a scratch row of the thread, so that noise is drawn once.
 #include <cstdlib>
 #include <initializer_list>
 
@@ -26,7 +26,8 @@ Key key_of(const NoiseKey& noise, int64_t sample) {
 
 template <class W>
 TGT_HD Block<W> words(const Key& key, W block) {
-  return philox4x32(Block<W>{block, W{} + key.id_low, W{} + key.id_high, W{} + key.op_step}, key.seed_low, key.seed_high);
+  return philox4x32(Block<W>{block, W{} + key.id_low, W{} + key.id_high, W{} + key.op_step}, key.seed_low,
+                    key.seed_high);
 }
 
 // Lane i of a vector: i.
@@ -36,8 +37,8 @@ TGT_HD VUInt32 lane_numbers() {
   return numbers;
 }
 
-// Standard normals [at, at + count) of a sample; `at` is a multiple of 4 lanes. Writes whole vectors: `to` needs room for
-// count rounded up to 4 * kWordLanes.
+// Standard normals [at, at + count) of a sample; `at` is a multiple of 4 lanes. Writes whole vectors: `to` needs room
+// for count rounded up to 4 * kWordLanes.
 void draw_normals(const Key& key, int64_t at, int count, float* to) {
   const VUInt32 lanes = lane_numbers();
   VInt32 low_half, high_half;  // interleave two vectors: their lower halves, their upper halves
@@ -206,8 +207,8 @@ struct Ascent {
   }
 
   // The moved latents of a block, before any projection.
-  void move_block(int64_t at, int count, const Real* z, const Real* grad, Real length, Real sigma, bool moves, const Key& key,
-                  Real* out) {
+  void move_block(int64_t at, int count, const Real* z, const Real* grad, Real length, Real sigma, bool moves,
+                  const Key& key, Real* out) {
     // direction * step in whitened units; `length` is the step over the norm (l2), or the step (linf, raw)
     const bool sign = call.norm == StepNorm::kLinf;
     if (!moves) {

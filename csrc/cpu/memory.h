@@ -4,8 +4,9 @@
 
 namespace tgt::cpu {
 
-// Asks for huge pages under a large buffer that is about to be written for the first time: a fresh buffer of 128 MiB costs
-// 32,768 page faults otherwise, more time than the kernel that fills it. A hint: it changes no contents and cannot fail.
+// Asks for huge pages under a large buffer that is about to be written for the first time: a fresh buffer of 128 MiB
+// costs 32,768 page faults otherwise, more time than the kernel that fills it. A hint: it changes no contents and
+// cannot fail.
 void expect_writes(void* data, int64_t bytes);
 
 }  // namespace tgt::cpu

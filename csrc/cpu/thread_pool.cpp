@@ -84,8 +84,8 @@ class Pool {
   int active_ = 0;
 };
 
-// Never destroyed: sleeping workers may outlive static destructors. A forked child has none of the workers, and perhaps a
-// locked mutex, so it starts with a pool of its own and leaves the parent's behind.
+// Never destroyed: sleeping workers may outlive static destructors. A forked child has none of the workers, and perhaps
+// a locked mutex, so it starts with a pool of its own and leaves the parent's behind.
 std::atomic<Pool*> g_pool{nullptr};
 
 void forget_pool() { g_pool.store(nullptr, std::memory_order_relaxed); }

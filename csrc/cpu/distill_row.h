@@ -1,0 +1,294 @@
+// One row pair of the distill kernels: reading it, its statistics, and its loss.
+//
+// A row pair is read block by block into the first-level cache, where maxima and sums are taken online: one read of
+// memory. Sums inside a block are in Real, between blocks in double.
+#pragma once
+
+#include <type_traits>
+
+#include "blocks.h"
+#include "isa.h"
+
+namespace tgt {
+inline namespace TGT_ISA {
+
+// Where exp(s), which the hard term sums at temperature 1, comes from: nowhere, exp(s / Ts) itself (Ts = 1), its square
+// (Ts = 2), its fourth power (Ts = 4), or an exponential of its own.
+enum HardPower : int { kNoHard = 0, kSame = 1, kSquare = 2, kFourth = 4, kOwn = 5 };
+
+template <class Real>
+struct RowConstants {
+  Real student_max, teacher_max, inverse_ts, inverse_tt;
+  Real log_student, log_teacher, inverse_student, inverse_teacher;  // of the normalisers
+  Mixture<Real> mixture;
+};
+
+template <class Real>
+Mixture<Real> mixture_of(const DistillOptions& options) {
+  const double beta = options.beta;
+  return {Real(beta), Real(1 - beta), Real(log(beta)), Real(log1p(-beta))};
+}
+
+template <class V>
+TGT_HD V bounded_below(V x) {  // keeps -inf, and what overflows to it, away from 0 * inf and inf - inf
+  using Real = typename Traits<V>::Real;
+  constexpr Real kLowest = sizeof(Real) == 8 ? Real(-DBL_MAX) : Real(-FLT_MAX);
+  return x < kLowest ? splat<V>(kLowest) : x;
+}
+
+// A class relative to the running maxima.
+template <class D, class V, class Real>
+TGT_HD Class<V> shifted(V s, V t, const RowConstants<Real>& row) {
+  Class<V> c;
+  if constexpr (D::kProbabilities) {
+    c.a = bounded_below((t - row.teacher_max) * row.inverse_tt);
+    c.b = bounded_below((s - row.student_max) * row.inverse_ts);
+    c.p = exp_nonpositive(c.a);
+    c.q = exp_nonpositive(c.b);
+  } else {
+    c.a = bounded_below(t * row.inverse_tt);
+    c.b = bounded_below(s * row.inverse_ts);
+    c.p = V{};
+    c.q = V{};
+  }
+  return c;
+}
+
+template <class D, class V, class Real>
+TGT_HD Class<V> normalised(Class<V> c, const RowConstants<Real>& row) {
+  if constexpr (D::kProbabilities) {
+    c.a = c.a - row.log_teacher;
+    c.b = c.b - row.log_student;
+    c.p = c.p * row.inverse_teacher;
+    c.q = c.q * row.inverse_student;
+  }
+  return c;
+}
+
+template <HardPower power, class V, class Real>
+TGT_HD V hard_exponential(V s, const Class<V>& c, const RowConstants<Real>& row) {
+  if constexpr (power == kSame) return c.q;
+  if constexpr (power == kSquare) return c.q * c.q;
+  if constexpr (power == kFourth) {
+    const V square = c.q * c.q;
+    return square * square;
+  }
+  return exp_nonpositive(bounded_below(s - row.student_max));
+}
+
+// Calls body(s, t, at, count) for the vectors of a block; the last one is padded with classes of probability 0.
+template <class Real, class Body>
+TGT_HD void each_vector(const Real* s, const Real* t, int count, Body body) {
+  constexpr int kLanes = Lanes<Real>::kCount;
+  int at = 0;
+  for (; at + kLanes <= count; at += kLanes) body(load(s + at), load(t + at), at, kLanes);
+  if (at < count) {
+    const Real nothing = Real(-HUGE_VAL);
+    body(load_part(s + at, count - at, nothing), load_part(t + at, count - at, nothing), at, count - at);
+  }
+}
+
+// What a row's logits are, apart from ordinary numbers.
+struct Unusual {
+  int64_t student_masked = 0;  // classes whose student logit is -inf
+  bool student_only = false;   // somewhere the student is -inf and the teacher is not
+  bool teacher_only = false;
+  bool invalid = false;  // NaN or +inf
+};
+
+template <class Real>
+void inspect(const Real* s, const Real* t, int count, Unusual& unusual) {
+  for (int j = 0; j < count; ++j) {
+    const bool student_masked = s[j] == Real(-HUGE_VAL);
+    const bool teacher_masked = t[j] == Real(-HUGE_VAL);
+    unusual.student_masked += student_masked;
+    unusual.student_only |= student_masked && !teacher_masked;
+    unusual.teacher_only |= teacher_masked && !student_masked;
+    unusual.invalid |= !(s[j] < Real(HUGE_VAL)) || !(t[j] < Real(HUGE_VAL));
+  }
+}
+
+// Maxima of a block of both rows; true when every logit is finite.
+template <class Real>
+TGT_HD bool block_maxima(const Real* s, const Real* t, int count, double& student_max, double& teacher_max) {
+  using V = typename Lanes<Real>::Vector;
+  V s_best = splat<V>(Real(-HUGE_VAL)), t_best = s_best;
+  V finite_s = V{}, finite_t = V{};  // x * 0 is NaN for what is not finite
+  constexpr int kLanes = Lanes<Real>::kCount;
+  int at = 0;
+  for (; at + kLanes <= count; at += kLanes) {
+    const V sv = load(s + at), tv = load(t + at);
+    s_best = larger(sv, s_best);
+    t_best = larger(tv, t_best);
+    finite_s = fused(sv, V{}, finite_s);
+    finite_t = fused(tv, V{}, finite_t);
+  }
+  Real s_max = largest_lane(s_best), t_max = largest_lane(t_best);
+  Real rest = 0;
+  for (; at < count; ++at) {
+    s_max = larger(s[at], s_max);
+    t_max = larger(t[at], t_max);
+    rest += s[at] * 0 + t[at] * 0;
+  }
+  student_max = s_max;
+  teacher_max = t_max;
+  return sum_lanes(finite_s + finite_t) + rest == 0;
+}
+
+template <class Real>
+struct Row {
+  const char* student;
+  const char* teacher;
+  DType student_type, teacher_type;
+  int64_t classes;
+
+  template <class Body>  // body(s, t, at, count)
+  TGT_HD void each_block(Body body) const {
+    alignas(64) Real s_buffer[kBlock];
+    alignas(64) Real t_buffer[kBlock];
+    for (int64_t at = 0; at < classes; at += kBlock) {
+      const int count = int(classes - at < kBlock ? classes - at : kBlock);
+      const Real* s = read_block(student, student_type, at, count, s_buffer);
+      const Real* t = read_block(teacher, teacher_type, at, count, t_buffer);
+      body(s, t, at, count);
+    }
+  }
+};
+
+template <class Real>
+RowConstants<Real> running(const OnlineSums& sums, const DistillOptions& options) {
+  RowConstants<Real> row{};
+  row.student_max = sums.student_max == -HUGE_VAL ? 0 : Real(sums.student_max);
+  row.teacher_max = sums.teacher_max == -HUGE_VAL ? 0 : Real(sums.teacher_max);
+  row.inverse_ts = Real(1 / options.temperature);
+  row.inverse_tt = Real(1 / options.teacher_temperature);
+  row.mixture = mixture_of<Real>(options);
+  return row;
+}
+
+template <class Real>
+RowConstants<Real> settled(const RowState& state, const DistillOptions& options) {
+  RowConstants<Real> row{};
+  row.student_max = Real(state.student_max);
+  row.teacher_max = Real(state.teacher_max);
+  row.inverse_ts = Real(1 / options.temperature);
+  row.inverse_tt = Real(1 / options.teacher_temperature);
+  row.log_student = Real(log(state.student_sum));
+  row.log_teacher = Real(log(state.teacher_sum));
+  row.inverse_student = Real(1 / state.student_sum);
+  row.inverse_teacher = Real(1 / state.teacher_sum);
+  row.mixture = mixture_of<Real>(options);
+  return row;
+}
+
+template <class Real, class D, HardPower power>
+void sum_block(const Real* s, const Real* t, int count, const RowConstants<Real>& row, OnlineSums& sums) {
+  using V = typename Lanes<Real>::Vector;
+  V student{}, teacher{}, hard{}, x{}, y{};
+  each_vector(s, t, count, [&](V sv, V tv, int, int) {
+    const Class<V> c = shifted<D>(sv, tv, row);
+    student += c.q;
+    teacher += c.p;
+    if constexpr (power != kNoHard) hard += hard_exponential<power>(sv, c, row);
+    if constexpr (D::kShiftedSums) D::add(c, row.mixture, x, y);
+  });
+  sums.student += sum_lanes(student);
+  sums.teacher += sum_lanes(teacher);
+  if constexpr (power != kNoHard) sums.hard += sum_lanes(hard);
+  if constexpr (D::kShiftedSums) {
+    sums.x += sum_lanes(x);
+    sums.y += sum_lanes(y);
+  }
+}
+
+// Sums that need the normalisers first: a second pass, from cache.
+template <class Real, class D>
+void sum_normalised(const Row<Real>& logits, const DistillOptions& options, RowState& state) {
+  using V = typename Lanes<Real>::Vector;
+  const RowConstants<Real> row = settled<Real>(state, options);
+  logits.each_block([&](const Real* s, const Real* t, int64_t, int count) {
+    V x{}, y{};
+    each_vector(s, t, count,
+                [&](V sv, V tv, int, int) { D::add(normalised<D>(shifted<D>(sv, tv, row), row), row.mixture, x, y); });
+    state.x += sum_lanes(x);
+    state.y += sum_lanes(y);
+  });
+}
+
+// Cross-entropy with the label, smoothed over the classes whose logit is finite.
+template <class Real>
+double hard_loss(const Row<Real>& logits, const DistillOptions& options, int64_t label, RowState& state) {
+  const double smoothing = options.label_smoothing;
+  const double of_label = read_element(logits.student, logits.student_type, label) - state.student_max;
+  if (of_label == -HUGE_VAL && smoothing < 1) {
+    state.flags += kInfiniteHard;
+    return HUGE_VAL;
+  }
+  double loss = log(state.hard_sum);
+  if (smoothing < 1) loss -= (1 - smoothing) * of_label;
+  if (smoothing > 0) {
+    double sum = 0;
+    logits.each_block([&](const Real* s, const Real*, int64_t, int count) {
+      for (int j = 0; j < count; ++j) sum += s[j] == Real(-HUGE_VAL) ? 0 : s[j] - state.student_max;
+    });
+    loss -= smoothing / state.finite * sum;
+  }
+  return loss;
+}
+
+inline double not_negative(double loss) { return loss < 0 ? 0 : loss; }
+
+template <class D>
+bool infinite(const Unusual& unusual) {
+  if (std::is_same<D, ForwardKl>::value || std::is_same<D, CrossEntropy>::value) return unusual.student_only;
+  if (std::is_same<D, ReverseKl>::value) return unusual.teacher_only;
+  const bool both = std::is_same<D, Symmetric>::value || std::is_same<D, Mse>::value;
+  return both && (unusual.student_only || unusual.teacher_only);
+}
+
+// The loss of a row that counts, unweighted; fills the state but for its coefficient.
+template <class Real, class D, HardPower power>
+double forward_row(const Row<Real>& logits, const DistillOptions& options, int64_t label, RowState& state,
+                   Unusual& unusual) {
+  const double inverse_ts = 1 / options.temperature, inverse_tt = 1 / options.teacher_temperature;
+  OnlineSums sums;
+  logits.each_block([&](const Real* s, const Real* t, int64_t, int count) {
+    double s_max, t_max;
+    if (!block_maxima(s, t, count, s_max, t_max)) inspect(s, t, count, unusual);
+    if (unusual.invalid) return;
+    sums.raise<D>(larger(s_max, sums.student_max), larger(t_max, sums.teacher_max), inverse_ts, inverse_tt);
+    sum_block<Real, D, power>(s, t, count, running<Real>(sums, options), sums);
+  });
+  unusual.invalid |= sums.student_max == -HUGE_VAL || sums.teacher_max == -HUGE_VAL;
+  if (unusual.invalid) {
+    state.flags += kInvalid;
+    return NAN;
+  }
+  state.student_max = sums.student_max;
+  state.teacher_max = sums.teacher_max;
+  state.student_sum = sums.student;
+  state.teacher_sum = sums.teacher;
+  state.hard_sum = sums.hard;
+  state.finite = double(logits.classes - unusual.student_masked);
+
+  double loss = 0;
+  if (infinite<D>(unusual)) {
+    state.flags += kInfiniteSoft;
+    loss = HUGE_VAL;
+  } else {
+    if constexpr (D::kShiftedSums) {
+      D::finish(sums, log(sums.student), log(sums.teacher), state.x, state.y);
+    } else if constexpr (!std::is_same<D, NoDivergence>::value) {
+      sum_normalised<Real, D>(logits, options, state);
+    }
+    const double squared = D::kProbabilities ? options.temperature * options.temperature : 1;
+    loss = options.soft_weight * squared * not_negative(D::value(state.x, state.y, options.beta));
+  }
+  if (power != kNoHard && (int(state.flags) & kHard)) {
+    loss += options.hard_weight * not_negative(hard_loss(logits, options, label, state));
+  }
+  return loss;
+}
+
+}  // namespace TGT_ISA
+}  // namespace tgt
