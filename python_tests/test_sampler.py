@@ -7,12 +7,13 @@ import warnings
 from typing import Any
 
 import pytest
-import toys
 import torch
+import toys
+from torch import Tensor, nn
+
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.explore import LatentSampler
 from tgt_fast.teacher import Teacher
-from torch import Tensor, nn
 
 MODES = ("prior", "random", "gradient", "persistent")
 TEACHERS = {
@@ -45,9 +46,12 @@ def test_every_mode_serves_every_kind_of_data(kind: str, mode: str, replicas: in
     made = sampler(x, student=student, sample_ids=ids)
     first = x["features"] if isinstance(x, dict) else x
     again = made.x["features"] if isinstance(x, dict) else made.x
-    assert again.shape == (replicas * 6, *first.shape[1:]) and made.teacher_logits.shape == (replicas * 6, 3)
-    assert torch.equal(made.ids, ids.repeat(replicas)) and made.source == mode
-    assert made.latents.z.shape[0] == replicas * 6 and made.latents.z.isfinite().all()
+    assert again.shape == (replicas * 6, *first.shape[1:])
+    assert made.teacher_logits.shape == (replicas * 6, 3)
+    assert torch.equal(made.ids, ids.repeat(replicas))
+    assert made.source == mode
+    assert made.latents.z.shape[0] == replicas * 6
+    assert made.latents.z.isfinite().all()
     assert (made.latents.mask is not None) == (kind == "sequence")
     attached = mode == "persistent"
     assert again.requires_grad == made.teacher_logits.requires_grad == made.latents.z.requires_grad == attached
@@ -75,7 +79,8 @@ def test_prior_mode_draws_standard_normals_and_sigma_shrinks_them() -> None:
     teacher = Teacher(nn.Identity(), nn.Identity(), nn.Linear(4, 3), prior=(4,))
     full = LatentSampler(teacher, "prior")(torch.zeros(4000, 4)).latents.z
     half = LatentSampler(teacher, "prior", sigma=0.5)(torch.zeros(4000, 4)).latents.z
-    assert abs(full.std().item() - 1) < 0.03 and abs(full.mean().item()) < 0.03
+    assert abs(full.std().item() - 1) < 0.03
+    assert abs(full.mean().item()) < 0.03
     torch.testing.assert_close(half, full / 2)
 
 
@@ -127,7 +132,8 @@ def test_student_sees_its_own_view() -> None:
 
     teacher = toys.vector_teacher(student_transform=lambda x: x + 100)
     calibrated(teacher, "gradient")(toys.normal(4, toys.FEATURES), student=student)
-    assert seen and all(x.min() > 50 for x in seen)
+    assert seen
+    assert all(x.min() > 50 for x in seen)
 
 
 def test_empty_batches_are_legal() -> None:
@@ -135,7 +141,8 @@ def test_empty_batches_are_legal() -> None:
         sampler = calibrated(toys.vector_teacher(prior=(4,)), mode, record_disagreement=False)
         ids = torch.zeros(0, dtype=torch.int64)
         made = sampler(torch.zeros(0, toys.FEATURES), student=toys.student(), sample_ids=ids)
-        assert made.x.shape == (0, toys.FEATURES) and made.teacher_logits.shape == (0, 3)
+        assert made.x.shape == (0, toys.FEATURES)
+        assert made.teacher_logits.shape == (0, 3)
 
 
 def test_repr_shows_the_mode_and_what_is_not_default() -> None:
@@ -183,7 +190,7 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 
 
 def test_a_teacher_of_another_kind_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="must be a tgt_fast.Teacher, got Linear"):
+    with pytest.raises(ArgumentError, match=r"must be a tgt_fast\.Teacher, got Linear"):
         LatentSampler(nn.Linear(2, 2), "random")  # type: ignore[arg-type]
 
 

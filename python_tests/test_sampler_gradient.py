@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import toys
 import torch
+import toys
+from torch import Tensor, nn
+
 from tgt_fast.errors import ArgumentError
 from tgt_fast.explore import LatentSampler
 from tgt_fast.kernels.options import DIVERGENCES
 from tgt_fast.ops.distill import distillation_loss
 from tgt_fast.teacher import Latents, Teacher
-from torch import Tensor, nn
 
 X = toys.normal(10, toys.FEATURES)
 CALIBRATION = [toys.normal(64, toys.FEATURES, seed=9)]
@@ -32,12 +34,11 @@ def disagreement(teacher: Teacher, student: nn.Module, z: Tensor, **options: Any
 def test_disagreement_rises_over_the_steps(divergence: str) -> None:
     teacher, student = toys.vector_teacher(), toys.student().eval()
     options: dict[str, Any] = {"divergence": divergence, "temperature": 2.0}
-    sampler = gradient_sampler(
-        teacher, sigma=0.0, steps=5, step_size=0.05, record_disagreement=True, **options
-    )
+    sampler = gradient_sampler(teacher, sigma=0.0, steps=5, step_size=0.05, record_disagreement=True, **options)
     made = sampler(X, student=student)
     history = sampler.last_disagreement
-    assert len(history) == 6 and all(a < b for a, b in zip(history, history[1:], strict=False))
+    assert len(history) == 6
+    assert all(a < b for a, b in itertools.pairwise(history))
     start, end = (disagreement(teacher, student, z, **options) for z in (teacher.encode(X).z, made.latents.z))
     assert history[0] == pytest.approx(start.mean().item(), rel=1e-4)
     assert history[-1] == pytest.approx(end.mean().item(), rel=1e-4)
@@ -53,9 +54,7 @@ def test_disagreement_passes_through_student_and_labeler() -> None:
     frozen_judge = Teacher(nn.Identity(), nn.Identity(), nn.Sequential(nn.Linear(8, 3), nn.Hardtanh(0, 1e-9)))
     cases.append((frozen_judge, toys.student()))
     for teacher, student in cases:
-        sampler = LatentSampler(
-            teacher, "gradient", sigma=0.0, units="absolute", steps=3, record_disagreement=True
-        )
+        sampler = LatentSampler(teacher, "gradient", sigma=0.0, units="absolute", steps=3, record_disagreement=True)
         sampler(x, student=student)
         assert sampler.last_disagreement[-1] > sampler.last_disagreement[0] + 1e-4
 
@@ -79,10 +78,10 @@ def test_the_trust_region_holds_and_binds() -> None:
     free = gradient_sampler(teacher, sigma=0.5, steps=4, step_size=2.0, step_noise=0.5)
     held = gradient_sampler(teacher, sigma=0.5, steps=4, step_size=2.0, step_noise=0.5, radius=1.5)
     anchors = teacher.encode(X).z
-    distance = [
-        ((s(X, student=toys.student()).latents.z - anchors) / s.scale).norm(dim=1) for s in (free, held)
-    ]
-    assert (distance[0] > 1.5).any() and (distance[1] <= 1.5 + 1e-4).all() and (distance[1] > 1.4).any()
+    distance = [((s(X, student=toys.student()).latents.z - anchors) / s.scale).norm(dim=1) for s in (free, held)]
+    assert (distance[0] > 1.5).any()
+    assert (distance[1] <= 1.5 + 1e-4).all()
+    assert (distance[1] > 1.4).any()
 
 
 def test_step_noise_differs_from_step_to_step() -> None:
@@ -90,9 +89,7 @@ def test_step_noise_differs_from_step_to_step() -> None:
     teacher = Teacher(nn.Identity(), nn.Identity(), lambda x: 0 * x[:, :3])
     z = []
     for steps in (1, 2):
-        sampler = LatentSampler(
-            teacher, "gradient", sigma=0.0, steps=steps, step_noise=1.0, units="absolute"
-        )
+        sampler = LatentSampler(teacher, "gradient", sigma=0.0, steps=steps, step_noise=1.0, units="absolute")
         z.append(sampler(torch.zeros(2000, 4), student=lambda x: 0 * x[:, :3], step=0).latents.z)
     assert z[0].std().item() == pytest.approx(1.0, abs=0.05)
     assert z[1].std().item() == pytest.approx(2**0.5, abs=0.05)
@@ -148,9 +145,7 @@ def test_the_student_is_left_as_it_was_found(build: Callable[[], nn.Module], fai
     before, rng = toys.snapshot(student), torch.get_rng_state()
     sampler = gradient_sampler(toys.vector_teacher(), steps=3, record_disagreement=True)
     if fails:
-        sampler = LatentSampler(
-            Teacher(nn.Identity(), nn.Identity(), five_classes), "gradient", units="absolute"
-        )
+        sampler = LatentSampler(Teacher(nn.Identity(), nn.Identity(), five_classes), "gradient", units="absolute")
         with pytest.raises(ValueError, match="classes"):
             sampler(X, student=student)
     else:

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy
 import pytest
-import toys
 import torch
+import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from tgt_fast.explore import LatentSampler
 from tgt_fast.explore.synthetic import Synthetic
-from torch import Tensor
 
 X = toys.normal(12, toys.FEATURES)
 IDS = torch.tensor([7, 3, 11, 0, 5, 2, 40, 1 << 40, 9, 13, 21, 34])
@@ -73,7 +74,8 @@ def test_two_samplers_in_one_process_equal_each_alone(mode: str) -> None:
     alone = [list(trajectory(seed)) for seed in (1, 2)]
     together = list(zip(trajectory(1), trajectory(2), strict=True))
     for step, (first, second) in enumerate(together):
-        assert torch.equal(first, alone[0][step]) and torch.equal(second, alone[1][step])
+        assert torch.equal(first, alone[0][step])
+        assert torch.equal(second, alone[1][step])
         assert not torch.equal(first, second)
 
 
@@ -89,7 +91,8 @@ def test_no_global_generator_is_read_or_written(mode: str) -> None:
         drawn.append(run(mode, torch.arange(12)).latents.z)
         after = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
         states.append(torch.equal(before[0], after[0]) and before[1:] == after[1:])
-    assert all(states) and torch.equal(*drawn)
+    assert all(states)
+    assert torch.equal(*drawn)
 
 
 def test_the_step_counter_advances_once_a_call_and_a_given_step_leaves_it_alone() -> None:
@@ -159,6 +162,7 @@ def test_masked_positions_keep_the_encoding_bit_for_bit(mode: str) -> None:
     for _ in range(2):
         made = sampler(batch, student=student, sample_ids=torch.arange(3))
         moved = made.latents.z.detach() != encoded
-        assert not moved[~batch["mask"]].any() and moved[batch["mask"]].all()
+        assert not moved[~batch["mask"]].any()
+        assert moved[batch["mask"]].all()
         if mode == "persistent":
             (student(made.x) - made.teacher_logits).square().sum().backward()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from typing import Any
 
 import pytest
-import toys
 import torch
+import toys
+from torch import Tensor, nn
+
 from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.explore import LatentSampler
 from tgt_fast.explore.synthetic import Synthetic
 from tgt_fast.ops.distill import distillation_loss
 from tgt_fast.teacher import Latents, Teacher
-from torch import Tensor, nn
 
 X = toys.normal(8, toys.FEATURES)
 IDS = torch.tensor([3, 1, 4, 15, 9, 2, 6, 5])
@@ -34,13 +36,14 @@ def places(sampler: LatentSampler) -> dict[int, Tensor]:
     """Where each chain of the bank stands."""
     state = sampler.state_dict()
     chains, z = state["bank_chains"], state["bank_latents"]
-    assert isinstance(chains, Tensor) and isinstance(z, Tensor)
+    assert isinstance(chains, Tensor)
+    assert isinstance(z, Tensor)
     return dict(zip(chains.tolist(), z.clone(), strict=True))
 
 
-def bank(sampler: LatentSampler) -> Tensor:
+def standing(sampler: LatentSampler, ids: Tensor = IDS) -> Tensor:
     found = places(sampler)
-    return torch.stack([found[i] for i in IDS.tolist()])
+    return torch.stack([found[i] for i in ids.tolist()])
 
 
 def test_a_backward_pass_moves_the_chains_up_the_disagreement() -> None:
@@ -51,14 +54,14 @@ def test_a_backward_pass_moves_the_chains_up_the_disagreement() -> None:
         value = disagreement(student, made)
         value.mean().backward()
         values.append(value.detach())
-    assert all((b > a).all() for a, b in zip(values, values[1:], strict=False))
+    assert all((b > a).all() for a, b in itertools.pairwise(values))
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_a_move_is_the_documented_step(norm: str) -> None:
     sampler, student = persistent(norm=norm), toys.student().eval()
     made = sampler(X, sample_ids=IDS)
-    assert torch.equal(bank(sampler), made.latents.z.detach())
+    assert torch.equal(standing(sampler), made.latents.z.detach())
     value = disagreement(student, made).mean()
     (slope,) = torch.autograd.grad(value, made.latents.z, retain_graph=True)
     value.backward()
@@ -66,7 +69,7 @@ def test_a_move_is_the_documented_step(norm: str) -> None:
     u = sampler.scale * slope
     direction = u / u.norm(dim=1, keepdim=True) if norm == "l2" else u.sign()
     expected = made.latents.z.detach() + 0.3 * sampler.scale * direction
-    torch.testing.assert_close(bank(sampler), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(standing(sampler), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sampler(X, sample_ids=IDS).latents.z, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -98,7 +101,7 @@ def test_moves_do_not_depend_on_loss_scale_accumulation_or_how_the_backward_is_c
             value = disagreement(student, sampler(X, sample_ids=IDS)).sum()
             (0.25 * value).backward(retain_graph=True)
             (0.75 * value).backward()
-        return bank(sampler)
+        return standing(sampler)
 
     whole = moved("whole")
     for how in ("scaled", "accumulated", "cut"):
@@ -111,7 +114,7 @@ def test_without_a_backward_and_with_an_unusable_gradient_the_chains_stay() -> N
     made = sampler(X, sample_ids=IDS)
     assert torch.equal(made.latents.z.detach(), start)
     (disagreement(student, made).sum() * float("inf")).backward()
-    assert torch.equal(bank(sampler), start)
+    assert torch.equal(standing(sampler), start)
 
 
 def test_only_examples_that_start_are_encoded() -> None:
@@ -138,7 +141,7 @@ def test_restarts_come_with_their_probability_and_by_id_alone() -> None:
         sampler(x, sample_ids=ids, step=0)
         restarted = []
         for step in (1, 2):
-            before = torch.stack([places(sampler)[i] for i in ids.tolist()])
+            before = standing(sampler, ids)
             z = sampler(x, sample_ids=ids, step=step).latents.z.detach()
             restarted.append((z != before).any(1))
         fractions[p] = [r.double().mean().item() for r in restarted]
@@ -152,7 +155,8 @@ def test_restarts_come_with_their_probability_and_by_id_alone() -> None:
             first = persistent(teacher, restart_probability=p)
             first(x, sample_ids=ids, step=0)
             torch.testing.assert_close(again, first(x, sample_ids=ids, step=1).latents.z.detach().flip(0))
-    assert fractions[0.0] == [0, 0] and fractions[1.0] == [1, 1]
+    assert fractions[0.0] == [0, 0]
+    assert fractions[1.0] == [1, 1]
     assert all(f == pytest.approx(0.3, abs=0.03) for f in fractions[0.3])
 
 
@@ -200,7 +204,8 @@ def test_a_late_backward_moves_neither_the_evicted_nor_the_revisited() -> None:
     disagreement(student, late).sum().backward()
     after = places(sampler)
     changed = {i for i in before if not torch.equal(before[i], after[i])}
-    assert changed == {2} and after.keys() == before.keys()
+    assert changed == {2}
+    assert after.keys() == before.keys()
 
 
 def test_each_replica_has_a_chain_of_its_own() -> None:
@@ -220,13 +225,19 @@ def test_the_trust_region_is_round_the_encoding_that_the_chain_started_from() ->
     for _ in range(4):  # the examples change, as under augmentation: the chain's anchor does not
         disagreement(student, sampler(X + 3 * (_ > 0), sample_ids=IDS)).sum().backward()
     assert sampler.scale is not None
-    distance = ((bank(sampler) - anchors) / sampler.scale).norm(dim=1)
-    assert (distance <= 0.5 + 1e-4).all() and (distance > 0.49).any()
+    distance = ((standing(sampler) - anchors) / sampler.scale).norm(dim=1)
+    assert (distance <= 0.5 + 1e-4).all()
+    assert (distance > 0.49).any()
 
 
 def test_sequences_keep_their_chains_in_batches_of_other_lengths() -> None:
     teacher, student = toys.sequence_teacher(), toys.seeded(toys.SequenceClassifier, 6)
-    options: dict[str, Any] = {"restart_probability": 0.0, "step_size": 0.3, "radius": 2.0, "units": "absolute"}
+    options: dict[str, Any] = {
+        "restart_probability": 0.0,
+        "step_size": 0.3,
+        "radius": 2.0,
+        "units": "absolute",
+    }
     batch, ids = toys.sequences([2, 3, 6, 1]), torch.arange(4)
 
     def run(parts: list[list[int]]) -> Tensor:
@@ -270,9 +281,7 @@ def test_ids_are_needed_and_unique(ids: Tensor | None, message: str) -> None:
 
 
 def test_an_encoder_whose_latents_change_shape_is_named() -> None:
-    sampler = LatentSampler(
-        Teacher(nn.Identity(), nn.Identity(), lambda x: x[:, :3]), "persistent", units="absolute"
-    )
+    sampler = LatentSampler(Teacher(nn.Identity(), nn.Identity(), lambda x: x[:, :3]), "persistent", units="absolute")
     sampler(torch.ones(2, 4), sample_ids=torch.arange(2))
     for ids in ([5, 6], [1, 5]):
         with pytest.raises(ShapeError, match=r"\(5,\)|\(4,\)"):

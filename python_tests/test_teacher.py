@@ -43,7 +43,8 @@ def test_teacher_stays_frozen_through_an_epoch_in_train_mode() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, parent.teacher.frozen_tensors(), strict=True))
     judge = parent.teacher.labeler
     assert isinstance(judge, nn.Module)
-    assert not any(m.training for m in judge.modules()) and not parent.teacher.training
+    assert not any(m.training for m in judge.modules())
+    assert not parent.teacher.training
     assert parent.student.training
 
 
@@ -55,7 +56,8 @@ def test_a_part_shared_with_a_parent_is_put_back_into_eval_mode() -> None:
     parent.requires_grad_(True)
     before = {name: b.clone() for name, b in judge.named_buffers()}
     first, second = (teacher.label(toys.normal(6, toys.FEATURES)) for _ in range(2))
-    assert torch.equal(first, second) and not judge.training
+    assert torch.equal(first, second)
+    assert not judge.training
     assert not any(p.requires_grad for p in judge.parameters())
     assert toys.same(before, dict(judge.named_buffers()))
 
@@ -63,7 +65,8 @@ def test_a_part_shared_with_a_parent_is_put_back_into_eval_mode() -> None:
 def test_checkpoints_of_a_parent_hold_nothing_of_the_teacher() -> None:
     parent = Parent()
     assert all(key.startswith("student.") for key in parent.state_dict())
-    assert list(parent.teacher.parameters()) == [] and list(parent.teacher.buffers()) == []
+    assert list(parent.teacher.parameters()) == []
+    assert list(parent.teacher.buffers()) == []
     assert list(parent.teacher.modules()) == [parent.teacher]
     Parent().load_state_dict(parent.state_dict(), strict=True)
 
@@ -79,7 +82,8 @@ def test_gradients_reach_the_latents_and_no_teacher_parameter() -> None:
     teacher = toys.vector_teacher()
     z = teacher.encode(toys.normal(5, toys.FEATURES)).z.requires_grad_()
     teacher.label(teacher.decode(Latents(z))).square().sum().backward()
-    assert z.grad is not None and (z.grad.abs().sum(1) > 0).all()
+    assert z.grad is not None
+    assert (z.grad.abs().sum(1) > 0).all()
     assert all(t.grad is None and not t.requires_grad for t in teacher.frozen_tensors())
 
 
@@ -137,9 +141,11 @@ def test_no_part_sees_more_than_max_batch_examples() -> None:
 def test_dicts_and_masks_pass_through() -> None:
     teacher, x = toys.sequence_teacher(max_batch=2), toys.sequences([5, 2, 3])
     latents = teacher.encode(x)
-    assert latents.mask is not None and torch.equal(latents.mask, x["mask"])
+    assert latents.mask is not None
+    assert torch.equal(latents.mask, x["mask"])
     rebuilt = teacher.decode(latents)
-    assert rebuilt.keys() == x.keys() and rebuilt["features"].shape == x["features"].shape
+    assert rebuilt.keys() == x.keys()
+    assert rebuilt["features"].shape == x["features"].shape
     assert teacher.label(rebuilt).shape == (3, toys.CLASSES)
 
 
@@ -161,10 +167,9 @@ def test_methods_and_partials_are_frozen_through_their_module() -> None:
             return gain * self.decoder(z)
 
     vae, hidden = Vae(), nn.Linear(8, 3)
-    teacher = Teacher(
-        vae.encode, functools.partial(vae.decode, gain=2.0), lambda x: hidden(x), modules=[hidden]
-    )
-    assert not vae.training and not any(p.requires_grad for m in (vae, hidden) for p in m.parameters())
+    teacher = Teacher(vae.encode, functools.partial(vae.decode, gain=2.0), lambda x: hidden(x), modules=[hidden])
+    assert not vae.training
+    assert not any(p.requires_grad for m in (vae, hidden) for p in m.parameters())
     teacher.double()
     assert teacher.label(teacher.decode(teacher.encode(torch.zeros(2, 8).double()))).dtype == torch.float64
 
@@ -192,14 +197,17 @@ def test_priors() -> None:
         toys.vector_teacher().from_prior(noise)
     mapper = nn.Linear(toys.LATENT, toys.LATENT)
     parent = nn.ModuleDict({"teacher": toys.vector_teacher(prior=mapper)})
-    assert not parent.state_dict() and not mapper.training and not mapper.weight.requires_grad
+    assert not parent.state_dict()
+    assert not mapper.training
+    assert not mapper.weight.requires_grad
 
 
 def test_a_copy_works_and_the_repr_says_what_it_is_made_of() -> None:
     teacher = toys.vector_teacher(max_batch=4)
     x = toys.normal(3, toys.FEATURES)
     assert torch.equal(copy.deepcopy(teacher).label(x), teacher.label(x))
-    assert "encoder=Linear" in repr(teacher) and "max_batch=4" in repr(teacher)
+    assert "encoder=Linear" in repr(teacher)
+    assert "max_batch=4" in repr(teacher)
 
 
 @pytest.mark.parametrize(
@@ -241,29 +249,31 @@ def test_bad_parts_are_refused(options: dict[str, Any], error: type[Exception], 
         ("student_transform", lambda x: x[:3], ShapeError, "student_transform changed the batch size"),
     ],
 )
-def test_parts_that_return_nonsense_are_named(
-    part: str, made: Any, error: type[Exception], message: str
-) -> None:
+def test_parts_that_return_nonsense_are_named(part: str, made: Any, error: type[Exception], message: str) -> None:
     parts: dict[str, Any] = {"encoder": nn.Identity(), "decoder": nn.Identity(), "labeler": nn.Identity()}
     teacher, x = Teacher(**{**parts, part: made}), torch.zeros(4, 6)
     with pytest.raises(error, match=message):
-        teacher.label(teacher.decode(teacher.encode(x)))
-        teacher.student_view(x)
+        teacher.student_view(x), teacher.label(teacher.decode(teacher.encode(x)))
 
 
 def test_latents_are_a_pytree_node() -> None:
     masked = Latents(torch.zeros(2, 3, 4), torch.ones(2, 3, dtype=torch.bool))
     taken = tree.take(masked, torch.tensor([1]))
-    assert isinstance(taken, Latents) and taken.mask is not None and taken.mask.shape == (1, 3)
+    assert isinstance(taken, Latents)
+    assert taken.mask is not None
+    assert taken.mask.shape == (1, 3)
     bare = tree.map_batched(lambda t: t + 1, Latents(torch.zeros(2, 3)))
-    assert bare.mask is None and torch.equal(bare.z, torch.ones(2, 3))
+    assert bare.mask is None
+    assert torch.equal(bare.z, torch.ones(2, 3))
 
 
 def test_latents_are_padded_only_where_a_mask_allows_it() -> None:
     latents = Latents(torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.int64))
     padded = latents.padded_to((5, 4))
-    assert padded.z.shape == (2, 5, 4) and padded.mask is not None
-    assert padded.mask.sum(1).tolist() == [3, 3] and not padded.z[:, 3:].any()
+    assert padded.z.shape == (2, 5, 4)
+    assert padded.mask is not None
+    assert padded.mask.sum(1).tolist() == [3, 3]
+    assert not padded.z[:, 3:].any()
     for shape in ((2, 4), (3, 5)):
         with pytest.raises(ShapeError, match="do not fit"):
             latents.padded_to(shape)
@@ -274,7 +284,9 @@ def test_latents_are_padded_only_where_a_mask_allows_it() -> None:
 def test_trees_join_what_belongs_together_and_refuse_the_rest() -> None:
     a = {"x": torch.zeros(2, 3), "name": "kept", "scale": torch.tensor(2.0)}
     joined = tree.concat([a, {**a, "x": torch.ones(1, 3)}])
-    assert joined["x"].shape == (3, 3) and joined["name"] == "kept" and joined["scale"] == 2
+    assert joined["x"].shape == (3, 3)
+    assert joined["name"] == "kept"
+    assert joined["scale"] == 2
     assert [piece["x"].shape[0] for piece in tree.chunks(joined, 2)] == [2, 1]
     with pytest.raises(ShapeError, match="structure"):
         tree.concat([a, {"x": a["x"]}])

@@ -91,9 +91,7 @@ class SequenceClassifier(nn.Module):
 
 def sequence_teacher(**options: Any) -> Teacher:
     """{"features" [B, L, 8], "mask" [B, L]} <-> z [B, L, 4] with the mask -> 3 classes."""
-    return Teacher(
-        seeded(SequenceEncoder, 0), seeded(SequenceDecoder, 1), seeded(SequenceClassifier, 2), **options
-    )
+    return Teacher(seeded(SequenceEncoder, 0), seeded(SequenceDecoder, 1), seeded(SequenceClassifier, 2), **options)
 
 
 def sequences(lengths: list[int], seed: int = 0) -> dict[str, Tensor]:
@@ -107,9 +105,7 @@ def snapshot(module: nn.Module) -> dict[str, Any]:
     """All that exploration may not change: values, gradients, buffers, flags."""
     return {
         "parameters": {name: p.detach().clone() for name, p in module.named_parameters()},
-        "gradients": {
-            name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()
-        },
+        "gradients": {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()},
         "buffers": {name: b.clone() for name, b in module.named_buffers()},
         "flags": {name: m.training for name, m in module.named_modules()},
         "needs": {name: p.requires_grad for name, p in module.named_parameters()},

@@ -34,9 +34,7 @@ class AnchorPool:
         """The pool on that device; itself where it is there."""
         if self.labels.device == device:
             return self
-        return AnchorPool(
-            tree.map_batched(lambda leaf: leaf.to(device), self.latents), self.labels.to(device)
-        )
+        return AnchorPool(tree.map_batched(lambda leaf: leaf.to(device), self.latents), self.labels.to(device))
 
     def draw(self, key: Key) -> Latents:
         """An anchor for each sample id of the key; the same for every replica."""
@@ -77,9 +75,5 @@ class PoolBuilder:
     def build(self) -> AnchorPool:
         if not self._latents:
             raise ArgumentError("calibrate: the loader gave no examples")
-        longest = torch.Size(
-            max(sizes) for sizes in zip(*(part.z.shape[1:] for part in self._latents), strict=True)
-        )
-        return AnchorPool(
-            tree.concat([part.padded_to(longest) for part in self._latents]), torch.cat(self._labels)
-        )
+        longest = torch.Size(max(sizes) for sizes in zip(*(part.z.shape[1:] for part in self._latents), strict=True))
+        return AnchorPool(tree.concat([part.padded_to(longest) for part in self._latents]), torch.cat(self._labels))

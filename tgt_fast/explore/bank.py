@@ -31,9 +31,7 @@ class LatentBank:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._slots: OrderedDict[int, int] = (
-            OrderedDict()
-        )  # chain -> row of the store; the longest unvisited first
+        self._slots: OrderedDict[int, int] = OrderedDict()  # chain -> row of the store; the longest unvisited first
         self._visits: dict[int, int] = {}  # chain -> its last visit, to tell a late move from a current one
         self._visit = 0
         self._store: Latents | None = None  # [capacity, ...]
@@ -113,14 +111,10 @@ class LatentBank:
                 shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
                 raise CheckpointError(f"LatentSampler: the bank's tensors do not fit together: {shapes}")
             kept = slice(max(0, count - self.size), None)
-            latents = Latents(
-                z[kept].clone(), None if "bank_mask" not in state else state["bank_mask"][kept].clone()
-            )
+            latents = Latents(z[kept].clone(), None if "bank_mask" not in state else state["bank_mask"][kept].clone())
             try:
                 latents.check(latents.z.shape[0], "bank")
-                fresh.visit(
-                    chains[kept].tolist(), latents, None if anchors is None else anchors[kept].clone()
-                )
+                fresh.visit(chains[kept].tolist(), latents, None if anchors is None else anchors[kept].clone())
             except (ArgumentError, ShapeError, TypeError) as error:
                 raise CheckpointError(f"LatentSampler: {error}") from error
         self.__dict__.update(fresh.__dict__)
@@ -133,9 +127,7 @@ class LatentBank:
                 "chain an id; draw batches without replacement, or use replicas="
             )
         if len(chains) > self.size:
-            raise ArgumentError(
-                f"LatentSampler: one call visits {len(chains)} chains, but bank_size is {self.size}"
-            )
+            raise ArgumentError(f"LatentSampler: one call visits {len(chains)} chains, but bank_size is {self.size}")
 
     def _reserve(self, needed: int, latents: Latents, anchors: Tensor | None) -> None:
         """Room for ``needed`` chains, at the latents' length and on their device."""

@@ -25,9 +25,7 @@ class Counters:
         self.next_id = torch.tensor(0)
         self.stride = 0  # ids set aside for each rank a call, where there are several
 
-    def key(
-        self, count: int, device: torch.device, sample_ids: Tensor | None, step: int | Tensor | None
-    ) -> Key:
+    def key(self, count: int, device: torch.device, sample_ids: Tensor | None, step: int | Tensor | None) -> Key:
         """The key of a batch of ``count`` examples: what the caller gives, and for the rest the counters."""
         if self.seed.device != device:
             self.seed, self.step, self.next_id = (t.to(device) for t in (self.seed, self.step, self.next_id))

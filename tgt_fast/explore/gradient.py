@@ -39,9 +39,7 @@ def checked_student(teacher: Teacher, student: Student | None) -> Student:
             "pass the model that is being trained"
         )
     if torch.is_inference_mode_enabled():
-        raise ArgumentError(
-            "LatentSampler: gradient mode needs gradients, which torch.inference_mode() forbids"
-        )
+        raise ArgumentError("LatentSampler: gradient mode needs gradients, which torch.inference_mode() forbids")
     return student
 
 
@@ -65,26 +63,19 @@ def climb(
     history: list[float] = []
     with left_as_found(student, start.z.device):
         for number in range(options.steps):
-            parts = [
-                _slope(teacher, student, piece, options) for piece in tree.chunks(latents, teacher.max_batch)
-            ]
+            parts = [_slope(teacher, student, piece, options) for piece in tree.chunks(latents, teacher.max_batch)]
             value, slope = (torch.cat(column) for column in zip(*parts, strict=True))
             if options.record_disagreement:
                 history.append(value.mean().item())
             latents = step_up(latents, slope, anchors, scale, key, options, number=number)
         if options.record_disagreement:
             with torch.no_grad():
-                last = [
-                    _disagreement(teacher, student, p, options)
-                    for p in tree.chunks(latents, teacher.max_batch)
-                ]
+                last = [_disagreement(teacher, student, p, options) for p in tree.chunks(latents, teacher.max_batch)]
             history.append(torch.cat(last).mean().item())
     return latents, history
 
 
-def _slope(
-    teacher: Teacher, student: Student, latents: Latents, options: SamplerOptions
-) -> tuple[Tensor, Tensor]:
+def _slope(teacher: Teacher, student: Student, latents: Latents, options: SamplerOptions) -> tuple[Tensor, Tensor]:
     """The disagreement of each sample, [B], and its gradient in z."""
     with torch.enable_grad():
         z = latents.z.detach().requires_grad_()
@@ -95,8 +86,7 @@ def _slope(
             (slope,) = torch.autograd.grad(value.sum(), z, allow_unused=True)
     if slope is None:
         raise ArgumentError(
-            "LatentSampler: no gradient reaches the latents: the decoder, or both student and labeler, "
-            "cut the graph"
+            "LatentSampler: no gradient reaches the latents: the decoder, or both student and labeler, cut the graph"
         )
     return value.detach(), slope
 
@@ -106,9 +96,7 @@ def _disagreement(teacher: Teacher, student: Student, latents: Latents, options:
     theirs = teacher.label(x)
     ours = checked_logits(student(teacher.student_view(x)), latents.z.shape[0], "student")
     if ours.shape[-1] != theirs.shape[-1]:
-        raise ShapeError(
-            f"LatentSampler: the student has {ours.shape[-1]} classes, the labeler {theirs.shape[-1]}"
-        )
+        raise ShapeError(f"LatentSampler: the student has {ours.shape[-1]} classes, the labeler {theirs.shape[-1]}")
     loss = distillation_loss(
         ours,
         theirs,
@@ -164,7 +152,5 @@ def step_up(
     )
     if apart:
         still = torch.zeros_like(moved.z)
-        moved = moved.at_real(
-            ascend_latents(moved.z, still, step_size=0.0, anchor=anchor, radius=radius, **common)
-        )
+        moved = moved.at_real(ascend_latents(moved.z, still, step_size=0.0, anchor=anchor, radius=radius, **common))
     return moved

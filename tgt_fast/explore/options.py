@@ -60,9 +60,7 @@ class SamplerOptions:
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
                 raise ArgumentError(f"{_OP}: {name} must be an integer in [1, {most}], got {value!r}")
         if self.divergence == "jsd" and not 0 < _checks.number(_OP, "beta", self.beta, 0, 1) < 1:
-            raise ArgumentError(
-                f"{_OP}: jsd needs 0 < beta < 1, got {self.beta!r}; see forward_kl and reverse_kl"
-            )
+            raise ArgumentError(f"{_OP}: jsd needs 0 < beta < 1, got {self.beta!r}; see forward_kl and reverse_kl")
         self._check_together()
 
     def _check_together(self) -> None:
@@ -72,9 +70,7 @@ class SamplerOptions:
                 "prior has no anchors, persistent keeps one chain a training example"
             )
         if self.mode == "persistent" and self.norm == "raw":
-            raise ArgumentError(
-                f'{_OP}: norm="raw" in persistent mode would make the steps depend on the loss scale'
-            )
+            raise ArgumentError(f'{_OP}: norm="raw" in persistent mode would make the steps depend on the loss scale')
         noisy = self.sigma > 0 or (self.step_noise > 0 and self.mode == "gradient")
         if self.replicas > 1 and not noisy:
             raise ArgumentError(

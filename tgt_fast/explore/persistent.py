@@ -38,9 +38,7 @@ def visit_chains(
         nothing = teacher.encode(x)
         return replace(nothing, z=nothing.z.requires_grad_())
     chains = [chain_key(sample_id, replica) for replica in range(options.replicas) for sample_id in ids]
-    fresh = torch.stack(
-        [_starts_anew(bank, host.of_replica(r), options) for r in range(options.replicas)]
-    )  # [m, B]
+    fresh = torch.stack([_starts_anew(bank, host.of_replica(r), options) for r in range(options.replicas)])  # [m, B]
     encoded: Latents | None = None
     places = torch.cumsum(fresh.any(0), 0) - 1  # [B], an example's row among the encoded ones
     if fresh.any():
@@ -79,7 +77,7 @@ def visit_chains(
 
     # The hook holds `start`, not the leaf that holds the hook: no cycle keeps the batch alive.
     leaf = start.z.detach().requires_grad_()
-    leaf.register_hook(move)
+    leaf.register_hook(move)  # type: ignore[no-untyped-call]
     return replace(start, z=leaf)
 
 

@@ -123,9 +123,7 @@ class LatentSampler:
         record_disagreement: bool = False,
     ) -> None:
         if not isinstance(teacher, Teacher):
-            raise ArgumentError(
-                f"LatentSampler: teacher must be a tgt_fast.Teacher, got {type(teacher).__name__}"
-            )
+            raise ArgumentError(f"LatentSampler: teacher must be a tgt_fast.Teacher, got {type(teacher).__name__}")
         self.options = SamplerOptions(
             mode, sigma, step_size, steps, radius, norm, step_noise, units, anchors, replicas, divergence,
             beta, temperature, restart_probability, bank_size, truncation, backend, record_disagreement,
@@ -268,8 +266,7 @@ class LatentSampler:
         if self.mode == "random" or student is None:
             return found
         climbed = [
-            climb(self.teacher, student, z, anchors, scale, k, options)
-            for z, k in zip(found, keys, strict=True)
+            climb(self.teacher, student, z, anchors, scale, k, options) for z, k in zip(found, keys, strict=True)
         ]
         histories = [history for _, history in climbed]
         self.last_disagreement = [sum(values) / len(values) for values in zip(*histories, strict=True)]
@@ -301,8 +298,7 @@ class LatentSampler:
         shape, latent = self.scale.shape, latents.z.shape[1:]
         if len(shape) != len(latent) or any(a not in (1, b) for a, b in zip(shape, latent, strict=True)):
             raise ShapeError(
-                f"LatentSampler: calibrated for latents of shape {tuple(shape)}, the encoder now gives "
-                f"{tuple(latent)}"
+                f"LatentSampler: calibrated for latents of shape {tuple(shape)}, the encoder now gives {tuple(latent)}"
             )
         self.scale = self.scale.to(latents.z.device)
         return self.scale

@@ -41,13 +41,9 @@ def checked_state(state: Any, options: SamplerOptions) -> SamplerState:
     _check_names(state, options)
     for name in ("version", "stride"):
         if isinstance(state[name], bool) or not isinstance(state[name], int) or state[name] < 0:
-            raise CheckpointError(
-                f"LatentSampler: {name} must be a non-negative integer, got {state[name]!r}"
-            )
+            raise CheckpointError(f"LatentSampler: {name} must be a non-negative integer, got {state[name]!r}")
     if state["version"] != 1:
-        raise CheckpointError(
-            f"LatentSampler: this state has format {state['version']}, this release reads format 1"
-        )
+        raise CheckpointError(f"LatentSampler: this state has format {state['version']}, this release reads format 1")
     for name in _COUNTERS:
         value = _tensor(state, name)
         if value.ndim or value.dtype != torch.int64:
@@ -72,9 +68,7 @@ def _check_names(state: dict[str, Any], options: SamplerOptions) -> None:
     if options.mode == "persistent":
         allowed |= set(_BANK)
         if has_bank:
-            needed |= {"bank_chains", "bank_latents"} | (
-                {"bank_anchors"} if options.radius is not None else set()
-            )
+            needed |= {"bank_chains", "bank_latents"} | ({"bank_anchors"} if options.radius is not None else set())
     if options.anchors == "balanced":
         allowed |= set(_POOL)
         if has_pool:

@@ -76,12 +76,7 @@ class Latents:
             return self
         mask = self.mask
         grows = [b - a for a, b in zip(have, shape, strict=False)]
-        if (
-            mask is None
-            or len(have) != len(shape)
-            or any(g < 0 for g in grows)
-            or any(grows[mask.ndim - 1 :])
-        ):
+        if mask is None or len(have) != len(shape) or any(g < 0 for g in grows) or any(grows[mask.ndim - 1 :]):
             raise ShapeError(f"latents of shape {have} do not fit where examples have shape {tuple(shape)}")
         widths = [g if mask.shape[1 + i] == have[i] else 0 for i, g in enumerate(grows[: mask.ndim - 1])]
         return replace(self, z=_pad_right(self.z, grows), mask=_pad_right(mask, widths))

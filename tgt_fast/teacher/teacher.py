@@ -98,9 +98,9 @@ class Teacher(nn.Module):
                     parameter.requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for module in self._frozen:
-            module._apply(fn, recurse)
+            module._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def frozen_tensors(self) -> Iterator[Tensor]:
@@ -201,9 +201,7 @@ class Teacher(nn.Module):
             return x
         self._keep_frozen()
         view = transform(x)
-        _same_batch(
-            "student_transform", tree.batch_size(x), tree.batch_size(view, "student_transform's output")
-        )
+        _same_batch("student_transform", tree.batch_size(x), tree.batch_size(view, "student_transform's output"))
         return view
 
     def from_prior(self, noise: Latents) -> Latents:

@@ -83,9 +83,7 @@ def concat(trees: Sequence[T]) -> T:
     flat = [pytree.tree_flatten(tree) for tree in trees]
     spec = flat[0][1]
     if any(other != spec for _, other in flat):
-        raise ShapeError(
-            "batches of different structure cannot be put together: " + str([str(s) for _, s in flat])
-        )
+        raise ShapeError("batches of different structure cannot be put together: " + str([str(s) for _, s in flat]))
     joined = []
     for column in zip(*(leaves for leaves, _ in flat), strict=True):
         if not _is_batched(column[0]):
