@@ -43,19 +43,18 @@ def decoder(hidden: int, latents: int) -> nn.Sequential:
 
 
 def labeler(width: int) -> nn.Sequential:
-    """Images [B, 64] -> logits [B, 10]: three 3x3 convolutions with BatchNorm, pooled twice."""
+    """Images [B, 64] -> logits [B, 10]: four 3x3 convolutions with BatchNorm, two of them of stride 2."""
 
-    def block(channels: int, filters: int) -> list[nn.Module]:
-        convolution = nn.Conv2d(channels, filters, 3, padding=1, bias=False)
+    def block(channels: int, filters: int, stride: int = 1) -> list[nn.Module]:
+        convolution = nn.Conv2d(channels, filters, 3, stride, padding=1, bias=False)
         return [convolution, nn.BatchNorm2d(filters), nn.ReLU()]
 
     return nn.Sequential(
         nn.Unflatten(1, (1, SIDE, SIDE)),
         *block(1, width),
-        *block(width, width),
-        nn.MaxPool2d(2),
-        *block(width, 2 * width),
-        nn.MaxPool2d(2),
+        *block(width, 2 * width, stride=2),
+        *block(2 * width, 2 * width),
+        *block(2 * width, 2 * width, stride=2),
         nn.Flatten(),
         nn.Dropout(0.3),
         nn.Linear(2 * width * (SIDE // 4) ** 2, CLASSES),

@@ -100,9 +100,18 @@ def _minimise(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, step
         schedule.step()
 
 
-def labeler_accuracy(teacher: Teacher, images: Images) -> float:
-    """In percent."""
-    with torch.no_grad():
-        return 100 * (teacher.label(images.x).argmax(1) == images.y).float().mean().item()
+@dataclass(frozen=True)
+class TeacherQuality:
+    """A teacher on the test images."""
+
+    seed: int
+    labeler_accuracy: float  # percent
+    reconstruction_error: float  # root mean square over pixels
 
 
+@torch.no_grad()
+def quality(teacher: Teacher, images: Images, seed: int) -> TeacherQuality:
+    """Measure a teacher on images it has not seen."""
+    right = (teacher.label(images.x).argmax(1) == images.y).float().mean().item()
+    again = teacher.decode(teacher.encode(images.x))
+    return TeacherQuality(seed, 100 * right, (again - images.x).square().mean().sqrt().item())

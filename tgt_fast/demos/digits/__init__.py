@@ -1,0 +1,1 @@
+"""Teacher-guided training on scikit-learn's digits, from end to end."""

@@ -1,0 +1,194 @@
+"""What a run of the demo found, and the numbers made of it."""
+
+from __future__ import annotations
+
+import math
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import tgt_fast
+from tgt_fast.demos.digits.diagnostics import Diagnostics
+from tgt_fast.demos.digits.methods import StudentResult
+from tgt_fast.demos.digits.settings import BASELINES, METHODS, Settings
+from tgt_fast.demos.digits.teachers import TeacherQuality
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything the table, the page and the JSON file show."""
+
+    settings: Settings
+    seeds: tuple[int, ...]
+    counts: tuple[int, ...]  # labelled examples a class
+    teachers: tuple[TeacherQuality, ...]  # one a seed
+    students: tuple[StudentResult, ...]
+    diagnostics: tuple[Diagnostics, ...]  # one a seed
+    curve: tuple[StudentResult, ...]  # students of other numbers of labels, for --curve
+    seconds: float
+
+    def of(self, method: str) -> list[StudentResult]:
+        """A method's students, by seed."""
+        return sorted((s for s in self.students if s.method == method), key=lambda s: s.seed)
+
+    def accuracies(self, method: str) -> list[float]:
+        return [student.accuracy for student in self.of(method)]
+
+    def accuracy(self, method: str) -> float:
+        return mean(self.accuracies(method))
+
+    def best(self, methods: Sequence[str]) -> str:
+        """The method of the highest mean accuracy."""
+        return max(methods, key=self.accuracy)
+
+    @property
+    def lead(self) -> float:
+        """Points by which tgt-gradient is ahead of the best method that is no teacher-guided training."""
+        return self.accuracy("tgt-gradient") - self.accuracy(self.best(BASELINES))
+
+
+def mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The sample standard deviation; 0 for a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def average(students: Sequence[StudentResult], name: str) -> float:
+    """The mean of one of their numbers."""
+    return mean([getattr(student, name) for student in students])
+
+
+@dataclass(frozen=True)
+class SampleFactor:
+    """How many times as many labels another method needs for the same accuracy."""
+
+    method: str
+    labels: int  # of the teacher-guided student
+    accuracy: float
+    factor: float  # at least this, where ``beyond``
+    beyond: bool  # the other method does not get there with all labels there are
+
+
+def learning_curve(result: DemoResult, method: str) -> list[tuple[int, list[float]]]:
+    """(labels, accuracies by seed), by number of labels; those of the main experiment among them."""
+    found: dict[int, list[float]] = {}
+    for student in sorted((*result.curve, *result.students), key=lambda s: s.seed):
+        if student.method == method:
+            found.setdefault(student.labels, []).append(student.accuracy)
+    return sorted(found.items())
+
+
+def sample_factors(
+    result: DemoResult, method: str = "tgt-gradient", others: Sequence[str] = ("one-hot", "distillation")
+) -> list[SampleFactor]:
+    """For each number of labels: how many more another method needs, interpolated over log(labels)."""
+    factors = []
+    for other in others:
+        line = [(labels, mean(values)) for labels, values in learning_curve(result, other)]
+        for labels, values in learning_curve(result, method):
+            if labels == line[-1][0]:
+                continue  # with all labels there is nothing further to compare with
+            accuracy = mean(values)
+            needed = _labels_for(line, accuracy)
+            factors.append(
+                SampleFactor(other, labels, accuracy, (needed or line[-1][0]) / labels, needed is None)
+            )
+    return factors
+
+
+def _labels_for(line: Sequence[tuple[int, float]], accuracy: float) -> float | None:
+    """Where a curve first reaches an accuracy; None where it does not."""
+    before: tuple[int, float] | None = None
+    for labels, reached in line:
+        if reached >= accuracy:
+            if before is None:
+                return float(labels)
+            share = (accuracy - before[1]) / (reached - before[1])
+            return math.exp(math.log(before[0]) + share * math.log(labels / before[0]))
+        before = (labels, reached)
+    return None
+
+
+def as_json(result: DemoResult) -> dict[str, Any]:
+    """The result as plain data. Accuracies and agreement in percent, KL in nats, seconds a student."""
+    methods: dict[str, Any] = {}
+    for method in METHODS:
+        students = result.of(method)
+        accuracies = result.accuracies(method)
+        methods[method] = {
+            "accuracy": {
+                "mean": mean(accuracies),
+                "std": deviation(accuracies),
+                "per_seed": accuracies,
+            },
+            **{
+                name: average(students, name)
+                for name in ("head", "middle", "tail", "agreement", "mean_kl", "seconds")
+            },
+        }
+    content: dict[str, Any] = {
+        "methods": methods,
+        "versions": versions(),
+        "seeds": list(result.seeds),
+        "commit": commit(),
+        "teacher": {
+            "labeler_accuracy": [teacher.labeler_accuracy for teacher in result.teachers],
+            "reconstruction_error": [teacher.reconstruction_error for teacher in result.teachers],
+        },
+        "augmentation": str(result.settings.augmentation),
+        "steps": result.settings.steps,
+        "total_seconds": result.seconds,
+    }
+    if result.curve:
+        content["curve"] = {
+            method: [
+                {"labels": labels, "accuracy": mean(values), "per_seed": values}
+                for labels, values in learning_curve(result, method)
+            ]
+            for method in sorted({student.method for student in result.curve})
+        }
+        content["sample_size_factors"] = [vars(factor) for factor in sample_factors(result)]
+    return content
+
+
+def versions() -> dict[str, str]:
+    import sklearn
+
+    return {
+        "tgt-fast": tgt_fast.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "scikit-learn": sklearn.__version__,
+    }
+
+
+def commit() -> str:
+    """The checkout's commit ("-dirty" with changes), or, outside a checkout of this project, the package's version."""
+    package = Path(tgt_fast.__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(package), *arguments], capture_output=True, text=True, timeout=10, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    # A package installed below somebody else's repository is not tracked by it.
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return f"tgt-fast {tgt_fast.__version__}"
+    head = git("rev-parse", "HEAD")
+    if head is None:
+        return f"tgt-fast {tgt_fast.__version__}"
+    return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no", ".") else "")

@@ -1,0 +1,199 @@
+"""The demo from end to end: teachers, students, diagnostics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from tgt_fast.demos.digits import diagnostics, teachers
+from tgt_fast.demos.digits.data import Images, class_counts, load_digits, long_tailed
+from tgt_fast.demos.digits.diagnostics import Diagnostics
+from tgt_fast.demos.digits.methods import StudentResult, train_student
+from tgt_fast.demos.digits.models import Weights
+from tgt_fast.demos.digits.results import DemoResult
+from tgt_fast.demos.digits.settings import METHODS, Settings
+from tgt_fast.demos.digits.teachers import TeacherQuality, TeacherWeights
+from tgt_fast.demos.digits.workers import Crew, cores, crew
+from tgt_fast.errors import ArgumentError
+
+CURVE_FACTORS = (0.25, 0.5, 2.0, 4.0, 8.0, 1000.0)  # times the labels of the main experiment; the last: all 900
+CURVE_METHODS = ("one-hot", "distillation", "tgt-gradient")
+# The longest first, so that no core waits at the end for one that began late.
+_BY_LENGTH = ("tgt-gradient", "tgt-persistent", "tgt-random", "tgt-prior", "distillation-augmented", "distillation", "one-hot")
+_WATCHED = ("distillation", "tgt-random", "tgt-gradient")  # students whose disagreement is followed
+
+Progress = Callable[[str, int, int], None]  # phase, done, total
+
+
+@dataclass
+class _Seed:
+    """What is known of a seed so far."""
+
+    vae: tuple[Weights, Weights] | None = None
+    labeler: Weights | None = None
+    teacher: TeacherWeights | None = None
+    watched: dict[str, Weights] = field(default_factory=dict)
+
+
+class _Run:
+    def __init__(
+        self, workers: Crew, pool: Images, test: Images, settings: Settings, curve: bool, progress: Progress
+    ) -> None:
+        self.crew, self.pool, self.test, self.settings = workers, pool, test, settings
+        self.with_curve, self.progress = curve, progress
+        self.seeds: dict[int, _Seed] = {}
+        self.students: list[StudentResult] = []
+        self.curve: list[StudentResult] = []
+        self.diagnostics: list[Diagnostics] = []
+        self.qualities: list[TeacherQuality] = []
+        self.done: dict[str, int] = {}
+        self.totals: dict[str, int] = {}
+
+    def start(self, seeds: Sequence[int]) -> None:
+        self.totals = {
+            "teachers": 2 * len(seeds),
+            "students": len(METHODS) * len(seeds),
+            "diagnostics": len(seeds),
+        }
+        if self.with_curve:
+            self.totals["label curve"] = len(CURVE_METHODS) * len(CURVE_FACTORS) * len(seeds)
+        for phase in self.totals:
+            self._step(phase, 0)
+        for seed in seeds:
+            self.seeds[seed] = _Seed()
+            self.crew.submit(
+                teachers.train_vae, self.pool, self.settings, seed, then=lambda made, s=seed: self._vae(s, made)
+            )  # fmt: skip
+            self.crew.submit(
+                teachers.train_labeler, self.pool, self.settings, seed,
+                then=lambda made, s=seed: self._labeler(s, made),
+            )  # fmt: skip
+
+    def _step(self, phase: str, steps: int = 1) -> None:
+        self.done[phase] = self.done.get(phase, 0) + steps
+        self.progress(phase, self.done[phase], self.totals[phase])
+
+    def _vae(self, seed: int, made: tuple[Weights, Weights]) -> None:
+        self.seeds[seed].vae = made
+        self._taught(seed)
+
+    def _labeler(self, seed: int, made: Weights) -> None:
+        self.seeds[seed].labeler = made
+        self._taught(seed)
+
+    def _taught(self, seed: int) -> None:
+        """Once both halves of its teacher are trained, a seed's students can be."""
+        self._step("teachers")
+        state = self.seeds[seed]
+        if state.vae is None or state.labeler is None:
+            return
+        state.teacher = TeacherWeights(*state.vae, state.labeler)
+        self.qualities.append(teachers.quality(state.teacher.build(self.settings), self.test, seed))
+        counts = class_counts()
+        for method in _BY_LENGTH:
+            self._train(method, counts, seed, self._student)
+        if self.with_curve:
+            for factor in CURVE_FACTORS[::-1]:
+                for method in CURVE_METHODS:
+                    self._train(method, class_counts(factor), seed, self._curve_student)
+
+    def _train(
+        self, method: str, counts: list[int], seed: int, then: Callable[[StudentResult], None]
+    ) -> None:
+        images = long_tailed(self.pool, counts, seed)
+        teacher = self.seeds[seed].teacher
+        self.crew.submit(
+            student_task, method, teacher, images, self.test, counts, self.settings, seed, then=then
+        )  # fmt: skip
+
+    def _student(self, student: StudentResult) -> None:
+        self.students.append(student)
+        self._step("students")
+        state = self.seeds[student.seed]
+        if student.method in _WATCHED:
+            state.watched[student.method] = student.weights
+            if len(state.watched) == len(_WATCHED):
+                images = long_tailed(self.pool, class_counts(), student.seed)
+                watched = {method: state.watched[method] for method in _WATCHED}
+                self.crew.submit(
+                    diagnose_task, state.teacher, images, self.test, watched, self.settings, student.seed,
+                    then=self._diagnosed,
+                )  # fmt: skip
+
+    def _diagnosed(self, found: Diagnostics) -> None:
+        self.diagnostics.append(found)
+        self._step("diagnostics")
+
+    def _curve_student(self, student: StudentResult) -> None:
+        self.curve.append(student)
+        self._step("label curve")
+
+
+def student_task(
+    method: str,
+    teacher: TeacherWeights,
+    images: Images,
+    test: Images,
+    counts: list[int],
+    settings: Settings,
+    seed: int,
+) -> StudentResult:
+    """``train_student`` in a worker process."""
+    return train_student(method, teacher.build(settings), images, test, counts, settings, seed)
+
+
+def diagnose_task(
+    teacher: TeacherWeights,
+    images: Images,
+    test: Images,
+    students: dict[str, Weights],
+    settings: Settings,
+    seed: int,
+) -> Diagnostics:
+    """``diagnose`` in a worker process."""
+    return diagnostics.diagnose(teacher.build(settings), images, test, students, settings, seed)
+
+
+def run_demo(
+    seeds: Sequence[int] = (0, 1, 2),
+    settings: Settings | None = None,
+    *,
+    curve: bool = False,
+    workers: int | None = None,
+    progress: Progress = lambda phase, done, total: None,
+) -> DemoResult:
+    """Run every method on every seed.
+
+    Args:
+        seeds: of the teachers, the students and the choice of labelled examples; the test images are always the same.
+        settings: hyper-parameters; by default those chosen on the validation split.
+        curve: also train on fewer and on more labelled examples.
+        workers: processes; by default one a core, at most 8; 0: none but this one. The numbers do not depend on it.
+        progress: called as ``progress(phase, done, total)``.
+
+    Raises:
+        ArgumentError: no seeds, or one twice.
+    """
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise ArgumentError(f"seeds must be different integers >= 0, at least one; got {list(seeds)}")
+    settings = Settings() if settings is None else settings
+    started = time.perf_counter()
+    pool, test = load_digits()
+    with crew(min(cores(), 8) if workers is None else workers) as team:
+        run = _Run(team, pool, test, settings, curve, progress)
+        run.start(seeds)
+        team.finish()
+    order = {seed: place for place, seed in enumerate(seeds)}
+    return DemoResult(
+        settings=settings,
+        seeds=tuple(seeds),
+        counts=tuple(class_counts()),
+        teachers=tuple(sorted(run.qualities, key=lambda teacher: order[teacher.seed])),
+        students=tuple(
+            sorted(run.students, key=lambda s: (METHODS.index(s.method), order[s.seed]))
+        ),
+        diagnostics=tuple(sorted(run.diagnostics, key=lambda found: order[found.seed])),
+        curve=tuple(sorted(run.curve, key=lambda s: (s.method, s.labels, order[s.seed]))),
+        seconds=time.perf_counter() - started,
+    )

@@ -1,0 +1,187 @@
+"""How the settings were chosen: ``python -m tgt_fast.demos.digits.tune [GROUP ...] [--seeds 100,101] [--json FILE]``.
+
+Everything is trained on two thirds of the 900 images, and judged by the mean accuracy on the last third; the 897 test images are
+not loaded into any comparison. The seeds are other ones than the demo's. Each group varies one thing about the settings
+that stand in ``settings.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tgt_fast.demos.digits import teachers
+from tgt_fast.demos.digits.augment import Augmentation
+from tgt_fast.demos.digits.data import class_counts, load_digits, long_tailed, validation_split
+from tgt_fast.demos.digits.models import Weights
+from tgt_fast.demos.digits.results import mean
+from tgt_fast.demos.digits.run import student_task
+from tgt_fast.demos.digits.settings import METHODS, Settings
+from tgt_fast.demos.digits.teachers import TeacherWeights
+from tgt_fast.demos.digits.workers import Crew, cores, crew
+from tgt_fast.report import prepare_file, write_json
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One choice: a method under some settings."""
+
+    name: str
+    method: str
+    settings: Settings
+
+
+def _augmentations() -> list[Augmentation]:
+    """Every combination of shift or warp, mixup, and seven strengths of noise, clipped or not: 72."""
+    noises = [(0.0, False)] + [
+        (noise, clip) for noise in (0.05, 0.1, 0.2, 0.3, 0.4, 0.6) for clip in (False, True)
+    ]
+    moves = ({}, {"shift": True}, {"warp": True})
+    return [
+        Augmentation(**move, mixup=mixup, noise=noise, clip=clip)
+        for move in moves
+        for mixup in (False, True)
+        for noise, clip in noises
+        if move or mixup or noise
+    ]
+
+
+def trials(group: str, base: Settings) -> list[Trial]:
+    """The trials of a group, the present settings among them."""
+    if group == "augmentation":
+        return [
+            Trial(str(augmentation), "distillation-augmented", replace(base, augmentation=augmentation))
+            for augmentation in _augmentations()
+        ]
+    if group == "methods":
+        return [Trial("as in settings.py", method, base) for method in METHODS]
+    method, options = GROUPS[group]
+    return [
+        Trial(", ".join(f"{k}={v}" for k, v in o.items()), method, replace(base, **o)) for o in options
+    ]
+
+
+def _each(**values: Sequence[Any]) -> list[dict[str, Any]]:
+    made: list[dict[str, Any]] = [{}]
+    for name, choices in values.items():
+        made = [{**one, name: value} for one in made for value in choices]
+    return made
+
+
+GROUPS: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "one-hot": ("one-hot", _each(steps=(750, 1500, 3000), rate=(1e-3, 3e-3, 1e-2))),
+    "distillation": ("distillation", _each(temperature=(1.0, 2.0, 4.0), rate=(1e-3, 3e-3, 1e-2))),
+    "vae": (
+        "tgt-random",
+        _each(pixel_noise=(0.07, 0.1, 0.14, 0.2), vae_warp=(0.0, 0.3)),
+    ),
+    "prior": ("tgt-prior", _each(prior_sigma=(0.8, 1.0, 1.2))),
+    "random": ("tgt-random", _each(sigma=(0.5, 0.75, 1.0, 1.3), anchors=("batch", "balanced"))),
+    "gradient": ("tgt-gradient", _each(sigma=(0.75, 1.0, 1.3), step_size=(0.5, 1.0, 2.0, 3.0))),
+    "persistent": (
+        "tgt-persistent",
+        _each(persistent_step_size=(0.5, 1.0, 2.0), restart_probability=(0.1, 0.3)),
+    ),
+}
+
+
+class _Tuning:
+    def __init__(self, team: Crew, seeds: Sequence[int], chosen: Sequence[Trial]) -> None:
+        self.crew, self.trials = team, chosen
+        self.accuracies: dict[int, dict[int, float]] = {n: {} for n in range(len(chosen))}  # trial -> seed -> accuracy
+        self.fit, self.validation = validation_split(load_digits()[0])
+        self.parts: dict[tuple[Settings, int], dict[str, Any]] = {}
+        for n, trial in enumerate(chosen):
+            for seed in seeds:
+                self._start(n, trial.settings, seed)
+
+    def _start(self, n: int, settings: Settings, seed: int) -> None:
+        """Trials that differ in the student's settings alone share a teacher."""
+        key = (_of_teacher(settings), seed)
+        if key in self.parts:
+            self.parts[key]["waiting"].append(n)
+            return
+        self.parts[key] = {"waiting": [n]}
+
+        def vae(made: tuple[Weights, Weights]) -> None:
+            self.parts[key]["vae"] = made
+            self._taught(key)
+
+        def labeler(made: Weights) -> None:
+            self.parts[key]["labeler"] = made
+            self._taught(key)
+
+        self.crew.submit(teachers.train_vae, self.fit, settings, seed, then=vae)
+        self.crew.submit(teachers.train_labeler, self.fit, settings, seed, then=labeler)
+
+    def _taught(self, key: tuple[Settings, int]) -> None:
+        parts = self.parts[key]
+        if "vae" not in parts or "labeler" not in parts:
+            return
+        teacher, counts, seed = TeacherWeights(*parts["vae"], parts["labeler"]), class_counts(), key[1]
+        images = long_tailed(self.fit, counts, seed)
+        for n in parts["waiting"]:
+            trial = self.trials[n]
+            self.crew.submit(
+                student_task, trial.method, teacher, images, self.validation, counts, trial.settings, seed,
+                then=lambda student, n=n: self.accuracies[n].update({student.seed: student.accuracy}),
+            )  # fmt: skip
+
+
+def _of_teacher(settings: Settings) -> Settings:
+    """The settings with everything that does not concern the teacher at its default."""
+    default = Settings()
+    own = ("latents", "vae_hidden", "vae_steps", "vae_rate", "pixel_noise", "vae_warp", "labeler_width")
+    own += ("labeler_steps", "labeler_rate", "labeler_warp", "teacher_batch")
+    return replace(default, **{name: getattr(settings, name) for name in own})
+
+
+def tune(groups: Sequence[str], seeds: Sequence[int], workers: int) -> dict[str, list[dict[str, Any]]]:
+    """For each group its trials with their validation accuracy in percent, the best first."""
+    listed = [(group, trial) for group in groups for trial in trials(group, Settings())]
+    with crew(workers) as team:
+        tuning = _Tuning(team, seeds, [trial for _, trial in listed])
+        team.finish()
+    found: dict[str, list[dict[str, Any]]] = {group: [] for group in groups}
+    for n, (group, trial) in enumerate(listed):
+        values = [tuning.accuracies[n][seed] for seed in seeds]
+        found[group].append(
+            {
+                "choice": trial.name,
+                "method": trial.method,
+                "accuracy": round(mean(values), 2),
+                "per_seed": [round(value, 2) for value in values],
+            }
+        )
+    for rows in found.values():
+        rows.sort(key=lambda row: -row["accuracy"])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="choose the digits demo's settings on its validation split")
+    names = ["augmentation", "methods", *GROUPS]
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(names)} (default: all)")
+    parser.add_argument("--seeds", default="100,101,102,103")
+    parser.add_argument("--workers", type=int, default=min(cores(), 8))
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    unknown = set(arguments.groups) - set(names)
+    if unknown:
+        parser.error(f"no such group: {', '.join(sorted(unknown))}")
+    file = prepare_file(arguments.json) if arguments.json else None
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    found = tune(arguments.groups or names, seeds, arguments.workers)
+    for group, rows in found.items():
+        print(group)
+        for row in rows:
+            print(f"  {row['accuracy']:6.2f}  {row['method']:24s} {row['choice']}")
+    if file is not None:
+        write_json(file, {"seeds": seeds, "groups": found})
+
+
+if __name__ == "__main__":
+    main()
