@@ -47,9 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     tested = _tested_package()
     reason = _native_reason()
     if REQUIRE_NATIVE and reason:
-        raise pytest.UsageError(
-            f"TGT_FAST_REQUIRE_NATIVE=1, but {tested} has no usable compiled core: {reason}"
-        )
+        raise pytest.UsageError(f"TGT_FAST_REQUIRE_NATIVE=1, but {tested} has no usable compiled core: {reason}")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -165,9 +165,7 @@ def assert_close(name: str, out: Tensor, reference: Tensor, *, bar: float, floor
     if not torch.equal(out.isnan(), reference.isnan()):
         raise AssertionError(f"{name}: NaN at other places than in the reference")
     infinite = reference.isinf()
-    if not torch.equal(out.isinf(), infinite) or not torch.equal(
-        out[infinite].sign(), reference[infinite].sign()
-    ):
+    if not torch.equal(out.isinf(), infinite) or not torch.equal(out[infinite].sign(), reference[infinite].sign()):
         raise AssertionError(f"{name}: infinities at other places than in the reference")
     usable = reference.isfinite()
     out, reference = torch.where(usable, out, 0.0), torch.where(usable, reference, 0.0)
@@ -178,14 +176,10 @@ def assert_close(name: str, out: Tensor, reference: Tensor, *, bar: float, floor
         rows = max(1, math.prod(out.shape[:-1]))
         error = largest_element_error(out, reference, floor / math.sqrt(rows))
         if not error <= ELEMENT_FACTOR * bar:
-            raise AssertionError(
-                f"{name}: an element errs by {error:.3g} of its row, over {ELEMENT_FACTOR * bar:.3g}"
-            )
+            raise AssertionError(f"{name}: an element errs by {error:.3g} of its row, over {ELEMENT_FACTOR * bar:.3g}")
 
 
-def gradient_bar(
-    dtype: torch.dtype, loss_dtype: torch.dtype, largest: float, reference: Tensor, floor: float
-) -> float:
+def gradient_bar(dtype: torch.dtype, loss_dtype: torch.dtype, largest: float, reference: Tensor, floor: float) -> float:
     """The bar of a gradient of ``dtype``: its arithmetic's, or 1.5 times what rounding the truth costs."""
     bar = arithmetic_bar(loss_dtype, largest)
     if dtype == loss_dtype:
@@ -261,9 +255,7 @@ def check(
     return result
 
 
-def logits(
-    rows: int | tuple[int, ...], classes: int, seed: int, *, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def logits(rows: int | tuple[int, ...], classes: int, seed: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random logits; every second row is peaked, since flat rows alone hide errors of large probabilities."""
     shape = (rows,) if isinstance(rows, int) else rows
     generator = torch.Generator().manual_seed(seed)

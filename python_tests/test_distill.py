@@ -55,16 +55,12 @@ def test_every_number_of_classes(backend: str, divergence: str, classes: int) ->
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_every_number_of_rows(backend: str, divergence: str, rows: int) -> None:
-    check(
-        logits(rows, 100, 0), logits(rows, 100, 1), backend=backend, divergence=divergence, reduction="none"
-    )
+    check(logits(rows, 100, 0), logits(rows, 100, 1), backend=backend, divergence=divergence, reduction="none")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("shape", [(0, 7), (0, 3, 7), (2, 0, 7)])
-def test_an_empty_batch_gives_zero_and_empty_gradients(
-    backend: str, shape: tuple[int, ...], reduction: str
-) -> None:
+def test_an_empty_batch_gives_zero_and_empty_gradients(backend: str, shape: tuple[int, ...], reduction: str) -> None:
     student, teacher = torch.empty(shape), torch.empty(shape)
     result = evaluate(student, teacher, backend=backend, reduction=reduction)
     assert result.loss.shape == (shape[:-1] if reduction == "none" else ())
@@ -74,9 +70,7 @@ def test_an_empty_batch_gives_zero_and_empty_gradients(
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize(
-    "pair", list(itertools.product(DTYPES, DTYPES)), ids=lambda p: "-".join(str(d)[6:] for d in p)
-)
+@pytest.mark.parametrize("pair", list(itertools.product(DTYPES, DTYPES)), ids=lambda p: "-".join(str(d)[6:] for d in p))
 def test_every_pair_of_dtypes(backend: str, pair: tuple[torch.dtype, torch.dtype], divergence: str) -> None:
     student, teacher = logits(33, 100, 0, dtype=pair[0]), logits(33, 100, 1, dtype=pair[1])
     target = targets(33, 100, 2)
@@ -88,9 +82,7 @@ def test_every_pair_of_dtypes(backend: str, pair: tuple[torch.dtype, torch.dtype
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_half_gradients_are_as_good_as_rounding_the_truth(
-    backend: str, divergence: str, dtype: torch.dtype
-) -> None:
+def test_half_gradients_are_as_good_as_rounding_the_truth(backend: str, divergence: str, dtype: torch.dtype) -> None:
     """Logits are never rounded before the softmax: a vocabulary in half precision keeps the bar."""
     student, teacher = logits(8, 33000, 0, dtype=dtype), logits(8, 33000, 1, dtype=dtype)
     check(student, teacher, backend=backend, divergence=divergence, reduction="none")
@@ -99,9 +91,7 @@ def test_half_gradients_are_as_good_as_rounding_the_truth(
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=2)), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_every_subset_of_gradients(
-    backend: str, divergence: str, dtype: torch.dtype, needs: tuple[bool, bool]
-) -> None:
+def test_every_subset_of_gradients(backend: str, divergence: str, dtype: torch.dtype, needs: tuple[bool, bool]) -> None:
     student, teacher, target = logits(5, 21, 0, dtype=dtype), logits(5, 21, 1, dtype=dtype), targets(5, 21, 2)
     options = {"divergence": divergence, "hard_weight": 0.5, "reduction": "none"}
     result = check(student, teacher, target, backend=backend, needs=needs, **options)
@@ -113,18 +103,14 @@ def test_every_subset_of_gradients(
 
 @pytest.mark.parametrize("temperature", [0.05, 0.5, 2.0, 100.0])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_temperatures_from_a_twentieth_to_a_hundred(
-    backend: str, divergence: str, temperature: float
-) -> None:
+def test_temperatures_from_a_twentieth_to_a_hundred(backend: str, divergence: str, temperature: float) -> None:
     student, teacher = logits(16, 257, 0), logits(16, 257, 1)
     check(student, teacher, backend=backend, divergence=divergence, temperature=temperature, reduction="none")
 
 
 @pytest.mark.parametrize("ts, tt", [(1.0, 4.0), (4.0, 1.0), (0.3, 2.0)])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_student_and_teacher_may_differ_in_temperature(
-    backend: str, divergence: str, ts: float, tt: float
-) -> None:
+def test_student_and_teacher_may_differ_in_temperature(backend: str, divergence: str, ts: float, tt: float) -> None:
     student, teacher = logits(16, 257, 0), logits(16, 257, 1)
     options = {"divergence": divergence, "temperature": ts, "teacher_temperature": tt, "reduction": "none"}
     check(student, teacher, targets(16, 257, 2), backend=backend, hard_weight=1.0, **options)
@@ -135,9 +121,7 @@ def test_flat_and_peaked_rows_side_by_side(backend: str, divergence: str) -> Non
     """Rows of every spread; some agree with the teacher, some contradict it."""
     base = logits(6, 50, 0)
     student = base * torch.tensor([0.0, 0.01, 1.0, 1.0, 20.0, 20.0])[:, None]
-    teacher = torch.where(
-        torch.tensor([1, 1, 1, 0, 1, 0], dtype=torch.bool)[:, None], student * 1.01, student.flip(-1)
-    )
+    teacher = torch.where(torch.tensor([1, 1, 1, 0, 1, 0], dtype=torch.bool)[:, None], student * 1.01, student.flip(-1))
     check(student, teacher, backend=backend, divergence=divergence, reduction="none")
 
 
@@ -145,9 +129,7 @@ def test_flat_and_peaked_rows_side_by_side(backend: str, divergence: str) -> Non
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_equal_logits_give_no_loss_and_no_gradient(backend: str, dtype: torch.dtype, divergence: str) -> None:
     both = logits(9, 130, 0, dtype=dtype)
-    result = check(
-        both, both.clone(), backend=backend, divergence=divergence, temperature=2.0, reduction="none"
-    )
+    result = check(both, both.clone(), backend=backend, divergence=divergence, temperature=2.0, reduction="none")
     assert result.loss.ge(0).all()
     assert divergence == "cross_entropy" or result.loss.le(1e-5).all()
 
@@ -157,9 +139,7 @@ def test_equal_logits_give_no_loss_and_no_gradient(backend: str, dtype: torch.dt
 
 @pytest.mark.parametrize("layout", ["row-strided", "column-strided", "transposed"])
 @pytest.mark.parametrize("shape", [(5, 33), (2, 3, 33), (33,), (2, 1, 3, 9)], ids=str)
-def test_shapes_and_strides_do_not_change_the_result(
-    backend: str, shape: tuple[int, ...], layout: str
-) -> None:
+def test_shapes_and_strides_do_not_change_the_result(backend: str, shape: tuple[int, ...], layout: str) -> None:
     student, teacher = logits(shape[:-1], shape[-1], 0), logits(shape[:-1], shape[-1], 1)
     target = targets(math.prod(shape[:-1]), shape[-1], 2).view(shape[:-1])
     options: dict[str, Any] = {"hard_weight": 0.5, "reduction": "none", "backend": backend}
@@ -186,9 +166,7 @@ def test_expanded_logits_and_a_broadcast_teacher(backend: str) -> None:
 @settings(max_examples=150)
 @given(case=distill_cases())
 def test_any_legal_call_agrees_with_the_truth(backend: str, case: DistillCase) -> None:
-    result = evaluate(
-        case.student, case.teacher, case.target, backend=backend, needs=case.needs, **case.options
-    )
+    result = evaluate(case.student, case.teacher, case.target, backend=backend, needs=case.needs, **case.options)
     expected = truth(case.student, case.teacher, case.target, needs=case.needs, **_explicit(case.options))
     assert_matches_truth(
         result,
@@ -226,9 +204,7 @@ def test_no_worse_than_eager_torch_in_float32(backend: str, classes: int) -> Non
     eager = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
     eager = eager + torch.nn.functional.cross_entropy(leaf, target, reduction="none")
     (d_eager,) = torch.autograd.grad(eager.sum(), leaf)
-    ours = evaluate(
-        student, teacher, target, backend=backend, hard_weight=1.0, reduction="none", needs=(True, False)
-    )
+    ours = evaluate(student, teacher, target, backend=backend, hard_weight=1.0, reduction="none", needs=(True, False))
     for mine, theirs, best in (
         (ours.loss, eager.detach(), expected.loss),
         (ours.d_student, d_eager, expected.d_student),

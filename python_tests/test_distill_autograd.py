@@ -18,9 +18,7 @@ from tgt_fast.kernels.options import DIVERGENCES
 OPTIONS: dict[str, Any] = {"hard_weight": 0.5, "temperature": 2.0}
 
 
-def leaves(
-    dtype: torch.dtype = torch.float32, rows: int = 6, classes: int = 33
-) -> tuple[Tensor, Tensor, Tensor]:
+def leaves(dtype: torch.dtype = torch.float32, rows: int = 6, classes: int = 33) -> tuple[Tensor, Tensor, Tensor]:
     student, teacher = (logits(rows, classes, seed, dtype=dtype).requires_grad_() for seed in (0, 1))
     return student, teacher, targets(rows, classes, 2)
 
@@ -30,14 +28,10 @@ def leaves(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("upstream", [1.0, 3.0, -0.25, 0.0])
-def test_a_scalar_upstream_gradient_scales_the_gradient(
-    backend: str, dtype: torch.dtype, upstream: float
-) -> None:
+def test_a_scalar_upstream_gradient_scales_the_gradient(backend: str, dtype: torch.dtype, upstream: float) -> None:
     student, teacher, target = leaves(dtype)
     per_row = (abs(upstream) or 1.0) / 6
-    check(
-        student, teacher, target, backend=backend, upstream=torch.tensor(upstream), per_row=per_row, **OPTIONS
-    )
+    check(student, teacher, target, backend=backend, upstream=torch.tensor(upstream), per_row=per_row, **OPTIONS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -228,9 +222,7 @@ def test_inplace_gives_the_same_gradients_over_the_logits(
 ) -> None:
     leaf, teacher, target = leaves(dtype)
     options = {"divergence": divergence, "backend": native, **OPTIONS}
-    want = torch.autograd.grad(
-        tgt.distillation_loss(leaf, teacher, target, **options) * upstream, (leaf, teacher)
-    )
+    want = torch.autograd.grad(tgt.distillation_loss(leaf, teacher, target, **options) * upstream, (leaf, teacher))
     student = leaf * 1  # what a model returns: not a leaf
     version = student._version
     loss = tgt.distillation_loss(student, teacher, target, inplace=True, **options)

@@ -91,35 +91,25 @@ VALUES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    "changes, message", SHAPES, ids=lambda value: value if isinstance(value, str) else ""
-)
+@pytest.mark.parametrize("changes, message", SHAPES, ids=lambda value: value if isinstance(value, str) else "")
 def test_shapes_that_do_not_fit(backend: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ShapeError, match=f"distillation_loss.*{message}"):
         call(backend, **changes)
 
 
-@pytest.mark.parametrize(
-    "changes, message", DTYPES, ids=lambda value: value if isinstance(value, str) else ""
-)
+@pytest.mark.parametrize("changes, message", DTYPES, ids=lambda value: value if isinstance(value, str) else "")
 def test_dtypes_that_are_not_taken(backend: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DTypeError, match=f"distillation_loss.*{message}"):
         call(backend, **changes)
 
 
-@pytest.mark.parametrize(
-    "changes, message", ARGUMENTS, ids=lambda value: value if isinstance(value, str) else ""
-)
-def test_options_out_of_range_or_in_contradiction(
-    backend: str, changes: dict[str, Any], message: str
-) -> None:
+@pytest.mark.parametrize("changes, message", ARGUMENTS, ids=lambda value: value if isinstance(value, str) else "")
+def test_options_out_of_range_or_in_contradiction(backend: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         call(backend, **changes)
 
 
-@pytest.mark.parametrize(
-    "changes, message", VALUES, ids=lambda value: value if isinstance(value, str) else ""
-)
+@pytest.mark.parametrize("changes, message", VALUES, ids=lambda value: value if isinstance(value, str) else "")
 def test_values_that_only_the_data_shows(backend: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         call(backend, **changes)
@@ -172,6 +162,4 @@ def test_integer_targets_of_any_width(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64], ids=str)
 def test_weights_of_any_dtype(backend: str, dtype: torch.dtype) -> None:
     weight = torch.tensor([1, 2, 0, 4])
-    assert torch.equal(
-        call(backend, sample_weight=weight.to(dtype)), call(backend, sample_weight=weight.float())
-    )
+    assert torch.equal(call(backend, sample_weight=weight.to(dtype)), call(backend, sample_weight=weight.float()))

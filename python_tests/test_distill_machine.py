@@ -217,6 +217,4 @@ def test_threads_may_call_it_at_the_same_time(native: str) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(run, range(24), timeout=60))
-    assert all(
-        torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1]) for loss, grad in results
-    )
+    assert all(torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1]) for loss, grad in results)

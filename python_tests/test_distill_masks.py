@@ -101,9 +101,7 @@ def test_a_row_of_infinite_soft_loss_keeps_its_hard_gradient(backend: str, diver
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_label_that_is_masked_gives_an_infinite_loss_and_no_hard_gradient(
-    backend: str, divergence: str
-) -> None:
+def test_a_label_that_is_masked_gives_an_infinite_loss_and_no_hard_gradient(backend: str, divergence: str) -> None:
     student, teacher, target = logits(3, 20, 0), logits(3, 20, 1), torch.tensor([4, 5, 6])
     student[1, 5] = teacher[1, 5] = -INF
     options: dict[str, Any] = {"divergence": divergence, "reduction": "none"}
@@ -250,9 +248,7 @@ def test_mismatched_class_counts_are_named_and_minus_infinity_pads_without_addin
     for divergence in ("reverse_kl", "forward_kl", "jsd", "tvd", "cross_entropy"):
         check(student, padded, backend=backend, divergence=divergence, reduction="none")
     ours = tgt.distillation_loss(student, padded, backend=backend, reduction="none")
-    zeros = tgt.distillation_loss(
-        student, torch.nn.functional.pad(teacher, (0, 2)), backend=backend, reduction="none"
-    )
+    zeros = tgt.distillation_loss(student, torch.nn.functional.pad(teacher, (0, 2)), backend=backend, reduction="none")
     p, log_q = torch.softmax(teacher, -1), torch.log_softmax(student, -1)[:, :10]
     expected = torch.nn.functional.kl_div(log_q, p, reduction="none").sum(-1)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
@@ -299,17 +295,11 @@ def test_a_class_of_very_low_logit_is_as_good_as_absent(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_logits_at_the_end_of_their_dtype_make_no_nan(
-    backend: str, divergence: str, dtype: torch.dtype
-) -> None:
+def test_logits_at_the_end_of_their_dtype_make_no_nan(backend: str, divergence: str, dtype: torch.dtype) -> None:
     """Differences of such logits overflow float32: losses may be inf, gradients of a distribution not."""
     largest = torch.finfo(dtype).max
-    student = torch.tensor(
-        [[largest, 0.0, -largest], [1.0, 2.0, -largest], [largest, largest, 1.0]], dtype=dtype
-    )
-    teacher = torch.tensor(
-        [[largest, -largest, 0.0], [1.0, -largest, 0.5], [0.0, 1.0, -largest]], dtype=dtype
-    )
+    student = torch.tensor([[largest, 0.0, -largest], [1.0, 2.0, -largest], [largest, largest, 1.0]], dtype=dtype)
+    teacher = torch.tensor([[largest, -largest, 0.0], [1.0, -largest, 0.5], [0.0, 1.0, -largest]], dtype=dtype)
     result = evaluate(student, teacher, backend=backend, divergence=divergence, reduction="none")
     assert not result.loss.isnan().any() and result.loss.ge(0).all()
     for grad in gradients(result):
@@ -320,9 +310,7 @@ def test_logits_at_the_end_of_their_dtype_make_no_nan(
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_any_mixture_of_ordinary_and_special_values_poisons_no_other_row(
-    backend: str, data: st.DataObject
-) -> None:
+def test_any_mixture_of_ordinary_and_special_values_poisons_no_other_row(backend: str, data: st.DataObject) -> None:
     """Each row's result is, bit for bit, what it would be on its own."""
     rows, classes = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 20))
     special = st.sampled_from((0.0, 1.0, -3.0, 50.0, -1e30, 3e38, -INF, -INF, INF, math.nan))
@@ -336,7 +324,5 @@ def test_any_mixture_of_ordinary_and_special_values_poisons_no_other_row(
     together = evaluate(student, teacher, **options)
     for row in range(rows):
         alone = evaluate(student[row : row + 1], teacher[row : row + 1], **options)
-        for got, want in zip(
-            (together.loss, *gradients(together)), (alone.loss, *gradients(alone)), strict=True
-        ):
+        for got, want in zip((together.loss, *gradients(together)), (alone.loss, *gradients(alone)), strict=True):
             torch.testing.assert_close(got[row : row + 1], want, rtol=0, atol=0, equal_nan=True)

@@ -107,7 +107,5 @@ def test_size_of_the_soft_term_does_not_depend_on_the_number_of_classes(backend:
     hard = -math.log(0.75)
     value = tgt.distillation_loss(student, teacher, backend=backend)
     assert float(value) == pytest.approx(soft, rel=1e-5)
-    mixed = tgt.distillation_loss(
-        student, teacher, torch.zeros(4, dtype=torch.int64), hard_weight=1.0, backend=backend
-    )
+    mixed = tgt.distillation_loss(student, teacher, torch.zeros(4, dtype=torch.int64), hard_weight=1.0, backend=backend)
     assert float(mixed) == pytest.approx(soft + hard, rel=1e-5)

@@ -45,18 +45,14 @@ def box_muller(words: tuple[int, int, int, int]) -> list[float]:
 
 
 @pytest.mark.parametrize("counter, key, expected", KNOWN_ANSWERS)
-def test_known_answers_of_random123(
-    counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]
-) -> None:
+def test_known_answers_of_random123(counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]) -> None:
     assert philox4x32(counter, key) == expected  # type: ignore[arg-type]
     tensors = philox4x32(tuple(torch.tensor([c]) for c in counter), tuple(torch.tensor([k]) for k in key))  # type: ignore[arg-type]
     assert tuple(int(word) for word in tensors) == expected
 
 
 @pytest.mark.parametrize("counter, key, expected", KNOWN_ANSWERS[:1])
-def test_noise_of_a_known_block(
-    backend: str, counter: tuple[int, ...], key: tuple[int, ...], expected: Any
-) -> None:
+def test_noise_of_a_known_block(backend: str, counter: tuple[int, ...], key: tuple[int, ...], expected: Any) -> None:
     """Seed 0, id 0, step 0, replica 0 is counter 0 under key 0: the first published vector, end to end."""
     torch.testing.assert_close(noise(backend, 1, 4)[0], torch.tensor(box_muller(expected)), rtol=0, atol=1e-6)
 
@@ -81,15 +77,11 @@ def test_every_field_lands_in_its_place_of_the_counter(backend: str, key: dict[s
     for block in range(blocks):
         counter = (block, ids & 0xFFFFFFFF, (ids >> 32) | (replica << 16), (0 << 28) | step)
         expected += box_muller(philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32)))  # type: ignore[arg-type]
-    actual = noise(
-        backend, 1, 4 * blocks, seed=key["seed"], sample_ids=torch.tensor([ids]), replica=replica, step=step
-    )
+    actual = noise(backend, 1, 4 * blocks, seed=key["seed"], sample_ids=torch.tensor([ids]), replica=replica, step=step)
     torch.testing.assert_close(actual[0], torch.tensor(expected), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "count", [1, 2, 3, 4, 5, 17, 64, 1001]
-)  # within a block, its tails, vectors and their tails
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 17, 64, 1001])  # within a block, its tails, vectors and their tails
 @pytest.mark.parametrize("truncation", [None, 0.5, 2.0])
 def test_native_noise_equals_the_reference(native: str, count: int, truncation: float | None) -> None:
     ids = torch.tensor([0, 1, 77, 2**32, 2**48 - 1])
@@ -129,9 +121,7 @@ def test_truncated_noise_is_the_truncated_normal(backend: str, bound: float) -> 
 
 def test_each_place_of_a_block_is_normal_by_chi_square(backend: str) -> None:
     """20 cells of equal probability, for each of a block's four numbers and for pairs of them."""
-    cells = (
-        torch.distributions.Normal(0.0, 1.0).cdf(flat_noise(backend)).mul(20).long().clamp(0, 19).view(-1, 4)
-    )
+    cells = torch.distributions.Normal(0.0, 1.0).cdf(flat_noise(backend)).mul(20).long().clamp(0, 19).view(-1, 4)
     for place in range(4):
         assert stats.chisquare(torch.bincount(cells[:, place], minlength=20).numpy()).pvalue > LEVEL
     for first, second in ((0, 1), (0, 2), (1, 3), (2, 3)):

@@ -32,9 +32,7 @@ def rows(
     """The reference, a loss a row unless told otherwise."""
     options.setdefault("reduction", "none")
     options.setdefault("teacher_temperature", options.get("temperature", 1.0))
-    return distillation_loss(student, teacher, target, sample_weight, normalizer, DistillOptions(**options))[
-        0
-    ]
+    return distillation_loss(student, teacher, target, sample_weight, normalizer, DistillOptions(**options))[0]
 
 
 def double(count: int, classes: int, seed: int) -> Tensor:
@@ -71,17 +69,13 @@ def by_hand(student: Tensor, teacher: Tensor, divergence: str, ts: float, tt: fl
 def test_divergence_equals_torch_written_out(divergence: str, ts: float, tt: float) -> None:
     student, teacher = double(6, 11, 0), double(6, 11, 1)
     ours = rows(student, teacher, divergence=divergence, beta=0.3, temperature=ts, teacher_temperature=tt)
-    torch.testing.assert_close(
-        ours, by_hand(student, teacher, divergence, ts, tt, 0.3), rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(ours, by_hand(student, teacher, divergence, ts, tt, 0.3), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 def test_hard_term_equals_torch_cross_entropy_at_temperature_one(smoothing: float) -> None:
     student, teacher, target = double(6, 11, 0), double(6, 11, 1), targets(6, 11, 2)
-    ours = rows(
-        student, teacher, target, temperature=3.0, soft_weight=0.0, hard_weight=2.0, label_smoothing=smoothing
-    )
+    ours = rows(student, teacher, target, temperature=3.0, soft_weight=0.0, hard_weight=2.0, label_smoothing=smoothing)
     theirs = 2.0 * F.cross_entropy(student, target, label_smoothing=smoothing, reduction="none")
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
@@ -98,9 +92,7 @@ def test_terms_weights_and_reductions_add_up() -> None:
     counted = torch.tensor([True, False, True, False, True])
     expected = weight * (0.7 * soft + 0.4 * hard) * counted
     close = {"rtol": 1e-12, "atol": 1e-12}
-    torch.testing.assert_close(
-        rows(student, teacher, target, sample_weight=weight, **options), expected, **close
-    )
+    torch.testing.assert_close(rows(student, teacher, target, sample_weight=weight, **options), expected, **close)
     total = rows(student, teacher, target, sample_weight=weight, reduction="sum", **options)
     torch.testing.assert_close(total, expected.sum(), **close)
     mean = rows(student, teacher, target, sample_weight=weight, reduction="mean", **options)
@@ -116,8 +108,7 @@ def test_a_class_masked_on_both_sides_does_not_exist(divergence: str) -> None:
     target = torch.tensor([0, 3, 4, 6])
     narrow = [double(4, 5, seed).requires_grad_() for seed in (0, 1)]
     wide = [
-        torch.full((4, 7), -INF, dtype=torch.float64).index_copy(1, keep, x.detach()).requires_grad_()
-        for x in narrow
+        torch.full((4, 7), -INF, dtype=torch.float64).index_copy(1, keep, x.detach()).requires_grad_() for x in narrow
     ]
     options = {"divergence": divergence, "temperature": 2.0, "hard_weight": 0.5, "label_smoothing": 0.2}
     renumbered = torch.searchsorted(keep, target)
@@ -153,9 +144,7 @@ def test_jsd_limits_are_the_two_kl_divergences() -> None:
     forward = rows(student, teacher, divergence="jsd", beta=tiny) / tiny
     torch.testing.assert_close(forward, rows(student, teacher), rtol=1e-4, atol=1e-6)
     backward = rows(student, teacher, divergence="jsd", beta=1 - tiny) / tiny
-    torch.testing.assert_close(
-        backward, rows(student, teacher, divergence="reverse_kl"), rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(backward, rows(student, teacher, divergence="reverse_kl"), rtol=1e-4, atol=1e-6)
 
 
 # Properties of the table
@@ -198,11 +187,7 @@ def test_no_divergence_is_negative(seed: int, ts: float, tt: float) -> None:
     )
     for divergence in DIVERGENCES:
         for other in (teacher, student + 1e-9):
-            assert (
-                rows(student, other, divergence=divergence, temperature=ts, teacher_temperature=tt)
-                .ge(0)
-                .all()
-            )
+            assert rows(student, other, divergence=divergence, temperature=ts, teacher_temperature=tt).ge(0).all()
 
 
 def test_jsd_is_symmetric_at_one_half_and_symmetric_is_the_sum_of_both_directions() -> None:
@@ -249,9 +234,7 @@ def masked_inputs(divergence: str) -> tuple[list[Tensor], list[Tensor]]:
 
 @pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_gradcheck_of_both_sides_with_hard_term_weights_and_dropped_rows(
-    divergence: str, masked: bool
-) -> None:
+def test_gradcheck_of_both_sides_with_hard_term_weights_and_dropped_rows(divergence: str, masked: bool) -> None:
     values, exists = masked_inputs(divergence)
     target = torch.tensor([1, -1, -100, 3])
     weight = torch.tensor([0.5, 2.0, 1.0, 0.3])

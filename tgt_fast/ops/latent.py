@@ -83,7 +83,7 @@ def perturb_latents(
     if sphere_radius is not None and sphere_radius != "keep":
         sphere_radius = _checks.number(name, "sphere_radius", sphere_radius, 0, _LARGE, open_low=True)
 
-    rows = z.reshape(z.shape[0], -1)
+    rows = _rows(z)
     tensors = [rows, *(f for f in (per_sample, per_coordinate) if isinstance(f, Tensor))]
     if select.choose("latent", backend, tensors) == "reference":
         factor = _product(per_sample, per_coordinate)
@@ -214,16 +214,11 @@ def ascend_latents(
     steps = _per_sample(name, "step_size", step_size, z)
     sigmas = _per_sample(name, "sigma", sigma, z, low=0)
     radii = None if radius is None else _per_sample(name, "radius", radius, z, low=0)
-    per_sample, per_coordinate = (1.0, None) if scale is None else _factors(name, "scale", scale, z)
-    if isinstance(per_sample, Tensor):
-        raise ShapeError(f"{name}: scale {tuple(per_sample.shape)} must be a number or shaped like one latent {tuple(z.shape[1:])}")
+    per_coordinate = None if scale is None else _per_coordinate(name, "scale", scale, z)
     key = _noise_key(name, z, seed, sample_ids, step, replica, None)
 
-    count = z.shape[0]
-    rows, slope = z.reshape(count, -1), grad.reshape(count, -1)
-    centre = None if anchor is None else anchor.reshape(count, -1)
-    if per_coordinate is None and per_sample != 1.0:
-        per_coordinate = rows.new_full((rows.shape[1],), per_sample, dtype=torch.float64)
+    rows, slope = _rows(z), _rows(grad)
+    centre = None if anchor is None else _rows(anchor)
     tensors = [t for t in (rows, slope, centre, steps, sigmas, radii, per_coordinate) if isinstance(t, Tensor)]
     kernel: Any = reference_latent if select.choose("latent", backend, tensors) == "reference" else native_latent
     out: Tensor = kernel.ascend(
@@ -231,6 +226,11 @@ def ascend_latents(
         radius_norm=radius_norm, sigma=_column(sigmas), **key,
     )  # fmt: skip
     return out.reshape(z.shape)
+
+
+def _rows(latents: Tensor) -> Tensor:
+    """(B, ...) as (B, D), also where B is 0."""
+    return latents.reshape(latents.shape[0], math.prod(latents.shape[1:]))
 
 
 def _check_latents(name: str, z: Tensor) -> None:
@@ -264,6 +264,19 @@ def _factors(name: str, what: str, value: float | Tensor, z: Tensor) -> tuple[fl
     if a_sample or flat_sample:
         return value.reshape(-1), None
     raise ShapeError(f"{name}: {what} {shape} fits neither the samples nor the coordinates of z {tuple(z.shape)}")
+
+
+def _per_coordinate(name: str, what: str, value: float | Tensor, z: Tensor) -> Tensor:
+    """A [D] tensor from a number or a tensor shaped like one latent."""
+    if not isinstance(value, Tensor):
+        number = _checks.number(name, what, value, 0, _LARGE)
+        return z.new_full((math.prod(z.shape[1:]),), number, dtype=torch.float64)
+    _checks.floating(name, what, value)
+    _checks.same_device(name, what, value, "z", z)
+    latent = tuple(z.shape[1:])
+    if tuple(value.shape) not in (latent, (1, *latent)):
+        raise ShapeError(f"{name}: {what} {tuple(value.shape)} must be a number or shaped like one latent of z {tuple(z.shape)}")
+    return value.detach().reshape(-1)
 
 
 def _per_sample(name: str, what: str, value: float | Tensor, z: Tensor, low: float = -_LARGE) -> float | Tensor:

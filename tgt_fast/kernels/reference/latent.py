@@ -28,9 +28,7 @@ def _multiply(multiplier: int, word: Word) -> tuple[Word, Word]:
     return high, low
 
 
-def philox4x32(
-    counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]
-) -> tuple[Word, Word, Word, Word]:
+def philox4x32(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Word, Word, Word, Word]:
     """Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 
     Args:
@@ -105,7 +103,7 @@ def standard_normal(
         mass = math.erf(truncation / math.sqrt(2.0))
         normal = math.sqrt(2.0) * torch.erfinv((2.0 * uniform - 1.0) * mass)
         normal = normal.clamp(-truncation, truncation)
-    return normal.reshape(sample_ids.shape[0], -1)[:, :count].to(torch.float32)
+    return normal.flatten(start_dim=1)[:, :count].to(torch.float32)
 
 
 def perturb(
@@ -125,9 +123,7 @@ def perturb(
     Float64 inside, cast back to z's dtype; differentiable in z. A sample that lands on 0 has no direction and
     stays.
     """
-    noise = standard_normal(
-        seed, sample_ids, z.shape[1], step=step, replica=replica, op=op, truncation=truncation
-    )
+    noise = standard_normal(seed, sample_ids, z.shape[1], step=step, replica=replica, op=op, truncation=truncation)
     origin = z.to(torch.float64)
     out = origin + sigma * noise.to(torch.float64)
     if sphere_radius is not None:
