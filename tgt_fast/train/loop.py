@@ -122,8 +122,9 @@ def fit(
         eval_every: steps between records of the history; one follows the last step in any case.
         monitor: the metric that decides what is best. Of equals the earliest wins; NaN never does.
         mode: whether more of it ("max") or less ("min") is better.
-        checkpoint_dir: keeps the last checkpoint (:mod:`tgt_fast.train.checkpoint`) and ``best.safetensors``,
-            the best weights under their own names. A checkpoint is saved at the end in any case.
+        checkpoint_dir: keeps the last checkpoint (:mod:`tgt_fast.train.checkpoint`; the best weights are in it too)
+            and ``best.safetensors``, the best weights under their own names. A checkpoint is saved at the end in any
+            case.
         checkpoint_every: steps between checkpoints.
         resume: go on from the checkpoint in ``checkpoint_dir``; start anew where there is none.
         seed: None draws from the global random generators, and moves them. With a seed the run has its own
@@ -140,6 +141,14 @@ def fit(
         CheckpointError: the folder cannot be written (found out before the first step, or later when the disk
             is full), or its checkpoint is damaged or of another run; student and checkpoint are left as they
             were.
+
+    >>> import tgt_fast as tgt
+    >>> teacher = tgt.Teacher(nn.Linear(8, 2), nn.Linear(2, 8), nn.Linear(8, 3))
+    >>> student = nn.Linear(8, 3)
+    >>> batches = [(torch.randn(4, 8), torch.tensor([0, 1, 2, -1]))]
+    >>> optimizer = torch.optim.Adam(student.parameters())
+    >>> tgt.fit(student, tgt.TGTObjective(teacher), batches, steps=3, optimizer=optimizer, progress=False).steps
+    3
     """
     _check(steps, accumulate, clip_grad_norm, eval_every, mode, checkpoint_every)
     if accumulate > 1 and not hasattr(objective, "normalizers"):

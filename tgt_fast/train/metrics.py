@@ -42,6 +42,9 @@ def class_thirds(class_counts: Sequence[int] | Tensor) -> tuple[Tensor, Tensor, 
 
     Raises:
         ArgumentError: fewer than three classes, or a negative count.
+
+    >>> [third.tolist() for third in class_thirds([5, 50, 20, 1])]
+    [[1, 2], [0], [3]]
     """
     counts = torch.as_tensor(class_counts).cpu()
     if counts.dim() != 1 or counts.numel() < 3 or bool((counts < 0).any()):
@@ -62,6 +65,9 @@ def accuracy(logits: Tensor, target: Tensor, *, classes: Tensor | None = None) -
 
     Returns:
         A fraction between 0 and 1; NaN when nothing counts.
+
+    >>> accuracy(torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 1.0]]), torch.tensor([0, 0, -1]))
+    0.5
 
     Raises:
         ShapeError: the shapes do not fit.

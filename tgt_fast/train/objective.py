@@ -55,9 +55,16 @@ class TGTObjective:
         ArgumentError: a loss with another reduction or with ``return_stats``, a negative weight, or a sampler
             with a loss that has no soft term.
 
-    Source: Zaheer et al., "Teacher Guided Training: An Efficient Framework for Knowledge Transfer", ICLR
-        2023. The
+    Source: Zaheer et al., "Teacher Guided Training: An Efficient Framework for Knowledge Transfer", ICLR 2023. The
     weight of the synthetic term is ours.
+
+    >>> import tgt_fast as tgt
+    >>> teacher = tgt.Teacher(torch.nn.Linear(8, 2), torch.nn.Linear(2, 8), torch.nn.Linear(8, 3))
+    >>> objective = tgt.TGTObjective(teacher, tgt.LatentSampler(teacher, sigma=0.5, units="absolute"))
+    >>> output = objective(torch.nn.Linear(8, 3), torch.randn(4, 8), torch.tensor([0, 1, 2, -1]))
+    >>> output["loss"].backward()
+    >>> sorted(output["parts"])
+    ['hard', 'soft', 'synthetic']
     """
 
     def __init__(
