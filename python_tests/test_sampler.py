@@ -145,6 +145,20 @@ def test_empty_batches_are_legal() -> None:
         assert made.teacher_logits.shape == (0, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", MODES)
+def test_other_dtypes_keep_theirs(mode: str, dtype: torch.dtype) -> None:
+    teacher, student = toys.vector_teacher(prior=(4,)).to(dtype), toys.student().to(dtype)
+    x, ids = toys.normal(6, toys.FEATURES).to(dtype), torch.arange(6)
+    sampler = LatentSampler(teacher, mode, radius=3.0, step_noise=0.1).calibrate([x])
+    for _ in range(2):
+        made = sampler(x, student=student, sample_ids=ids)
+        if mode == "persistent":
+            (student(made.x) - made.teacher_logits).float().square().mean().backward()
+    assert made.latents.z.dtype == made.x.dtype == made.teacher_logits.dtype == dtype
+    assert made.latents.z.isfinite().all()
+
+
 def test_repr_shows_the_mode_and_what_is_not_default() -> None:
     shown = repr(LatentSampler(toys.vector_teacher(), "gradient", step_size=2.0, sigma=1.0))
     assert shown == "LatentSampler(mode='gradient', step_size=2.0)"

@@ -122,6 +122,15 @@ def test_ranks_take_their_parts_of_the_global_batch() -> None:
         assert torch.equal(torch.cat([part.latents.z for part in parts]), whole.latents.z)
 
 
+def test_the_place_comes_from_torch_distributed_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = sampler_for("random")
+    assert sampler(X[:3]).ids.tolist() == [0, 1, 2]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    assert [sampler(X[:3]).ids.tolist() for _ in range(2)] == [[6, 7, 8], [18, 19, 20]]
+
+
 @settings(max_examples=20)
 @given(sizes=st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), max_size=4))
 def test_ranks_never_share_an_id_even_with_a_smaller_last_batch(sizes: list[list[int]]) -> None:

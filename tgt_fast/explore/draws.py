@@ -18,7 +18,7 @@ _LAST_BLOCK = 0xFFFFFFFF
 _WORD = 0xFFFFFFFF
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Key:
     """All that the noise of one call depends on."""
 
@@ -56,7 +56,7 @@ def with_noise(
     latents: Latents, scale: Tensor | None, key: Key, options: SamplerOptions, *, op: str = "perturb"
 ) -> Latents:
     """z + sigma * scale * noise at the real positions. scale: broadcastable to z.shape[1:], or None for 1."""
-    if options.sigma == 0 or latents.z.numel() == 0:
+    if options.sigma == 0:
         return latents
     key = key.on(latents.z.device)
     sigma = options.sigma if scale is None else options.sigma * over_coordinates(scale, latents.z)

@@ -57,8 +57,6 @@ def climb(
     Returns the latents reached and, where ``record_disagreement`` asks for it, the mean disagreement before
     each step and at the end (steps + 1 numbers; one more pass of decoder, labeler and student).
     """
-    if start.z.numel() == 0:
-        return start, []
     latents = start
     history: list[float] = []
     with left_as_found(student, start.z.device):

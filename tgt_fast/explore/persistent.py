@@ -83,7 +83,8 @@ def visit_chains(
 
 def _starts_anew(bank: LatentBank, key: Key, options: SamplerOptions) -> Tensor:
     """Whether each chain starts from its example, bool [B]; decided by sample id, step and replica alone."""
-    coin = words(key, OP_RESTART)[0] < options.restart_probability * 2.0**32
+    # Against an integer: as float32 the largest words would round up to 2^32.
+    coin = words(key, OP_RESTART)[0] < round(options.restart_probability * 2**32)
     unknown = [chain_key(sample_id, key.replica) not in bank for sample_id in key.ids.tolist()]
     return coin | torch.tensor(unknown, dtype=torch.bool)
 

@@ -94,6 +94,14 @@ class LatentSampler:
 
     On a CUDA device persistent mode reads ids and step back to the host once a call; the other modes do not
     synchronise.
+
+    >>> import torch, tgt_fast as tgt
+    >>> from torch import nn
+    >>> teacher = tgt.Teacher(nn.Linear(8, 2), nn.Linear(2, 8), nn.Linear(8, 3))
+    >>> sampler = tgt.LatentSampler(teacher, mode="random", sigma=0.5, units="absolute")
+    >>> synth = sampler(torch.zeros(4, 8))
+    >>> synth.x.shape, synth.teacher_logits.shape, synth.ids.tolist()
+    (torch.Size([4, 8]), torch.Size([4, 3]), [0, 1, 2, 3])
     """
 
     def __init__(
@@ -161,8 +169,9 @@ class LatentSampler:
 
         Args:
             x: data, a pytree of B examples, in the teacher's data space.
-            student: the model in training, called as ``student(teacher.student_view(x~))`` -> logits [B, ...,
-                C] (gradient mode).
+            student: the model in training, a module, called as ``student(teacher.student_view(x~))`` ->
+                logits [B, ..., C] (gradient mode). A plain function is called as it is: a module that it
+                hides keeps its train mode.
             sample_ids: [B] integers, 0 <= id < 2**48, what the noise and the chains are keyed by. By default
                 a running counter over the global batch: rank r of R takes the r-th part of it. Ranks are
                 taken to see batches of one size, the last excepted, which may be smaller.

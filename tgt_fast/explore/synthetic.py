@@ -10,7 +10,7 @@ from torch import Tensor
 from tgt_fast.teacher import Latents
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Synthetic:
     """``x = Dec(z)`` and ``teacher_logits = h(x)``, for M = replicas * B synthetic examples.
 

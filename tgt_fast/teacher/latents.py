@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from tgt_fast.errors import DTypeError, ShapeError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Latents:
     """A batch of latents, ``z = Enc(x)``, and which of its positions are real.
 

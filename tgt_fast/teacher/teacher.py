@@ -51,6 +51,14 @@ class Teacher(nn.Module):
 
     Raises:
         ArgumentError: a part that cannot be called, a prior or ``max_batch`` of the wrong kind.
+
+    >>> import torch, tgt_fast as tgt
+    >>> from torch import nn
+    >>> teacher = tgt.Teacher(nn.Linear(8, 2), nn.Linear(2, 8), nn.Linear(8, 3), prior="normal")
+    >>> z = teacher.encode(torch.zeros(4, 8)).z.requires_grad_()
+    >>> teacher.label(teacher.decode(z)).sum().backward()
+    >>> z.grad.shape, list(teacher.parameters())
+    (torch.Size([4, 2]), [])
     """
 
     def __init__(
@@ -91,11 +99,14 @@ class Teacher(nn.Module):
     def _keep_frozen(self) -> None:
         # At every call: a module may also hang in a parent that was put in train mode since the last one.
         for root in self._frozen:
-            if any(module.training for module in root.modules()):
+            thawed = False
+            for module in root.modules():  # one walk, as this is most of what a call of a small teacher costs
+                thawed |= module.training
+                for parameter in module._parameters.values():
+                    if parameter is not None and parameter.requires_grad:
+                        parameter.requires_grad_(False)
+            if thawed:
                 root.eval()
-            for parameter in root.parameters():
-                if parameter.requires_grad:
-                    parameter.requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -170,10 +181,8 @@ class Teacher(nn.Module):
         return tree.concat([self._decode(piece, relaxed) for piece in tree.chunks(latents, self.max_batch)])
 
     def _decode(self, latents: Latents, relaxed: bool) -> Inputs:
-        # A subclass of Latents carries more than z, so its decoder gets all of it.
-        bare = latents.mask is None and type(latents) is Latents
         options = {"relaxed": relaxed} if self._decoder_takes_relaxed else {}
-        x = self.decoder(latents.z if bare else latents, **options)
+        x = self.decoder(latents.z if latents.mask is None else latents, **options)
         _same_batch("decoder", latents.z.shape[0], tree.batch_size(x, "decoder's output"))
         return x
 
