@@ -13,7 +13,8 @@ from tgt_fast.report.output import write_bytes
 _STYLE = """
 :root { --ink: #1c2733; --soft: #5b6b7b; --line: #dde3ea; --tint: #f4f7fa; --accent: #1d4e89; }
 * { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.6 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
+body { margin: 0; background: #fff; color: var(--ink);
+  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
 h2 { font-size: 1.3rem; margin: 3rem 0 .8rem; padding-top: 1.2rem; border-top: 1px solid var(--line); }
@@ -21,7 +22,8 @@ p { max-width: 48rem; margin: .6rem 0; }
 p.lead { color: var(--soft); font-size: 1.08rem; }
 .facts { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.6rem 0; padding: 0; list-style: none; }
 .facts li { flex: 1 1 9rem; background: var(--tint); border-radius: 10px; padding: .8rem 1rem; }
-.facts b { display: block; font-size: 1.45rem; line-height: 1.3; color: var(--accent); font-variant-numeric: tabular-nums; }
+.facts b { display: block; font-size: 1.45rem; line-height: 1.3; color: var(--accent);
+  font-variant-numeric: tabular-nums; }
 .facts span { color: var(--soft); font-size: .85rem; }
 figure { margin: 1.4rem 0 2rem; }
 figure img { max-width: 100%; height: auto; display: block; }

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, SOFT, LINE = "#1c2733", "#5b6b7b", "#dde3ea"
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {  # Any: its keys are a literal type in some versions of matplotlib alone
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that the plots look alike everywhere
     "font.size": 10.5,
     "text.color": INK,
@@ -81,9 +81,7 @@ def bars(items: Sequence[Bar], title: str, unit: str, low: float = 0.0, high: fl
         top = max(max(item.points) for item in items) if high is None else high
         for row, item in enumerate(items):
             axes.barh(row, item.mean - low, left=low, height=0.66, color=item.color)
-            axes.plot(
-                item.points, [row] * len(item.points), "o", ms=5, mfc="white", mec=INK, mew=1.0, zorder=3
-            )
+            axes.plot(item.points, [row] * len(item.points), "o", ms=5, mfc="white", mec=INK, mew=1.0, zorder=3)
             end = max(item.mean, *item.points)
             axes.annotate(
                 f"{item.mean:.1f}", (end, row), xytext=(9, 0), textcoords="offset points",
@@ -205,9 +203,7 @@ class Tile:
     marked: bool = False
 
 
-def image_grid(
-    rows: Sequence[tuple[str, Sequence[Tile]]], title: str, mark_color: str = "#c1440e"
-) -> bytes:
+def image_grid(rows: Sequence[tuple[str, Sequence[Tile]]], title: str, mark_color: str = "#c1440e") -> bytes:
     """Rows of images, each row with its name on the left."""
     columns = max(len(tiles) for _, tiles in rows)
     with figure(0.9 * columns + 1.6, 1.12 * len(rows) + 0.5, len(rows), columns) as (made, axes):
@@ -227,9 +223,7 @@ def image_grid(
                     tile.caption, fontsize=8.5, labelpad=3, color=mark_color if tile.marked else SOFT,
                     fontweight="bold" if tile.marked else "normal",
                 )  # fmt: skip
-            grid[row][0].set_ylabel(
-                name, rotation=0, ha="right", va="center", labelpad=10, color=INK, fontsize=10.5
-            )
+            grid[row][0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=10, color=INK, fontsize=10.5)
         made.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=13)
         return png(made)
 
@@ -243,7 +237,7 @@ def panels(items: Sequence[tuple[str, str, Sequence[Bar]]], title: str) -> bytes
             top = max((item.mean for item in items_here if item.points), default=1.0)
             for row, item in enumerate(items_here):
                 if not item.points:
-                    ax.annotate("–", (0, row), xytext=(5, 0), textcoords="offset points", va="center", color=SOFT)
+                    ax.annotate("-", (0, row), xytext=(5, 0), textcoords="offset points", va="center", color=SOFT)
                     continue
                 ax.barh(row, item.mean, height=0.64, color=item.color)
                 ax.annotate(

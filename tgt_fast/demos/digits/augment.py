@@ -23,7 +23,7 @@ def shifted(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def warped(x: Tensor, generator: torch.Generator, share: float = 1.0) -> Tensor:
-    """A ``share`` of the images rotated by up to 14 degrees, scaled by up to 15 %, sheared and moved by up to a pixel."""
+    """A ``share`` of the images rotated by up to 14 degrees, scaled by up to 15 %, sheared, moved by up to a pixel."""
     count = x.shape[0]
 
     def uniform(limit: float) -> Tensor:
@@ -59,17 +59,15 @@ class Augmentation:
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """x: [B, 64] -> [B, 64]. Mixup takes two images of the batch, each changed on its own, at a uniform ratio."""
-        base = x
-        for number in range(2 if self.mixup else 1):
-            made = base if number == 0 else base[torch.randperm(len(base), generator=generator)]
-            if self.shift:
-                made = shifted(made, generator)
-            if self.warp:
-                made = warped(made, generator)
-            if number == 0:
-                x = made
-            else:
-                x = torch.lerp(x, made, torch.rand(len(base), 1, generator=generator))
+        made = self._moved(x, generator)
+        if self.mixup:
+            other = self._moved(x[torch.randperm(len(x), generator=generator)], generator)
+            made = torch.lerp(made, other, torch.rand(len(x), 1, generator=generator))
         if self.noise:
-            x = x + self.noise * torch.randn(x.shape, generator=generator)
-        return x.clamp(0, 1) if self.clip else x
+            made = made + self.noise * torch.randn(x.shape, generator=generator)
+        return made.clamp(0, 1) if self.clip else made
+
+    def _moved(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        if self.shift:
+            x = shifted(x, generator)
+        return warped(x, generator) if self.warp else x

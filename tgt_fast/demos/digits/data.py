@@ -80,10 +80,10 @@ def long_tailed(pool: Images, counts: list[int], seed: int) -> Images:
 
 
 class Batches:
-    """Batches ``(ids, x, y)`` of ``size`` examples, without end to their variety: an epoch is ``count`` of them.
+    """Batches ``(ids, x, y)`` of ``size`` examples, drawn at random; an epoch is ``count`` of them.
 
-    A batch holds each example at most once or, where it is larger than the data, as equally often as can be. A copy gets an
-    id of its own, because the noise of exploration is a function of the id.
+    A batch holds each example at most once or, where it is larger than the data, as equally often as can be. A copy
+    gets an id of its own, because the noise of exploration is a function of the id.
     """
 
     def __init__(self, images: Images, size: int, count: int, seed: int) -> None:

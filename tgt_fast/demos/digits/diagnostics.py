@@ -96,7 +96,7 @@ def diagnose(
     """Measure the sources of one seed. ``students``: weights by method, "distillation" among them."""
     watcher = models.with_weights(models.student(), students["distillation"]).eval()
     repeats = -(-SAMPLES // len(images))
-    x, y = images.x.repeat(repeats, 1)[:SAMPLES], images.y.repeat(repeats)[:SAMPLES]
+    x = images.x.repeat(repeats, 1)[:SAMPLES]
     sources: dict[str, tuple[Tensor, Tensor | None]] = {
         "real, test": (test.x, test.y),
         "real, labelled": (images.x, images.y),
@@ -108,12 +108,9 @@ def diagnose(
         explorer = sampler(method, teacher, settings, seed).calibrate([(images.x, images.y)])
         sources[method.removeprefix("tgt-")] = (explorer(x, student=watcher).x, None)
     rows = tuple(
-        _measured(name, made, labels, teacher, watcher, test, settings)
-        for name, (made, labels) in sources.items()
+        _measured(name, made, labels, teacher, watcher, test, settings) for name, (made, labels) in sources.items()
     )
-    ascent = {
-        method: _ascent(teacher, images, weights, settings, seed) for method, weights in students.items()
-    }
+    ascent = {method: _ascent(teacher, images, weights, settings, seed) for method, weights in students.items()}
     return Diagnostics(seed, rows, ascent, _grid(teacher, images, watcher, settings, seed))
 
 
@@ -143,9 +140,7 @@ def _measured(
     )
 
 
-def _ascent(
-    teacher: Teacher, images: Images, weights: Weights, settings: Settings, seed: int
-) -> tuple[float, ...]:
+def _ascent(teacher: Teacher, images: Images, weights: Weights, settings: Settings, seed: int) -> tuple[float, ...]:
     """The disagreement of a trained student along a climb in small steps from the labelled images."""
     climber = sampler(
         "tgt-gradient", teacher, settings, seed, steps=ASCENT_STEPS, step_size=ASCENT_STEP_SIZE, anchors="batch",
@@ -174,6 +169,5 @@ def _pictures(teacher: Teacher, x: Tensor) -> tuple[Picture, ...]:
     confidence, opinion = teacher.label(x).softmax(1).max(1)
     tiles: Sequence[npt.NDArray[np.float32]] = list(x.view(-1, SIDE, SIDE).numpy())
     return tuple(
-        Picture(tile, int(o), float(c))
-        for tile, o, c in zip(tiles, opinion.tolist(), confidence.tolist(), strict=True)
+        Picture(tile, int(o), float(c)) for tile, o, c in zip(tiles, opinion.tolist(), confidence.tolist(), strict=True)
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,8 @@ from tgt_fast.explore import LatentSampler
 from tgt_fast.losses.distill import DistillationLoss
 from tgt_fast.teacher import Teacher
 from tgt_fast.train import TGTObjective, agreement, class_accuracy, class_thirds, fit, mean_kl
-from tgt_fast.train.loop import Objective
+
+Objective = Callable[..., Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,14 @@ class OneHot:
 class Augmented:
     """As ``TGTObjective``, with augmented images, labelled by the teacher, in the place of synthetic ones."""
 
-    def __init__(
-        self, teacher: Teacher, augmentation: Augmentation, loss: DistillationLoss, seed: int
-    ) -> None:
+    def __init__(self, teacher: Teacher, augmentation: Augmentation, loss: DistillationLoss, seed: int) -> None:
         self.teacher, self.augmentation, self.loss = teacher, augmentation, loss
         self.real = TGTObjective(teacher, None, loss=loss)
         self.generator = models.seeded(seed)
 
     def __call__(self, student: nn.Module, x: Tensor, y: Tensor | None, /, **_: Any) -> dict[str, Tensor]:
         made = self.augmentation(x, self.generator)
-        soft = self.loss.soft(student(made), self.teacher.label(made))
+        soft = cast(Tensor, self.loss.soft(student(made), self.teacher.label(made)))
         return {"loss": self.real(student, x, y)["loss"] + soft}
 
 
@@ -164,7 +163,7 @@ def _measured(
 
     def share(classes: Tensor | None = None) -> float:
         counted = right if classes is None else right[torch.isin(test.y, classes)]
-        return 100 * counted.float().mean().item()
+        return 100 * float(counted.float().mean())
 
     head, middle, tail = class_thirds(counts)
     return StudentResult(
@@ -182,5 +181,3 @@ def _measured(
         curve=curve,
         weights=models.weights_of(student),
     )
-
-

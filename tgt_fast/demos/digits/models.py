@@ -21,9 +21,7 @@ class Encoder(nn.Module):
 
     def __init__(self, hidden: int, latents: int) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(
-            nn.Linear(PIXELS, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()
-        )
+        self.trunk = nn.Sequential(nn.Linear(PIXELS, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
         self.mean = nn.Linear(hidden, latents)
         self.log_variance = nn.Linear(hidden, latents)
 

@@ -99,9 +99,7 @@ def sample_factors(
                 continue  # with all labels there is nothing further to compare with
             accuracy = mean(values)
             needed = _labels_for(line, accuracy)
-            factors.append(
-                SampleFactor(other, labels, accuracy, (needed or line[-1][0]) / labels, needed is None)
-            )
+            factors.append(SampleFactor(other, labels, accuracy, (needed or line[-1][0]) / labels, needed is None))
     return factors
 
 
@@ -130,10 +128,7 @@ def as_json(result: DemoResult) -> dict[str, Any]:
                 "std": deviation(accuracies),
                 "per_seed": accuracies,
             },
-            **{
-                name: average(students, name)
-                for name in ("head", "middle", "tail", "agreement", "mean_kl", "seconds")
-            },
+            **{name: average(students, name) for name in ("head", "middle", "tail", "agreement", "mean_kl", "seconds")},
         }
     content: dict[str, Any] = {
         "methods": methods,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from tgt_fast.demos.digits import diagnostics, teachers
 from tgt_fast.demos.digits.data import Images, class_counts, load_digits, long_tailed
@@ -12,7 +13,7 @@ from tgt_fast.demos.digits.diagnostics import Diagnostics
 from tgt_fast.demos.digits.methods import StudentResult, train_student
 from tgt_fast.demos.digits.models import Weights
 from tgt_fast.demos.digits.results import DemoResult
-from tgt_fast.demos.digits.settings import METHODS, Settings
+from tgt_fast.demos.digits.settings import BASELINES, METHODS, Settings
 from tgt_fast.demos.digits.teachers import TeacherQuality, TeacherWeights
 from tgt_fast.demos.digits.workers import Crew, cores, crew
 from tgt_fast.errors import ArgumentError
@@ -20,7 +21,7 @@ from tgt_fast.errors import ArgumentError
 CURVE_FACTORS = (0.25, 0.5, 2.0, 4.0, 8.0, 1000.0)  # times the labels of the main experiment; the last: all 900
 CURVE_METHODS = ("one-hot", "distillation", "tgt-gradient")
 # The longest first, so that no core waits at the end for one that began late.
-_BY_LENGTH = ("tgt-gradient", "tgt-persistent", "tgt-random", "tgt-prior", "distillation-augmented", "distillation", "one-hot")
+_BY_LENGTH = ("tgt-gradient", "tgt-persistent", "tgt-random", "tgt-prior", *reversed(BASELINES))
 _WATCHED = ("distillation", "tgt-random", "tgt-gradient")  # students whose disagreement is followed
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
@@ -62,13 +63,9 @@ class _Run:
             self._step(phase, 0)
         for seed in seeds:
             self.seeds[seed] = _Seed()
-            self.crew.submit(
-                teachers.train_vae, self.pool, self.settings, seed, then=lambda made, s=seed: self._vae(s, made)
-            )  # fmt: skip
-            self.crew.submit(
-                teachers.train_labeler, self.pool, self.settings, seed,
-                then=lambda made, s=seed: self._labeler(s, made),
-            )  # fmt: skip
+            todo = (self.pool, self.settings, seed)
+            self.crew.submit(teachers.train_vae, *todo, then=partial(self._vae, seed))
+            self.crew.submit(teachers.train_labeler, *todo, then=partial(self._labeler, seed))
 
     def _step(self, phase: str, steps: int = 1) -> None:
         self.done[phase] = self.done.get(phase, 0) + steps
@@ -98,9 +95,7 @@ class _Run:
                 for method in CURVE_METHODS:
                     self._train(method, class_counts(factor), seed, self._curve_student)
 
-    def _train(
-        self, method: str, counts: list[int], seed: int, then: Callable[[StudentResult], None]
-    ) -> None:
+    def _train(self, method: str, counts: list[int], seed: int, then: Callable[[StudentResult], None]) -> None:
         images = long_tailed(self.pool, counts, seed)
         teacher = self.seeds[seed].teacher
         self.crew.submit(
@@ -190,9 +185,7 @@ def run_demo(
         seeds=tuple(seeds),
         counts=tuple(class_counts()),
         teachers=tuple(sorted(run.qualities, key=lambda teacher: order[teacher.seed])),
-        students=tuple(
-            sorted(run.students, key=lambda s: (METHODS.index(s.method), order[s.seed]))
-        ),
+        students=tuple(sorted(run.students, key=lambda s: (METHODS.index(s.method), order[s.seed]))),
         diagnostics=tuple(sorted(run.diagnostics, key=lambda found: order[found.seed])),
         curve=tuple(sorted(run.curve, key=lambda s: (s.method, s.labels, order[s.seed]))),
         seconds=time.perf_counter() - started,

@@ -53,14 +53,12 @@ def train_vae(images: Images, settings: Settings, seed: int) -> tuple[Weights, W
                 x = warped(x, generator, settings.vae_warp)
             mean, log_variance = encoder.posterior(x)
             z = mean + torch.randn(mean.shape, generator=generator) * (0.5 * log_variance).exp()
-            squares = (decoder(z) - x).square().sum(1).mean()
+            squares: Tensor = (decoder(z) - x).square().sum(1).mean()
             divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
             return squares / (2 * settings.pixel_noise**2) + divergence
 
         parameters = [*encoder.parameters(), *decoder.parameters()]
-        _minimise(
-            loss, torch.optim.Adam(parameters, settings.vae_rate, fused=True), settings.vae_steps
-        )
+        _minimise(loss, torch.optim.Adam(parameters, settings.vae_rate, fused=True), settings.vae_steps)
     return models.weights_of(encoder), models.weights_of(decoder)
 
 
@@ -74,9 +72,7 @@ def train_labeler(images: Images, settings: Settings, seed: int) -> Weights:
             x, y = _batch(images, settings.teacher_batch, generator)
             return F.cross_entropy(labeler(warped(x, generator, settings.labeler_warp)), y)
 
-        optimizer = torch.optim.AdamW(
-            labeler.parameters(), settings.labeler_rate, weight_decay=1e-2, fused=True
-        )
+        optimizer = torch.optim.AdamW(labeler.parameters(), settings.labeler_rate, weight_decay=1e-2, fused=True)
         _minimise(loss, optimizer, settings.labeler_steps)
     return models.weights_of(models.folded(labeler))
 
@@ -95,7 +91,7 @@ def _minimise(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, step
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(steps))
     for _ in range(steps):
         optimizer.zero_grad()
-        loss().backward()
+        torch.autograd.backward(loss())
         optimizer.step()
         schedule.step()
 

@@ -1,7 +1,7 @@
 """How the settings were chosen: ``python -m tgt_fast.demos.digits.tune [GROUP ...] [--seeds 100,101] [--json FILE]``.
 
-Everything is trained on two thirds of the 900 images, and judged by the mean accuracy on the last third; the 897 test images are
-not loaded into any comparison. The seeds are other ones than the demo's. Each group varies one thing about the settings
+Everything is trained on two thirds of the 900 images and judged by the mean accuracy on the last third; the 897 test
+images are used for nothing. The seeds are other ones than the demo's. Each group varies something about the settings
 that stand in ``settings.py``.
 """
 
@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tgt_fast.demos.digits import teachers
 from tgt_fast.demos.digits.augment import Augmentation
 from tgt_fast.demos.digits.data import class_counts, load_digits, long_tailed, validation_split
+from tgt_fast.demos.digits.methods import StudentResult
 from tgt_fast.demos.digits.models import Weights
 from tgt_fast.demos.digits.results import mean
 from tgt_fast.demos.digits.run import student_task
@@ -35,14 +37,11 @@ class Trial:
 
 
 def _augmentations() -> list[Augmentation]:
-    """Every combination of shift or warp, mixup, and seven strengths of noise, clipped or not: 72."""
-    noises = [(0.0, False)] + [
-        (noise, clip) for noise in (0.05, 0.1, 0.2, 0.3, 0.4, 0.6) for clip in (False, True)
-    ]
-    moves = ({}, {"shift": True}, {"warp": True})
+    """Every combination of shift or warp, mixup, and six strengths of noise, clipped or not: 77."""
+    noises = [(0.0, False)] + [(noise, clip) for noise in (0.05, 0.1, 0.2, 0.3, 0.4, 0.6) for clip in (False, True)]
     return [
-        Augmentation(**move, mixup=mixup, noise=noise, clip=clip)
-        for move in moves
+        Augmentation(move == "shift", move == "warp", mixup, noise, clip)
+        for move in ("", "shift", "warp")
         for mixup in (False, True)
         for noise, clip in noises
         if move or mixup or noise
@@ -59,9 +58,7 @@ def trials(group: str, base: Settings) -> list[Trial]:
     if group == "methods":
         return [Trial("as in settings.py", method, base) for method in METHODS]
     method, options = GROUPS[group]
-    return [
-        Trial(", ".join(f"{k}={v}" for k, v in o.items()), method, replace(base, **o)) for o in options
-    ]
+    return [Trial(", ".join(f"{k}={v}" for k, v in o.items()), method, replace(base, **o)) for o in options]
 
 
 def _each(**values: Sequence[Any]) -> list[dict[str, Any]]:
@@ -86,6 +83,9 @@ GROUPS: dict[str, tuple[str, list[dict[str, Any]]]] = {
         _each(persistent_step_size=(0.5, 1.0, 2.0), restart_probability=(0.1, 0.3)),
     ),
 }
+
+
+_OF_TEACHER = ("latents", "pixel_noise", "teacher_batch")
 
 
 class _Tuning:
@@ -121,21 +121,24 @@ class _Tuning:
         parts = self.parts[key]
         if "vae" not in parts or "labeler" not in parts:
             return
-        teacher, counts, seed = TeacherWeights(*parts["vae"], parts["labeler"]), class_counts(), key[1]
+        encoder, decoder = parts["vae"]
+        teacher, counts, seed = TeacherWeights(encoder, decoder, parts["labeler"]), class_counts(), key[1]
         images = long_tailed(self.fit, counts, seed)
         for n in parts["waiting"]:
             trial = self.trials[n]
             self.crew.submit(
                 student_task, trial.method, teacher, images, self.validation, counts, trial.settings, seed,
-                then=lambda student, n=n: self.accuracies[n].update({student.seed: student.accuracy}),
+                then=partial(self._judged, n),
             )  # fmt: skip
+
+    def _judged(self, n: int, student: StudentResult) -> None:
+        self.accuracies[n][student.seed] = student.accuracy
 
 
 def _of_teacher(settings: Settings) -> Settings:
     """The settings with everything that does not concern the teacher at its default."""
     default = Settings()
-    own = ("latents", "vae_hidden", "vae_steps", "vae_rate", "pixel_noise", "vae_warp", "labeler_width")
-    own += ("labeler_steps", "labeler_rate", "labeler_warp", "teacher_batch")
+    own = [name for name in vars(default) if name.startswith(("vae_", "labeler_")) or name in _OF_TEACHER]
     return replace(default, **{name: getattr(settings, name) for name in own})
 
 

@@ -1,4 +1,4 @@
-"""Tasks in worker processes of one thread each, so that a run uses all cores and gives the same numbers on any number."""
+"""Tasks in worker processes of one thread each: all cores are used, and the numbers do not depend on how many."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ class Crew:
         self._executor = executor
         self._waiting: dict[Future[Any], Callable[[Any], None]] = {}
 
-    def submit(
-        self, task: Callable[..., Result], *arguments: Any, then: Callable[[Result], None]
-    ) -> None:
+    def submit(self, task: Callable[..., Result], *arguments: Any, then: Callable[[Result], None]) -> None:
         """Queue ``task(*arguments)``; ``then(its result)`` runs in this process, and may queue more."""
         self._waiting[self._executor.submit(task, *arguments)] = then
 
@@ -77,9 +75,7 @@ def crew(workers: int) -> Iterator[Crew]:
             torch.set_num_threads(before)
         return
     # Spawned: a fork would copy the threads' locks of whatever this process has run.
-    executor = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
-    )
+    executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
     try:
         yield Crew(executor)
     finally:

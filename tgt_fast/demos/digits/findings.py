@@ -1,0 +1,114 @@
+"""Sentences about a result, made from its numbers: also those that say that something did not help."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tgt_fast.demos.digits.results import DemoResult, SampleFactor, average, mean, sample_factors
+from tgt_fast.demos.digits.settings import BASELINES
+
+LABELS = {
+    "one-hot": "one-hot labels",
+    "distillation": "distillation",
+    "distillation-augmented": "distillation, augmented",
+    "tgt-prior": "TGT prior",
+    "tgt-random": "TGT random",
+    "tgt-gradient": "TGT gradient",
+    "tgt-persistent": "TGT persistent",
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one method is ahead of another, seed by seed."""
+
+    points: Sequence[float]
+
+    @property
+    def mean(self) -> float:
+        return mean(self.points)
+
+    @property
+    def verdict(self) -> str:
+        """In words; a single seed, or seeds that disagree, decide nothing."""
+        size = f"{abs(self.mean):.1f} points"
+        if len(self.points) == 1:
+            return f"{'gained' if self.mean >= 0 else 'lost'} {size} in the one seed of this run, which decides nothing"
+        if min(self.points) > 0:
+            return f"gained {size}, in each of {len(self.points)} seeds"
+        if max(self.points) < 0:
+            return f"lost {size}, in each of {len(self.points)} seeds: it did not help"
+        return (
+            f"made no clear difference: {self.mean:+.1f} points on average, from {min(self.points):+.1f} to "
+            f"{max(self.points):+.1f} by seed"
+        )
+
+
+def difference(result: DemoResult, method: str, other: str) -> Difference:
+    pairs = zip(result.accuracies(method), result.accuracies(other), strict=True)
+    return Difference([a - b for a, b in pairs])
+
+
+def findings(result: DemoResult) -> list[str]:
+    """What the accuracies say, one comparison a sentence."""
+    best = result.best(BASELINES)
+    said = [
+        f"Teacher-guided training with the gradient, against the best method without it ({LABELS[best]}): "
+        f"{difference(result, 'tgt-gradient', best).verdict}."
+    ]
+    for what, method, other in (
+        ("The teacher's soft labels alone, against one-hot labels", "distillation", "one-hot"),
+        ("Augmenting the images, against distillation without", "distillation-augmented", "distillation"),
+        ("The gradient step, against random exploration", "tgt-gradient", "tgt-random"),
+        ("Persistent chains, against the gradient step", "tgt-persistent", "tgt-gradient"),
+        ("Sampling the prior without any anchor, against random exploration", "tgt-prior", "tgt-random"),
+    ):
+        said.append(f"{what}: {difference(result, method, other).verdict}.")
+    return said
+
+
+def caption_of_prior(result: DemoResult) -> str:
+    """Why the prior is a control."""
+    ahead = result.accuracy("tgt-prior") >= result.accuracy("tgt-gradient") - 0.5
+    reason = (
+        "The prior does as well as anchored exploration here, because this generator was trained on all ten digits "
+        "evenly: its prior knows the rare classes that the labelled images hardly show."
+    )
+    other = "Anchored exploration is ahead of the prior here."
+    return reason if ahead else other
+
+
+def costs(result: DemoResult) -> str:
+    """Training time relative to random exploration."""
+    base = average(result.of("tgt-random"), "seconds")
+    ratios = [
+        f"{LABELS[m]} {average(result.of(m), 'seconds') / base:.1f}"
+        for m in ("distillation", "tgt-gradient", "tgt-persistent")
+    ]
+    return f"Training time, with TGT random as 1: {', '.join(ratios)}."
+
+
+def describe_ascent(result: DemoResult) -> str:
+    """How the climb changed each student's disagreement."""
+    parts = []
+    for student in result.diagnostics[0].ascent:
+        paths = [found.ascent[student] for found in result.diagnostics]
+        first, last = mean([path[0] for path in paths]), mean([path[-1] for path in paths])
+        parts.append(f"{LABELS[student]} from {first:.2f} to {last:.2f}")
+    return f"Mean disagreement over the climb: {'; '.join(parts)}."
+
+
+def describe_factors(result: DemoResult) -> list[str]:
+    """The sample-size factors in words."""
+    grouped: dict[str, list[SampleFactor]] = {}
+    for factor in sample_factors(result):
+        grouped.setdefault(factor.method, []).append(factor)
+    said = []
+    for method, factors in grouped.items():
+        shown = [
+            f"with {f.labels} labels ({f.accuracy:.1f} %) {'more than ' if f.beyond else ''}{f.factor:.1f} times"
+            for f in factors
+        ]
+        said.append(f"For the accuracy of TGT gradient, {LABELS[method]} needs: {', '.join(shown)} as many.")
+    return said

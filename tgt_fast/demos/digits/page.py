@@ -1,0 +1,340 @@
+"""The report of the digits demo: plots, tables and what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tgt_fast.demos.digits import findings
+from tgt_fast.demos.digits.data import CLASSES
+from tgt_fast.demos.digits.findings import LABELS
+from tgt_fast.demos.digits.models import parameter_count, student
+from tgt_fast.demos.digits.results import (
+    DemoResult,
+    average,
+    commit,
+    deviation,
+    learning_curve,
+    mean,
+    sample_factors,
+    versions,
+)
+from tgt_fast.demos.digits.settings import BASELINES, METHODS
+from tgt_fast.report import Page, plots
+from tgt_fast.report.plots import Bar, Series, Tile
+
+COLORS = {
+    "one-hot": "#a3adb8",
+    "distillation": "#c8a75b",
+    "distillation-augmented": "#d9782d",
+    "tgt-prior": "#8fc1d4",
+    "tgt-random": "#2a9d8f",
+    "tgt-gradient": "#1d4e89",
+    "tgt-persistent": "#7b5ea7",
+}
+_SOURCE_COLORS = {
+    "real, test": "#5b6b7b",
+    "real, labelled": COLORS["one-hot"],
+    "reconstruction": "#c9b8a8",
+    "augmented": COLORS["distillation-augmented"],
+    "prior": COLORS["tgt-prior"],
+    "random": COLORS["tgt-random"],
+    "gradient": COLORS["tgt-gradient"],
+}
+TABLE_HEADER = ("method", "accuracy %", "head %", "middle %", "tail %", "agreement %", "mean KL", "seconds")
+
+
+def table_rows(result: DemoResult) -> list[list[str]]:
+    """The main table, one row a method."""
+    rows = []
+    for method in METHODS:
+        students, accuracies = result.of(method), result.accuracies(method)
+        spread = f" ± {deviation(accuracies):.1f}" if len(accuracies) > 1 else ""
+        numbers = [f"{average(students, n):.1f}" for n in ("head", "middle", "tail", "agreement")]
+        rows.append(
+            [
+                LABELS[method],
+                f"{mean(accuracies):.1f}{spread}",
+                *numbers,
+                f"{average(students, 'mean_kl'):.3f}",
+                f"{average(students, 'seconds'):.1f}",
+            ]
+        )
+    return rows
+
+
+def write_page(result: DemoResult, folder: Path) -> Path:
+    """Write index.html and its PNG files; returns the page's path.
+
+    Raises:
+        CheckpointError: a file cannot be written.
+    """
+    page = Page("Teacher-guided training on handwritten digits", _lead(result))
+    _accuracy(page, result)
+    _learning(page, result)
+    _exploration(page, result)
+    _diagnostics(page, result)
+    if result.curve:
+        _labels(page, result)
+    _setup(page, result)
+    return page.write(folder)
+
+
+def _lead(result: DemoResult) -> str:
+    counts = result.counts
+    return (
+        f"A student of {parameter_count(student()):,} parameters learns ten digits from {sum(counts)} labelled "
+        f"images: {counts[0]} of the digit 0, falling to {counts[-1]} of the digit 9. A frozen teacher, trained on "
+        "900 images, labels them softly. Teacher-guided training (TGT) also lets the teacher make new images, by "
+        "exploring its latent space, and label those."
+    )
+
+
+def _accuracy(page: Page, result: DemoResult) -> None:
+    seeds = len(result.seeds)
+    best = result.best(BASELINES)
+    page.facts(
+        [
+            (f"{result.accuracy('tgt-gradient'):.1f} %", "test accuracy of TGT gradient"),
+            (f"{result.accuracy(best):.1f} %", f"the best without TGT: {LABELS[best]}"),
+            (f"{result.lead:+.1f}", "points between the two"),
+            (
+                f"{mean([t.labeler_accuracy for t in result.teachers]):.1f} %",
+                "the labeler's own test accuracy",
+            ),
+            (f"{result.seconds:.0f} s", f"for everything here, {seeds} seed{'s' * (seeds > 1)}"),
+        ]
+    )
+    page.section("Accuracy")
+    bars = [Bar(LABELS[m], result.accuracies(m), COLORS[m]) for m in METHODS]
+    floor = max(0.0, 10 * ((min(min(bar.points) for bar in bars) - 10) // 10))
+    page.figure(
+        "accuracy",
+        plots.bars(bars, "Test accuracy", "correct of 897 test images, percent", low=floor),
+        "Bar chart of the test accuracy of each method",
+        f"Bars: means; circles: the seeds. The axis begins at {floor:.0f} %. Each method shows the student the same "
+        "number of examples a step.",
+    )
+    page.table(
+        TABLE_HEADER,
+        table_rows(result),
+        "Mean over seeds, ± the sample standard deviation. Head, middle, tail: the digits 0 to 3, 4 to 6, 7 to 9. "
+        "Agreement with the labeler and KL(labeler || student), in nats, on the test images. Seconds: to train one "
+        "student on one core.",
+        strong=[METHODS.index("tgt-gradient")],
+    )
+    for sentence in findings.findings(result):
+        page.text(sentence)
+    page.text(findings.caption_of_prior(result))
+    page.text(findings.costs(result))
+
+
+def _learning(page: Page, result: DemoResult) -> None:
+    page.section("Learning")
+    series = []
+    for method in METHODS:
+        curves = [dict(s.curve) for s in result.of(method)]
+        steps = sorted(curves[0])
+        values = [[curve[step] for curve in curves] for step in steps]
+        series.append(
+            Series(
+                LABELS[method],
+                steps,
+                [mean(v) for v in values],
+                COLORS[method],
+                [min(v) for v in values],
+                [max(v) for v in values],
+                dashed=method in BASELINES,
+            )
+        )
+    page.figure(
+        "learning",
+        plots.lines(series, "Test accuracy over training", "step", "percent", y_limits=_limits(series)),
+        "Line chart of the test accuracy over training steps, one line a method",
+        "Lines: means over seeds; bands: lowest to highest. Dashed: without teacher-guided training.",
+    )
+    page.figure(
+        "classes",
+        plots.heatmap(
+            [LABELS[m] for m in METHODS],
+            [f"{c}\n({n})" for c, n in enumerate(result.counts)],
+            [[mean([s.per_class[c] for s in result.of(m)]) for c in range(CLASSES)] for m in METHODS],
+            "Test accuracy by digit, percent",
+            "digit (labelled images of it)",
+        ),
+        "Heat map of the test accuracy by method and digit",
+        "The rarer the digit among the labelled images, the more the student depends on what the teacher shows it.",
+    )
+
+
+def _limits(series: list[Series]) -> tuple[float, float]:
+    """From a little below the lowest end to 100: the first steps would flatten everything else."""
+    lowest = min(min(item.low[-1], item.y[-1]) for item in series)
+    return max(0.0, 5 * ((lowest - 15) // 5)), 100.0
+
+
+def _exploration(page: Page, result: DemoResult) -> None:
+    page.section("Exploration")
+    found = result.diagnostics[0]
+    rows = []
+    for name, pictures in found.grid.items():
+        tiles = [
+            Tile(p.pixels, f"{p.opinion} · {100 * p.confidence:.0f} %", marked=p.opinion != c)
+            for c, p in enumerate(pictures)
+        ]
+        rows.append((name, tiles))
+    changed = sum(p.opinion != c for c, p in enumerate(found.grid["gradient"]))
+    page.figure(
+        "exploration",
+        plots.image_grid(rows, "What the teacher makes of a labelled image, and the labeler's opinion of it"),
+        "Grid of digit images: real, reconstructed, random and gradient exploration, with the labeler's opinion",
+        "One labelled image of each digit, its reconstruction, and one exploration of either kind from it, with the "
+        "same noise; the gradient climbs the disagreement with the student of plain distillation. Below each: the "
+        "labeler's class and probability, in colour where it is not the original's "
+        f"({changed} of {CLASSES} in the last row). What the student is taught is the labeler's opinion, not the "
+        "original label.",
+    )
+    steps = len(next(iter(found.ascent.values())))
+    series = [
+        Series(
+            LABELS[name],
+            range(steps),
+            [mean([f.ascent[name][k] for f in result.diagnostics]) for k in range(steps)],
+            COLORS[name],
+            [min(f.ascent[name][k] for f in result.diagnostics) for k in range(steps)],
+            [max(f.ascent[name][k] for f in result.diagnostics) for k in range(steps)],
+            marker="o",
+        )
+        for name in found.ascent
+    ]
+    page.figure(
+        "ascent",
+        plots.lines(
+            series,
+            "Disagreement over ascent steps",
+            "step of half a standard deviation along the gradient",
+            "mean of the soft-label loss",
+        ),
+        "Line chart of the disagreement of student and labeler over ascent steps, one line a student",
+        "From the labelled images plus noise, for students as they are at the end of their training. "
+        + findings.describe_ascent(result),
+    )
+
+
+def _diagnostics(page: Page, result: DemoResult) -> None:
+    page.section("Diagnostics")
+    page.text(
+        "The theory's bound on the student's excess risk grows with the reconstruction error, with the Wasserstein "
+        "distance between real and synthetic images, with the variance of the loss on synthetic images, and with the "
+        "labeler's own error. All of it can be measured. The loss is that of the student of plain distillation."
+    )
+    names = [row.source for row in result.diagnostics[0].sources]
+
+    def values(name: str, field: str) -> list[float]:
+        found = [getattr(row, field) for d in result.diagnostics for row in d.sources if row.source == name]
+        return [value for value in found if value is not None]
+
+    fields = (
+        ("reconstruction_error", "reconstruction\nerror (pixel rms)", ".3f"),
+        ("wasserstein", "sliced Wasserstein\nto the test images", ".3f"),
+        ("loss_mean", "mean of the\nsoft-label loss", ".2f"),
+        ("loss_variance", "its variance\n ", ".2f"),
+        ("agreement", "agreement with\nthe labeler, %", ".0f"),
+    )
+    page.figure(
+        "diagnostics",
+        plots.panels(
+            [
+                (title, form, [Bar(n, values(n, field), _SOURCE_COLORS[n]) for n in names])
+                for field, title, form in fields
+            ],
+            "Diagnostics by source of examples",
+        ),
+        "Small bar charts of the diagnostics, one row a source of examples",
+        "Pixels lie between 0 and 1. The 118 labelled images are far from the test images because of their long tail; "
+        "a source that is nearer to them fills in what they lack.",
+    )
+    rows = []
+    for name in names:
+        error = values(name, "labeler_error")
+        rows.append(
+            [
+                name,
+                *(f"{mean(values(name, field)):{form.replace('0f', '1f')}}" for field, _, form in fields),
+                f"{mean(values(name, 'mean_kl')):.3f}",
+                f"{mean(error):.2f}" if error else "unknown",
+            ]
+        )
+    page.table(
+        (
+            "source", "reconstruction error", "Wasserstein", "mean loss", "loss variance", "agreement %", "mean KL",
+            "labeler's error %",
+        ),
+        rows,
+        "Means over seeds. The labeler's error is known only where there are true labels; it was trained on the "
+        "labelled images.",
+    )  # fmt: skip
+
+
+def _labels(page: Page, result: DemoResult) -> None:
+    page.section("How many labels it saves")
+    methods = [m for m in METHODS if any(s.method == m for s in result.curve)]
+    series = []
+    for method in methods:
+        line = learning_curve(result, method)
+        series.append(
+            Series(
+                LABELS[method],
+                [labels for labels, _ in line],
+                [mean(v) for _, v in line],
+                COLORS[method],
+                [min(v) for _, v in line],
+                [max(v) for _, v in line],
+                dashed=method in BASELINES,
+                marker="o",
+            )
+        )
+    page.figure(
+        "labels",
+        plots.lines(
+            series,
+            "Test accuracy over labelled images",
+            "labelled images the student sees (logarithmic)",
+            "percent",
+            log_x=True,
+            x_ticks=series[0].x,
+        ),
+        "Line chart of the test accuracy over the number of labelled images",
+        "The same long tail, thinner or thicker, up to all 900 images, where it has become even. The teacher is the "
+        "same throughout: these are the student's labels alone.",
+    )
+    for sentence in findings.describe_factors(result):
+        page.text(sentence)
+    if any(factor.beyond for factor in sample_factors(result)):
+        page.text("“More than”: the other method does not get there with all 900.")
+
+
+def _setup(page: Page, result: DemoResult) -> None:
+    s = result.settings
+    page.section("Set-up")
+    page.text(
+        "Data: scikit-learn's 1,797 digits of 8x8 pixels. 900, 90 of each digit, train the teacher and hold the "
+        "student's labelled images; the 897 others are the test images, the same for every seed. A seed chooses the "
+        "labelled images and the initial weights of teacher and student."
+    )
+    page.text(
+        f"Teacher: a variational autoencoder of {s.latents} latents, {s.vae_steps} steps; a convolutional labeler, "
+        f"{s.labeler_steps} steps. Student: an MLP 64-24-10, {s.steps} steps of Adam at {s.rate:g} with cosine decay, "
+        f"{s.real} real and {s.real} other examples a step (one-hot and distillation: {2 * s.real} real), temperature "
+        f"{s.temperature:g}. Exploration: noise of {s.sigma:g}, gradient steps of {s.step_size:g} standard deviations "
+        f"of the latents. Augmentation: {s.augmentation}."
+    )
+    page.text(
+        "All of these were chosen on a validation split of the 900 images, with other seeds, and are the same for "
+        "every seed here: `python -m tgt_fast.demos.digits.tune` repeats the choice. The augmentation is the best of "
+        "77 combinations of shifts, warps, mixup and noise."
+    )
+    page.footer(
+        f"Seeds {', '.join(map(str, result.seeds))}. "
+        + ", ".join(f"{name} {version}" for name, version in versions().items())
+        + f". Commit: {commit()}."
+    )
