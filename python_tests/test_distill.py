@@ -47,7 +47,7 @@ ROWS = (
 def test_every_number_of_classes(backend: str, divergence: str, classes: int) -> None:
     rows = 128 if classes <= 17 else 3
     student, teacher, target = logits(rows, classes, 0), logits(rows, classes, 1), targets(rows, classes, 2)
-    options = {"divergence": divergence, "beta": 0.3, "reduction": "none", "temperature": 2.0}
+    options: dict[str, Any] = {"divergence": divergence, "beta": 0.3, "reduction": "none", "temperature": 2.0}
     check(student, teacher, backend=backend, **options)
     check(student, teacher, target, backend=backend, hard_weight=0.7, label_smoothing=0.1, **options)
 
@@ -65,8 +65,10 @@ def test_an_empty_batch_gives_zero_and_empty_gradients(backend: str, shape: tupl
     result = evaluate(student, teacher, backend=backend, reduction=reduction)
     assert result.loss.shape == (shape[:-1] if reduction == "none" else ())
     assert result.loss.sum() == 0
-    assert result.d_student is not None and result.d_student.shape == shape
-    assert result.d_teacher is not None and result.d_teacher.shape == shape
+    assert result.d_student is not None
+    assert result.d_student.shape == shape
+    assert result.d_teacher is not None
+    assert result.d_teacher.shape == shape
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -93,7 +95,7 @@ def test_half_gradients_are_as_good_as_rounding_the_truth(backend: str, divergen
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_every_subset_of_gradients(backend: str, divergence: str, dtype: torch.dtype, needs: tuple[bool, bool]) -> None:
     student, teacher, target = logits(5, 21, 0, dtype=dtype), logits(5, 21, 1, dtype=dtype), targets(5, 21, 2)
-    options = {"divergence": divergence, "hard_weight": 0.5, "reduction": "none"}
+    options: dict[str, Any] = {"divergence": divergence, "hard_weight": 0.5, "reduction": "none"}
     result = check(student, teacher, target, backend=backend, needs=needs, **options)
     whole = evaluate(student, teacher, target, backend=backend, **options)
     assert torch.equal(result.loss, whole.loss)
@@ -108,11 +110,16 @@ def test_temperatures_from_a_twentieth_to_a_hundred(backend: str, divergence: st
     check(student, teacher, backend=backend, divergence=divergence, temperature=temperature, reduction="none")
 
 
-@pytest.mark.parametrize("ts, tt", [(1.0, 4.0), (4.0, 1.0), (0.3, 2.0)])
+@pytest.mark.parametrize(("ts", "tt"), [(1.0, 4.0), (4.0, 1.0), (0.3, 2.0)])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_student_and_teacher_may_differ_in_temperature(backend: str, divergence: str, ts: float, tt: float) -> None:
     student, teacher = logits(16, 257, 0), logits(16, 257, 1)
-    options = {"divergence": divergence, "temperature": ts, "teacher_temperature": tt, "reduction": "none"}
+    options: dict[str, Any] = {
+        "divergence": divergence,
+        "temperature": ts,
+        "teacher_temperature": tt,
+        "reduction": "none",
+    }
     check(student, teacher, targets(16, 257, 2), backend=backend, hard_weight=1.0, **options)
 
 
@@ -147,7 +154,8 @@ def test_shapes_and_strides_do_not_change_the_result(backend: str, shape: tuple[
     placed = evaluate(lay_out(student, layout), lay_out(teacher, layout), target, **options)
     assert placed.loss.shape == shape[:-1]
     assert torch.equal(placed.loss, plain.loss)
-    assert placed.d_student is not None and placed.d_student.shape == shape
+    assert placed.d_student is not None
+    assert placed.d_student.shape == shape
     assert torch.equal(placed.d_student, plain.d_student)  # type: ignore[arg-type]
     assert torch.equal(placed.d_teacher, plain.d_teacher)  # type: ignore[arg-type]
 
@@ -209,7 +217,8 @@ def test_no_worse_than_eager_torch_in_float32(backend: str, classes: int) -> Non
         (ours.loss, eager.detach(), expected.loss),
         (ours.d_student, d_eager, expected.d_student),
     ):
-        assert mine is not None and best is not None
+        assert mine is not None
+        assert best is not None
         margin = max(2.0 * float((theirs.double() - best).norm() / best.norm()), 2e-7)
         assert float((mine.double() - best).norm() / best.norm()) <= margin
 
@@ -242,11 +251,14 @@ def test_statistics_describe_both_distributions(backend: str, divergence: str, d
     bar = arithmetic_bar(wide, magnitude(student / 2.0, teacher / 0.5))
     for name, want in expected.items():
         got = getattr(stats, name)
-        assert got.dtype == wide and got.shape == (3, 4) and not got.requires_grad
+        assert got.dtype == wide
+        assert got.shape == (3, 4)
+        assert not got.requires_grad
         assert_close(name, got, want, bar=bar, floor=1e-1)
     assert stats.agreement.dtype == torch.bool
     assert torch.equal(stats.agreement, student.argmax(-1) == teacher.argmax(-1))
-    assert stats.agreement[0].all() and not stats.agreement.all()
+    assert stats.agreement[0].all()
+    assert not stats.agreement.all()
 
 
 def test_statistics_need_no_gradient(backend: str) -> None:

@@ -39,7 +39,7 @@ def test_a_scalar_upstream_gradient_scales_the_gradient(backend: str, dtype: tor
 def test_an_upstream_gradient_a_row(backend: str, divergence: str, dtype: torch.dtype) -> None:
     student, teacher, target = leaves(dtype)
     upstream = torch.tensor([1.0, -2.0, 0.0, 0.5, 64.0, 2.0**-10])  # powers of 2 round nothing a second time
-    options = {"divergence": divergence, "reduction": "none", **OPTIONS}
+    options: dict[str, Any] = {"divergence": divergence, "reduction": "none", **OPTIONS}
     check(student, teacher, target, backend=backend, upstream=upstream, **options)
 
 
@@ -55,7 +55,8 @@ def test_loss_scaling_reaches_float16_gradients_before_they_are_rounded(
     upstream = torch.full((rows,) if reduction == "none" else (), a_row)
     result = evaluate(student, teacher, backend=backend, upstream=upstream, reduction=reduction)
     best = truth(student, teacher, upstream=upstream, reduction=reduction).d_student
-    assert result.d_student is not None and best is not None
+    assert result.d_student is not None
+    assert best is not None
     rounding = (best.half().double() - best).norm()
     assert (result.d_student.double() - best).norm() <= 1.5 * rounding
     rounded_first = (best / scale).half().double() * scale
@@ -69,10 +70,11 @@ def test_gradients_add_up_through_a_larger_graph(backend: str) -> None:
     teacher, target = logits(6, 33, 1), targets(6, 33, 2)
 
     def objective(name: str) -> Tensor:
-        out = layer(x)
+        out: Tensor = layer(x)
         soft = tgt.distillation_loss(out, teacher, backend=name, temperature=2.0)
         rows = tgt.distillation_loss(out, teacher, target, hard_weight=1.0, reduction="none", backend=name)
-        return 3.0 * soft + (rows * torch.arange(6.0)).mean() + 0.1 * out.square().mean()
+        total: Tensor = 3.0 * soft + (rows * torch.arange(6.0)).mean() + 0.1 * out.square().mean()
+        return total
 
     ours = torch.autograd.grad(objective(backend), list(layer.parameters()))
     best = torch.autograd.grad(objective("reference"), list(layer.parameters()))
@@ -113,7 +115,7 @@ def test_backward_twice_with_retain_graph_gives_the_same_gradient(
     for one, two, three in zip(kept, second, third, strict=True):
         torch.testing.assert_close(two, one, rtol=1e-2 if dtype == torch.bfloat16 else 1e-3, atol=1e-7)
         assert torch.equal(two, three)
-    options = {"divergence": divergence, "reduction": reduction, **OPTIONS}
+    options: dict[str, Any] = {"divergence": divergence, "reduction": reduction, **OPTIONS}
     expected = truth(student, teacher, target, upstream=upstream, **options)
     result = evaluate(student, teacher, target, backend=backend, upstream=upstream, **options)
     again = type(result)(loss.detach(), second[0], second[1])
@@ -194,8 +196,11 @@ def test_no_graph_where_none_is_wanted(backend: str) -> None:
     with torch.inference_mode():
         inference = tgt.distillation_loss(student, teacher, target, backend=backend, **OPTIONS)
     loud = tgt.distillation_loss(student, teacher, target, backend=backend, **OPTIONS)
-    assert loud.requires_grad and not quiet.requires_grad and not inference.requires_grad
-    assert torch.equal(quiet, loud.detach()) and torch.equal(inference, loud.detach())
+    assert loud.requires_grad
+    assert not quiet.requires_grad
+    assert not inference.requires_grad
+    assert torch.equal(quiet, loud.detach())
+    assert torch.equal(inference, loud.detach())
 
 
 def test_logits_changed_after_forward_are_noticed(native: str) -> None:
@@ -221,7 +226,7 @@ def test_inplace_gives_the_same_gradients_over_the_logits(
     native: str, divergence: str, upstream: float, dtype: torch.dtype
 ) -> None:
     leaf, teacher, target = leaves(dtype)
-    options = {"divergence": divergence, "backend": native, **OPTIONS}
+    options: dict[str, Any] = {"divergence": divergence, "backend": native, **OPTIONS}
     want = torch.autograd.grad(tgt.distillation_loss(leaf, teacher, target, **options) * upstream, (leaf, teacher))
     student = leaf * 1  # what a model returns: not a leaf
     version = student._version
@@ -270,7 +275,8 @@ def test_inplace_writes_nothing_without_a_graph(native: str) -> None:
     before = student.clone()
     with torch.no_grad():
         tgt.distillation_loss(student, teacher, backend=native, inplace=True)
-    assert torch.equal(student, before) and math.isfinite(float(student.sum()))
+    assert torch.equal(student, before)
+    assert math.isfinite(float(student.sum()))
 
 
 def test_inplace_with_rows_of_a_wider_buffer(native: str) -> None:

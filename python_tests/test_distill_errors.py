@@ -91,25 +91,25 @@ VALUES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("changes, message", SHAPES, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("changes", "message"), SHAPES, ids=lambda value: value if isinstance(value, str) else "")
 def test_shapes_that_do_not_fit(backend: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ShapeError, match=f"distillation_loss.*{message}"):
         call(backend, **changes)
 
 
-@pytest.mark.parametrize("changes, message", DTYPES, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("changes", "message"), DTYPES, ids=lambda value: value if isinstance(value, str) else "")
 def test_dtypes_that_are_not_taken(backend: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DTypeError, match=f"distillation_loss.*{message}"):
         call(backend, **changes)
 
 
-@pytest.mark.parametrize("changes, message", ARGUMENTS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("changes", "message"), ARGUMENTS, ids=lambda value: value if isinstance(value, str) else "")
 def test_options_out_of_range_or_in_contradiction(backend: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         call(backend, **changes)
 
 
-@pytest.mark.parametrize("changes, message", VALUES, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("changes", "message"), VALUES, ids=lambda value: value if isinstance(value, str) else "")
 def test_values_that_only_the_data_shows(backend: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         call(backend, **changes)
@@ -126,7 +126,7 @@ def test_values_that_only_the_data_shows(backend: str, changes: dict[str, Any], 
     ids=lambda changes: next(iter(changes)),
 )
 def test_tensors_on_two_devices(backend: str, changes: dict[str, Any]) -> None:
-    with pytest.raises(DeviceError, match="meta.*cpu|cpu.*meta"):
+    with pytest.raises(DeviceError, match=r"meta.*cpu|cpu.*meta"):
         call(backend, **changes)
 
 
@@ -140,7 +140,7 @@ def test_errors_are_also_what_pytorch_users_catch(backend: str) -> None:
 
 
 def test_a_backend_asked_for_by_name_that_cannot_run_says_why(native: str) -> None:
-    with pytest.raises(BackendError, match="native.*meta"):
+    with pytest.raises(BackendError, match=r"native.*meta"):
         call(native, student_logits=S.to("meta"), teacher_logits=T.to("meta"))
 
 

@@ -49,9 +49,13 @@ def test_same_bits_from_run_to_run_and_for_any_number_of_threads(
         with threads(count):
             results.append(evaluate(student, teacher, target, backend=backend, **options))
     first = results[0]
-    assert first.stats is not None and first.d_student is not None and first.d_teacher is not None
+    assert first.stats is not None
+    assert first.d_student is not None
+    assert first.d_teacher is not None
     for other in results[1:]:
-        assert other.stats is not None and other.d_student is not None and other.d_teacher is not None
+        assert other.stats is not None
+        assert other.d_student is not None
+        assert other.d_teacher is not None
         assert torch.equal(other.loss, first.loss)
         assert torch.equal(other.d_student, first.d_student)
         assert torch.equal(other.d_teacher, first.d_teacher)
@@ -63,7 +67,8 @@ def test_a_row_does_not_depend_on_its_place_in_the_batch(backend: str) -> None:
     options: dict[str, Any] = {"backend": backend, "reduction": "none", "temperature": 2.0}
     whole = evaluate(student, teacher, **options)
     flipped = evaluate(student.flip(0), teacher.flip(0), **options)
-    assert whole.d_student is not None and flipped.d_student is not None
+    assert whole.d_student is not None
+    assert flipped.d_student is not None
     assert torch.equal(flipped.loss.flip(0), whole.loss)
     assert torch.equal(flipped.d_student.flip(0), whole.d_student)
 
@@ -101,7 +106,7 @@ PEAK = """
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak of resident memory there")
 @pytest.mark.parametrize(
-    "buffers, changes",
+    ("buffers", "changes"),
     [
         (1, {}),
         (1, {"dtype": "torch.bfloat16", "rows": 2048, "divergence": "jsd"}),

@@ -33,7 +33,8 @@ INFINITE = {
 
 
 def gradients(result: Result) -> tuple[Tensor, Tensor]:
-    assert result.d_student is not None and result.d_teacher is not None
+    assert result.d_student is not None
+    assert result.d_teacher is not None
     return result.d_student, result.d_teacher
 
 
@@ -97,7 +98,8 @@ def test_a_row_of_infinite_soft_loss_keeps_its_hard_gradient(backend: str, diver
     assert result.loss[1] == INF
     d_student, d_teacher = gradients(result)
     torch.testing.assert_close(d_student[1], gradients(alone)[0][1], rtol=1e-6, atol=1e-8)
-    assert d_student[1].ne(0).any() and d_teacher[1].eq(0).all()
+    assert d_student[1].ne(0).any()
+    assert d_teacher[1].eq(0).all()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -107,7 +109,8 @@ def test_a_label_that_is_masked_gives_an_infinite_loss_and_no_hard_gradient(back
     options: dict[str, Any] = {"divergence": divergence, "reduction": "none"}
     result = check(student, teacher, target, backend=backend, hard_weight=0.5, **options)
     soft = evaluate(student, teacher, backend=backend, **options)
-    assert result.loss[1] == INF and result.loss[[0, 2]].isfinite().all()
+    assert result.loss[1] == INF
+    assert result.loss[[0, 2]].isfinite().all()
     torch.testing.assert_close(gradients(result)[0][1], gradients(soft)[0][1], rtol=1e-6, atol=1e-8)
     # With all the weight on the other classes, the label's own logit does not matter.
     smooth = check(student, teacher, target, backend=backend, hard_weight=0.5, label_smoothing=1.0, **options)
@@ -121,7 +124,9 @@ def test_an_infinite_row_spoils_the_sum_but_no_gradient(backend: str, reduction:
     result = evaluate(student, teacher, backend=backend, reduction=reduction)
     assert result.loss == INF
     for grad in gradients(result):
-        assert grad.isfinite().all() and grad[1].eq(0).all() and grad[[0, 2, 3]].ne(0).any()
+        assert grad.isfinite().all()
+        assert grad[1].eq(0).all()
+        assert grad[[0, 2, 3]].ne(0).any()
 
 
 # Rows that are not numbers
@@ -200,7 +205,7 @@ def test_a_dropped_row_gives_zero_whatever_it_holds(
     student[1, 3:], teacher[3] = content, content
     for reduction in ("none", "mean", "sum"):
         result = evaluate(student, teacher, target, reduction=reduction, **options)
-        small = {k: v[kept] if isinstance(v, Tensor) else v for k, v in options.items()}
+        small: dict[str, Any] = {k: v[kept] if isinstance(v, Tensor) else v for k, v in options.items()}
         alone = evaluate(student[kept], teacher[kept], target[kept], reduction=reduction, **small)
         loss = result.loss[kept] if reduction == "none" else result.loss
         assert torch.equal(loss, alone.loss)
@@ -232,8 +237,11 @@ def test_statistics_of_rows_that_do_not_count_or_are_no_distribution(backend: st
         student, teacher, target, hard_weight=1.0, reduction="none", return_stats=True, backend=backend
     )
     assert all(value[1] == 0 for value in (loss, *stats))
-    assert stats.kl[2].isnan() and stats.student_entropy[2].isnan() and not stats.agreement[2]
-    assert stats.kl[3] == INF and stats.student_entropy[3].isfinite()
+    assert stats.kl[2].isnan()
+    assert stats.student_entropy[2].isnan()
+    assert not stats.agreement[2]
+    assert stats.kl[3] == INF
+    assert stats.student_entropy[3].isfinite()
     assert all(value[0].isfinite() for value in stats)
 
 
@@ -269,7 +277,8 @@ def test_extreme_logits_and_temperatures_stay_finite_and_right(
     other = torch.tensor([1.0, 1.0, 30.0, 30.0, 100.0, 1.0, 1000.0, 1000.0])[:, None]
     options: dict[str, Any] = {"divergence": divergence, "temperature": temperature, "reduction": "none"}
     result = check(base * spread, logits(8, 65, 1) * other, backend=backend, **options)
-    assert result.loss.isfinite().all() and result.loss.ge(0).all()
+    assert result.loss.isfinite().all()
+    assert result.loss.ge(0).all()
 
 
 @pytest.mark.parametrize("value", [-1e30, -3e4, torch.finfo(torch.float32).min])
@@ -283,8 +292,8 @@ def test_a_class_of_very_low_logit_is_as_good_as_absent(
     target = targets(4, 3, 2)
     options: dict[str, Any] = {"divergence": divergence, "hard_weight": 0.5, "reduction": "none"}
     results = []
-    for low in (value, -INF):
-        student[:, 3::5] = teacher[:, 3::5] = low
+    for stand_in in (value, -INF):
+        student[:, 3::5] = teacher[:, 3::5] = stand_in
         results.append(evaluate(student, teacher, target, backend=backend, **options))
     low, absent = results
     torch.testing.assert_close(low.loss, absent.loss, rtol=1e-6, atol=1e-6)
@@ -301,7 +310,8 @@ def test_logits_at_the_end_of_their_dtype_make_no_nan(backend: str, divergence: 
     student = torch.tensor([[largest, 0.0, -largest], [1.0, 2.0, -largest], [largest, largest, 1.0]], dtype=dtype)
     teacher = torch.tensor([[largest, -largest, 0.0], [1.0, -largest, 0.5], [0.0, 1.0, -largest]], dtype=dtype)
     result = evaluate(student, teacher, backend=backend, divergence=divergence, reduction="none")
-    assert not result.loss.isnan().any() and result.loss.ge(0).all()
+    assert not result.loss.isnan().any()
+    assert result.loss.ge(0).all()
     for grad in gradients(result):
         assert not grad.isnan().any()
     if divergence != "mse":

@@ -58,8 +58,10 @@ def test_a_normalizer_of_zero_gives_zero(backend: str, normalizer: float | Tenso
     student[0, 0] = math.nan
     result = evaluate(student, teacher, target, backend=backend, hard_weight=1.0, normalizer=normalizer)
     assert result.loss == 0
-    assert result.d_student is not None and result.d_student.eq(0).all()
-    assert result.d_teacher is not None and result.d_teacher.eq(0).all()
+    assert result.d_student is not None
+    assert result.d_student.eq(0).all()
+    assert result.d_teacher is not None
+    assert result.d_teacher.eq(0).all()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -71,8 +73,10 @@ def test_nothing_counted_is_zero_not_nan(backend: str, divergence: str) -> None:
         evaluate(student, teacher, sample_weight=torch.zeros(12), **options),
     ):
         assert result.loss == 0
-        assert result.d_student is not None and result.d_student.eq(0).all()
-        assert result.d_teacher is not None and result.d_teacher.eq(0).all()
+        assert result.d_student is not None
+        assert result.d_student.eq(0).all()
+        assert result.d_teacher is not None
+        assert result.d_teacher.eq(0).all()
 
 
 def test_accumulation_1x32_equals_4x8_with_unequal_valid_rows(backend: str) -> None:

@@ -54,7 +54,8 @@ def assert_like_truth(out: Tensor, truth: Tensor) -> None:
 def test_every_size_and_dtype(backend: str, size: int, dtype: torch.dtype) -> None:
     z = latents((5, size), dtype=dtype)
     out = tgt.perturb_latents(z, 0.7, seed=3, step=2, replica=1, backend=backend)
-    assert out.dtype == dtype and out.shape == z.shape
+    assert out.dtype == dtype
+    assert out.shape == z.shape
     assert_like_truth(out, expected(z, 0.7, seed=3, step=2, replica=1))
 
 
@@ -167,7 +168,8 @@ def test_gradient_reaches_what_made_the_latents(backend: str) -> None:
     encoder = torch.nn.Linear(5, 8)
     out = tgt.perturb_latents(encoder(torch.ones(3, 5)), 0.5, backend=backend)
     out.square().sum().backward()
-    assert encoder.weight.grad is not None and encoder.weight.grad.ne(0).all()
+    assert encoder.weight.grad is not None
+    assert encoder.weight.grad.ne(0).all()
 
 
 def test_no_graph_where_none_is_wanted_and_the_input_is_untouched(backend: str) -> None:
@@ -177,7 +179,8 @@ def test_no_graph_where_none_is_wanted_and_the_input_is_untouched(backend: str) 
         assert not tgt.perturb_latents(z, 0.5, backend=backend).requires_grad
     assert tgt.perturb_latents(z, 0.5, backend=backend).requires_grad
     assert not tgt.perturb_latents(z.detach(), 0.5, backend=backend).requires_grad
-    assert torch.equal(z.detach(), before) and z._version == version
+    assert torch.equal(z.detach(), before)
+    assert z._version == version
 
 
 # Determinism
@@ -236,7 +239,7 @@ ERRORS: list[tuple[type[Exception], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(
-    "error, changes, message", ERRORS, ids=lambda value: str(value) if isinstance(value, dict) else ""
+    ("error", "changes", "message"), ERRORS, ids=lambda value: str(value) if isinstance(value, dict) else ""
 )
 def test_bad_input_is_named(backend: str, error: type[Exception], changes: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"z": Z, "sigma": 0.5, "backend": backend, **changes}
@@ -253,7 +256,7 @@ def test_a_factor_that_fits_samples_and_coordinates_must_say_which(backend: str)
 
 
 def test_a_backend_asked_for_by_name_that_cannot_run_says_why(native: str) -> None:
-    with pytest.raises(BackendError, match="native.*meta"):
+    with pytest.raises(BackendError, match=r"native.*meta"):
         tgt.perturb_latents(Z.to("meta"), 0.5, backend=native)
 
 

@@ -44,7 +44,8 @@ def test_every_direction_size_and_dtype(backend: str, norm: str, size: int, dtyp
     z, grad = values((5, size), 0, dtype), values((5, size), 1, dtype)
     options: dict[str, Any] = {"step_size": 0.7, "norm": norm}
     out = tgt.ascend_latents(z, grad, backend=backend, **options)
-    assert out.dtype == dtype and out.shape == z.shape
+    assert out.dtype == dtype
+    assert out.shape == z.shape
     assert_like_truth(out, expected(z, grad, **options))
 
 
@@ -146,7 +147,7 @@ def test_a_gradient_that_is_zero_or_not_finite_gives_no_step(
 
 
 @pytest.mark.parametrize(
-    "dtype, size",
+    ("dtype", "size"),
     [
         (torch.float32, 1e-12),  # squares are subnormal in float32
         (torch.float32, 1e-30),  # squares vanish
@@ -176,7 +177,9 @@ def test_gradients_of_any_size_give_a_step_of_the_same_length(backend: str, dtyp
 @given(case=ascend_cases())
 def test_the_result_lies_in_the_trust_region_and_agrees_with_the_truth(backend: str, case: AscendCase) -> None:
     out = tgt.ascend_latents(case.z, case.grad, backend=backend, **case.options)
-    assert out.shape == case.z.shape and out.dtype == case.z.dtype and not out.requires_grad
+    assert out.shape == case.z.shape
+    assert out.dtype == case.z.dtype
+    assert not out.requires_grad
     assert out.isfinite().all()
     if out.shape[0] == 0:
         return
@@ -297,7 +300,7 @@ ERRORS: list[tuple[type[Exception], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(
-    "error, changes, message", ERRORS, ids=lambda value: str(value) if isinstance(value, dict) else ""
+    ("error", "changes", "message"), ERRORS, ids=lambda value: str(value) if isinstance(value, dict) else ""
 )
 def test_bad_input_is_named(backend: str, error: type[Exception], changes: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"z": Z, "grad": Z, "step_size": 0.5, "backend": backend, **changes}

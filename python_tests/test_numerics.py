@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,8 @@ def test_loss_and_gradient_assertion_can_fail(
     assert_matches_truth(result, expected, student, teacher)
     for field in ("loss", "d_student", "d_teacher"):
         value = getattr(result, field)
-        wrong = dataclasses.replace(result, **{field: corrupt(value)})
+        changes: dict[str, Any] = {field: corrupt(value)}
+        wrong = dataclasses.replace(result, **changes)
         with pytest.raises(AssertionError, match=field):
             assert_matches_truth(wrong, expected, student, teacher)
 

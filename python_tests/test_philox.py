@@ -44,14 +44,14 @@ def box_muller(words: tuple[int, int, int, int]) -> list[float]:
     return out
 
 
-@pytest.mark.parametrize("counter, key, expected", KNOWN_ANSWERS)
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
 def test_known_answers_of_random123(counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]) -> None:
     assert philox4x32(counter, key) == expected  # type: ignore[arg-type]
     tensors = philox4x32(tuple(torch.tensor([c]) for c in counter), tuple(torch.tensor([k]) for k in key))  # type: ignore[arg-type]
     assert tuple(int(word) for word in tensors) == expected
 
 
-@pytest.mark.parametrize("counter, key, expected", KNOWN_ANSWERS[:1])
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS[:1])
 def test_noise_of_a_known_block(backend: str, counter: tuple[int, ...], key: tuple[int, ...], expected: Any) -> None:
     """Seed 0, id 0, step 0, replica 0 is counter 0 under key 0: the first published vector, end to end."""
     torch.testing.assert_close(noise(backend, 1, 4)[0], torch.tensor(box_muller(expected)), rtol=0, atol=1e-6)

@@ -140,7 +140,8 @@ def _norm(rows: Tensor) -> Tensor:
     """||rows||_2 along the last axis, [B, D] -> [B, 1], scaled so that no square under- or overflows."""
     peak = rows.abs().amax(dim=-1, keepdim=True)
     divisor = torch.where((peak > 0) & peak.isfinite(), peak, 1.0)
-    return divisor * torch.linalg.vector_norm(rows / divisor, dim=-1, keepdim=True)
+    scaled: Tensor = torch.linalg.vector_norm(rows / divisor, dim=-1, keepdim=True)
+    return divisor * scaled
 
 
 def _project(
