@@ -59,6 +59,14 @@ TGT_HD V larger(V a, V b) {
   return a > b ? a : b;
 }
 
+// max(x, lowest finite number): keeps -inf, and what overflows to it, away from 0 * inf and inf - inf. NaN stays.
+template <class V>
+TGT_HD V bounded_below(V x) {
+  using Real = typename Traits<V>::Real;
+  constexpr Real kLowest = sizeof(Real) == 8 ? Real(-DBL_MAX) : Real(-FLT_MAX);
+  return x < kLowest ? splat<V>(kLowest) : x;
+}
+
 template <class V, class Real>
 TGT_HD V polynomial(V, Real last) {
   return splat<V>(last);

@@ -29,13 +29,6 @@ Mixture<Real> mixture_of(const DistillOptions& options) {
   return {Real(beta), Real(1 - beta), Real(log(beta)), Real(log1p(-beta))};
 }
 
-template <class V>
-TGT_HD V bounded_below(V x) {  // keeps -inf, and what overflows to it, away from 0 * inf and inf - inf
-  using Real = typename Traits<V>::Real;
-  constexpr Real kLowest = sizeof(Real) == 8 ? Real(-DBL_MAX) : Real(-FLT_MAX);
-  return x < kLowest ? splat<V>(kLowest) : x;
-}
-
 // A class relative to the running maxima.
 template <class D, class V, class Real>
 TGT_HD Class<V> shifted(V s, V t, const RowConstants<Real>& row) {

@@ -1,0 +1,87 @@
+"""The compiled kernels: raw pointers in, a status out. Call them through tgt_fast.kernels.native."""
+
+from typing import Any
+
+Matrix = tuple[int, int, int]  # pointer, row stride in elements, dtype code (csrc/common/dtype.h)
+Factor = tuple[float, int]  # a number, or a pointer to one a sample
+Noise = tuple[int, int, int, int, int]  # seed, pointer to ids, step, replica, op
+
+ROW_STATE: int
+BAD_TARGET: int
+BAD_WEIGHT: int
+
+class DistillOptions:
+    divergence: int
+    reduction: int
+    beta: float
+    temperature: float
+    teacher_temperature: float
+    soft_weight: float
+    hard_weight: float
+    label_smoothing: float
+    ignore_index: int
+    unlabeled_index: int
+
+def distill_forward(
+    options: DistillOptions,
+    rows: int,
+    classes: int,
+    student: Matrix,
+    teacher: Matrix,
+    target: int,
+    weight: int,
+    normalizer: float,
+    row_loss: int,
+    loss: int,
+    d_student: Matrix,
+    d_teacher: Matrix,
+    state: int,
+    stats: int,
+    threads: int,
+) -> tuple[int, int]: ...
+def distill_backward(
+    options: DistillOptions,
+    rows: int,
+    classes: int,
+    student: Matrix,
+    teacher: Matrix,
+    target: int,
+    state: int,
+    upstream: int,
+    upstream_per_row: bool,
+    d_student: Matrix,
+    d_teacher: Matrix,
+    threads: int,
+) -> None: ...
+def distill_scale(rows: int, classes: int, grad: Matrix, factors: int, per_row: bool, threads: int) -> None: ...
+def latent_perturb(
+    samples: int,
+    size: int,
+    type: int,
+    z: int,
+    out: int,
+    sigma: Factor,
+    scale: int,
+    key: Noise,
+    truncation: float,
+    sphere_radius: float,
+    threads: int,
+) -> None: ...
+def latent_ascend(
+    samples: int,
+    size: int,
+    types: tuple[int, int, int],
+    z: int,
+    grad: int,
+    anchor: int,
+    out: int,
+    step_size: Factor,
+    sigma: Factor,
+    radius: Factor,
+    scale: int,
+    norm: int,
+    radius_norm: int,
+    key: Noise,
+    threads: int,
+) -> None: ...
+def build_info() -> dict[str, Any]: ...
