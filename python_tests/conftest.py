@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 import tgt_fast
 
@@ -79,3 +81,12 @@ def backend(request: pytest.FixtureRequest) -> str:
 def child_environment() -> dict[str, str]:
     """An environment in which a child process imports the same tgt_fast as this one."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests of tiny tensors and many steps, where a second thread would only wait, busily, for the first."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -26,6 +26,8 @@ from tgt_fast.train import load_checkpoint, save_checkpoint, save_weights
 from tgt_fast.train.codec import decode, encode
 from tgt_fast.train.rng import isolated_rng
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def two_groups(student: nn.Module) -> torch.optim.Optimizer:
     """Options that are tuples, lists, None and tensors, and a group of their own for the biases."""

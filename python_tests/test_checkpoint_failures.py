@@ -28,6 +28,8 @@ from tgt_fast.train.rng import get_rng_state
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="uses fork and resource limits")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 # ---- whole or not at all ----
 

@@ -29,6 +29,8 @@ from tgt_fast.errors import ArgumentError, CheckpointError
 from tgt_fast.train import FitResult
 from tgt_fast.train.rng import get_rng_state, isolated_rng
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_it_learns() -> None:
     run = make_run()

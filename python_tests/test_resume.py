@@ -32,6 +32,8 @@ from tgt_fast.train import evaluate, load_checkpoint
 from tgt_fast.train.data import BatchStream
 from tgt_fast.train.rng import isolated_rng
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def sampler_generator() -> DataLoader:
     data = Augmented()
@@ -154,7 +156,7 @@ import torch
 import tgt_fast as tgt
 from training_kit import make_run
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(sys.argv[3]))
 folder, mode = sys.argv[1], sys.argv[2]
 if mode.startswith("die at rename"):
     left, replace = [int(mode.split()[-1])], os.replace
@@ -168,8 +170,7 @@ if mode.startswith("die at rename"):
     os.replace = dying
 run = make_run("gradient")
 if mode == "slow":
-    step = run["optimizer"].step
-    run["optimizer"].step = lambda: (time.sleep(0.02), step())[1]
+    run["optimizer"].register_step_pre_hook(lambda *_: time.sleep(0.02))
 tgt.fit(**run, steps=40, checkpoint_dir=folder, checkpoint_every=2, resume=True, evaluate=lambda s: {"accuracy": 1.0},
         eval_every=3)
 """
@@ -178,7 +179,8 @@ tgt.fit(**run, steps=40, checkpoint_dir=folder, checkpoint_every=2, resume=True,
 def child(folder: Path, mode: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     here = str(Path(__file__).parent)
     paths = os.pathsep.join([here, environment["PYTHONPATH"]])
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(folder), mode], env={**environment, "PYTHONPATH": paths})
+    command = [sys.executable, "-c", CHILD, str(folder), mode, str(torch.get_num_threads())]
+    return subprocess.Popen(command, env={**environment, "PYTHONPATH": paths})
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")

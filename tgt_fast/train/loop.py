@@ -92,17 +92,14 @@ def fit(
 ) -> FitResult:
     """Train ``student`` for ``steps`` optimizer steps on ``objective``, over ``loader`` as often as it takes.
 
-    Each step: ``objective(student, x, y)["loss"].backward()``, clip, ``optimizer.step()``,
-        ``scheduler.step()``. The
-    student is put in train mode, and ends with its last weights; ``student.load_state_dict(result.best)``
+    Each step: ``objective(student, x, y)["loss"].backward()``, clip, ``optimizer.step()``, ``scheduler.step()``.
+    The student is put in train mode, and ends with its last weights; ``student.load_state_dict(result.best)``
     takes the best ones.
 
-    A run that was killed at any moment and is started again with the same arguments and ``resume=True``
-    gives, on a CPU, the same bits as one that was not. The interrupted epoch's batches are read once more up
-    to the place reached. Outside
-    this promise: random augmentation in ``persistent_workers``, loaders with a state of their own, and
-        iterators that can
-    be read only once.
+    A run that was killed at any moment and is started again with the same arguments and ``resume=True`` gives, on
+    a CPU with as many threads, the same bits as one that was not. The interrupted epoch's batches are read once more
+    up to the place reached. Outside this promise are random augmentation in ``persistent_workers``, loaders with a
+    state of their own, and iterators that can be read only once.
 
     Args:
         student: the module to train, inputs -> logits. Batches are moved to its device.
