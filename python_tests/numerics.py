@@ -80,7 +80,8 @@ def truth(
 ) -> Result:
     """The same in float64, from the reference itself, on the same (already rounded) inputs."""
     shape = student.shape
-    options.setdefault("teacher_temperature", options.get("temperature", 1.0))
+    if options.get("teacher_temperature") is None:
+        options["teacher_temperature"] = options.get("temperature", 1.0)
     student = student.detach().double().requires_grad_(needs[0])
     teacher = teacher.detach().double().requires_grad_(needs[1])
     loss, stats = reference_loss(
@@ -111,14 +112,28 @@ def _differentiate(
     return Result(loss.detach(), d_student, d_teacher, stats)
 
 
-def loss_floor(temperature: float, rows: int) -> float:
-    """Below this a norm of losses counts as small, and errors are measured against it."""
-    return 1e-2 * temperature**2 * math.sqrt(max(rows, 1))
+@dataclass(frozen=True)
+class Floors:
+    """Below these a row's loss, or the norm of a row's gradient, counts as small: errors are measured against them."""
+
+    loss: float
+    d_student: float
+    d_teacher: float
 
 
-def gradient_floor(temperature: float, rows: int) -> float:
-    """The same for gradients, for an upstream gradient of 1 a row."""
-    return 1e-2 * temperature * math.sqrt(max(rows, 1))
+def floors(divergence: str, temperature: float, teacher_temperature: float, hard: bool) -> Floors:
+    """1e-2 of the natural size of a row, for an upstream gradient of 1.
+
+    With one temperature T the soft term is of size T^2 and its gradients of size T; with two, the teacher's is of size
+    Ts^2 / Tt. mse has no factor Ts^2. A hard term is of size 1.
+    """
+    squared = 1.0 if divergence == "mse" else temperature**2
+    least = 1.0 if hard else 0.0
+    return Floors(
+        loss=1e-2 * max(squared, least),
+        d_student=1e-2 * max(squared / temperature, least),
+        d_teacher=1e-2 * squared / teacher_temperature,
+    )
 
 
 def relative_error(out: Tensor, reference: Tensor, floor: float) -> float:
@@ -194,6 +209,7 @@ def assert_matches_truth(
     student: Tensor,
     teacher: Tensor,
     *,
+    divergence: str = "forward_kl",
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     hard: bool = False,
@@ -204,20 +220,23 @@ def assert_matches_truth(
     ``hard``: there is a hard term, which sees the student at temperature 1.
     ``per_row``: the upstream gradient that a row sees.
     """
-    scaled = [student / temperature, teacher / (teacher_temperature or temperature)]
+    teacher_temperature = teacher_temperature or temperature
+    scaled = [student / temperature, teacher / teacher_temperature]
     largest = magnitude(*scaled, *([student] if hard else []))
+    small = floors(divergence, temperature, teacher_temperature, hard)
     wide = torch.float64 in (student.dtype, teacher.dtype)
     loss_dtype = torch.float64 if wide else torch.float32
     if result.loss.dtype != loss_dtype:
         raise AssertionError(f"loss of {result.loss.dtype} instead of {loss_dtype}")
-    floor = loss_floor(temperature, result.loss.numel())
+    floor = small.loss * math.sqrt(max(1, result.loss.numel()))
     assert_close("loss", result.loss, expected.loss, bar=arithmetic_bar(loss_dtype, largest), floor=floor)
 
-    floor = gradient_floor(temperature, math.prod(student.shape[:-1])) * per_row
-    for name, grad, reference, logits in (
-        ("d_student", result.d_student, expected.d_student, student),
-        ("d_teacher", result.d_teacher, expected.d_teacher, teacher),
+    whole = per_row * math.sqrt(max(1, math.prod(student.shape[:-1])))
+    for name, grad, reference, logits, a_row in (
+        ("d_student", result.d_student, expected.d_student, student, small.d_student),
+        ("d_teacher", result.d_teacher, expected.d_teacher, teacher, small.d_teacher),
     ):
+        floor = a_row * whole
         if grad is None or reference is None:
             if grad is not reference:
                 raise AssertionError(f"{name}: present on one side only")
@@ -247,6 +266,7 @@ def check(
         expected,
         student,
         teacher,
+        divergence=options.get("divergence", "forward_kl"),
         temperature=options.get("temperature", 1.0),
         teacher_temperature=options.get("teacher_temperature"),
         hard=target is not None,

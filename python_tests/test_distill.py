@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from numerics import (
     arithmetic_bar,
     assert_close,
-    assert_matches_truth,
     check,
     evaluate,
     logits,
@@ -174,22 +173,15 @@ def test_expanded_logits_and_a_broadcast_teacher(backend: str) -> None:
 @settings(max_examples=150)
 @given(case=distill_cases())
 def test_any_legal_call_agrees_with_the_truth(backend: str, case: DistillCase) -> None:
-    result = evaluate(case.student, case.teacher, case.target, backend=backend, needs=case.needs, **case.options)
-    expected = truth(case.student, case.teacher, case.target, needs=case.needs, **_explicit(case.options))
-    assert_matches_truth(
-        result,
-        expected,
+    check(
         case.student,
         case.teacher,
-        temperature=case.options["temperature"],
-        teacher_temperature=case.options["teacher_temperature"],
-        hard=case.hard,
+        case.target,
+        backend=backend,
+        needs=case.needs,
         per_row=_smallest_upstream(case),
+        **case.options,
     )
-
-
-def _explicit(options: dict[str, Any]) -> dict[str, Any]:
-    return {**options, "teacher_temperature": options["teacher_temperature"] or options["temperature"]}
 
 
 def _smallest_upstream(case: DistillCase) -> float:
