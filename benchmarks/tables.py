@@ -1,0 +1,126 @@
+"""Writes the README's tables from benchmarks/results/*.json.
+
+    python benchmarks/tables.py [--check]
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. With ``--check`` nothing is written: exit status 1 says that the README
+does not show what the result files hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+DIGITS_NAMES = {
+    "one-hot": "one-hot labels",
+    "distillation": "distillation",
+    "distillation-augmented": "distillation + best input augmentation",
+    "tgt-prior": "teacher-guided, prior",
+    "tgt-random": "teacher-guided, random",
+    "tgt-gradient": "teacher-guided, gradient",
+    "tgt-persistent": "teacher-guided, persistent",
+}
+
+
+def _grid(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join("---" if i == 0 else "---:" for i in range(len(header))) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _source(record: dict[str, Any]) -> str:
+    return f"`{record['command']}`, {record['hardware']}; torch {record['versions']['torch']}; commit {record['commit']}, {record['date']}."
+
+
+def digits(record: dict[str, Any]) -> str:
+    rows = []
+    for key, name in DIGITS_NAMES.items():
+        method = record["methods"][key]
+        accuracy = method["accuracy"]
+        rows.append(
+            [
+                name,
+                f"{accuracy['mean']:.1f} ± {accuracy['std']:.1f}",
+                *(f"{method[part]:.1f}" for part in ("head", "middle", "tail", "agreement")),
+                f"{method['mean_kl']:.3f}",
+                f"{method['seconds']:.1f}",
+            ]
+        )
+    seeds = len(record["seeds"])
+    caption = (
+        f"Test accuracy in percent (mean and standard deviation of {seeds} seeds), by class frequency, agreement and mean KL divergence with "
+        f"the teacher, seconds of training. 118 long-tailed labelled images; every method sees as many student examples a step. "
+        f"`tgt-fast demo digits`; torch {record['versions']['torch']}; commit {record['commit']}."
+    )
+    return _grid(["", "accuracy", "head", "middle", "tail", "agreement", "KL", "s"], rows) + "\n\n" + caption
+
+
+def distill(record: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{row['divergence']} + CE, {row['rows']} x {row['classes']}, {row['dtype']}",
+            f"{row['milliseconds']['ours']:.3g}",
+            f"{row['over_eager']:.1f}x",
+            f"{row['over_compile']:.1f}x",
+            f"{row['milliseconds']['copy'] / row['milliseconds']['ours']:.0%}",
+        ]
+        for row in record["rows"]
+    ]
+    peak = next(row["peak_extra"] for row in record["rows"] if "peak_extra" in row)
+    caption = (
+        "Forward and backward, median milliseconds, and the speed relative to rivals in the same run. The last column is the time of plainly copying "
+        f"as many bytes. Peak extra memory of the first row, in units of the student's logits: {peak['ours']:.2f}, eager {peak['eager']:.2f}. "
+        "Liger's kernels need a GPU. " + _source(record)
+    )
+    return _grid(["distillation loss", "ms", "over eager", "over torch.compile", "copy"], rows) + "\n\n" + caption
+
+
+def latent(record: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{row['op']}, {row['samples']} x {row['size']}",
+            f"{row['milliseconds']['ours']:.3g}",
+            f"{row['over_eager']:.1f}x",
+            f"{row['over_compile']:.1f}x",
+        ]
+        for row in record["rows"]
+    ]
+    return _grid(["latent op, 16 MiB of float32", "ms", "over eager", "over torch.compile"], rows) + "\n\n" + _source(record)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"digits": digits, "distill-cpu": distill, "latent-cpu": latent}
+
+
+def rendered(text: str) -> str:
+    """The README with every table made anew."""
+    for name, table in TABLES.items():
+        path = RESULTS / f"{name}.json"
+        body = table(json.loads(path.read_text())) if path.exists() else "*No committed result yet.*"
+        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text, found = pattern.subn(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
+        if found != 1:
+            sys.exit(f"README.md has {found} places for the table {name!r}, expected 1")
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the README is out of date")
+    arguments = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    new = rendered(text)
+    if arguments.check:
+        sys.exit(0 if new == text else "README.md does not show the committed results: run python benchmarks/tables.py")
+    readme.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
