@@ -120,38 +120,30 @@ def _not_a_number(rows: Tensor, logits: Tensor) -> Tensor:
     return (_select(rows, logits) * poison[:, None]).sum(dim=-1)
 
 
-def _nothing(logits: Tensor) -> Tensor:
-    """0, with a gradient of 0: a term that is not computed leaves its inputs in the graph.  [N, C] -> [N]"""
-    return _select(torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device), logits).sum(dim=-1)
-
-
 def _clamped(value: Tensor) -> Tensor:
     """max(value, 0) without touching the gradient: a value below 0 is rounding, its gradient is not."""
     return value + (value.clamp_min(0.0) - value).detach()
 
 
 def _soft_term(student: Tensor, teacher: Tensor, counted: Tensor, options: DistillOptions) -> Tensor:
-    undefined = counted & (_is_undefined(student) | _is_undefined(teacher))
-    infinite = counted & ~undefined & _is_infinite(student, teacher, options.divergence)
-    finite = counted & ~undefined & ~infinite
+    """The divergence of the rows that count, 0 elsewhere.  -> [N]"""
+    infinite = counted & _is_infinite(student, teacher, options.divergence)
+    finite = counted & ~infinite
     rows = _clamped(_divergence(_select(finite, student), _select(finite, teacher), options))
-    rows = torch.where(finite, rows, torch.where(infinite, math.inf, 0.0))
-    return rows + _not_a_number(undefined, student) + _not_a_number(undefined, teacher)
+    return torch.where(finite, rows, torch.where(infinite, math.inf, 0.0))
 
 
 def _hard_term(student: Tensor, target: Tensor, labeled: Tensor, label_smoothing: float) -> Tensor:
     """Cross-entropy with the label, T = 1; smoothing is spread over the classes that exist.  -> [N]"""
-    undefined = labeled & _is_undefined(student)
     index = torch.where(labeled, target, 0)[:, None]
     label_is_missing = student.detach().gather(-1, index).squeeze(-1) == -math.inf
-    infinite = labeled & ~undefined & label_is_missing & (label_smoothing < 1.0)
-    finite = labeled & ~undefined & ~infinite
+    infinite = labeled & label_is_missing & (label_smoothing < 1.0)
+    finite = labeled & ~infinite
     q = _side(_select(finite, student), 1.0)
     rows = -(1.0 - label_smoothing) * q.log.gather(-1, index).squeeze(-1)
     if label_smoothing > 0.0:
         rows = rows - label_smoothing * q.log.sum(dim=-1) / q.exists.sum(dim=-1)
-    rows = torch.where(finite, _clamped(rows), torch.where(infinite, math.inf, 0.0))
-    return rows + _not_a_number(undefined, student)
+    return torch.where(finite, _clamped(rows), torch.where(infinite, math.inf, 0.0))
 
 
 def _statistics(student: Tensor, teacher: Tensor, counted: Tensor, options: DistillOptions) -> DistillStats:
@@ -214,15 +206,17 @@ def distillation_loss(
         counted = counted & (divisor != 0)
     else:
         divisor = torch.where(counted, weight, 0.0).sum()
-    labeled = labeled & counted
 
-    loss = torch.zeros(rows, dtype=torch.float64, device=s.device)
+    undefined = _is_undefined(s)
     if options.soft_weight != 0.0:
-        loss = loss + options.soft_weight * _soft_term(s, t, counted, options)
-    else:
-        loss = loss + _nothing(s) + _nothing(t)
+        undefined = undefined | _is_undefined(t)
+    undefined = undefined & counted
+    defined = counted & ~undefined
+    loss = _not_a_number(undefined, s) + _not_a_number(undefined, t)
+    if options.soft_weight != 0.0:
+        loss = loss + options.soft_weight * _soft_term(s, t, defined, options)
     if options.hard_weight != 0.0 and target is not None:
-        loss = loss + options.hard_weight * _hard_term(s, target, labeled, options.label_smoothing)
+        loss = loss + options.hard_weight * _hard_term(s, target, defined & labeled, options.label_smoothing)
     loss = torch.where(counted, weight * loss, 0.0)
 
     if options.reduction == "sum":
