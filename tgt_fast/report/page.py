@@ -32,7 +32,7 @@ figcaption { color: var(--soft); font-size: .92rem; max-width: 48rem; margin-top
 table { border-collapse: collapse; width: 100%; font-size: .93rem; font-variant-numeric: tabular-nums; }
 caption { caption-side: bottom; text-align: left; color: var(--soft); font-size: .92rem; padding-top: .5rem; }
 th, td { padding: .42rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--line); }
+th { font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--line); white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 tr.strong td { background: var(--tint); font-weight: 600; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }

@@ -147,21 +147,29 @@ def lines(
 
 def _name_at_end(axes: Axes, items: Sequence[Series]) -> None:
     low, high = axes.get_ylim()
-    gap = 0.056 * (high - low)
-    ends = sorted(((min(max(item.y[-1], low), high), number) for number, item in enumerate(items)))
-    places: list[float] = []
-    for end, _ in ends:
-        places.append(end if not places else max(end, places[-1] + gap))
-    # Push down what went above the top, each only as far as the one above it asks.
-    limit = high
-    for row in range(len(places) - 1, -1, -1):
-        places[row] = min(places[row], limit)
-        limit = places[row] - gap
-    for (_, number), place in zip(ends, places, strict=True):
+    ends = [(item.y[-1] - low) / (high - low) for item in items]
+    for item, place in zip(items, spread(ends, 0.056), strict=True):
         axes.annotate(
-            items[number].label, (1, (place - low) / (high - low)), xycoords="axes fraction", xytext=(8, 0),
-            textcoords="offset points", va="center", color=items[number].color, fontsize=10.5, annotation_clip=False,
+            item.label, (1, place), xycoords="axes fraction", xytext=(8, 0), textcoords="offset points",
+            va="center", color=item.color, fontsize=10.5, annotation_clip=False,
         )  # fmt: skip
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Places in [0, 1], moved as little as it takes for neighbours to lie at least ``gap`` apart, in the same order."""
+    order = sorted(range(len(places)), key=lambda number: places[number])
+    moved: list[float] = []
+    for number in order:
+        place = min(max(places[number], 0.0), 1.0)
+        moved.append(place if not moved else max(place, moved[-1] + gap))
+    limit = 1.0  # what was pushed beyond the top comes down, and pushes in turn
+    for row in range(len(moved) - 1, -1, -1):
+        moved[row] = min(moved[row], limit)
+        limit = moved[row] - gap
+    found = [0.0] * len(places)
+    for number, place in zip(order, moved, strict=True):
+        found[number] = place
+    return found
 
 
 def heatmap(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from tgt_fast.demos.digits.results import DemoResult
     from tgt_fast.demos.digits.run import Progress as Report
 
+_HEADER = ("method", "accuracy", "head", "mid", "tail", "agree", "KL", "seconds")  # fits 80 columns
 _NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
 
@@ -67,12 +69,14 @@ def print_result(result: DemoResult, console: Console) -> None:
 
     seeds = len(result.seeds)
     table = Table(
-        title=f"Test accuracy on 897 digits, {sum(result.counts)} labelled, {seeds} seed{'s' * (seeds > 1)}",
+        title=f"Test accuracy in percent: 897 digits, {sum(result.counts)} labelled, {seeds} seed{'s' * (seeds > 1)}",
         title_justify="left",
         title_style="bold",
-        header_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    for number, name in enumerate(page.TABLE_HEADER):
+    for number, name in enumerate(_HEADER):
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
     best = result.best(METHODS)
     for method, row in zip(METHODS, page.table_rows(result), strict=True):

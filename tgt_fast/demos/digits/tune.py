@@ -142,9 +142,11 @@ def _of_teacher(settings: Settings) -> Settings:
     return replace(default, **{name: getattr(settings, name) for name in own})
 
 
-def tune(groups: Sequence[str], seeds: Sequence[int], workers: int) -> dict[str, list[dict[str, Any]]]:
+def tune(
+    groups: Sequence[str], seeds: Sequence[int], workers: int, base: Settings | None = None
+) -> dict[str, list[dict[str, Any]]]:
     """For each group its trials with their validation accuracy in percent, the best first."""
-    listed = [(group, trial) for group in groups for trial in trials(group, Settings())]
+    listed = [(group, trial) for group in groups for trial in trials(group, base or Settings())]
     with crew(workers) as team:
         tuning = _Tuning(team, seeds, [trial for _, trial in listed])
         team.finish()
