@@ -239,6 +239,11 @@ def _check_latents(name: str, z: Tensor) -> None:
         raise ShapeError(f"{name}: z must be (B, ...), got a 0-d tensor")
 
 
+def _rows(latents: Tensor) -> Tensor:
+    """(B, ...) as [B, D]."""
+    return latents.flatten(1) if latents.dim() > 1 else latents.unsqueeze(1)
+
+
 def _factors(name: str, what: str, value: float | Tensor, z: Tensor) -> tuple[float | Tensor, Tensor | None]:
     """A factor as (number or [B], [D] or None): a sample's share and a coordinate's."""
     if not isinstance(value, Tensor):
