@@ -46,6 +46,13 @@ def test_it_learns() -> None:
     assert all(type(value) in (int, float) for value in last.values())
 
 
+def test_a_record_is_the_mean_since_the_one_before() -> None:
+    each = [record["loss"] for record in tgt.fit(**make_run(), steps=6, eval_every=1).history]
+    first, second = tgt.fit(**make_run(), steps=6, eval_every=3).history
+    assert first["loss"] == pytest.approx(sum(each[:3]) / 3)
+    assert second["loss"] == pytest.approx(sum(each[3:]) / 3)
+
+
 def test_a_step_is_what_it_says() -> None:
     """fit() against the loop written out."""
     run, by_hand = make_run(None), make_run(None)
