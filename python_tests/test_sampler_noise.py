@@ -11,7 +11,7 @@ import torch
 import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from tgt_fast.explore import LatentSampler
 from tgt_fast.explore.synthetic import Synthetic
@@ -154,11 +154,37 @@ def test_unequal_lengths_in_one_batch_equal_one_by_one(mode: str, junk: float) -
     options: dict[str, Any] = {"steps": 3, "step_noise": 0.2, "radius": 1.5, "sigma": 0.7}
     sampler = LatentSampler(teacher, mode, **options).calibrate([toys.sequences([4] * 20, seed=3)])
     whole = sampler(batch, student=student, sample_ids=ids, step=2)
+    if mode == "gradient":
+        assert sampler.scale is not None
+        offset = (whole.latents.z - teacher.encode(batch).z) / sampler.scale
+        distance = offset.flatten(1).norm(dim=1)
+        assert distance.max() <= 1.5 + 1e-4
+        assert distance.max() > 1.49  # the region binds
     for row, length in enumerate(lengths):
         alone = {name: leaf[row : row + 1, :length] for name, leaf in batch.items()}
         made = sampler(alone, student=student, sample_ids=ids[row : row + 1], step=2)
         torch.testing.assert_close(whole.latents.z[row : row + 1, :length], made.latents.z, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(whole.teacher_logits[row : row + 1], made.teacher_logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["gradient", "persistent"])
+def test_a_gradient_at_masked_positions_takes_nothing_from_the_step(mode: str) -> None:
+    """A student that forgets the mask pulls at padding too: the step's length is still that of real positions."""
+    head = toys.seeded(lambda: nn.Linear(toys.FEATURES, toys.CLASSES), 6)
+    teacher, options = toys.sequence_teacher(), {"sigma": 0.0, "restart_probability": 0.0}
+    sampler = LatentSampler(teacher, mode, step_size=0.5, units="absolute", **options)
+    batch, ids = toys.sequences([5, 2, 3, 1]), torch.arange(4)
+
+    def student(x: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = head(x["features"].sum(1))
+        return logits
+
+    made = sampler(batch, student=student, sample_ids=ids)
+    if mode == "persistent":
+        (student(made.x) - made.teacher_logits).square().sum().backward()
+        made = sampler(batch, sample_ids=ids)
+    moved = (made.latents.z.detach() - teacher.encode(batch).z).flatten(1).norm(dim=1)
+    torch.testing.assert_close(moved, torch.full((4,), 0.5), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("mode", ["random", "gradient", "persistent"])

@@ -16,6 +16,7 @@ from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.explore import LatentSampler
 from tgt_fast.explore.synthetic import Synthetic
 from tgt_fast.ops.distill import distillation_loss
+from tgt_fast.ops.latent import perturb_latents
 from tgt_fast.teacher import Latents, Teacher
 
 X = toys.normal(8, toys.FEATURES)
@@ -89,18 +90,23 @@ def test_one_backward_gives_the_student_the_gradients_it_would_have_had() -> Non
 def test_moves_do_not_depend_on_loss_scale_accumulation_or_how_the_backward_is_cut() -> None:
     student = toys.student().eval()
 
+    def losses(made: Synthetic) -> tuple[Tensor, Tensor]:
+        """Two that pull in different directions."""
+        logits = student(made.x)
+        return disagreement(student, made).sum(), 0.3 * logits.square().sum()
+
     def moved(how: str) -> Tensor:
         sampler = persistent()
-        if how in ("whole", "scaled"):
-            (disagreement(student, sampler(X, sample_ids=IDS)).mean() * (65536.0 if how == "scaled" else 1)).backward()
-        elif how == "accumulated":  # micro-batches, one optimizer step
+        if how == "accumulated":  # micro-batches, one optimizer step
             for rows in torch.arange(8).split(3):
-                made = sampler(X[rows], sample_ids=IDS[rows], step=0)
-                (disagreement(student, made).sum() / 8).backward()
-        else:  # two losses of the same examples, backpropagated apart
-            value = disagreement(student, sampler(X, sample_ids=IDS)).sum()
-            (0.25 * value).backward(retain_graph=True)
-            (0.75 * value).backward()
+                (sum(losses(sampler(X[rows], sample_ids=IDS[rows], step=0))) / 8).backward()
+            return standing(sampler)
+        first, second = losses(sampler(X, sample_ids=IDS))
+        if how == "cut":  # two losses of the same examples, backpropagated apart
+            first.backward(retain_graph=True)
+            second.backward()
+        else:
+            ((first + second) * (65536.0 if how == "scaled" else 1.0)).backward()
         return standing(sampler)
 
     whole = moved("whole")
@@ -169,6 +175,25 @@ def test_a_restart_begins_at_the_encoding_plus_noise_of_its_step() -> None:
     for z in noise:
         torch.testing.assert_close(z.std(0), torch.full((4,), 2.0), rtol=0.1, atol=0)
     assert abs((noise[0] * noise[1]).mean().item()) < 0.2  # independent from step to step: 4 standard errors
+
+
+def test_which_chains_restart_says_nothing_about_their_noise() -> None:
+    x, ids = torch.zeros(4000, toys.FEATURES), torch.arange(4000)
+    sampler = persistent(restart_probability=0.3, sigma=1.0, units="absolute")
+    before = sampler(x, sample_ids=ids, step=0).latents.z.detach()
+    after = sampler(x, sample_ids=ids, step=1).latents.z.detach()
+    noise = (after - sampler.teacher.encode(x).z)[(after != before).any(1)]
+    torch.testing.assert_close(noise.std(0), torch.ones(4), rtol=0.08, atol=0)  # 4 standard errors
+    torch.testing.assert_close(noise.mean(0), torch.zeros(4), rtol=0, atol=0.12)
+
+
+def test_restart_noise_is_a_stream_of_its_own() -> None:
+    teacher = toys.vector_teacher()
+    options: dict[str, Any] = {"seed": 4, "units": "absolute", "sigma": 0.5}
+    z = LatentSampler(teacher, "persistent", **options)(X, sample_ids=IDS, step=2).latents.z.detach()
+    key: dict[str, Any] = {"seed": 4, "sample_ids": IDS, "step": 2}
+    assert torch.equal(z, perturb_latents(teacher.encode(X).z, 0.5, op="restart", **key))
+    assert not torch.equal(z, perturb_latents(teacher.encode(X).z, 0.5, **key))
 
 
 def test_the_bank_is_bounded_and_forgets_the_longest_unvisited() -> None:

@@ -15,7 +15,7 @@ class Synthetic:
     """``x = Dec(z)`` and ``teacher_logits = h(x)``, for M = replicas * B synthetic examples.
 
     Row ``r * B + b`` is replica r of the batch's example b. Everything is detached, except in persistent
-    mode, where x and teacher_logits keep their graph to ``latents.z``.
+    mode, where x (the decoder's relaxed output, if it has one) and teacher_logits keep their graph to ``latents.z``.
     """
 
     x: Any  # data, a pytree of M examples, in the teacher's data space
