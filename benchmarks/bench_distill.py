@@ -2,9 +2,9 @@
 
     python benchmarks/bench_distill.py [--seconds 6] [--save]
 
-Every row is checked against the float64 reference before it is timed. Rivals: eager PyTorch, torch.compile, and Liger's kernels where
-they run (they need a GPU). Bytes: each logit read once and each student gradient written once, 3 * N * C * element size; `copy` moves as
-many bytes by plain tensor copies in the same run.
+Every row is checked against the float64 reference before it is timed. Rivals: eager PyTorch, torch.compile, and Liger's
+kernels where they run (they need a GPU). Bytes: each logit read once and each student gradient written once,
+3 * N * C * element size; `copy` moves as many bytes by plain tensor copies in the same run.
 """
 
 from __future__ import annotations
@@ -149,16 +149,16 @@ def main() -> None:
     for shape in SHAPES:
         row = bench(*shape, seconds=arguments.seconds)
         if shape[:2] == (1024, 32000) and shape[2:] == (torch.float32, "forward_kl"):
-            row["peak_extra"] = {which: harness.in_fresh_process(__file__, "--peak", which) for which in ("ours", "eager")}
+            row["peak_extra"] = {who: harness.in_fresh_process(__file__, "--peak", who) for who in ("ours", "eager")}
         ms = row["milliseconds"]
         print(
-            f"{row['divergence']:>11} {row['rows']:>5} x {row['classes']:<6} {row['dtype']:<9} ours {ms['ours']:9.3f} ms   "
-            f"eager {row['over_eager']:5.1f}x   compile {row['over_compile']:5.1f}x   copy {ms['copy'] / ms['ours']:6.1%}   "
-            f"error {row['gradient_error']:.1e}",
+            f"{row['divergence']:>11} {row['rows']:>5} x {row['classes']:<6} {row['dtype']:<9} "
+            f"ours {ms['ours']:9.3f} ms   eager {row['over_eager']:5.1f}x   compile {row['over_compile']:5.1f}x   "
+            f"copy {ms['copy'] / ms['ours']:6.1%}   error {row['gradient_error']:.1e}",
             flush=True,
         )
         if "peak_extra" in row:
-            print("            peak extra memory, in gradient buffers:", {k: round(v, 2) for k, v in row["peak_extra"].items()})
+            print("            peak extra memory, in gradient buffers:", row["peak_extra"])
         rows.append(row)
     if arguments.save:
         print(harness.save("distill-cpu", rows, "python benchmarks/bench_distill.py --save"))

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_latent.py [--seconds 6] [--save]
 
-Each op is checked against the float64 reference before it is timed. 16 MiB of float32 latents: 1024 samples of 4,096 numbers, and 128 of
-32,768. `copy` reads and writes as many bytes as the op has to: each input once, the output once.
+Each op is checked against the float64 reference before it is timed. 16 MiB of float32 latents: 1024 samples of 4,096
+numbers, and 128 of 32,768. `copy` reads and writes as many bytes as the op has to: each input once, the output once.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def our_ascend(z: Tensor, grad: Tensor, anchor: Tensor, backend: str = "native")
 
 
 def our_noisy_ascend(z: Tensor, grad: Tensor, anchor: Tensor, backend: str = "native") -> Tensor:
-    return tgt.ascend_latents(z, grad, step_size=STEP, anchor=anchor, radius=RADIUS, sigma=SIGMA, seed=1, backend=backend)
+    return tgt.ascend_latents(
+        z, grad, step_size=STEP, anchor=anchor, radius=RADIUS, sigma=SIGMA, seed=1, backend=backend
+    )
 
 
 OPS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], int]] = {  # ours, plain, matrices read and written

@@ -2,8 +2,8 @@
 
     python benchmarks/tables.py [--check]
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. With ``--check`` nothing is written: exit status 1 says that the README
-does not show what the result files hold.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. With ``--check`` nothing is written: exit status 1
+says that the README does not show what the result files hold.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ DIGITS_NAMES = {
 
 
 def _grid(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "|".join("---" if i == 0 else "---:" for i in range(len(header))) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
 def _source(record: dict[str, Any]) -> str:
-    return f"`{record['command']}`, {record['hardware']}; torch {record['versions']['torch']}; commit {record['commit']}, {record['date']}."
+    versions, commit = record["versions"], f"commit {record['commit']}, {record['date']}"
+    return f"`{record['command']}`, {record['hardware']}; torch {versions['torch']}; {commit}."
 
 
 def digits(record: dict[str, Any]) -> str:
@@ -55,9 +56,10 @@ def digits(record: dict[str, Any]) -> str:
         )
     seeds = len(record["seeds"])
     caption = (
-        f"Test accuracy in percent (mean and standard deviation of {seeds} seeds), by class frequency, agreement and mean KL divergence with "
-        f"the teacher, seconds of training. 118 long-tailed labelled images; every method sees as many student examples a step. "
-        f"`tgt-fast demo digits`; torch {record['versions']['torch']}; commit {record['commit']}."
+        f"Test accuracy in percent (mean and standard deviation of {seeds} seeds), by class frequency, agreement and "
+        "mean KL divergence with the teacher, seconds of training. 118 long-tailed labelled images; every method sees "
+        "as many student examples a step. `tgt-fast demo digits`; "
+        f"torch {record['versions']['torch']}; commit {record['commit']}."
     )
     return _grid(["", "accuracy", "head", "middle", "tail", "agreement", "KL", "s"], rows) + "\n\n" + caption
 
@@ -75,9 +77,9 @@ def distill(record: dict[str, Any]) -> str:
     ]
     peak = next(row["peak_extra"] for row in record["rows"] if "peak_extra" in row)
     caption = (
-        "Forward and backward, median milliseconds, and the speed relative to rivals in the same run. The last column is the time of plainly copying "
-        f"as many bytes. Peak extra memory of the first row, in units of the student's logits: {peak['ours']:.2f}, eager {peak['eager']:.2f}. "
-        "Liger's kernels need a GPU. " + _source(record)
+        "Forward and backward, median milliseconds, and the speed relative to rivals in the same run. The last column "
+        "is the time of plainly copying as many bytes. Peak extra memory of the first row, in units of the student's "
+        f"logits: {peak['ours']:.2f}, eager {peak['eager']:.2f}. Liger's kernels need a GPU. " + _source(record)
     )
     return _grid(["distillation loss", "ms", "over eager", "over torch.compile", "copy"], rows) + "\n\n" + caption
 
@@ -92,7 +94,11 @@ def latent(record: dict[str, Any]) -> str:
         ]
         for row in record["rows"]
     ]
-    return _grid(["latent op, 16 MiB of float32", "ms", "over eager", "over torch.compile"], rows) + "\n\n" + _source(record)
+    return (
+        _grid(["latent op, 16 MiB of float32", "ms", "over eager", "over torch.compile"], rows)
+        + "\n\n"
+        + _source(record)
+    )
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"digits": digits, "distill-cpu": distill, "latent-cpu": latent}

@@ -14,7 +14,9 @@ import torch
 import tgt_fast
 
 README = Path(__file__).parents[1] / "README.md"
-MODULES = sorted(module.name for module in pkgutil.walk_packages(tgt_fast.__path__, "tgt_fast.") if "_core" not in module.name)
+MODULES = sorted(
+    module.name for module in pkgutil.walk_packages(tgt_fast.__path__, "tgt_fast.") if "_core" not in module.name
+)
 
 
 @pytest.mark.skipif(not README.exists(), reason="the tests run outside a checkout")

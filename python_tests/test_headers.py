@@ -1,7 +1,7 @@
-"""The shared C++ headers on their own: compiled by the host compiler and run, and compiled for a device where nvcc is present.
+"""The shared C++ headers on their own: compiled by the host compiler and run; compiled for a device where nvcc is.
 
-What Python cannot reach through the core is tested here: the scalar forms that a device uses, the merge of row statistics, and the 16-bit
-conversions for every bit pattern.
+What Python cannot reach through the core is tested here: the scalar forms that a device uses, the merge of row
+statistics, and the 16-bit conversions for every bit pattern.
 """
 
 from __future__ import annotations
@@ -113,9 +113,11 @@ __global__ void every_header(const float* s, const float* t, BFloat16* grad, flo
   OnlineSums other = sums;
   sums.merge<Jsd>(other, 1.0, 1.0);
   const Mixture<float> m{0.5f, 0.5f, -0.7f, -0.7f};
-  const Class<float> c{t[threadIdx.x], s[threadIdx.x], exp_nonpositive(t[threadIdx.x]), exp_nonpositive(s[threadIdx.x])};
-  const float g = ForwardKl::d_student(c, m, 0.f, 0.f) + ReverseKl::d_teacher(c, m, 0.f, 0.f) + Jsd::d_student(c, m, 0.f, 0.f) +
-                  Tvd::d_teacher(c, m, 0.f, 0.f) + CrossEntropy::d_student(c, m, 0.f, 0.f) + Mse::d_student(c, m, 0.f, 0.f);
+  const float a = t[threadIdx.x], b = s[threadIdx.x];
+  const Class<float> c{a, b, exp_nonpositive(a), exp_nonpositive(b)};
+  const float g = ForwardKl::d_student(c, m, 0.f, 0.f) + ReverseKl::d_teacher(c, m, 0.f, 0.f) +
+                  Jsd::d_student(c, m, 0.f, 0.f) + Tvd::d_teacher(c, m, 0.f, 0.f) +
+                  CrossEntropy::d_student(c, m, 0.f, 0.f) + Mse::d_student(c, m, 0.f, 0.f);
   grad[threadIdx.x] = narrow<BFloat16>(g + static_cast<float>(sums.student));
   const Block<uint32_t> b = philox4x32(Block<uint32_t>{threadIdx.x, 1, 2, 3}, 4, 5);
   const Pair<float> n = normal_pair<float>(b.x0, b.x1);

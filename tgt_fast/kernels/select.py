@@ -1,8 +1,8 @@
 """Which backend runs a call, and why the others do not.
 
-A backend is a module under ``tgt_fast.kernels`` with one file an op. It answers one question, ``refusal(op, tensors)``: ``None`` when it
-can run the call, else the reason. The same answer steers ``backend="auto"``, fills :func:`explain` and :func:`backends`, and becomes the
-typed error when a backend that was asked for by name cannot run.
+A backend is a module under ``tgt_fast.kernels`` with one file an op. It answers one question, ``refusal(op, tensors)``:
+``None`` when it can run the call, else the reason. The same answer steers ``backend="auto"``, fills :func:`explain` and
+:func:`backends`, and becomes the typed error when a backend that was asked for by name cannot run.
 """
 
 from __future__ import annotations

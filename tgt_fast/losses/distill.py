@@ -14,7 +14,8 @@ from tgt_fast.ops.distill import distillation_loss, make_options
 class DistillationLoss(nn.Module):
     r"""Mean over counted rows of ``soft_weight * T**2 * D(softmax(t/T), softmax(s/T)) + hard_weight * CE(s, target)``.
 
-    The same options, checks and errors as :func:`tgt_fast.distillation_loss`, fixed once. It has no parameters and no state.
+    The same options, checks and errors as :func:`tgt_fast.distillation_loss`, fixed once. It has no parameters and no
+    state.
 
     Args:
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing, ignore_index,

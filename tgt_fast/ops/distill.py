@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,18 +59,6 @@ def make_options(
     )
 
 
-@overload
-def distillation_loss(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, return_stats: Literal[False] = ..., **options: Any
-) -> Tensor: ...
-@overload
-def distillation_loss(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, return_stats: Literal[True], **options: Any
-) -> tuple[Tensor, DistillStats]: ...
-@overload
-def distillation_loss(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = ..., *, return_stats: bool = ..., **options: Any
-) -> Tensor | tuple[Tensor, DistillStats]: ...
 def distillation_loss(
     student_logits: Tensor,  # [..., C]
     teacher_logits: Tensor,  # [..., C]
@@ -130,22 +118,25 @@ def distillation_loss(
         backend: ``"auto"``, ``"native"`` or ``"reference"``.
 
     Returns:
-        The loss, float32 (float64 when an input is float64): 0-d, or ``(...)`` for ``"none"``; with ``return_stats`` a pair.
+        The loss, float32 (float64 when an input is float64): 0-d, or ``(...)`` for ``"none"``. With ``return_stats``
+        the pair of it and the statistics.
 
-    A logit of -inf is a class of probability 0. A row whose true loss is +inf (forward_kl: the student is -inf where the teacher is not)
-    gives +inf and no soft gradient; a row that holds NaN, +inf or nothing but -inf gives NaN, and leaves the other rows alone.
-    The result does not depend on the number of threads. Second derivatives need ``backend="reference"``.
+    A logit of -inf is a class of probability 0. A row whose true loss is +inf (forward_kl: the student is -inf where
+    the teacher is not) gives +inf and no soft gradient; a row that holds NaN, +inf or nothing but -inf gives NaN, and
+    leaves the other rows alone. The result does not depend on the number of threads. Second derivatives need
+    ``backend="reference"``.
 
     Raises:
         ShapeError, DTypeError, DeviceError, ArgumentError: before anything runs, with the offending values.
         BackendError: the backend asked for by name cannot run this call.
 
-    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015; the teacher-side gradient serves the exploration
-    of Zaheer et al., "Teacher Guided Training", ICLR 2023.
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015; the teacher-side gradient
+    serves the exploration of Zaheer et al., "Teacher Guided Training", ICLR 2023.
 
     >>> import torch, tgt_fast as tgt
     >>> student = torch.tensor([[2.0, 0.0, -1.0]], requires_grad=True)
-    >>> loss = tgt.distillation_loss(student, torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([0]), temperature=2.0, hard_weight=1.0)
+    >>> teacher, target = torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([0])
+    >>> loss = tgt.distillation_loss(student, teacher, target, temperature=2.0, hard_weight=1.0)
     >>> loss.backward()
     >>> round(loss.item(), 4)
     0.6606
@@ -205,8 +196,8 @@ class _Call:
 class _Distill(torch.autograd.Function):
     """Makes the gradients in forward, for an upstream gradient of 1, and hands them out once, scaled, in backward.
 
-    A float16 gradient is made in backward instead, so that the upstream gradient (the loss scale) is applied before rounding.
-    A later backward over the same graph makes the gradients anew from the logits.
+    A float16 gradient is made in backward instead, so that the upstream gradient (the loss scale) is applied before
+    rounding. A later backward over the same graph makes the gradients anew from the logits.
     """
 
     @staticmethod
@@ -224,7 +215,8 @@ class _Distill(torch.autograd.Function):
         )
         out = call.kernel.forward(
             student, teacher, target, sample_weight, normalizer, call.options,
-            wanted=(False, False) if ctx.deferred else ctx.wanted, keep_rows=True, inplace=call.inplace, want_stats=call.want_stats,
+            wanted=(False, False) if ctx.deferred else ctx.wanted, keep_rows=True, inplace=call.inplace,
+            want_stats=call.want_stats,
         )  # fmt: skip
         if ctx.deferred:
             ctx.save_for_backward(student, teacher, target, out.rows)
@@ -246,7 +238,8 @@ class _Distill(torch.autograd.Function):
         call = ctx.call
         if call.inplace and ctx.spent:
             raise RuntimeError(
-                f"{_OP}: inplace=True overwrote the student's logits with their gradient, so backward runs once; pass inplace=False"
+                f"{_OP}: inplace=True overwrote the student's logits with their gradient, so backward runs once; "
+                "pass inplace=False"
             )
         ctx.spent = True
         if ctx.ready is not None:
@@ -293,10 +286,13 @@ def _check_tensors(
     if student.shape != teacher.shape:
         if student.dim() and teacher.dim() and student.shape[-1] != teacher.shape[-1]:
             raise ShapeError(
-                f"{_OP}: student_logits have {student.shape[-1]} classes, teacher_logits {teacher.shape[-1]}; select or map "
-                "the classes that both share, or pad the narrower side with logits of -inf (a class of probability 0), never with 0"
+                f"{_OP}: student_logits have {student.shape[-1]} classes, teacher_logits {teacher.shape[-1]}; "
+                "select or map the classes that both share, or pad the narrower side with logits of -inf "
+                "(a class of probability 0), never with 0"
             )
-        raise ShapeError(f"{_OP}: student_logits {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)} differ")
+        raise ShapeError(
+            f"{_OP}: student_logits {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)} differ"
+        )
     if student.dim() == 0 or student.shape[-1] == 0:
         raise ShapeError(f"{_OP}: logits must be (..., C) with C >= 1, got {tuple(student.shape)}")
     _checks.same_device(_OP, "student_logits", student, "teacher_logits", teacher)
@@ -309,7 +305,8 @@ def _check_tensors(
         if tensor is None:
             continue
         if tensor.shape != student.shape[:-1]:
-            raise ShapeError(f"{_OP}: {name} {tuple(tensor.shape)} does not match the logits' rows {tuple(student.shape[:-1])}")
+            found, wanted = tuple(tensor.shape), tuple(student.shape[:-1])
+            raise ShapeError(f"{_OP}: {name} {found} does not match the logits' rows {wanted}")
         _checks.same_device(_OP, name, tensor, "student_logits", student)
     if target is not None and (target.is_floating_point() or target.dtype == torch.bool or target.is_complex()):
         raise DTypeError(f"{_OP}: target must hold integer class indices, got {target.dtype}")
@@ -317,10 +314,14 @@ def _check_tensors(
         raise ArgumentError(f"{_OP}: sample_weight requires grad, but the loss is not differentiable in it; detach it")
     if normalizer is not None:
         if options.reduction != "mean":
-            raise ArgumentError(f"{_OP}: normalizer replaces the divisor of 'mean', but reduction is {options.reduction!r}")
+            raise ArgumentError(
+                f"{_OP}: normalizer replaces the divisor of 'mean', but reduction is {options.reduction!r}"
+            )
         if isinstance(normalizer, Tensor):
             if normalizer.dim() != 0:
-                raise ShapeError(f"{_OP}: normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
+                raise ShapeError(
+                    f"{_OP}: normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}"
+                )
             _checks.same_device(_OP, "normalizer", normalizer, "student_logits", student)
         else:
             _checks.number(_OP, "normalizer", normalizer, 0, _LARGE)
@@ -328,12 +329,16 @@ def _check_tensors(
 
 def _check_inplace(student_logits: Tensor, rows: Tensor) -> None:
     if rows.data_ptr() != student_logits.data_ptr():
-        raise ArgumentError(f"{_OP}: inplace=True needs logits whose rows are dense in memory, got strides {student_logits.stride()}")
+        raise ArgumentError(
+            f"{_OP}: inplace=True needs logits whose rows are dense in memory, got strides {student_logits.stride()}"
+        )
     if student_logits.requires_grad and student_logits.is_leaf and torch.is_grad_enabled():
         raise ArgumentError(f"{_OP}: inplace=True would overwrite student_logits, a leaf that requires grad")
 
 
-def _check_values(student: Tensor, target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions) -> None:
+def _check_values(
+    student: Tensor, target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions
+) -> None:
     """What the compiled core checks while it runs, for the reference on a CPU."""
     if sample_weight is not None and not bool(((sample_weight >= 0) & sample_weight.isfinite()).all()):
         row = int((~((sample_weight >= 0) & sample_weight.isfinite())).nonzero()[0])

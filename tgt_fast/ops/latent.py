@@ -42,18 +42,18 @@ def perturb_latents(
 ) -> Tensor:
     r"""``z + sigma * noise``, where a sample's standard normal noise depends on (seed, id, replica, step) alone.
 
-    The noise is Philox4x32-10 through Box-Muller, in float32 for every dtype: the same on every backend, in any batch order, split or
-    number of processes. No global random state is read or written.
+    The noise is Philox4x32-10 through Box-Muller, in float32 for every dtype: the same on every backend, in any batch
+    order, split or number of processes. No global random state is read or written.
 
     Args:
         z: ``(B, ...)`` latents, float64, float32, bfloat16 or float16. Differentiable.
-        sigma: standard deviation, >= 0, in the units of ``z``: a number; a tensor a coordinate, shaped like one latent (with or without a
-            leading 1); or a tensor a sample, ``(B,)`` or ``(B, 1, ..., 1)``. Not differentiable.
+        sigma: standard deviation, >= 0, in the units of ``z``: a number; a tensor a coordinate, shaped like one latent
+            (with or without a leading 1); or a tensor a sample, ``(B,)`` or ``(B, 1, ..., 1)``. Not differentiable.
         seed: 64-bit integer, or a 0-d int64 tensor.
         sample_ids: ``(B,)`` integers, 0 <= id < 2**48; ``0..B-1`` by default.
         step: 0 <= step < 2**28, an integer or a 0-d int64 tensor.
         replica: 0 <= replica < 2**16: which of a sample's several synthetic examples.
-        truncation: draw from the normal truncated to ``[-truncation, truncation]`` instead (exactly, by its inverse distribution
+        truncation: draw from the normal truncated to ``[-truncation, truncation]`` instead (exactly, by its quantile
             function; one random word a number, so other numbers than without), in standard deviations, > 0.
         sphere_radius: rescale each result to this l2 norm; ``"keep"`` keeps the norm of its ``z``.
         op: the random stream, ``"perturb"`` or ``"restart"``.
@@ -65,7 +65,8 @@ def perturb_latents(
     Raises:
         ShapeError, DTypeError, DeviceError, ArgumentError: before anything runs, with the offending values.
 
-    Source: exploration at random of Zaheer et al., "Teacher Guided Training", ICLR 2023; keyed noise, truncation and sphere are ours.
+    Source: exploration at random of Zaheer et al., "Teacher Guided Training", ICLR 2023; keyed noise, truncation and
+    sphere are ours.
 
     >>> import torch, tgt_fast as tgt
     >>> z = torch.zeros(4, 3)
@@ -77,7 +78,8 @@ def perturb_latents(
     name = "perturb_latents"
     _check_latents(name, z)
     per_sample, per_coordinate = _factors(name, "sigma", sigma, z)
-    key = _noise_key(name, z, seed, sample_ids, step, replica, _STREAMS[_checks.choice(name, "op", op, tuple(_STREAMS))])
+    stream = _STREAMS[_checks.choice(name, "op", op, tuple(_STREAMS))]
+    key = _noise_key(name, z, seed, sample_ids, step, replica, stream)
     if truncation is not None:
         truncation = _checks.number(name, "truncation", truncation, 0, _LARGE, open_low=True)
     if sphere_radius is not None and sphere_radius != "keep":
@@ -92,10 +94,8 @@ def perturb_latents(
         )  # fmt: skip
     else:
         call = (native_latent, per_sample, per_coordinate, key, truncation, sphere_radius)
-        if torch.is_grad_enabled() and z.requires_grad:
-            out = _Perturb.apply(rows, call)
-        else:
-            out = _run_perturb(rows, call)
+        needs_graph = torch.is_grad_enabled() and z.requires_grad
+        out = _Perturb.apply(rows, call) if needs_graph else _run_perturb(rows, call)
     return out.reshape(z.shape)
 
 
@@ -115,7 +115,7 @@ class _Perturb(torch.autograd.Function):
         ctx.call = call
         out = _run_perturb(rows, call)
         if call[-1] is not None:
-            ctx.save_for_backward(rows, out)
+            ctx.save_for_backward(rows)
         return out
 
     @staticmethod
@@ -123,9 +123,9 @@ class _Perturb(torch.autograd.Function):
         kernel, per_sample, per_coordinate, key, truncation, radius = ctx.call
         if radius is None:
             return d_out, None
-        # out = R * v / |v| with v = z + sigma * noise, so that d_z = R/|v| * (d - u (u.d)) with u = v/|v|, plus d_R z/|z|
-        # where R = |z| is kept.
-        rows, out = ctx.saved_tensors
+        # out = R * v / |v| with v = z + sigma * noise, so that d_z = R/|v| * (d - u (u.d)) with u = v/|v|,
+        # plus d_R z/|z| where R = |z| is kept.
+        (rows,) = ctx.saved_tensors
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
         z, d = rows.to(wide), d_out.to(wide)
         v = kernel.perturb(z, per_sample, per_coordinate, **key, truncation=truncation, sphere_radius=None)
@@ -158,7 +158,7 @@ def ascend_latents(
     replica: int = 0,
     backend: str = "auto",
 ) -> Tensor:
-    r"""One step up the gradient a sample, in coordinates whitened by ``scale``, projected back into a ball round ``anchor``.
+    r"""One step up the gradient a sample, in coordinates whitened by ``scale``, kept in a ball round ``anchor``.
 
     ::
 
@@ -171,26 +171,26 @@ def ascend_latents(
     Args:
         z: ``(B, ...)`` latents, float64, float32, bfloat16 or float16.
         grad: ``(B, ...)`` the gradient of what should rise, a dtype of these.
-        step_size: in standard deviations of the latent where ``scale`` holds them: a number, or a tensor a sample, ``(B,)``.
+        step_size: in units of ``scale``: a number, or a tensor a sample, ``(B,)``.
         scale: the unit of each coordinate, >= 0: a number, or a tensor shaped like one latent. 1 by default.
         anchor: ``(B, ...)`` centre of the trust region; needed exactly with ``radius``.
         radius: > 0, in units of ``scale``: a number, or a tensor a sample, ``(B,)``.
         norm: ``"l2"`` (a step of length ``step_size``), ``"linf"`` (its sign) or ``"raw"``.
         radius_norm: ``"l2"`` or ``"linf"``.
-        sigma: noise of the step, >= 0, in units of ``scale``, keyed as in :func:`perturb_latents` but of a stream of its own:
-            a number, or a tensor a sample, ``(B,)``.
+        sigma: noise of the step, >= 0, in units of ``scale``, keyed as in :func:`perturb_latents` but of a stream of
+            its own: a number, or a tensor a sample, ``(B,)``.
         seed, sample_ids, step, replica: the key of the noise, see :func:`perturb_latents`.
         backend: ``"auto"``, ``"native"`` or ``"reference"``.
 
     Returns:
-        A tensor like ``z``, detached. A sample whose gradient is 0 or not finite takes no step (its noise and projection remain); one that
-        is inside the ball is left as it is, bit for bit.
+        A tensor like ``z``, detached. A sample whose gradient is 0 or not finite takes no step (its noise and
+        projection remain); one that is inside the ball is left as it is, bit for bit.
 
     Raises:
         ShapeError, DTypeError, DeviceError, ArgumentError: before anything runs, with the offending values.
 
-    Source: gradient exploration of Zaheer et al., "Teacher Guided Training", ICLR 2023; the normalisation, the noise and the
-    trust region are ours.
+    Source: gradient exploration of Zaheer et al., "Teacher Guided Training", ICLR 2023; the normalisation, the noise
+    and the trust region are ours.
 
     >>> import torch, tgt_fast as tgt
     >>> z = torch.zeros(1, 2)
@@ -239,11 +239,6 @@ def _check_latents(name: str, z: Tensor) -> None:
         raise ShapeError(f"{name}: z must be (B, ...), got a 0-d tensor")
 
 
-def _rows(latents: Tensor) -> Tensor:
-    """(B, ...) as [B, D]."""
-    return latents.flatten(1) if latents.dim() > 1 else latents.unsqueeze(1)
-
-
 def _factors(name: str, what: str, value: float | Tensor, z: Tensor) -> tuple[float | Tensor, Tensor | None]:
     """A factor as (number or [B], [D] or None): a sample's share and a coordinate's."""
     if not isinstance(value, Tensor):
@@ -279,8 +274,12 @@ def _per_coordinate(name: str, what: str, value: float | Tensor, z: Tensor) -> T
     _checks.floating(name, what, value)
     _checks.same_device(name, what, value, "z", z)
     latent = tuple(z.shape[1:])
+    if value.dim() == 0:
+        return value.detach().expand(math.prod(latent))
     if tuple(value.shape) not in (latent, (1, *latent)):
-        raise ShapeError(f"{name}: {what} {tuple(value.shape)} must be a number or shaped like one latent of z {tuple(z.shape)}")
+        raise ShapeError(
+            f"{name}: {what} {tuple(value.shape)} must be a number or shaped like one latent of z {tuple(z.shape)}"
+        )
     return value.detach().reshape(-1)
 
 
@@ -308,7 +307,13 @@ def _product(per_sample: float | Tensor, per_coordinate: Tensor | None) -> float
 
 
 def _noise_key(
-    name: str, z: Tensor, seed: int | Tensor, sample_ids: Tensor | None, step: int | Tensor, replica: int, op: int | None
+    name: str,
+    z: Tensor,
+    seed: int | Tensor,
+    sample_ids: Tensor | None,
+    step: int | Tensor,
+    replica: int,
+    op: int | None,
 ) -> dict[str, Any]:
     """The checked key of the noise. Integers that live in a tensor stay there."""
     if sample_ids is None:
@@ -318,7 +323,7 @@ def _noise_key(
     if sample_ids.is_floating_point() or sample_ids.dtype == torch.bool or sample_ids.is_complex():
         raise DTypeError(f"{name}: sample_ids must hold integers, got {sample_ids.dtype}")
     if sample_ids.shape != (z.shape[0],):
-        raise ShapeError(f"{name}: sample_ids {tuple(sample_ids.shape)} must be ({z.shape[0]},), one a sample of z {tuple(z.shape)}")
+        raise ShapeError(f"{name}: sample_ids {tuple(sample_ids.shape)} must be one a sample of z {tuple(z.shape)}")
     _checks.same_device(name, "sample_ids", sample_ids, "z", z)
     sample_ids = sample_ids.to(torch.int64)
     if _checks.on_plain_cpu(sample_ids) and sample_ids.numel():
@@ -328,7 +333,8 @@ def _noise_key(
     for what, value, limit in (("step", step, MAX_STEP), ("replica", replica, MAX_REPLICA), ("seed", seed, None)):
         if isinstance(value, Tensor):
             if value.dim() != 0 or value.is_floating_point():
-                raise ArgumentError(f"{name}: {what} must be an integer or a 0-d int64 tensor, got {value.dtype} {tuple(value.shape)}")
+                found = f"{value.dtype} {tuple(value.shape)}"
+                raise ArgumentError(f"{name}: {what} must be an integer or a 0-d int64 tensor, got {found}")
             if value.device.type != "cpu":
                 continue
             value = int(value)

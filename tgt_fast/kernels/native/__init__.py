@@ -25,10 +25,9 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def load() -> ModuleType | str:
     """The core, or the reason why it does not load."""
     try:
-        core: Any = importlib.import_module("tgt_fast._core")
+        return importlib.import_module("tgt_fast._core")
     except ImportError as error:
         return f"tgt_fast._core does not load ({error}); reinstall tgt-fast with a C++17 compiler present"
-    return core
 
 
 def core() -> Any:

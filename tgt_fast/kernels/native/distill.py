@@ -29,8 +29,8 @@ def bad_weight(row: int, value: float) -> str:
 
 def bad_target(row: int, value: int, classes: int, options: DistillOptions) -> str:
     return (
-        f"distillation_loss: target[{row}] = {value} is not in [0, {classes}), nor ignore_index ({options.ignore_index}), "
-        f"nor unlabeled_index ({options.unlabeled_index})"
+        f"distillation_loss: target[{row}] = {value} is not in [0, {classes}), "
+        f"nor ignore_index ({options.ignore_index}), nor unlabeled_index ({options.unlabeled_index})"
     )
 
 
@@ -91,9 +91,9 @@ def forward(
     state = torch.empty(rows, compiled.ROW_STATE, dtype=torch.float64) if keep_rows else None
     stats = torch.empty(6, rows, dtype=accumulate) if want_stats else None
     status, row = compiled.distill_forward(
-        _core_options(options), rows, classes, _matrix(student), _matrix(teacher), _pointer(target), _pointer(sample_weight),
-        -1.0 if normalizer is None else float(normalizer), _pointer(row_loss), _pointer(loss), _matrix(d_student),
-        _matrix(d_teacher), _pointer(state), _pointer(stats), torch.get_num_threads(),
+        _core_options(options), rows, classes, _matrix(student), _matrix(teacher), _pointer(target),
+        _pointer(sample_weight), -1.0 if normalizer is None else float(normalizer), _pointer(row_loss), _pointer(loss),
+        _matrix(d_student), _matrix(d_teacher), _pointer(state), _pointer(stats), torch.get_num_threads(),
     )  # fmt: skip
     if status == compiled.BAD_TARGET and target is not None:
         raise ArgumentError(bad_target(row, int(target[row]), classes, options))
@@ -118,7 +118,7 @@ def backward(
     wanted: tuple[bool, bool],
     inplace: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients from the logits and the saved row statistics, with the upstream gradient applied before rounding."""
+    """The gradients from logits and saved row statistics, with the upstream gradient applied before rounding."""
     rows, classes = student.shape
     d_loss = d_loss.detach().to(_accumulate(student, teacher)).contiguous()
     d_student = None

@@ -30,7 +30,9 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _noise(seed: int | Tensor, sample_ids: Tensor, step: int | Tensor, replica: int, op: int) -> tuple[int, int, int, int, int]:
+def _noise(
+    seed: int | Tensor, sample_ids: Tensor, step: int | Tensor, replica: int, op: int
+) -> tuple[int, int, int, int, int]:
     return int(seed) & _UINT64, sample_ids.data_ptr(), int(step), int(replica), op
 
 
@@ -92,8 +94,8 @@ def ascend(
     out = torch.empty_like(z)
     types = tuple(DTYPES[tensor.dtype] for tensor in (z, grad, z if anchor is None else anchor))
     core().latent_ascend(
-        *z.shape, types, z.data_ptr(), grad.data_ptr(), _pointer(anchor), out.data_ptr(), steps.packed(), sigmas.packed(),
-        radii.packed(), _pointer(unit), STEP_NORMS.index(norm), RADIUS_NORMS.index(radius_norm),
+        *z.shape, types, z.data_ptr(), grad.data_ptr(), _pointer(anchor), out.data_ptr(), steps.packed(),
+        sigmas.packed(), radii.packed(), _pointer(unit), STEP_NORMS.index(norm), RADIUS_NORMS.index(radius_norm),
         _noise(seed, sample_ids, step, replica, OP_ASCEND), torch.get_num_threads(),
     )  # fmt: skip
     return out
