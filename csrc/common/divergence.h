@@ -39,10 +39,10 @@ struct Class {
   V a, b, p, q;
 };
 
-// The mixture of jsd: weights and their logarithms.
+// The weights of the mixture of jsd.
 template <class Real>
 struct Mixture {
-  Real teacher, student, log_teacher, log_student;
+  Real teacher, student;
 };
 
 struct ForwardKl {  // sum p (a - b)
@@ -126,26 +126,36 @@ struct NormalisedSums {
 
 struct Jsd : NormalisedSums {  // x = KL(p, m), y = KL(q, m), m = beta p + (1 - beta) q, from logarithms alone
   static constexpr bool kProbabilities = true;
+  // log(p / m) and log(q / m) from d = log(p / q) alone: with w the weight of the larger of p and q, log(larger / m) =
+  // -log(w + (1 - w) exp(-|d|)) and the other is |d| less. A rounding error that all d share, that of the normalisers,
+  // then cancels between x and y to first order; through log m it would be the error of the loss.
   template <class V, class R>
-  static TGT_HD V log_mixture(const Class<V>& c, const Mixture<R>& m) {
-    const V u = c.a + m.log_teacher;
-    const V v = c.b + m.log_student;
-    return larger(u, v) + log1p_unit(exp_nonpositive(-absolute(u - v)));
+  static TGT_HD void log_ratios(const Class<V>& c, const Mixture<R>& m, V& of_teacher, V& of_student) {
+    const V d = c.a - c.b;
+    const V other = d < 0 ? splat<V>(m.teacher) : splat<V>(m.student);  // 1 - w
+    const V of_larger = -log_positive(fused(other, exp_nonpositive(-absolute(d)) - 1, splat<V>(1)));
+    of_teacher = d < 0 ? of_larger + d : of_larger;
+    of_student = d < 0 ? of_larger : of_larger - d;
   }
   template <class V, class R>
   static TGT_HD void add(const Class<V>& c, const Mixture<R>& m, V& x, V& y) {
-    const V log_m = log_mixture(c, m);
-    x = fused(c.p, c.a - log_m, x);
-    y = fused(c.q, c.b - log_m, y);
+    V of_teacher, of_student;
+    log_ratios(c, m, of_teacher, of_student);
+    x = fused(c.p, of_teacher, x);
+    y = fused(c.q, of_student, y);
   }
   static TGT_HD double value(double x, double y, double beta) { return beta * x + (1 - beta) * y; }
   template <class V, class R>
   static TGT_HD V d_student(const Class<V>& c, const Mixture<R>& m, R, R y) {
-    return (c.q * m.student) * ((c.b - log_mixture(c, m)) - y);
+    V of_teacher, of_student;
+    log_ratios(c, m, of_teacher, of_student);
+    return (c.q * m.student) * (of_student - y);
   }
   template <class V, class R>
   static TGT_HD V d_teacher(const Class<V>& c, const Mixture<R>& m, R x, R) {
-    return (c.p * m.teacher) * ((c.a - log_mixture(c, m)) - x);
+    V of_teacher, of_student;
+    log_ratios(c, m, of_teacher, of_student);
+    return (c.p * m.teacher) * (of_teacher - x);
   }
 };
 

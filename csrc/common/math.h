@@ -59,11 +59,12 @@ TGT_HD V larger(V a, V b) {
   return a > b ? a : b;
 }
 
-// max(x, lowest finite number): keeps -inf, and what overflows to it, away from 0 * inf and inf - inf. NaN stays.
+// max(x, a quarter of the lowest finite number): keeps -inf, and what overflows to it, away from 0 * inf and inf - inf,
+// also where two such values are subtracted from a third. NaN stays.
 template <class V>
 TGT_HD V bounded_below(V x) {
   using Real = typename Traits<V>::Real;
-  constexpr Real kLowest = sizeof(Real) == 8 ? Real(-DBL_MAX) : Real(-FLT_MAX);
+  constexpr Real kLowest = sizeof(Real) == 8 ? Real(-DBL_MAX / 4) : Real(-FLT_MAX / 4);
   return x < kLowest ? splat<V>(kLowest) : x;
 }
 
@@ -122,38 +123,51 @@ TGT_HD V exp_nonpositive(V x) {
   return x < E::kLowest ? V{} : value;
 }
 
-// log(1 + x) for x in [0, 1], with a small relative error: 2 atanh(x / (2 + x)).
-template <class V>
-TGT_HD V log1p_unit(V x) {
-  using Real = typename Traits<V>::Real;
-  const V f = x / (x + 2);
-  const V g = f * f;
-  if constexpr (sizeof(Real) == 4) {
-    const V tail = polynomial(g, 1.0f / 3, 1.0f / 5, 1.0f / 7, 1.0f / 9, 1.0f / 11, 1.0f / 13, 1.0f / 15);
-    return fused(f * 2, g * tail, f * 2);
-  } else {
-    const V tail = polynomial(g, 1.0 / 3, 1.0 / 5, 1.0 / 7, 1.0 / 9, 1.0 / 11, 1.0 / 13, 1.0 / 15, 1.0 / 17, 1.0 / 19,
-                              1.0 / 21, 1.0 / 23, 1.0 / 25, 1.0 / 27, 1.0 / 29, 1.0 / 31, 1.0 / 33);
-    return fused(f * 2, g * tail, f * 2);
-  }
-}
+template <class V, class Real = typename Traits<V>::Real>
+struct Log;
 
-// log(x) for a positive normal float x: x = m 2^e with m in [sqrt(1/2), sqrt(2)), log m by a minimax polynomial in m
-// - 1.
+// log(m 2^e) = e log 2 + log m, m in [sqrt(1/2), sqrt(2)). log m by a minimax polynomial in m - 1.
+template <class V>
+struct Log<V, float> {
+  static TGT_HD V of(V x) {
+    using Int = typename Traits<V>::Int;
+    const Int offset = bit_cast<Int>(x) - 0x3f3504f3;  // bits of sqrt(1/2)
+    const Int exponent = offset >> 23;
+    const V m = bit_cast<V>((offset & 0x007fffff) + 0x3f3504f3);
+    const V f = m - 1.0f;
+    const V g = f * f;
+    const V tail =
+        polynomial(f, 3.3333331174e-1f, -2.4999993993e-1f, 2.0000714765e-1f, -1.6668057665e-1f, 1.4249322787e-1f,
+                   -1.2420140846e-1f, 1.1676998740e-1f, -1.1514610310e-1f, 7.0376836292e-2f);
+    const V e = Traits<V>::from_int(exponent);
+    V small = fused(e, splat<V>(-2.12194440e-4f), f * g * tail);
+    small = fused(g, splat<V>(-0.5f), small);
+    return fused(e, splat<V>(0.693359375f), f + small);
+  }
+};
+// log m = 2 atanh((m - 1) / (m + 1)).
+template <class V>
+struct Log<V, double> {
+  static TGT_HD V of(V x) {
+    using Int = typename Traits<V>::Int;
+    const V bias = splat<V>(6755399441055744.0);                 // an integer added to its bits is added to its value
+    const Int offset = bit_cast<Int>(x) - 0x3fe6a09e667f3bcdll;  // bits of sqrt(1/2)
+    const Int exponent = offset >> 52;
+    const V m = bit_cast<V>((offset & 0x000fffffffffffffll) + 0x3fe6a09e667f3bcdll);
+    const V f = (m - 1.0) / (m + 1.0);
+    const V g = f * f;
+    const V tail = polynomial(g, 1.0 / 3, 1.0 / 5, 1.0 / 7, 1.0 / 9, 1.0 / 11, 1.0 / 13, 1.0 / 15, 1.0 / 17, 1.0 / 19,
+                              1.0 / 21, 1.0 / 23);
+    const V e = bit_cast<V>(bit_cast<Int>(bias) + exponent) - bias;
+    const V of_m = fused(f * 2, g * tail, f * 2);
+    return fused(e, splat<V>(0.69314718036912382), fused(e, splat<V>(1.9082149292705877e-10), of_m));
+  }
+};
+
+// log(x) for a positive normal x.
 template <class V>
 TGT_HD V log_positive(V x) {
-  using Int = typename Traits<V>::Int;
-  const Int offset = bit_cast<Int>(x) - 0x3f3504f3;  // bits of sqrt(1/2)
-  const Int exponent = offset >> 23;
-  const V m = bit_cast<V>((offset & 0x007fffff) + 0x3f3504f3);
-  const V f = m - 1.0f;
-  const V g = f * f;
-  const V tail = polynomial(f, 3.3333331174e-1f, -2.4999993993e-1f, 2.0000714765e-1f, -1.6668057665e-1f,
-                            1.4249322787e-1f, -1.2420140846e-1f, 1.1676998740e-1f, -1.1514610310e-1f, 7.0376836292e-2f);
-  const V e = Traits<V>::from_int(exponent);
-  V small = fused(e, splat<V>(-2.12194440e-4f), f * g * tail);
-  small = fused(g, splat<V>(-0.5f), small);
-  return fused(e, splat<V>(0.693359375f), f + small);
+  return Log<V>::of(x);
 }
 
 }  // namespace TGT_ISA

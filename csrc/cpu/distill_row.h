@@ -26,7 +26,7 @@ struct RowConstants {
 template <class Real>
 Mixture<Real> mixture_of(const DistillOptions& options) {
   const double beta = options.beta;
-  return {Real(beta), Real(1 - beta), Real(log(beta)), Real(log1p(-beta))};
+  return {Real(beta), Real(1 - beta)};
 }
 
 // A class relative to the running maxima.

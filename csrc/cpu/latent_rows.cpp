@@ -181,6 +181,14 @@ struct Ascent {
     return static_cast<const char*>(base) + i * call.size * element_size(type);
   }
 
+  // A gradient times a power of 2, which rounds nothing: where its norm is near the ends of float's range, the
+  // reciprocal of the norm would leave it.
+  const Real* lifted(const Real* grad, int count, Real lift) {
+    if (lift == 1) return grad;
+    for (int j = 0; j < count; ++j) grad_buffer[j] = grad[j] * lift;
+    return grad_buffer;
+  }
+
   // |scale * grad|_2 of sample i, in two steps: fast, and again with care where that left the range of float.
   double gradient_norm(int64_t i) {
     const char* row = row_of(call.grad, call.grad_type, i);
@@ -259,14 +267,16 @@ void ascend(const AscendCall& call, int64_t begin, int64_t end) {
     const double norm = ascent.gradient_norm(i);
     const bool moves = norm > 0 && norm < HUGE_VAL;
     const double step = call.step_size.at<Real>(i);
-    const Real length = Real(call.norm == StepNorm::kL2 && moves ? step / norm : step);
+    const bool by_norm = call.norm == StepNorm::kL2 && moves;
+    const Real lift = Real(!by_norm ? 1 : norm < 1e-30 ? 0x1p64 : norm > 1e30 ? 0x1p-64 : 1);
+    const Real length = Real(by_norm ? step / (norm * lift) : step);
     const Real sigma = Real(call.sigma.at<Real>(i));
     double squares = 0, furthest = 0;
     each_block(call.size, [&](int64_t at, int count) {
       const Real* z = read_block(z_row, call.z_type, at, count, ascent.z_buffer);
       const Real* grad = read_block(grad_row, call.grad_type, at, count, ascent.grad_buffer);
       Real* out = ball ? scratch.data() + at : write_block(out_row, call.z_type, at, ascent.out_buffer);
-      ascent.move_block(at, count, z, grad, length, sigma, moves, key, out);
+      ascent.move_block(at, count, z, ascent.lifted(grad, count, lift), length, sigma, moves, key, out);
       if (!ball) {
         if (out == ascent.out_buffer) finish_block(out, out_row, call.z_type, at, count);
         return;
