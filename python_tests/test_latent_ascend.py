@@ -293,7 +293,7 @@ ERRORS: list[tuple[type[Exception], dict[str, Any], str]] = [
     (ArgumentError, {"scale": -1.0}, "-1"),
     (ArgumentError, {"norm": "l1"}, "'l1'"),
     (ArgumentError, {"radius_norm": "raw", "anchor": Z, "radius": 1.0}, "'raw'"),
-    (ShapeError, {"sample_ids": torch.arange(5)}, r"\(5,\).*\(4,\)"),
+    (ShapeError, {"sample_ids": torch.arange(5)}, r"\(5,\).*\(4, 3\)"),
     (ArgumentError, {"sample_ids": torch.tensor([0, 1, 2, -3])}, "-3"),
     (ArgumentError, {"replica": 2**16}, str(2**16)),
 ]
