@@ -83,6 +83,15 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _away_from_the_sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """``python -c`` puts its working directory first on the path: in a checkout it would find the bare sources."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("away"))
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For tests of tiny tensors and many steps, where a second thread would only wait, busily, for the first."""

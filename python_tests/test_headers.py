@@ -112,16 +112,16 @@ __global__ void every_header(const float* s, const float* t, BFloat16* grad, flo
   sums.raise<Symmetric>(s[0], t[0], 1.0, 1.0);
   OnlineSums other = sums;
   sums.merge<Jsd>(other, 1.0, 1.0);
-  const Mixture<float> m{0.5f, 0.5f, -0.7f, -0.7f};
+  const Mixture<float> m{0.5f, 0.5f};
   const float a = t[threadIdx.x], b = s[threadIdx.x];
   const Class<float> c{a, b, exp_nonpositive(a), exp_nonpositive(b)};
   const float g = ForwardKl::d_student(c, m, 0.f, 0.f) + ReverseKl::d_teacher(c, m, 0.f, 0.f) +
                   Jsd::d_student(c, m, 0.f, 0.f) + Tvd::d_teacher(c, m, 0.f, 0.f) +
                   CrossEntropy::d_student(c, m, 0.f, 0.f) + Mse::d_student(c, m, 0.f, 0.f);
   grad[threadIdx.x] = narrow<BFloat16>(g + static_cast<float>(sums.student));
-  const Block<uint32_t> b = philox4x32(Block<uint32_t>{threadIdx.x, 1, 2, 3}, 4, 5);
-  const Pair<float> n = normal_pair<float>(b.x0, b.x1);
-  noise[threadIdx.x] = n.first + n.second + truncated_normal(b.x2, 2.0, 0.95);
+  const Block<uint32_t> words = philox4x32(Block<uint32_t>{threadIdx.x, 1, 2, 3}, 4, 5);
+  const Pair<float> n = normal_pair<float>(words.x0, words.x1);
+  noise[threadIdx.x] = n.first + n.second + truncated_normal(words.x2, 2.0, 0.95);
 }
 """
 

@@ -28,7 +28,7 @@ struct Block {
 
 template <class W>
 TGT_HD Block<W> philox4x32(Block<W> c, uint32_t key0, uint32_t key1) {
-#pragma GCC unroll 10
+  TGT_UNROLL
   for (int round = 0; round < 10; ++round) {
     W high0, low0, high1, low1;
     Traits<W>::multiply_wide(c.x0, 0xD2511F53u, high0, low0);

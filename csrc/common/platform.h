@@ -11,6 +11,8 @@
 
 #if defined(__CUDACC__)
 #define TGT_HD __host__ __device__ __forceinline__
+#define TGT_UNROLL _Pragma("unroll")
 #else
 #define TGT_HD inline __attribute__((always_inline))
+#define TGT_UNROLL _Pragma("GCC unroll 16")
 #endif
