@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ FLOAT32_BAR = 1e-5
 HALF_FACTOR = 1.5  # a bf16 or fp16 gradient may err so many times as much as the rounded truth does
 ELEMENT_FACTOR = 10.0  # and a single element so many times as much, relative to its row, as the whole may
 
-HALF = (torch.bfloat16, torch.float16)
+# The public function, for callers who know whether they asked for one value or for a pair.
+distillation_loss: Callable[..., Any] = tgt.distillation_loss
 
 
 @contextlib.contextmanager
@@ -61,7 +62,7 @@ def evaluate(
     student = student.detach().requires_grad_(needs[0])
     teacher = teacher.detach().requires_grad_(needs[1])
     with threads(1) if backend == "reference" else contextlib.nullcontext():
-        out = tgt.distillation_loss(student, teacher, target, backend=backend, **options)
+        out = distillation_loss(student, teacher, target, backend=backend, **options)
         loss, stats = out if isinstance(out, tuple) else (out, None)
         return _differentiate(loss, student, teacher, upstream, stats)
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import assert_matches_truth, check, evaluate, logits, targets, truth
+from numerics import assert_matches_truth, check, distillation_loss, evaluate, logits, targets, truth
 from strategies import DTYPES
 from torch import Tensor
 
-import tgt_fast as tgt
 from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels.options import DIVERGENCES
 
@@ -71,8 +70,8 @@ def test_gradients_add_up_through_a_larger_graph(backend: str) -> None:
 
     def objective(name: str) -> Tensor:
         out: Tensor = layer(x)
-        soft = tgt.distillation_loss(out, teacher, backend=name, temperature=2.0)
-        rows = tgt.distillation_loss(out, teacher, target, hard_weight=1.0, reduction="none", backend=name)
+        soft = distillation_loss(out, teacher, backend=name, temperature=2.0)
+        rows = distillation_loss(out, teacher, target, hard_weight=1.0, reduction="none", backend=name)
         total: Tensor = 3.0 * soft + (rows * torch.arange(6.0)).mean() + 0.1 * out.square().mean()
         return total
 
@@ -83,11 +82,9 @@ def test_gradients_add_up_through_a_larger_graph(backend: str) -> None:
 
 def test_backward_accumulates_into_grad(backend: str) -> None:
     student, teacher, target = leaves()
-    (d_student,) = torch.autograd.grad(
-        tgt.distillation_loss(student, teacher, target, backend=backend, **OPTIONS), student
-    )
+    (d_student,) = torch.autograd.grad(distillation_loss(student, teacher, target, backend=backend, **OPTIONS), student)
     for times in (1, 2):
-        tgt.distillation_loss(student, teacher, target, backend=backend, **OPTIONS).backward()
+        distillation_loss(student, teacher, target, backend=backend, **OPTIONS).backward()
         assert student.grad is not None
         torch.testing.assert_close(student.grad, times * d_student)
 
@@ -102,7 +99,7 @@ def test_backward_twice_with_retain_graph_gives_the_same_gradient(
     backend: str, divergence: str, reduction: str, dtype: torch.dtype
 ) -> None:
     student, teacher, target = leaves(dtype)
-    loss = tgt.distillation_loss(
+    loss = distillation_loss(
         student, teacher, target, divergence=divergence, reduction=reduction, backend=backend, **OPTIONS
     )
     upstream = 3.0 * torch.ones_like(loss)
@@ -126,7 +123,7 @@ def test_backward_twice_with_retain_graph_gives_the_same_gradient(
 
 def test_backward_without_retain_graph_frees_the_graph(backend: str) -> None:
     student, teacher, target = leaves()
-    loss = tgt.distillation_loss(student, teacher, target, backend=backend, **OPTIONS)
+    loss = distillation_loss(student, teacher, target, backend=backend, **OPTIONS)
     loss.backward()
     with pytest.raises(RuntimeError):
         loss.backward()
@@ -134,7 +131,7 @@ def test_backward_without_retain_graph_frees_the_graph(backend: str) -> None:
 
 def test_one_side_at_a_time_on_a_retained_graph(backend: str) -> None:
     student, teacher, target = leaves()
-    loss = tgt.distillation_loss(student, teacher, target, backend=backend, **OPTIONS)
+    loss = distillation_loss(student, teacher, target, backend=backend, **OPTIONS)
     (d_student,) = torch.autograd.grad(loss, student, retain_graph=True)
     (d_teacher,) = torch.autograd.grad(loss, teacher)
     whole = evaluate(student, teacher, target, backend=backend, **OPTIONS)
@@ -148,7 +145,7 @@ def test_one_side_at_a_time_on_a_retained_graph(backend: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_double_backward_is_a_clear_error_on_the_compiled_core(native: str, dtype: torch.dtype) -> None:
     student, teacher, target = leaves(dtype)
-    loss = tgt.distillation_loss(student, teacher, target, backend=native, **OPTIONS)
+    loss = distillation_loss(student, teacher, target, backend=native, **OPTIONS)
     (grad,) = torch.autograd.grad(loss, student, create_graph=True)
     with pytest.raises(RuntimeError, match=r"distillation_loss.*reference"):
         grad.float().square().sum().backward()
@@ -156,13 +153,13 @@ def test_double_backward_is_a_clear_error_on_the_compiled_core(native: str, dtyp
 
 def test_double_backward_works_on_the_reference() -> None:
     student, teacher, target = leaves(torch.float64)
-    loss = tgt.distillation_loss(student, teacher, target, backend="reference", **OPTIONS)
+    loss = distillation_loss(student, teacher, target, backend="reference", **OPTIONS)
     (grad,) = torch.autograd.grad(loss, student, create_graph=True)
     curvature, cross = torch.autograd.grad(grad.square().sum(), (student, teacher))
     step = 1e-5 * torch.ones(6, 33, dtype=torch.float64).tril()
 
     def squared(s: Tensor) -> Tensor:
-        value = tgt.distillation_loss(s, teacher.detach(), target, backend="reference", **OPTIONS)
+        value = distillation_loss(s, teacher.detach(), target, backend="reference", **OPTIONS)
         return torch.autograd.grad(value, s)[0].square().sum()
 
     up, down = (squared((student.detach() + sign * step).requires_grad_()) for sign in (1, -1))
@@ -181,7 +178,7 @@ def test_inputs_are_never_modified(backend: str, divergence: str, dtype: torch.d
     inputs = (student, teacher, target, weight, normalizer)
     before = [x.detach().clone() for x in inputs]
     versions = [x._version for x in inputs]
-    loss = tgt.distillation_loss(
+    loss = distillation_loss(
         student, teacher, target, sample_weight=weight, normalizer=normalizer, divergence=divergence,
         backend=backend, **OPTIONS,
     )  # fmt: skip
@@ -194,10 +191,10 @@ def test_inputs_are_never_modified(backend: str, divergence: str, dtype: torch.d
 def test_no_graph_where_none_is_wanted(backend: str) -> None:
     student, teacher, target = leaves()
     with torch.no_grad():
-        quiet = tgt.distillation_loss(student, teacher, target, backend=backend, **OPTIONS)
+        quiet = distillation_loss(student, teacher, target, backend=backend, **OPTIONS)
     with torch.inference_mode():
-        inference = tgt.distillation_loss(student, teacher, target, backend=backend, **OPTIONS)
-    loud = tgt.distillation_loss(student, teacher, target, backend=backend, **OPTIONS)
+        inference = distillation_loss(student, teacher, target, backend=backend, **OPTIONS)
+    loud = distillation_loss(student, teacher, target, backend=backend, **OPTIONS)
     assert loud.requires_grad
     assert not quiet.requires_grad
     assert not inference.requires_grad
@@ -210,7 +207,7 @@ def test_logits_changed_after_forward_are_noticed(native: str) -> None:
     for dtype in (torch.float16, torch.float32):
         leaf = logits(4, 9, 0, dtype=dtype).requires_grad_()
         student = leaf * 1
-        loss = tgt.distillation_loss(student, logits(4, 9, 1, dtype=dtype), backend=native)
+        loss = distillation_loss(student, logits(4, 9, 1, dtype=dtype), backend=native)
         if dtype == torch.float32:
             torch.autograd.grad(loss, leaf, retain_graph=True)
         student.detach().add_(1.0)
@@ -229,10 +226,10 @@ def test_inplace_gives_the_same_gradients_over_the_logits(
 ) -> None:
     leaf, teacher, target = leaves(dtype)
     options: dict[str, Any] = {"divergence": divergence, "backend": native, **OPTIONS}
-    want = torch.autograd.grad(tgt.distillation_loss(leaf, teacher, target, **options) * upstream, (leaf, teacher))
+    want = torch.autograd.grad(distillation_loss(leaf, teacher, target, **options) * upstream, (leaf, teacher))
     student = leaf * 1  # what a model returns: not a leaf
     version = student._version
-    loss = tgt.distillation_loss(student, teacher, target, inplace=True, **options)
+    loss = distillation_loss(student, teacher, target, inplace=True, **options)
     got = torch.autograd.grad(loss * upstream, (student, teacher))
     assert student._version > version
     assert got[0].data_ptr() == student.data_ptr()
@@ -244,7 +241,7 @@ def test_inplace_gives_the_same_gradients_over_the_logits(
 def test_inplace_allows_one_backward(native: str, dtype: torch.dtype) -> None:
     leaf, teacher, target = leaves(dtype)
     student = leaf * 1
-    loss = tgt.distillation_loss(student, teacher, target, backend=native, inplace=True, **OPTIONS)
+    loss = distillation_loss(student, teacher, target, backend=native, inplace=True, **OPTIONS)
     torch.autograd.grad(loss, leaf, retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):
         torch.autograd.grad(loss, leaf)
@@ -255,7 +252,7 @@ def test_inplace_is_seen_by_others_who_saved_the_logits(native: str) -> None:
     leaf, teacher, _ = leaves()
     student = leaf * 1
     other = student.square().sum()  # its backward needs the logits
-    loss = tgt.distillation_loss(student, teacher, backend=native, inplace=True)
+    loss = distillation_loss(student, teacher, backend=native, inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss + other, leaf)
 
@@ -264,10 +261,10 @@ def test_inplace_refuses_a_leaf_and_scattered_rows(native: str) -> None:
     leaf, teacher, _ = leaves()
     before = leaf.detach().clone()
     with pytest.raises(ArgumentError, match="leaf"):
-        tgt.distillation_loss(leaf, teacher, backend=native, inplace=True)
+        distillation_loss(leaf, teacher, backend=native, inplace=True)
     scattered = (leaf * 1).t().contiguous().t()
     with pytest.raises(ArgumentError, match="strides"):
-        tgt.distillation_loss(scattered, teacher, backend=native, inplace=True)
+        distillation_loss(scattered, teacher, backend=native, inplace=True)
     assert torch.equal(leaf.detach(), before)
 
 
@@ -276,7 +273,7 @@ def test_inplace_writes_nothing_without_a_graph(native: str) -> None:
     student = (leaf * 1).detach()
     before = student.clone()
     with torch.no_grad():
-        tgt.distillation_loss(student, teacher, backend=native, inplace=True)
+        distillation_loss(student, teacher, backend=native, inplace=True)
     assert torch.equal(student, before)
     assert math.isfinite(float(student.sum()))
 
@@ -285,8 +282,8 @@ def test_inplace_with_rows_of_a_wider_buffer(native: str) -> None:
     """Only the rows' own elements are overwritten."""
     leaf, teacher = logits(6, 40, 0).requires_grad_(), logits(6, 33, 1)
     buffer = leaf * 1
-    (want,) = torch.autograd.grad(tgt.distillation_loss(leaf[:, 3:36], teacher, backend=native), leaf)
-    loss = tgt.distillation_loss(buffer[:, 3:36], teacher, backend=native, inplace=True)
+    (want,) = torch.autograd.grad(distillation_loss(leaf[:, 3:36], teacher, backend=native), leaf)
+    loss = distillation_loss(buffer[:, 3:36], teacher, backend=native, inplace=True)
     (got,) = torch.autograd.grad(loss, leaf)
     assert torch.equal(got, want)
     outside = torch.cat([buffer[:, :3], buffer[:, 36:]], -1)

@@ -73,6 +73,44 @@ def test_a_row_does_not_depend_on_its_place_in_the_batch(backend: str) -> None:
     assert torch.equal(flipped.d_student.flip(0), whole.d_student)
 
 
+# Instruction sets
+
+EVERYWHERE = """
+    import itertools, json, sys
+    sys.path.insert(0, {tests!r})
+    import tgt_fast._core, tgt_fast as tgt
+    from numerics import check, logits, targets
+    from strategies import DTYPES
+    from test_latent import assert_like_truth, expected, latents
+    from test_latent_ascend import expected as ascended
+    from tgt_fast.kernels.options import DIVERGENCES
+
+    for divergence, dtype, classes in itertools.product(DIVERGENCES, DTYPES, (1, 10, 17, 1000, 4099)):
+        student, teacher = logits(6, classes, 0, dtype=dtype), logits(6, classes, 1, dtype=dtype)
+        student[3, classes // 2 :], teacher[3, classes // 2 :] = -float("inf"), -float("inf")
+        check(student, teacher, targets(6, classes, 2), backend="native", divergence=divergence, reduction="none",
+              hard_weight=0.5, label_smoothing=0.1, temperature=2.0)
+    for size, dtype in itertools.product((1, 17, 257, 4099), DTYPES):
+        z, grad, anchor = (latents((5, size), seed, dtype) for seed in range(3))
+        for options in ({{}}, {{"truncation": 1.5}}, {{"sphere_radius": "keep"}}):
+            out = tgt.perturb_latents(z, 0.5, seed=1, backend="native", **options)
+            assert_like_truth(out, expected(z, 0.5, seed=1, **options))
+        options = {{"step_size": 2.0, "anchor": anchor, "radius": 0.5, "sigma": 0.2}}
+        assert_like_truth(tgt.ascend_latents(z, grad, backend="native", **options), ascended(z, grad, **options))
+    print(json.dumps(tgt_fast._core.build_info()["isa"]))
+"""
+
+
+@pytest.mark.parametrize("instructions", ["baseline", "x86_v3"])
+def test_narrower_instruction_sets_keep_the_bars(
+    native: str, child_environment: dict[str, str], instructions: str
+) -> None:
+    """A machine of today takes the widest: what the others get is tested by holding it back."""
+    environment = {**child_environment, "TGT_FAST_ISA": instructions}
+    used = child(EVERYWHERE.format(tests=os.path.dirname(__file__)), environment)
+    assert used in (instructions, "baseline")
+
+
 # Memory
 
 PEAK = """

@@ -9,11 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import Result, check, evaluate, logits, targets
+from numerics import Result, check, distillation_loss, evaluate, logits, targets
 from strategies import DTYPES
 from torch import Tensor
 
-import tgt_fast as tgt
 from tgt_fast.errors import ShapeError
 from tgt_fast.kernels.options import DIVERGENCES
 
@@ -233,7 +232,7 @@ def test_statistics_of_rows_that_do_not_count_or_are_no_distribution(backend: st
     student[1, 0] = math.nan
     student[2, 0] = math.nan
     student[3, 1] = -INF
-    loss, stats = tgt.distillation_loss(
+    loss, stats = distillation_loss(
         student, teacher, target, hard_weight=1.0, reduction="none", return_stats=True, backend=backend
     )
     assert all(value[1] == 0 for value in (loss, *stats))
@@ -251,12 +250,12 @@ def test_statistics_of_rows_that_do_not_count_or_are_no_distribution(backend: st
 def test_mismatched_class_counts_are_named_and_minus_infinity_pads_without_adding_mass(backend: str) -> None:
     student, teacher = logits(4, 12, 0), logits(4, 10, 1)
     with pytest.raises(ShapeError, match=r"12.*10(.|\n)*-inf"):
-        tgt.distillation_loss(student, teacher, backend=backend)
+        distillation_loss(student, teacher, backend=backend)
     padded = torch.cat([teacher, torch.full((4, 2), -INF)], dim=-1)
     for divergence in ("reverse_kl", "forward_kl", "jsd", "tvd", "cross_entropy"):
         check(student, padded, backend=backend, divergence=divergence, reduction="none")
-    ours = tgt.distillation_loss(student, padded, backend=backend, reduction="none")
-    zeros = tgt.distillation_loss(student, torch.nn.functional.pad(teacher, (0, 2)), backend=backend, reduction="none")
+    ours = distillation_loss(student, padded, backend=backend, reduction="none")
+    zeros = distillation_loss(student, torch.nn.functional.pad(teacher, (0, 2)), backend=backend, reduction="none")
     p, log_q = torch.softmax(teacher, -1), torch.log_softmax(student, -1)[:, :10]
     expected = torch.nn.functional.kl_div(log_q, p, reduction="none").sum(-1)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)

@@ -19,9 +19,9 @@ from tgt_fast.kernels.reference import perturb, standard_normal
 SIZES = (
     1,  # less than a block of four numbers
     7,
-    16,  # the digits' latents; one vector
+    16,  # the digits' latents; one vector of AVX-512
     257,  # whole vectors and a tail
-    4099,  # more than one block of a sample, and a tail
+    4099,  # two blocks of 2048 and a last one of 3
 )
 
 
