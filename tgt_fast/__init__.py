@@ -1,7 +1,8 @@
 """tgt_fast: teacher-guided training for PyTorch.
 
-A frozen teacher explores the neighbourhood of each training example in its own latent space, decodes what it finds into new examples,
-labels them softly, and the student learns from both. Importing this package starts nothing: the compiled core is loaded at first use.
+A frozen teacher explores the neighbourhood of each training example in its own latent space, decodes what it finds into
+new examples, labels them softly, and the student learns from both. Importing this package starts nothing: the compiled
+core is loaded at first use.
 """
 
 from __future__ import annotations

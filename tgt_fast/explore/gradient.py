@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,7 +104,6 @@ def _disagreement(teacher: Teacher, student: Student, latents: Latents, options:
         reduction="none",
         backend=options.backend,
     )
-    loss = cast(Tensor, loss)  # a pair only with return_stats
     return loss.flatten(1).sum(1) if loss.ndim > 1 else loss
 
 

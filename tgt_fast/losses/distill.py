@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tgt_fast.kernels.options import DistillOptions, DistillStats
-from tgt_fast.ops.distill import distillation_loss, make_options
+from tgt_fast.ops._distill_arguments import make_options
+from tgt_fast.ops.distill import distillation_loss
 
 
 class DistillationLoss(nn.Module):

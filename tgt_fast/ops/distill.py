@@ -2,63 +2,85 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.kernels import select
 from tgt_fast.kernels.native import distill as native_distill
-from tgt_fast.kernels.options import DIVERGENCES, REDUCTIONS, DistillOptions, DistillStats
+from tgt_fast.kernels.options import DistillOptions, DistillStats
 from tgt_fast.kernels.reference import distill as reference_distill
 from tgt_fast.ops import _checks
-
-_OP = "distillation_loss"
-_LARGE = 1e30
+from tgt_fast.ops._distill_arguments import OP, check_inplace, check_tensors, check_values, make_options
 
 
-@functools.lru_cache(maxsize=256)
-def make_options(
-    divergence: str,
-    beta: float,
-    temperature: float,
-    teacher_temperature: float | None,
-    soft_weight: float,
-    hard_weight: float,
-    label_smoothing: float,
-    ignore_index: int,
-    unlabeled_index: int,
-    reduction: str,
-) -> DistillOptions:
-    """The validated options of one loss; cached, since a training loop passes the same ones at every step."""
-    _checks.choice(_OP, "divergence", divergence, DIVERGENCES)
-    if divergence == "jsd" and not 0 < _checks.number(_OP, "beta", beta, 0, 1) < 1:
-        raise ArgumentError(
-            f"{_OP}: jsd needs 0 < beta < 1, got {beta!r}: it tends to 0 at both ends; "
-            "the limits of jsd / beta and jsd / (1 - beta) are divergence='forward_kl' and 'reverse_kl'"
-        )
-    for name, value in (("ignore_index", ignore_index), ("unlabeled_index", unlabeled_index)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ArgumentError(f"{_OP}: {name} must be an int, got {value!r}")
-    temperature = _checks.number(_OP, "temperature", temperature, 0, _LARGE, open_low=True)
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    return DistillOptions(
-        divergence=divergence,
-        beta=float(beta),
-        temperature=temperature,
-        teacher_temperature=_checks.number(_OP, "teacher_temperature", teacher_temperature, 0, _LARGE, open_low=True),
-        soft_weight=_checks.number(_OP, "soft_weight", soft_weight, 0, _LARGE),
-        hard_weight=_checks.number(_OP, "hard_weight", hard_weight, 0, _LARGE),
-        label_smoothing=_checks.number(_OP, "label_smoothing", label_smoothing, 0, 1),
-        ignore_index=ignore_index,
-        unlabeled_index=unlabeled_index,
-        reduction=_checks.choice(_OP, "reduction", reduction, REDUCTIONS),
-    )
-
-
+@overload
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = ...,
+    *,
+    divergence: str = ...,
+    beta: float = ...,
+    temperature: float = ...,
+    teacher_temperature: float | None = ...,
+    soft_weight: float = ...,
+    hard_weight: float = ...,
+    label_smoothing: float = ...,
+    sample_weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    unlabeled_index: int = ...,
+    reduction: str = ...,
+    normalizer: float | Tensor | None = ...,
+    inplace: bool = ...,
+    return_stats: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = ...,
+    *,
+    divergence: str = ...,
+    beta: float = ...,
+    temperature: float = ...,
+    teacher_temperature: float | None = ...,
+    soft_weight: float = ...,
+    hard_weight: float = ...,
+    label_smoothing: float = ...,
+    sample_weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    unlabeled_index: int = ...,
+    reduction: str = ...,
+    normalizer: float | Tensor | None = ...,
+    inplace: bool = ...,
+    return_stats: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, DistillStats]: ...
+@overload
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = ...,
+    *,
+    divergence: str = ...,
+    beta: float = ...,
+    temperature: float = ...,
+    teacher_temperature: float | None = ...,
+    soft_weight: float = ...,
+    hard_weight: float = ...,
+    label_smoothing: float = ...,
+    sample_weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    unlabeled_index: int = ...,
+    reduction: str = ...,
+    normalizer: float | Tensor | None = ...,
+    inplace: bool = ...,
+    return_stats: bool = ...,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, DistillStats]: ...
 def distillation_loss(
     student_logits: Tensor,  # [..., C]
     teacher_logits: Tensor,  # [..., C]
@@ -145,7 +167,7 @@ def distillation_loss(
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing,
         ignore_index, unlabeled_index, reduction,
     )  # fmt: skip
-    _check_tensors(student_logits, teacher_logits, target, sample_weight, normalizer, options)
+    check_tensors(student_logits, teacher_logits, target, sample_weight, normalizer, options)
     shape = student_logits.shape
     student = _rows(student_logits)
     teacher = _rows(teacher_logits)
@@ -154,11 +176,11 @@ def distillation_loss(
     if sample_weight is not None:
         sample_weight = sample_weight.reshape(-1)
     if inplace:
-        _check_inplace(student_logits, student)
+        check_inplace(student_logits, student)
 
     if select.choose("distill", backend, (student, teacher)) == "reference":
         if _checks.on_plain_cpu(student):
-            _check_values(student, target, sample_weight, options)
+            check_values(student, target, sample_weight, options)
         loss, stats = reference_distill.distillation_loss(
             student, teacher, target, sample_weight, normalizer, options, want_stats=return_stats
         )
@@ -238,7 +260,7 @@ class _Distill(torch.autograd.Function):
         call = ctx.call
         if call.inplace and ctx.spent:
             raise RuntimeError(
-                f"{_OP}: inplace=True overwrote the student's logits with their gradient, so backward runs once; "
+                f"{OP}: inplace=True overwrote the student's logits with their gradient, so backward runs once; "
                 "pass inplace=False"
             )
         ctx.spent = True
@@ -268,87 +290,10 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(f"{_OP}: the compiled backends have no second derivative; pass backend='reference'")
+        raise RuntimeError(f"{OP}: the compiled backends have no second derivative; pass backend='reference'")
 
 
 def _rows(logits: Tensor) -> Tensor:
     """(..., C) as (N, C) with dense rows: a view where the strides allow, else one copy."""
     rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
     return rows if rows.stride(1) == 1 or rows.numel() == 0 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def _check_tensors(
-    student: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None,
-    normalizer: float | Tensor | None, options: DistillOptions,
-) -> None:  # fmt: skip
-    _checks.floating(_OP, "student_logits", student)
-    _checks.floating(_OP, "teacher_logits", teacher)
-    if student.shape != teacher.shape:
-        if student.dim() and teacher.dim() and student.shape[-1] != teacher.shape[-1]:
-            raise ShapeError(
-                f"{_OP}: student_logits have {student.shape[-1]} classes, teacher_logits {teacher.shape[-1]}; "
-                "select or map the classes that both share, or pad the narrower side with logits of -inf "
-                "(a class of probability 0), never with 0"
-            )
-        raise ShapeError(
-            f"{_OP}: student_logits {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)} differ"
-        )
-    if student.dim() == 0 or student.shape[-1] == 0:
-        raise ShapeError(f"{_OP}: logits must be (..., C) with C >= 1, got {tuple(student.shape)}")
-    _checks.same_device(_OP, "student_logits", student, "teacher_logits", teacher)
-    if (target is None) != (options.hard_weight == 0):
-        raise ArgumentError(
-            f"{_OP}: hard_weight is {options.hard_weight:g} but target is {'missing' if target is None else 'given'}; "
-            "pass a target exactly when hard_weight > 0"
-        )
-    for name, tensor in (("target", target), ("sample_weight", sample_weight)):
-        if tensor is None:
-            continue
-        if tensor.shape != student.shape[:-1]:
-            found, wanted = tuple(tensor.shape), tuple(student.shape[:-1])
-            raise ShapeError(f"{_OP}: {name} {found} does not match the logits' rows {wanted}")
-        _checks.same_device(_OP, name, tensor, "student_logits", student)
-    if target is not None and (target.is_floating_point() or target.dtype == torch.bool or target.is_complex()):
-        raise DTypeError(f"{_OP}: target must hold integer class indices, got {target.dtype}")
-    if sample_weight is not None and sample_weight.requires_grad:
-        raise ArgumentError(f"{_OP}: sample_weight requires grad, but the loss is not differentiable in it; detach it")
-    if normalizer is not None:
-        if options.reduction != "mean":
-            raise ArgumentError(
-                f"{_OP}: normalizer replaces the divisor of 'mean', but reduction is {options.reduction!r}"
-            )
-        if isinstance(normalizer, Tensor):
-            if normalizer.dim() != 0:
-                raise ShapeError(
-                    f"{_OP}: normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}"
-                )
-            _checks.same_device(_OP, "normalizer", normalizer, "student_logits", student)
-        else:
-            _checks.number(_OP, "normalizer", normalizer, 0, _LARGE)
-
-
-def _check_inplace(student_logits: Tensor, rows: Tensor) -> None:
-    if rows.data_ptr() != student_logits.data_ptr():
-        raise ArgumentError(
-            f"{_OP}: inplace=True needs logits whose rows are dense in memory, got strides {student_logits.stride()}"
-        )
-    if student_logits.requires_grad and student_logits.is_leaf and torch.is_grad_enabled():
-        raise ArgumentError(f"{_OP}: inplace=True would overwrite student_logits, a leaf that requires grad")
-
-
-def _check_values(
-    student: Tensor, target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions
-) -> None:
-    """What the compiled core checks while it runs, for the reference on a CPU."""
-    if sample_weight is not None and not bool(((sample_weight >= 0) & sample_weight.isfinite()).all()):
-        row = int((~((sample_weight >= 0) & sample_weight.isfinite())).nonzero()[0])
-        raise ArgumentError(native_distill.bad_weight(row, float(sample_weight[row])))
-    if target is not None:
-        classes = student.shape[1]
-        fine = (target >= 0) & (target < classes)
-        fine |= (target == options.ignore_index) | (target == options.unlabeled_index)
-        if sample_weight is not None:
-            fine |= sample_weight == 0
-        if not bool(fine.all()):
-            row = int((~fine).nonzero()[0])
-            raise ArgumentError(native_distill.bad_target(row, int(target[row]), classes, options))

@@ -1,0 +1,131 @@
+"""What the soft-label loss accepts: its options, its tensors, and, on a CPU, their values."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
+from tgt_fast.kernels.native.distill import bad_target, bad_weight
+from tgt_fast.kernels.options import DIVERGENCES, REDUCTIONS, DistillOptions
+from tgt_fast.ops import _checks
+
+OP = "distillation_loss"
+_LARGE = 1e30
+
+
+@functools.lru_cache(maxsize=256)
+def make_options(
+    divergence: str,
+    beta: float,
+    temperature: float,
+    teacher_temperature: float | None,
+    soft_weight: float,
+    hard_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    unlabeled_index: int,
+    reduction: str,
+) -> DistillOptions:
+    """The validated options of one loss; cached, since a training loop passes the same ones at every step."""
+    _checks.choice(OP, "divergence", divergence, DIVERGENCES)
+    if divergence == "jsd" and not 0 < _checks.number(OP, "beta", beta, 0, 1) < 1:
+        raise ArgumentError(
+            f"{OP}: jsd needs 0 < beta < 1, got {beta!r}: it tends to 0 at both ends; "
+            "the limits of jsd / beta and jsd / (1 - beta) are divergence='forward_kl' and 'reverse_kl'"
+        )
+    for name, value in (("ignore_index", ignore_index), ("unlabeled_index", unlabeled_index)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ArgumentError(f"{OP}: {name} must be an int, got {value!r}")
+    temperature = _checks.number(OP, "temperature", temperature, 0, _LARGE, open_low=True)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    return DistillOptions(
+        divergence=divergence,
+        beta=float(beta),
+        temperature=temperature,
+        teacher_temperature=_checks.number(OP, "teacher_temperature", teacher_temperature, 0, _LARGE, open_low=True),
+        soft_weight=_checks.number(OP, "soft_weight", soft_weight, 0, _LARGE),
+        hard_weight=_checks.number(OP, "hard_weight", hard_weight, 0, _LARGE),
+        label_smoothing=_checks.number(OP, "label_smoothing", label_smoothing, 0, 1),
+        ignore_index=ignore_index,
+        unlabeled_index=unlabeled_index,
+        reduction=_checks.choice(OP, "reduction", reduction, REDUCTIONS),
+    )
+
+
+def check_tensors(
+    student: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None,
+    normalizer: float | Tensor | None, options: DistillOptions,
+) -> None:  # fmt: skip
+    _checks.floating(OP, "student_logits", student)
+    _checks.floating(OP, "teacher_logits", teacher)
+    if student.shape != teacher.shape:
+        if student.dim() and teacher.dim() and student.shape[-1] != teacher.shape[-1]:
+            raise ShapeError(
+                f"{OP}: student_logits have {student.shape[-1]} classes, teacher_logits {teacher.shape[-1]}; "
+                "select or map the classes that both share, or pad the narrower side with logits of -inf "
+                "(a class of probability 0), never with 0"
+            )
+        raise ShapeError(
+            f"{OP}: student_logits {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)} differ"
+        )
+    if student.dim() == 0 or student.shape[-1] == 0:
+        raise ShapeError(f"{OP}: logits must be (..., C) with C >= 1, got {tuple(student.shape)}")
+    _checks.same_device(OP, "student_logits", student, "teacher_logits", teacher)
+    if (target is None) != (options.hard_weight == 0):
+        raise ArgumentError(
+            f"{OP}: hard_weight is {options.hard_weight:g} but target is {'missing' if target is None else 'given'}; "
+            "pass a target exactly when hard_weight > 0"
+        )
+    for name, tensor in (("target", target), ("sample_weight", sample_weight)):
+        if tensor is None:
+            continue
+        if tensor.shape != student.shape[:-1]:
+            found, wanted = tuple(tensor.shape), tuple(student.shape[:-1])
+            raise ShapeError(f"{OP}: {name} {found} does not match the logits' rows {wanted}")
+        _checks.same_device(OP, name, tensor, "student_logits", student)
+    if target is not None and (target.is_floating_point() or target.dtype == torch.bool or target.is_complex()):
+        raise DTypeError(f"{OP}: target must hold integer class indices, got {target.dtype}")
+    if sample_weight is not None and sample_weight.requires_grad:
+        raise ArgumentError(f"{OP}: sample_weight requires grad, but the loss is not differentiable in it; detach it")
+    if normalizer is not None:
+        if options.reduction != "mean":
+            raise ArgumentError(
+                f"{OP}: normalizer replaces the divisor of 'mean', but reduction is {options.reduction!r}"
+            )
+        if isinstance(normalizer, Tensor):
+            if normalizer.dim() != 0:
+                raise ShapeError(
+                    f"{OP}: normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}"
+                )
+            _checks.same_device(OP, "normalizer", normalizer, "student_logits", student)
+        else:
+            _checks.number(OP, "normalizer", normalizer, 0, _LARGE)
+
+
+def check_inplace(student_logits: Tensor, rows: Tensor) -> None:
+    if rows.data_ptr() != student_logits.data_ptr():
+        raise ArgumentError(
+            f"{OP}: inplace=True needs logits whose rows are dense in memory, got strides {student_logits.stride()}"
+        )
+    if student_logits.requires_grad and student_logits.is_leaf and torch.is_grad_enabled():
+        raise ArgumentError(f"{OP}: inplace=True would overwrite student_logits, a leaf that requires grad")
+
+
+def check_values(student: Tensor, target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions) -> None:
+    """What the compiled core checks while it runs, for the reference on a CPU."""
+    if sample_weight is not None and not bool(((sample_weight >= 0) & sample_weight.isfinite()).all()):
+        row = int((~((sample_weight >= 0) & sample_weight.isfinite())).nonzero()[0])
+        raise ArgumentError(bad_weight(row, float(sample_weight[row])))
+    if target is not None:
+        classes = student.shape[1]
+        fine = (target >= 0) & (target < classes)
+        fine |= (target == options.ignore_index) | (target == options.unlabeled_index)
+        if sample_weight is not None:
+            fine |= sample_weight == 0
+        if not bool(fine.all()):
+            row = int((~fine).nonzero()[0])
+            raise ArgumentError(bad_target(row, int(target[row]), classes, options))
