@@ -20,6 +20,8 @@ def page() -> Page:
     made = Page("A <title> & more", 'lead "quoted"')
     made.section("<script>alert(1)</script>")
     made.text("1 < 2")
+    made.items(["<li>", "b"])
+    made.command("a <file> && b")
     made.facts([("<1>", "a & b")])
     made.table(["<h>", "x"], [["<i>", "1"], ["j", "2"]], "<caption>", strong=[1])
     made.figure("plot-1", PNG + b"x", 'an "alt" <text>', "<b>bold</b>")
@@ -29,7 +31,7 @@ def page() -> Page:
 
 def test_everything_printed_is_escaped() -> None:
     html = page().html()
-    for raw in ("<script>", "<i>", "<h>", "<b>bold", "1 < 2", "<1>", "<title> &", 'alt="an "alt"', "a < b"):
+    for raw in ("<script>", "<i>", "<h>", "<li><li>", "<file>", "<b>bold", "1 < 2", "<1>", "<title> &", 'alt="an "alt"', "a < b"):
         assert raw not in html
     assert "&lt;script&gt;" in html
     assert "1 &lt; 2" in html

@@ -25,6 +25,9 @@ p.lead { color: var(--soft); font-size: 1.08rem; }
 .facts b { display: block; font-size: 1.45rem; line-height: 1.3; color: var(--accent);
   font-variant-numeric: tabular-nums; }
 .facts span { color: var(--soft); font-size: .85rem; }
+ul:not(.facts) { max-width: 48rem; padding-left: 1.2rem; }
+ul:not(.facts) li { margin: .3rem 0; }
+pre { background: var(--tint); border-radius: 8px; padding: .7rem 1rem; max-width: 48rem; overflow-x: auto; }
 figure { margin: 1.4rem 0 2rem; }
 figure img { max-width: 100%; height: auto; display: block; }
 figcaption { color: var(--soft); font-size: .92rem; max-width: 48rem; margin-top: .5rem; }
@@ -32,11 +35,12 @@ figcaption { color: var(--soft); font-size: .92rem; max-width: 48rem; margin-top
 table { border-collapse: collapse; width: 100%; font-size: .93rem; font-variant-numeric: tabular-nums; }
 caption { caption-side: bottom; text-align: left; color: var(--soft); font-size: .92rem; padding-top: .5rem; }
 th, td { padding: .42rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--line); white-space: normal; vertical-align: bottom; }
+th { font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--line); white-space: normal;
+  vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 tr.strong td { background: var(--tint); font-weight: 600; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
-code { background: var(--tint); padding: .1em .35em; border-radius: 4px; }
+code { font: .9rem/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 """
 
 
@@ -61,6 +65,14 @@ class Page:
 
     def text(self, text: str) -> None:
         self._body.append(f"<p>{escape(text)}</p>")
+
+    def items(self, items: Sequence[str]) -> None:
+        """A list."""
+        self._body.append("<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>")
+
+    def command(self, command: str) -> None:
+        """A line to type into a shell."""
+        self._body.append(f"<pre><code>{escape(command)}</code></pre>")
 
     def facts(self, facts: Sequence[tuple[str, str]]) -> None:
         """A row of (number, what it is)."""

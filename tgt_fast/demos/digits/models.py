@@ -40,12 +40,13 @@ def decoder(hidden: int, latents: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(hidden, PIXELS), nn.Sigmoid())
 
 
-def labeler(width: int) -> nn.Sequential:
-    """Images [B, 64] -> logits [B, 10]: four 3x3 convolutions with BatchNorm, two of them of stride 2."""
+def labeler(width: int, batchnorm: bool = True) -> nn.Sequential:
+    """Images [B, 64] -> logits [B, 10]: four 3x3 convolutions, two of them of stride 2."""
 
     def block(channels: int, filters: int, stride: int = 1) -> list[nn.Module]:
-        convolution = nn.Conv2d(channels, filters, 3, stride, padding=1, bias=False)
-        return [convolution, nn.BatchNorm2d(filters), nn.ReLU()]
+        convolution = nn.Conv2d(channels, filters, 3, stride, padding=1, bias=not batchnorm)
+        normalisation = [nn.BatchNorm2d(filters)] if batchnorm else []
+        return [convolution, *normalisation, nn.ReLU()]
 
     return nn.Sequential(
         nn.Unflatten(1, (1, SIDE, SIDE)),

@@ -122,8 +122,7 @@ def _accuracy(page: Page, result: DemoResult) -> None:
         "student on one core.",
         strong=[METHODS.index("tgt-gradient")],
     )
-    for sentence in findings.findings(result):
-        page.text(sentence)
+    page.items(findings.findings(result))
     page.text(findings.caption_of_prior(result))
     page.text(findings.costs(result))
 
@@ -325,14 +324,18 @@ def _setup(page: Page, result: DemoResult) -> None:
         f"Teacher: a variational autoencoder of {s.latents} latents, {s.vae_steps} steps; a convolutional labeler, "
         f"{s.labeler_steps} steps. Student: an MLP 64-24-10, {s.steps} steps of Adam at {s.rate:g} with cosine decay, "
         f"{s.real} real and {s.real} other examples a step (one-hot and distillation: {2 * s.real} real), temperature "
-        f"{s.temperature:g}. Exploration: noise of {s.sigma:g}, gradient steps of {s.step_size:g} standard deviations "
-        f"of the latents. Augmentation: {s.augmentation}."
+        f"{s.temperature:g}. Exploration: noise of {s.sigma:g} standard deviations of the latents (prior: "
+        f"{s.prior_sigma:g}), gradient steps of {s.step_size:g}, persistent ones of {s.persistent_step_size:g}, "
+        f"restarts with probability {s.restart_probability:g}; random and gradient start from "
+        f"{'anchors balanced over the digits' if s.anchors == 'balanced' else 'the real examples of the batch'}. "
+        f"Augmentation: {s.augmentation}."
     )
     page.text(
-        "All of these were chosen on a validation split of the 900 images, with other seeds, and are the same for "
-        "every seed here: `python -m tgt_fast.demos.digits.tune` repeats the choice. The augmentation is the best of "
-        "77 combinations of shifts, warps, mixup and noise."
+        "The numbers above were chosen on a validation split of the 900 images, with other seeds, and are the same for "
+        "every seed here. The augmentation is the best of 77 combinations of shifts, warps, mixup and noise. To repeat "
+        "the choice:"
     )
+    page.command("python -m tgt_fast.demos.digits.tune")
     page.footer(
         f"Seeds {', '.join(map(str, result.seeds))}. "
         + ", ".join(f"{name} {version}" for name, version in versions().items())

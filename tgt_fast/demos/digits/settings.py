@@ -23,6 +23,7 @@ class Settings:
     pixel_noise: float = 0.1  # the decoder's assumed standard deviation: smaller means sharper and less smooth
     vae_warp: float = 0.0  # share of warped images
     labeler_width: int = 16
+    labeler_batchnorm: bool = True
     labeler_steps: int = 600
     labeler_rate: float = 3e-3
     labeler_warp: float = 0.8
@@ -36,12 +37,12 @@ class Settings:
     # exploration
     sigma: float = 1.0
     prior_sigma: float = 1.0
-    step_size: float = 2.0
+    step_size: float = 1.0
     ascent_steps: int = 1
-    persistent_step_size: float = 2.0
-    restart_probability: float = 0.1
+    persistent_step_size: float = 0.5
+    restart_probability: float = 0.05
     persistent_radius: float | None = None
-    anchors: str = "batch"
+    anchors: str = "balanced"
     evaluations: int = 30  # points of a learning curve
 
 

@@ -31,7 +31,7 @@ class TeacherWeights:
         """The frozen teacher. Its prior is the VAE's: a standard normal."""
         encoder = models.Encoder(settings.vae_hidden, settings.latents)
         decoder = models.decoder(settings.vae_hidden, settings.latents)
-        labeler = models.folded(models.labeler(settings.labeler_width))
+        labeler = models.folded(models.labeler(settings.labeler_width, settings.labeler_batchnorm))
         return Teacher(
             with_weights(encoder, self.encoder),
             with_weights(decoder, self.decoder),
@@ -65,7 +65,7 @@ def train_vae(images: Images, settings: Settings, seed: int) -> tuple[Weights, W
 def train_labeler(images: Images, settings: Settings, seed: int) -> Weights:
     """The labeler, by cross-entropy on warped images; its BatchNorm is folded into the convolutions."""
     with isolated_rng(seed):
-        labeler = models.labeler(settings.labeler_width)
+        labeler = models.labeler(settings.labeler_width, settings.labeler_batchnorm)
         generator = models.seeded(seed)
 
         def loss() -> Tensor:

@@ -75,12 +75,28 @@ GROUPS: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "tgt-random",
         _each(pixel_noise=(0.07, 0.1, 0.14, 0.2), vae_warp=(0.0, 0.3)),
     ),
+    # Judged by the labeler's own accuracy.
+    "labeler": ("labeler", _each(labeler_batchnorm=(True, False), labeler_warp=(0.0, 0.4, 0.8))),
+    # How much the rival owes to the labeler: one that is calm on noisy images makes strong noise a good augmentation.
+    "labeler-augmented": ("distillation-augmented", _each(labeler_batchnorm=(True, False), labeler_warp=(0.0, 0.8))),
+    "labeler-noise": (
+        "distillation-augmented",
+        _each(
+            labeler_batchnorm=(True, False),
+            labeler_warp=(0.0, 0.8),
+            augmentation=(Augmentation(mixup=True, noise=0.4), Augmentation(noise=0.4)),
+        ),
+    ),
+    "labeler-gradient": ("tgt-gradient", _each(labeler_batchnorm=(True, False), labeler_warp=(0.0, 0.8))),
     "prior": ("tgt-prior", _each(prior_sigma=(0.8, 1.0, 1.2))),
     "random": ("tgt-random", _each(sigma=(0.5, 0.75, 1.0, 1.3), anchors=("batch", "balanced"))),
-    "gradient": ("tgt-gradient", _each(sigma=(0.75, 1.0, 1.3), step_size=(0.5, 1.0, 2.0, 3.0))),
+    "gradient": (
+        "tgt-gradient",
+        _each(sigma=(0.75, 1.0, 1.3), step_size=(0.5, 1.0, 2.0, 3.0), anchors=("batch", "balanced")),
+    ),
     "persistent": (
         "tgt-persistent",
-        _each(persistent_step_size=(0.5, 1.0, 2.0), restart_probability=(0.1, 0.3)),
+        _each(persistent_step_size=(0.25, 0.5, 1.0, 2.0), restart_probability=(0.05, 0.1, 0.3)),
     ),
 }
 
@@ -126,6 +142,10 @@ class _Tuning:
         images = long_tailed(self.fit, counts, seed)
         for n in parts["waiting"]:
             trial = self.trials[n]
+            if trial.method == "labeler":
+                built = teacher.build(trial.settings)
+                self.accuracies[n][seed] = teachers.quality(built, self.validation, seed).labeler_accuracy
+                continue
             self.crew.submit(
                 student_task, trial.method, teacher, images, self.validation, counts, trial.settings, seed,
                 then=partial(self._judged, n),
