@@ -8,6 +8,7 @@ core is loaded at first use.
 from __future__ import annotations
 
 from tgt_fast.explore import LatentSampler, Synthetic
+from tgt_fast.kernels.native import release_buffers
 from tgt_fast.kernels.options import DistillStats
 from tgt_fast.kernels.select import backends, explain
 from tgt_fast.losses.distill import DistillationLoss
@@ -33,4 +34,5 @@ __all__ = [
     "explain",
     "fit",
     "perturb_latents",
+    "release_buffers",
 ]

@@ -22,6 +22,11 @@ class DistillOptions:
     ignore_index: int
     unlabeled_index: int
 
+class Buffer:
+    def __init__(self, bytes: int) -> None: ...
+    def __buffer__(self, flags: int) -> memoryview: ...
+
+def release_buffers() -> int: ...
 def distill_forward(
     options: DistillOptions,
     rows: int,

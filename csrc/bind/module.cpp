@@ -4,6 +4,7 @@
 #include <string>
 #include <tuple>
 
+#include "../cpu/buffer.h"
 #include "../cpu/distill.h"
 #include "../cpu/isa.h"
 #include "../cpu/latent.h"
@@ -159,6 +160,12 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def_readwrite("label_smoothing", &DistillOptions::label_smoothing)
       .def_readwrite("ignore_index", &DistillOptions::ignore_index)
       .def_readwrite("unlabeled_index", &DistillOptions::unlabeled_index);
+
+  using tgt::cpu::Buffer;
+  py::class_<Buffer>(m, "Buffer", py::buffer_protocol()).def(py::init<int64_t>()).def_buffer([](Buffer& buffer) {
+    return py::buffer_info(static_cast<uint8_t*>(buffer.data()), buffer.size());
+  });
+  m.def("release_buffers", &tgt::cpu::release_buffers);
 
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("distill_forward", &distill_forward, release);

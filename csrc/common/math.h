@@ -22,6 +22,7 @@ struct Traits<float> {
   using Int = int32_t;
   static TGT_HD float from_int(int32_t x) { return static_cast<float>(x); }
   static TGT_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }
+  static TGT_HD float larger(float a, float b) { return a > b ? a : b; }
   static TGT_HD float square_root(float x) { return sqrtf(x); }
 };
 template <>
@@ -29,6 +30,7 @@ struct Traits<double> {
   using Real = double;
   using Int = int64_t;
   static TGT_HD double fused(double a, double b, double c) { return fma(a, b, c); }
+  static TGT_HD double larger(double a, double b) { return a > b ? a : b; }
   static TGT_HD double square_root(double x) { return sqrt(x); }
 };
 template <>
@@ -55,8 +57,8 @@ TGT_HD V absolute(V x) {
   return x < 0 ? -x : x;
 }
 template <class V>
-TGT_HD V larger(V a, V b) {
-  return a > b ? a : b;
+TGT_HD V larger(V a, V b) {  // a > b ? a : b, so that b is returned where either is NaN
+  return Traits<V>::larger(a, b);
 }
 
 // max(x, a quarter of the lowest finite number): keeps -inf, and what overflows to it, away from 0 * inf and inf - inf,
@@ -65,7 +67,7 @@ template <class V>
 TGT_HD V bounded_below(V x) {
   using Real = typename Traits<V>::Real;
   constexpr Real kLowest = sizeof(Real) == 8 ? Real(-DBL_MAX / 4) : Real(-FLT_MAX / 4);
-  return x < kLowest ? splat<V>(kLowest) : x;
+  return larger(splat<V>(kLowest), x);
 }
 
 template <class V, class Real>
@@ -92,9 +94,8 @@ struct Exp<V, float> {
     const V k = shifted - bias;
     V r = fused(k, splat<V>(-0.693359375f), x);
     r = fused(k, splat<V>(2.12194440e-4f), r);
-    const V tail =
-        polynomial(r, 0.5f, 1.6666665459e-1f, 4.1665795894e-2f, 8.3334519073e-3f, 1.3981999507e-3f, 1.9875691500e-4f);
-    const V value = fused(r * r, tail, r) + 1.0f;
+    const V value = polynomial(r, 1.0f, 1.0f, 0.5f, 1.6666665459e-1f, 4.1665795894e-2f, 8.3334519073e-3f,
+                               1.3981999507e-3f, 1.9875691500e-4f);
     return bit_cast<V>(bit_cast<Int>(value) + (bit_cast<Int>(shifted) << 23));
   }
 };
@@ -114,12 +115,11 @@ struct Exp<V, double> {
   }
 };
 
-// exp(x) for x <= 0, finite. Arguments below kLowest give 0.
+// exp(x) for x <= 0, finite. Arguments below kLowest give 0: what Exp makes of them is thrown away.
 template <class V>
 TGT_HD V exp_nonpositive(V x) {
   using E = Exp<V>;
-  const V clamped = x < E::kLowest ? splat<V>(E::kLowest) : x;
-  const V value = E::of(clamped);
+  const V value = E::of(x);
   return x < E::kLowest ? V{} : value;
 }
 

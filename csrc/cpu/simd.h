@@ -68,6 +68,17 @@ struct Traits<VFloat> {
     return a * b + c;  // a rounding more, within every bound that the tests hold
 #endif
   }
+  static TGT_HD VFloat larger(VFloat a, VFloat b) {
+#if defined(__AVX512F__)
+    return (VFloat)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (VFloat)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+    return (VFloat)_mm_max_ps((__m128)a, (__m128)b);
+#else
+    return a > b ? a : b;
+#endif
+  }
   static TGT_HD VFloat square_root(VFloat x) {
 #if defined(__AVX512F__)
     return (VFloat)_mm512_sqrt_ps((__m512)x);
@@ -92,6 +103,17 @@ struct Traits<VDouble> {
     return (VDouble)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 #else
     return a * b + c;
+#endif
+  }
+  static TGT_HD VDouble larger(VDouble a, VDouble b) {
+#if defined(__AVX512F__)
+    return (VDouble)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
+    return (VDouble)_mm256_max_pd((__m256d)a, (__m256d)b);
+#elif defined(__x86_64__)
+    return (VDouble)_mm_max_pd((__m128d)a, (__m128d)b);
+#else
+    return a > b ? a : b;
 #endif
   }
 };

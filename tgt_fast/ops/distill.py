@@ -146,7 +146,8 @@ def distillation_loss(
     A logit of -inf is a class of probability 0. A row whose true loss is +inf (forward_kl: the student is -inf where
     the teacher is not) gives +inf and no soft gradient; a row that holds NaN, +inf or nothing but -inf gives NaN, and
     leaves the other rows alone. The result does not depend on the number of threads. Second derivatives need
-    ``backend="reference"``.
+    ``backend="reference"``. On a CPU the memory of a large gradient is kept, once it is freed, for the next call;
+    :func:`tgt_fast.release_buffers` gives it back.
 
     Raises:
         ShapeError, DTypeError, DeviceError, ArgumentError: before anything runs, with the offending values.

@@ -38,6 +38,16 @@ def core() -> Any:
     return module
 
 
+def release_buffers() -> int:
+    """Give the memory of past gradients, which is kept for those to come, back to the system.
+
+    Returns:
+        How many bytes that was: at most two large gradients' worth.
+    """
+    module = load()
+    return 0 if isinstance(module, str) else int(module.release_buffers())
+
+
 def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
     """Why the core cannot run ``op`` on ``tensors``; None when it can."""
     module = load()

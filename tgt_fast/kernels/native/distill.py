@@ -12,6 +12,8 @@ from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels.native import DTYPES, core
 from tgt_fast.kernels.options import DIVERGENCES, REDUCTIONS, DistillOptions, DistillStats
 
+_LARGE = 4 << 20  # bytes: below it the allocator of the C library keeps freed memory by itself
+
 
 class Forward(NamedTuple):
     """What one pass over the logits returns."""
@@ -61,6 +63,14 @@ def _matrix(tensor: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0), DTYPES[tensor.dtype])
 
 
+def _gradient_like(logits: Tensor) -> Tensor:
+    """[N, C] for a gradient, contiguous. A large one lies in memory that the core uses again from call to call."""
+    bytes_needed = logits.numel() * logits.element_size()
+    if bytes_needed < _LARGE:
+        return torch.empty(logits.shape, dtype=logits.dtype)
+    return torch.frombuffer(core().Buffer(bytes_needed), dtype=logits.dtype).view(logits.shape)
+
+
 def forward(
     student: Tensor,  # [N, C] dense rows
     teacher: Tensor,  # [N, C] dense rows
@@ -85,8 +95,8 @@ def forward(
         target = target.contiguous()
     d_student = None
     if wanted[0]:
-        d_student = student.detach() if inplace else torch.empty(rows, classes, dtype=student.dtype)
-    d_teacher = torch.empty(rows, classes, dtype=teacher.dtype) if wanted[1] else None
+        d_student = student.detach() if inplace else _gradient_like(student)
+    d_teacher = _gradient_like(teacher) if wanted[1] else None
     compiled = core()
     state = torch.empty(rows, compiled.ROW_STATE, dtype=torch.float64) if keep_rows else None
     stats = torch.empty(6, rows, dtype=accumulate) if want_stats else None
@@ -123,8 +133,8 @@ def backward(
     d_loss = d_loss.detach().to(_accumulate(student, teacher)).contiguous()
     d_student = None
     if wanted[0]:
-        d_student = student.detach() if inplace else torch.empty(rows, classes, dtype=student.dtype)
-    d_teacher = torch.empty(rows, classes, dtype=teacher.dtype) if wanted[1] else None
+        d_student = student.detach() if inplace else _gradient_like(student)
+    d_teacher = _gradient_like(teacher) if wanted[1] else None
     core().distill_backward(
         _core_options(options), rows, classes, _matrix(student), _matrix(teacher), _pointer(target), _pointer(state),
         _pointer(d_loss), int(d_loss.dim() > 0), _matrix(d_student), _matrix(d_teacher), torch.get_num_threads(),
