@@ -120,9 +120,7 @@ def test_missing_packages_are_named(
     monkeypatch.setattr(importlib.util, "find_spec", without)
     assert status("demo", "digits", "--out", str(tmp_path)) == 1
     error = capsys.readouterr().err
-    assert error == (
-        "tgt-fast: error: the demo needs scikit-learn and matplotlib: pip install 'tgt-fast[demo]'\n"
-    )
+    assert error == ("tgt-fast: error: the demo needs scikit-learn and matplotlib: pip install 'tgt-fast[demo]'\n")
 
 
 def test_interruption_and_errors_have_their_status(

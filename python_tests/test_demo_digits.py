@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,20 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from tgt_fast.demos.digits import data, diagnostics, findings, methods, models, page, results, run, teachers, tune, workers
+from tgt_fast.demos.digits import (
+    data,
+    diagnostics,
+    findings,
+    methods,
+    models,
+    page,
+    results,
+    run,
+    teachers,
+    tune,
+    validation,
+    workers,
+)
 from tgt_fast.demos.digits.augment import Augmentation, shifted, warped
 from tgt_fast.demos.digits.methods import StudentResult
 from tgt_fast.demos.digits.results import DemoResult
@@ -210,7 +224,8 @@ def test_json_has_the_promised_form(tiny: DemoResult) -> None:
     content = results.as_json(tiny)
     assert set(content) >= {"methods", "versions", "seeds", "commit"}
     assert list(content["methods"]) == [
-        "one-hot", "distillation", "distillation-augmented", "tgt-prior", "tgt-random", "tgt-gradient", "tgt-persistent",
+        "one-hot", "distillation", "distillation-augmented",
+        "tgt-prior", "tgt-random", "tgt-gradient", "tgt-persistent",
     ]  # fmt: skip
     for method, entry in content["methods"].items():
         assert set(entry) >= {"accuracy", "head", "middle", "tail", "agreement", "mean_kl", "seconds"}
@@ -236,7 +251,11 @@ def test_the_page_shows_every_plot(tiny: DemoResult, tmp_path: Path) -> None:
 def test_the_curve_adds_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "CURVE_FACTORS", (0.1, 1000.0))
     result = run.run_demo((0,), TINY, curve=True, workers=0)
-    assert [labels for labels, _ in results.learning_curve(result, "one-hot")] == [sum(data.class_counts(0.1)), 118, 900]
+    assert [labels for labels, _ in results.learning_curve(result, "one-hot")] == [
+        sum(data.class_counts(0.1)),
+        118,
+        900,
+    ]
     assert "sample_size_factors" in results.as_json(result)
     assert "labels" in page.write_page(result, tmp_path).read_text(encoding="utf-8")
     assert (tmp_path / "labels.png").exists()
@@ -255,7 +274,7 @@ def result_of(accuracies: dict[str, Sequence[float]], curve: Sequence[StudentRes
 
 
 def test_findings_say_what_helped_and_what_did_not() -> None:
-    accuracies: dict[str, Sequence[float]] = {method: (80.0, 81.0) for method in METHODS}
+    accuracies: dict[str, Sequence[float]] = dict.fromkeys(METHODS, (80.0, 81.0))
     accuracies |= {"tgt-gradient": (90.0, 92.0), "tgt-random": (91.0, 91.5), "tgt-persistent": (85.0, 85.0)}
     result = result_of(accuracies)
     assert result.lead == pytest.approx(10.5)
@@ -270,7 +289,7 @@ def test_findings_say_what_helped_and_what_did_not() -> None:
 
 
 def test_sample_factors_interpolate_over_log_labels() -> None:
-    accuracies: dict[str, Sequence[float]] = {method: (80.0,) for method in METHODS}
+    accuracies: dict[str, Sequence[float]] = dict.fromkeys(METHODS, (80.0,))
     accuracies["tgt-gradient"] = (90.0,)
     curve = [student("one-hot", 0, 85.0, 200), student("one-hot", 0, 95.0, 800), student("tgt-gradient", 0, 99.0, 800)]
     curve += [student("distillation", 0, 88.0, 800)]
@@ -291,19 +310,21 @@ def fail(text: str) -> None:
     raise ShapeError(text)
 
 
+def run_alone(count: int, task: Callable[..., None], argument: object) -> None:
+    with workers.crew(count) as crew:
+        crew.submit(task, argument, then=lambda _: pytest.fail("went on"))
+        crew.finish()
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_what_a_task_raises_arrives(count: int) -> None:
-    with pytest.raises(ShapeError, match="oh"), workers.crew(count) as crew:
-        crew.submit(fail, "oh", then=lambda _: pytest.fail("went on"))
-        crew.finish()
+    with pytest.raises(ShapeError, match="oh"):
+        run_alone(count, fail, "oh")
 
 
 def test_a_dead_worker_is_reported() -> None:
-    import os
-
-    with pytest.raises(workers.WorkerError, match="worker process died"), workers.crew(1) as crew:
-        crew.submit(os._exit, 3, then=lambda _: None)
-        crew.finish()
+    with pytest.raises(workers.WorkerError, match="worker process died"):
+        run_alone(1, os._exit, 3)
 
 
 def test_tuning_ranks_choices_on_the_validation_split() -> None:
@@ -316,7 +337,7 @@ def test_tuning_ranks_choices_on_the_validation_split() -> None:
 
 def test_every_group_of_tuning_contains_the_chosen_settings() -> None:
     base = Settings()
-    for group in ("augmentation", *tune.GROUPS):
+    for group in tune.GROUPS:
         assert any(trial.settings == base for trial in tune.trials(group, base)), group
     assert len(tune.trials("augmentation", base)) == 77
 
@@ -331,9 +352,7 @@ def test_the_teacher_learns(split: tuple[data.Images, data.Images]) -> None:
     """A quarter of the steps makes a labeler that is right and a decoder that draws."""
     settings = replace(Settings(), vae_steps=300, labeler_steps=100)
     pool, test = split
-    weights = teachers.TeacherWeights(
-        *teachers.train_vae(pool, settings, 0), teachers.train_labeler(pool, settings, 0)
-    )
+    weights = teachers.TeacherWeights(*teachers.train_vae(pool, settings, 0), teachers.train_labeler(pool, settings, 0))
     teacher = weights.build(settings)
     quality = teachers.quality(teacher, test, 0)
     assert quality.labeler_accuracy > 90
@@ -343,3 +362,30 @@ def test_the_teacher_learns(split: tuple[data.Images, data.Images]) -> None:
     made = explorer(images.x, student=models.student())
     assert made.x.shape == images.x.shape
     assert made.teacher_logits.shape == (118, 10)
+
+
+def test_committed_tuning_is_what_settings_say() -> None:
+    """Where two choices are within half a point, the simpler one may stand; no other choice is better than that."""
+    groups = validation.load()
+    assert set(tune.GROUPS) <= set(groups)
+    for group in tune.GROUPS:
+        chosen = [
+            row
+            for row in groups[group]
+            if all(_same(getattr(Settings(), name), value) for name, value in row["options"].items())
+        ]
+        assert len(chosen) == 1, group
+        assert chosen[0]["accuracy"] >= groups[group][0]["accuracy"] - 0.5, group
+
+
+def _same(setting: object, value: object) -> bool:
+    return (str(setting) if isinstance(setting, Augmentation) else setting) == value
+
+
+def test_the_page_owns_up_to_what_the_lead_depends_on() -> None:
+    rows = validation.rivals()
+    assert len(rows) == 4
+    assert rows[0].accuracy == max(row.accuracy for row in rows)
+    least = min(row.gradient - row.augmented for row in rows)
+    assert f"{least:.1f} with the one that suits augmentation best" in validation.about_rivals(rows)
+    assert validation.rivals({}) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
 import shutil
@@ -31,7 +32,19 @@ def page() -> Page:
 
 def test_everything_printed_is_escaped() -> None:
     html = page().html()
-    for raw in ("<script>", "<i>", "<h>", "<li><li>", "<file>", "<b>bold", "1 < 2", "<1>", "<title> &", 'alt="an "alt"', "a < b"):
+    for raw in (
+        "<script>",
+        "<i>",
+        "<h>",
+        "<li><li>",
+        "<file>",
+        "<b>bold",
+        "1 < 2",
+        "<1>",
+        "<title> &",
+        'alt="an "alt"',
+        "a < b",
+    ):
         assert raw not in html
     assert "&lt;script&gt;" in html
     assert "1 &lt; 2" in html
@@ -133,7 +146,7 @@ def test_names_are_spread_apart_in_their_order(places: list[float]) -> None:
 
     moved = spread(places, 0.1)
     ordered = sorted(range(len(places)), key=lambda i: (places[i], moved[i]))
-    gaps = [moved[b] - moved[a] for a, b in zip(ordered, ordered[1:], strict=False)]
+    gaps = [moved[b] - moved[a] for a, b in itertools.pairwise(ordered)]
     assert all(gap >= 0.1 - 1e-12 for gap in gaps)
     assert all(-1e-12 <= place <= 1 + 1e-12 for place in moved)
 

@@ -87,7 +87,7 @@ def sampler(method: str, teacher: Teacher, settings: Settings, seed: int, **opti
 
 def objective(method: str, teacher: Teacher, images: Images, settings: Settings, seed: int) -> Objective:
     """What a method minimises."""
-    loss = DistillationLoss(temperature=settings.temperature, hard_weight=1.0)
+    loss = DistillationLoss(temperature=settings.temperature_of(method), hard_weight=1.0)
     if method == "one-hot":
         return OneHot()
     if method == "distillation":
@@ -119,7 +119,7 @@ def train_student(
     student = models.student()
     # Fewer epochs, of many steps, because the evaluation and not the epoch is the unit of progress here.
     loader = Batches(images, settings.real * (2 if alone else 1), settings.steps, seed)
-    optimizer = torch.optim.Adam(student.parameters(), lr=settings.rate, fused=True)
+    optimizer = torch.optim.Adam(student.parameters(), lr=settings.rate_of(method), fused=True)
     started = time.perf_counter()
     result = fit(
         student,

@@ -30,9 +30,11 @@ class Settings:
     teacher_batch: int = 128
     # student
     steps: int = 1500
-    rate: float = 3e-3
+    rate: float = 1e-2
+    one_hot_rate: float = 3e-3
     real: int = 64  # real examples a step beside as many others; alone: twice as many
     temperature: float = 2.0
+    distillation_temperature: float = 4.0  # of the two methods without exploration
     augmentation: Augmentation = field(default_factory=lambda: Augmentation(mixup=True, noise=0.2))
     # exploration
     sigma: float = 1.0
@@ -44,6 +46,13 @@ class Settings:
     persistent_radius: float | None = None
     anchors: str = "balanced"
     evaluations: int = 30  # points of a learning curve
+
+    def rate_of(self, method: str) -> float:
+        """The learning rate a method begins with."""
+        return self.one_hot_rate if method == "one-hot" else self.rate
+
+    def temperature_of(self, method: str) -> float:
+        return self.distillation_temperature if method in BASELINES else self.temperature
 
 
 def quick(settings: Settings) -> Settings:
