@@ -192,3 +192,41 @@ def test_a_training_step_after_exploring_is_unchanged_by_it() -> None:
         return torch.cat([t.flatten().float() for t in student.state_dict().values()])
 
     assert torch.equal(weights(True), weights(False))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_student_whose_truth_is_undefined_or_false_serves(compiled: bool) -> None:
+    """bool() of a module asks for its length, which a compiled Linear has no answer to, and may be 0."""
+
+    class Empty(nn.Linear):
+        def __len__(self) -> int:
+            return 0
+
+    plain = toys.seeded(lambda: (nn.Linear if compiled else Empty)(toys.FEATURES, toys.CLASSES), 0)
+    student = torch.compile(plain, backend="eager") if compiled else plain
+    made = gradient_sampler(toys.vector_teacher())(X, student=student)
+    expected = gradient_sampler(toys.vector_teacher())(X, student=plain.forward)
+    assert torch.equal(made.latents.z, expected.latents.z)
+
+
+def compiled(part: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(part, backend="eager")
+
+
+@pytest.mark.parametrize("wrap_student", [None, compiled, lambda part: part.forward])
+@pytest.mark.parametrize("wrap_labeler", [None, compiled, lambda part: part.forward])
+def test_the_labeler_as_the_student_is_refused_however_it_is_wrapped(wrap_student: Any, wrap_labeler: Any) -> None:
+    judge = toys.labeler()
+    labeler, student = (judge if wrap is None else wrap(judge) for wrap in (wrap_labeler, wrap_student))
+    teacher = Teacher(nn.Identity(), nn.Identity(), labeler)
+    with pytest.raises(ArgumentError, match="student is the teacher's labeler"):
+        LatentSampler(teacher, "gradient", units="absolute")(X, student=student)
+
+
+def test_a_compiled_function_as_labeler_and_student_is_refused() -> None:
+    def judge(x: Tensor) -> Tensor:
+        return x[:, :3]
+
+    teacher = Teacher(nn.Identity(), nn.Identity(), judge)
+    with pytest.raises(ArgumentError, match="student is the teacher's labeler"):
+        LatentSampler(teacher, "gradient", units="absolute")(X, student=compiled(judge))

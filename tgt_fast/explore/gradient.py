@@ -10,12 +10,12 @@ from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.explore.draws import Key, over_coordinates
-from tgt_fast.explore.guard import left_as_found, unwrapped
+from tgt_fast.explore.guard import left_as_found, unwrapped, what_runs
 from tgt_fast.explore.options import SamplerOptions
 from tgt_fast.ops.distill import distillation_loss
 from tgt_fast.ops.latent import ascend_latents
 from tgt_fast.teacher import Latents, Teacher, tree
-from tgt_fast.teacher.teacher import checked_logits, module_behind
+from tgt_fast.teacher.teacher import checked_logits
 
 Student = Callable[..., Any]
 
@@ -32,8 +32,7 @@ def checked_student(teacher: Teacher, student: Student | None) -> Student:
     if not callable(student):
         raise ArgumentError(f"LatentSampler: student must be callable, got {type(student).__name__}")
     student = unwrapped(student)
-    itself = module_behind(student) or student
-    if itself in (teacher, teacher.labeler, module_behind(teacher.labeler)):
+    if any(what_runs(student) is what_runs(part) for part in (teacher, teacher.labeler)):
         raise ArgumentError(
             "LatentSampler: the student is the teacher's labeler, so their disagreement is identically 0; "
             "pass the model that is being trained"

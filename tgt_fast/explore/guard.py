@@ -15,7 +15,25 @@ from tgt_fast.teacher.teacher import module_behind
 
 def unwrapped(student: Callable[..., Any]) -> Callable[..., Any]:
     """The module inside a DistributedDataParallel, whose forward would broadcast buffers, arm reduction."""
-    return student.module if isinstance(student, DistributedDataParallel) else student
+    inner = _uncompiled(student)
+    return inner.module if isinstance(inner, DistributedDataParallel) else student
+
+
+def what_runs(part: Callable[..., Any]) -> Callable[..., Any]:
+    """The module, or the function, at the bottom of a callable, to tell whether two are the same."""
+    part = _uncompiled(part)
+    module = module_behind(part)
+    return part if module is None else _uncompiled(module)  # not by truth: a module may have a length
+
+
+def _uncompiled(part: Any) -> Any:
+    """What ``torch.compile`` was given."""
+    while True:
+        held = part._modules if isinstance(part, nn.Module) else getattr(part, "__dict__", {})
+        inner = held.get("_orig_mod", held.get("_torchdynamo_orig_callable"))
+        if inner is None:
+            return part
+        part = inner
 
 
 @contextmanager
