@@ -22,7 +22,7 @@ from training_kit import FEATURES, adam, assert_same_weights, make_data, make_st
 
 import tgt_fast as tgt
 from tgt_fast.errors import CheckpointError
-from tgt_fast.train import files, load_checkpoint, save_checkpoint, save_weights
+from tgt_fast.train import Checkpoint, files, load_checkpoint, save_checkpoint, save_weights
 from tgt_fast.train.codec import encode
 from tgt_fast.train.rng import get_rng_state
 
@@ -281,6 +281,23 @@ def test_files_of_other_programs(saved: Path, text: str) -> None:
     live = Live()
     (saved / "checkpoint.json").write_bytes(text.encode("latin-1"))
     live.refuses(saved, "checkpoint.json.*(damaged|not a checkpoint)")
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_numbers_that_no_checkpoint_is_written_with(saved: Path, number: str) -> None:
+    """Python's JSON reader takes them, its strict writer, which makes what is hashed, does not."""
+    live = Live()
+    path = saved / "checkpoint.json"
+    path.write_text(path.read_text().replace('"step":2', f'"step":{number}', 1))
+    live.refuses(saved, r"checkpoint\.json: damaged")
+
+
+def test_a_callers_own_check_comes_before_any_change(saved: Path) -> None:
+    def check(checkpoint: Checkpoint) -> None:
+        assert (checkpoint.step, checkpoint.extra) == (2, None)
+        raise CheckpointError("not mine")
+
+    Live().refuses(saved, r"checkpoint\.json: not mine", check=check)
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:

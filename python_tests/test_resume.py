@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from training_kit import (
     Augmented,
@@ -28,9 +28,10 @@ from training_kit import (
 
 import tgt_fast as tgt
 from tgt_fast.errors import CheckpointError
-from tgt_fast.train import evaluate, load_checkpoint
+from tgt_fast.train import evaluate, load_checkpoint, save_checkpoint
+from tgt_fast.train.codec import encode
 from tgt_fast.train.data import BatchStream
-from tgt_fast.train.rng import isolated_rng
+from tgt_fast.train.rng import get_rng_state, isolated_rng
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -230,6 +231,50 @@ def test_a_finished_run_resumes_to_its_result(tmp_path: Path) -> None:
     assert found.best is not None
     assert result.best is not None
     assert all(torch.equal(found.best[name], value) for name, value in result.best.items())
+
+
+GOOD = {"sums": {}, "summed": 0, "history": [], "best": None, "best_step": None, "best_score": None}
+
+
+@pytest.mark.parametrize(
+    ("extra", "match"),
+    [
+        (None, "not saved by fit: its extra holds NoneType"),
+        ({"epoch": 3}, r"not saved by fit: its extra holds \['epoch'\]"),
+        ({**GOOD, "history": None}, "'history'"),
+        ({**GOOD, "history": [1]}, "'history'"),
+        ({**GOOD, "sums": {"loss": 1.0}}, "'sums'"),
+        ({**GOOD, "summed": "7"}, "'summed'"),
+        ({**GOOD, "best": [1]}, "'best'"),
+    ],
+)
+def test_a_checkpoint_of_another_loop_is_refused_and_changes_nothing(tmp_path: Path, extra: Any, match: str) -> None:
+    other = _parts(make_run())
+    torch.nn.init.ones_(other["student"][0].weight)
+    save_checkpoint(tmp_path, **other, step=3, extra=extra)
+    run, same = make_run(), make_run()
+    run["seed"] = None
+    before = get_rng_state()
+    with pytest.raises(CheckpointError, match=match):
+        tgt.fit(**run, steps=5, checkpoint_dir=tmp_path, resume=True)
+    assert_same_weights(run["student"], same["student"])
+    assert run["optimizer"].state_dict() == same["optimizer"].state_dict()
+    now: dict[str, Tensor] = {}
+    then: dict[str, Tensor] = {}
+    assert encode(get_rng_state(), "rng", now) == encode(before, "rng", then)
+    assert all(torch.equal(now[name], value) for name, value in then.items())
+    assert load_checkpoint(tmp_path, **other).extra == extra
+
+
+def test_a_run_of_no_steps_is_saved_too(tmp_path: Path) -> None:
+    run, unbroken = make_run(), make_run()
+    tgt.fit(**run, steps=0, checkpoint_dir=tmp_path)
+    assert load_checkpoint(tmp_path, **_parts(make_run())).step == 0
+    other = make_run()
+    torch.nn.init.ones_(other["student"][0].weight)
+    tgt.fit(**other, steps=3, checkpoint_dir=tmp_path, resume=True)
+    tgt.fit(**unbroken, steps=3)
+    assert_same_weights(other["student"], unbroken["student"])
 
 
 def test_resume_starts_anew_where_nothing_is_saved(tmp_path: Path) -> None:

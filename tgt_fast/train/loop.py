@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from tgt_fast.errors import ArgumentError
+from tgt_fast.errors import ArgumentError, CheckpointError
 from tgt_fast.train import checkpoint
 from tgt_fast.train.data import Batch, BatchStream, module_device, split_batch, to_device
 from tgt_fast.train.files import make_writable
@@ -173,6 +174,8 @@ def fit(
                 if folder is not None and _due(checkpoint_every, result.steps, steps):
                     run.save(folder)
                 bar.update()
+        if folder is not None and not checkpoint.has_checkpoint(folder):
+            run.save(folder)  # of no steps
     return result
 
 
@@ -264,7 +267,7 @@ class _Run:
         checkpoint.save_checkpoint(folder, **self._parts(), step=result.steps, extra=extra)
 
     def load(self, folder: Path) -> None:
-        loaded = checkpoint.load_checkpoint(folder, **self._parts())
+        loaded = checkpoint.load_checkpoint(folder, **self._parts(), check=_check_saved)
         extra = loaded.extra
         self.result = FitResult(loaded.step, extra["history"], extra["best"], extra["best_step"], extra["best_score"])
         self.sums = {name: value.to(self.device) for name, value in extra["sums"].items()}
@@ -278,6 +281,29 @@ class _Run:
             "sampler": getattr(self.objective, "sampler", None),
             "data": self.stream,
         }
+
+
+def _check_saved(saved: checkpoint.Checkpoint) -> None:
+    """Whether a checkpoint's step and ``extra`` are what ``_Run.save`` writes."""
+    extra = saved.extra
+    kinds: dict[str, Any] = {
+        "sums": dict,
+        "summed": int,
+        "history": list,
+        "best": (dict, NoneType),
+        "best_step": (int, NoneType),
+        "best_score": (float, NoneType),
+    }
+    if not isinstance(extra, dict) or extra.keys() != kinds.keys():
+        found = sorted(map(str, extra)) if isinstance(extra, dict) else type(extra).__name__
+        raise CheckpointError(f"it was not saved by fit: its extra holds {found}, fit's {sorted(kinds)}")
+    wrong = [name for name, kind in kinds.items() if not isinstance(extra[name], kind)]
+    if not wrong and not all(isinstance(value, Tensor) for value in extra["sums"].values()):
+        wrong = ["sums"]
+    if not wrong and not all(isinstance(record, dict) for record in extra["history"]):
+        wrong = ["history"]
+    if wrong:
+        raise CheckpointError(f"it was not saved by fit: of its extra, {wrong} are not what fit saves")
 
 
 def _due(every: int, step: int, steps: int) -> bool:
