@@ -10,8 +10,8 @@ from torch import nn
 from training_kit import CLASSES, FEATURES, make_data, make_student, make_teacher
 
 from tgt_fast.errors import ArgumentError, ShapeError
+from tgt_fast.teacher.modes import eval_mode
 from tgt_fast.train import accuracy, agreement, class_accuracy, class_thirds, evaluate, mean_kl
-from tgt_fast.train.metrics import eval_mode
 
 LOGITS = torch.tensor([[3.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 2.0, 1.0], [5.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
 TARGET = torch.tensor([0, 2, 0, 1, -100])  # right, right, wrong, wrong, not counted

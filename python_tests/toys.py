@@ -113,7 +113,9 @@ def snapshot(module: nn.Module) -> dict[str, Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Bit-equal, through dicts."""
+    """Bit-equal, through dicts and lists."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)

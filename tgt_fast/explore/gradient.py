@@ -58,7 +58,7 @@ def climb(
     """
     latents = start
     history: list[float] = []
-    with left_as_found(student, start.z.device):
+    with left_as_found(student):
         for number in range(options.steps):
             parts = [_slope(teacher, student, piece, options) for piece in tree.chunks(latents, teacher.max_batch)]
             value, slope = (torch.cat(column) for column in zip(*parts, strict=True))

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tgt_fast._rng import isolated_rng
+from tgt_fast.teacher.modes import eval_mode
 from tgt_fast.teacher.teacher import module_behind
 
 
@@ -37,37 +39,27 @@ def _uncompiled(part: Any) -> Any:
 
 
 @contextmanager
-def left_as_found(student: Callable[..., Any], device: torch.device) -> Iterator[None]:
-    """Inside, the student is in eval mode; after, its flags, buffers and the global generators are as before.
+def left_as_found(student: Callable[..., Any]) -> Iterator[None]:
+    """Inside, the student is in eval mode; after, its flags, buffers and the global generators (torch, numpy,
+    Python) are as before.
 
     Parameters and their ``.grad`` are the caller's part: differentiate with ``torch.autograd.grad`` alone.
     """
-    module = module_behind(student)
-    modules = list(module.modules()) if module is not None else []
-    flags = [(m, m.training) for m in modules]
+    root = module_behind(student)
+    root = nn.Module() if root is None else root  # of a plain function there is nothing to see
     buffers = [
-        (m, name, buffer, buffer._version, buffer.detach().clone())
-        for m in modules
+        (m, name, buffer, None if buffer is None else (buffer._version, buffer.detach().clone()))
+        for m in root.modules()
         for name, buffer in m._buffers.items()
-        if buffer is not None
     ]
-    devices = [device] if device.type == "cuda" and not torch.cuda.is_current_stream_capturing() else []
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     try:
-        with torch.random.fork_rng(devices):
-            for m in modules:
-                # Not m.eval(): an adapter's train() may merge weights there, and the rounding would stay.
-                m.training = False
+        with isolated_rng(cuda=not capturing), eval_mode(root):
             yield
     finally:
-        for m, flag in flags:
-            m.training = flag
-        for m, name, buffer, version, before in buffers:
-            _restore(m, name, buffer, version, before)
-
-
-def _restore(module: nn.Module, name: str, buffer: Tensor, version: int, before: Tensor) -> None:
-    if module._buffers.get(name) is not buffer:
-        module._buffers[name] = buffer
-    if buffer._version != version:
-        with torch.no_grad():
-            buffer.copy_(before)
+        for m, name, buffer, before in buffers:
+            if m._buffers.get(name) is not buffer:
+                m._buffers[name] = buffer
+            if buffer is not None and before is not None and buffer._version != before[0]:
+                with torch.no_grad():
+                    buffer.copy_(before[1])

@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from tgt_fast._rng import get_rng_state, set_rng_state
 from tgt_fast.errors import CheckpointError
 from tgt_fast.train.codec import decode, encode
 from tgt_fast.train.files import (
@@ -36,7 +37,6 @@ from tgt_fast.train.files import (
     write_tensors,
     write_text,
 )
-from tgt_fast.train.rng import get_rng_state, set_rng_state
 
 MANIFEST = "checkpoint.json"
 _FORMAT, _VERSION = "tgt_fast.checkpoint", 1

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tgt_fast._rng import get_rng_state, set_rng_state
 from tgt_fast.errors import ArgumentError
-from tgt_fast.train.rng import get_rng_state, set_rng_state
 
 _END = object()
 

@@ -17,12 +17,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
+from tgt_fast._rng import isolated_rng
 from tgt_fast.errors import ArgumentError, CheckpointError
+from tgt_fast.teacher.modes import eval_mode
 from tgt_fast.train import checkpoint
 from tgt_fast.train.data import Batch, BatchStream, module_device, split_batch, to_device
 from tgt_fast.train.files import make_writable
-from tgt_fast.train.metrics import eval_mode
-from tgt_fast.train.rng import isolated_rng
 
 BEST_WEIGHTS = "best.safetensors"
 Evaluate = Callable[[nn.Module], Mapping[str, float]]

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tgt_fast.errors import ArgumentError, ShapeError
+from tgt_fast.teacher.modes import eval_mode
 from tgt_fast.train.data import module_device, split_batch, to_device
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every submodule's own train/eval flag is what it was."""
-    flags = [(child, child.training) for child in module.modules()]
-    for child, _ in flags:
-        child.training = False  # not eval(): an adapter may merge weights there, which flags alone would not undo
-    try:
-        yield
-    finally:
-        for child, training in flags:
-            child.training = training
 
 
 def class_thirds(class_counts: Sequence[int] | Tensor) -> tuple[Tensor, Tensor, Tensor]:

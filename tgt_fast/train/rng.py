@@ -1,55 +1,5 @@
-"""The states of the process-wide random number generators: torch (CPU and CUDA), numpy and Python."""
+"""The states of the process-wide random number generators, under the name that training uses."""
 
-from __future__ import annotations
+from tgt_fast._rng import get_rng_state, isolated_rng, set_rng_state
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
-import numpy as np
-import torch
-
-
-def get_rng_state() -> dict[str, Any]:
-    """Every global generator's state, as tensors, numbers and tuples (what a checkpoint takes)."""
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    numpy_state = np.random.get_state(legacy=False)
-    if isinstance(numpy_state, dict) and numpy_state["bit_generator"] == "MT19937":
-        inner = numpy_state["state"]
-        state["numpy"] = {
-            "key": torch.from_numpy(inner["key"].astype(np.int64)),
-            "pos": int(inner["pos"]),
-            "has_gauss": int(numpy_state["has_gauss"]),
-            "gauss": float(numpy_state["gauss"]),
-        }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        state["cuda"] = list(torch.cuda.get_rng_state_all())
-    return state
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what :func:`get_rng_state` gave. CUDA states beyond the GPUs of this machine are ignored."""
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    if "numpy" in state:
-        inner = state["numpy"]
-        key = inner["key"].numpy().astype(np.uint32)
-        np.random.set_state(("MT19937", key, inner["pos"], inner["has_gauss"], inner["gauss"]))
-    if "cuda" in state and torch.cuda.is_available():
-        for device, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(device_state, device)
-
-
-@contextmanager
-def isolated_rng(seed: int | None = None) -> Iterator[None]:
-    """What runs inside leaves the global generators as they were; with a seed, it starts from that seed."""
-    before = get_rng_state()
-    try:
-        if seed is not None:
-            torch.manual_seed(seed)
-            np.random.seed(seed % 2**32)
-            random.seed(seed)
-        yield
-    finally:
-        set_rng_state(before)
+__all__ = ["get_rng_state", "isolated_rng", "set_rng_state"]

@@ -1,0 +1,21 @@
+"""Train and eval mode, submodule by submodule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every submodule's own train/eval flag is what it was."""
+    flags = [(child, child.training) for child in module.modules()]
+    for child, _ in flags:
+        child.training = False  # not eval(): an adapter may merge weights there, which flags alone would not undo
+    try:
+        yield
+    finally:
+        for child, training in flags:
+            child.training = training
