@@ -12,7 +12,7 @@ from training_kit import CLASSES, FEATURES, make_data, make_student, make_teache
 
 import tgt_fast as tgt
 from tgt_fast.errors import ArgumentError, ShapeError
-from tgt_fast.train.data import Batch
+from tgt_fast.teacher.batches import Batch
 
 
 def soft_by_hand(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

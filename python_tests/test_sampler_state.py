@@ -40,7 +40,7 @@ def test_loaders_of_every_form_serve() -> None:
     for batch in (x, (x,), [x, y], (ids, x, y)):
         sampler = LatentSampler(IDENTITY, "random").calibrate([batch])
         torch.testing.assert_close(sampler.scale, expected)
-    with pytest.raises(ArgumentError, match="got 4 parts"):
+    with pytest.raises(ArgumentError, match="gave a tuple of 4"):
         LatentSampler(IDENTITY, "random").calibrate([(x, y, ids, ids)])
 
 

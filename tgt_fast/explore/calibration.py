@@ -1,4 +1,4 @@
-"""The latents' standard deviation, streamed, and what a calibration loader's batches look like."""
+"""The latents' standard deviation, streamed, and the classes of a calibration loader's examples."""
 
 from __future__ import annotations
 
@@ -73,19 +73,6 @@ class StreamingStd:
                 'measure in; calibrate with more data, or use units="absolute"'
             )
         return std
-
-
-def inputs_and_labels(batch: Any) -> tuple[Any, Tensor | None]:
-    """x and y of a loader's batch, which is ``x``, ``(x,)``, ``(x, y)`` or ``(ids, x, y)``."""
-    if not isinstance(batch, (tuple, list)):
-        return batch, None
-    if len(batch) == 1:
-        return batch[0], None
-    if len(batch) == 2:
-        return batch[0], batch[1]
-    if len(batch) == 3:
-        return batch[1], batch[2]
-    raise ArgumentError(f"calibrate: a batch must be x, (x, y) or (ids, x, y), got {len(batch)} parts")
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.explore.anchors import AnchorPool, PoolBuilder
 from tgt_fast.explore.bank import LatentBank
-from tgt_fast.explore.calibration import StreamingStd, inputs_and_labels, labels_of
+from tgt_fast.explore.calibration import StreamingStd, labels_of
 from tgt_fast.explore.counters import Counters
 from tgt_fast.explore.draws import Key, with_noise
 from tgt_fast.explore.gradient import checked_student, climb
@@ -23,6 +23,7 @@ from tgt_fast.explore.prior import prior_latents
 from tgt_fast.explore.state import SamplerState, checked_state
 from tgt_fast.explore.synthetic import Synthetic
 from tgt_fast.teacher import Latents, Teacher, tree
+from tgt_fast.teacher.batches import split_batch
 
 
 class LatentSampler:
@@ -223,7 +224,7 @@ class LatentSampler:
         pool = PoolBuilder(per_class) if self.options.anchors == "balanced" else None
         device = self.teacher.device
         for batch in loader:
-            x, y = inputs_and_labels(batch)
+            _, x, y = split_batch(batch)
             if device is not None:
                 x = tree.map_batched(lambda leaf: leaf.to(device), x)
             latents = self.teacher.encode(x)

@@ -1,10 +1,10 @@
-"""Batches, and a loader read as an endless stream whose place can be saved and found again."""
+"""A loader read as an endless stream whose place can be saved and found again."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,31 +14,6 @@ from tgt_fast._rng import get_rng_state, set_rng_state
 from tgt_fast.errors import ArgumentError
 
 _END = object()
-
-
-class Batch(NamedTuple):
-    """One batch of a loader, by name."""
-
-    sample_ids: Tensor | None  # (B,) int64
-    x: Any  # a tensor or a pytree of tensors
-    y: Tensor | None  # (B, ...) int64
-
-
-def split_batch(batch: Any) -> Batch:
-    """``(ids, x, y)``, ``(x, y)``, ``(x,)`` or ``x`` -> ``Batch``. Only tuples and lists are taken apart.
-
-    Raises:
-        ArgumentError: a tuple or list of another length.
-    """
-    if not isinstance(batch, (tuple, list)):
-        return Batch(None, batch, None)
-    if len(batch) == 3:
-        return Batch(*batch)
-    if len(batch) in (1, 2):
-        return Batch(None, batch[0], batch[1] if len(batch) == 2 else None)
-    raise ArgumentError(
-        f"a batch is x, (x, y) or (ids, x, y); the loader gave a {type(batch).__name__} of {len(batch)}"
-    )
 
 
 def to_device(batch: Any, device: torch.device | None) -> Any:

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from tgt_fast._rng import isolated_rng
 from tgt_fast.errors import ArgumentError, CheckpointError
+from tgt_fast.teacher.batches import Batch, split_batch
 from tgt_fast.teacher.modes import eval_mode
 from tgt_fast.train import checkpoint
-from tgt_fast.train.data import Batch, BatchStream, module_device, split_batch, to_device
+from tgt_fast.train.data import BatchStream, module_device, to_device
 from tgt_fast.train.files import make_writable
 
 BEST_WEIGHTS = "best.safetensors"

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tgt_fast.errors import ArgumentError, ShapeError
+from tgt_fast.teacher.batches import split_batch
 from tgt_fast.teacher.modes import eval_mode
-from tgt_fast.train.data import module_device, split_batch, to_device
+from tgt_fast.train.data import module_device, to_device
 
 
 def class_thirds(class_counts: Sequence[int] | Tensor) -> tuple[Tensor, Tensor, Tensor]:

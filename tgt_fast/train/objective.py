@@ -11,7 +11,7 @@ from torch import Tensor
 from tgt_fast.errors import ArgumentError
 from tgt_fast.losses.distill import DistillationLoss
 from tgt_fast.teacher import Teacher, tree
-from tgt_fast.train.data import Batch
+from tgt_fast.teacher.batches import Batch
 
 if TYPE_CHECKING:
     from tgt_fast.explore import LatentSampler
