@@ -70,7 +70,26 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"normalizer": -1.0}, "normalizer.*-1.0"),
     ({"normalizer": math.nan}, "normalizer.*nan"),
     ({"backend": "cuda"}, "'cuda'"),
+    ({"normalizer": torch.tensor(math.nan)}, "normalizer.*nan"),
+    ({"normalizer": torch.tensor(-5.0)}, "normalizer.*-5"),
+    ({"normalizer": torch.tensor(2.0, requires_grad=True)}, "normalizer.*grad"),
     ({"sample_weight": torch.ones(4, requires_grad=True)}, "sample_weight.*grad"),
+    ({"temperature": [2.0]}, r"temperature.*\[2.0\]"),
+    ({"temperature": True}, "temperature.*True"),
+    ({"temperature": 1e-300}, "temperature.*1e-300"),
+    ({"divergence": ["tvd"]}, r"divergence.*\['tvd'\]"),
+    ({"beta": "a"}, "beta.*'a'"),
+    ({"beta": math.nan}, "beta.*nan"),
+    ({"ignore_index": 2**70}, "ignore_index.*1180591620717411303424"),
+]
+
+# Not tensors of the kind that is needed.
+KINDS: list[tuple[dict[str, Any], str]] = [
+    ({"target": [0, 1, 2, 3], "hard_weight": 1.0}, "target.*list"),
+    ({"sample_weight": [1.0, 1.0, 1.0, 1.0]}, "sample_weight.*list"),
+    ({"sample_weight": torch.ones(4, dtype=torch.complex64)}, "sample_weight.*complex64"),
+    ({"normalizer": torch.tensor(1j)}, "normalizer.*complex64"),
+    ({"student_logits": S.to_sparse(), "teacher_logits": T.to_sparse()}, "student_logits.*sparse"),
 ]
 
 # What only the data shows: an error on a CPU.
@@ -106,6 +125,12 @@ def test_dtypes_that_are_not_taken(backend: str, changes: dict[str, Any], messag
 @pytest.mark.parametrize(("changes", "message"), ARGUMENTS, ids=lambda value: value if isinstance(value, str) else "")
 def test_options_out_of_range_or_in_contradiction(backend: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
+        call(backend, **changes)
+
+
+@pytest.mark.parametrize(("changes", "message"), KINDS, ids=lambda value: value if isinstance(value, str) else "")
+def test_tensors_of_another_kind(backend: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DTypeError, match=message):
         call(backend, **changes)
 
 

@@ -266,3 +266,28 @@ def test_the_assertion_of_this_file_can_fail() -> None:
     for wrong in (torch.zeros_like(truth), truth * 1.05, truth[[1, 0, 2, 3]], truth + 1e-3):
         with pytest.raises(AssertionError):
             assert_like_truth(wrong.float(), truth)
+
+
+@pytest.mark.parametrize("radius", ["keep", 2.0])
+def test_the_sphere_can_be_differentiated_twice(backend: str, radius: float | str) -> None:
+    z = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def project(z: Tensor) -> Tensor:
+        return tgt.perturb_latents(z, 0.5, seed=3, sphere_radius=radius, backend=backend)
+
+    assert torch.autograd.gradgradcheck(project, (z,))
+
+
+def test_the_seed_may_be_a_tensor_of_any_integer_type(backend: str) -> None:
+    z = torch.zeros(2, 5)
+    expected = tgt.perturb_latents(z, 1.0, seed=5, step=7, backend=backend)
+    seed, step = torch.tensor(5, dtype=torch.int32), torch.tensor(7, dtype=torch.uint8)
+    assert torch.equal(tgt.perturb_latents(z, 1.0, seed=seed, step=step, backend=backend), expected)
+
+
+@pytest.mark.parametrize(
+    "sigma", [torch.tensor([[-1.0], [1.0]]), torch.tensor([math.nan, 1.0, 1.0]), torch.full((1, 3), math.inf)]
+)
+def test_sigma_tensors_are_finite_and_not_negative(backend: str, sigma: Tensor) -> None:
+    with pytest.raises(ArgumentError, match="sigma must be finite and >= 0"):
+        tgt.perturb_latents(torch.zeros(2, 3), sigma, backend=backend)

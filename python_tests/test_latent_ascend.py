@@ -306,3 +306,21 @@ def test_bad_input_is_named(backend: str, error: type[Exception], changes: dict[
     arguments: dict[str, Any] = {"z": Z, "grad": Z, "step_size": 0.5, "backend": backend, **changes}
     with pytest.raises(error, match=f"ascend_latents.*{message}"):
         tgt.ascend_latents(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("scale", torch.tensor([1.0, -1.0, 1.0])),
+        ("scale", torch.tensor([1.0, math.nan, 1.0])),
+        ("radius", torch.tensor([1.0, math.nan])),
+        ("radius", torch.tensor([1.0, -1.0])),
+        ("step_size", torch.tensor([1.0, math.inf])),
+        ("sigma", torch.tensor([-0.1, 1.0])),
+    ],
+)
+def test_tensor_options_out_of_range_are_errors(backend: str, name: str, value: Tensor) -> None:
+    z = torch.zeros(2, 3)
+    options = {"step_size": 1.0, "anchor": z, "radius": 1.0, name: value}
+    with pytest.raises(ArgumentError, match=f"{name} must be finite"):
+        tgt.ascend_latents(z, z, **options, backend=backend)

@@ -39,8 +39,13 @@ TGT_HD Class<V> shifted(V s, V t, const RowConstants<Real>& row) {
     c.p = exp_nonpositive(c.a);
     c.q = exp_nonpositive(c.b);
   } else {
-    c.a = bounded_below(t * row.inverse_tt);
-    c.b = bounded_below(s * row.inverse_ts);
+    if (row.inverse_ts == row.inverse_tt) {  // scaled as one: near logits keep the accuracy of their difference
+      c.a = V{};
+      c.b = (bounded_below(s) - bounded_below(t)) * row.inverse_ts;
+    } else {
+      c.a = bounded_below(t * row.inverse_tt);
+      c.b = bounded_below(s * row.inverse_ts);
+    }
     c.p = V{};
     c.q = V{};
   }

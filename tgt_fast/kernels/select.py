@@ -49,10 +49,11 @@ class Verdict:
 
 def _resolve(requested: str) -> str:
     """The name asked for, where ``"auto"`` gives way to the environment's default, read at call time."""
+    asked = "backend"
     if requested == "auto":
-        requested = os.environ.get(DEFAULT_VARIABLE, "auto")
+        asked, requested = f"the environment variable {DEFAULT_VARIABLE}", os.environ.get(DEFAULT_VARIABLE, "auto")
     if requested != "auto" and requested not in BACKENDS:
-        raise ArgumentError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {requested!r}")
+        raise ArgumentError(f"{asked} must be 'auto' or one of {sorted(BACKENDS)}, got {requested!r}")
     return requested
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -25,9 +25,19 @@ def number(op: str, name: str, value: object, low: float, high: float, *, open_l
     return result
 
 
+def integer(op: str, name: str, value: object, low: int, high: int) -> int:
+    """``value`` as an int in [low, high); else ArgumentError."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ArgumentError(f"{op}: {name} must be an integer, got {value!r}")
+    result = int(value)
+    if not low <= result < high:
+        raise ArgumentError(f"{op}: {name} must be in [{low}, {high}), got {result}")
+    return result
+
+
 def choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> str:
     """``value`` if it is one of ``choices``; else ArgumentError."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ArgumentError(f"{op}: {name} must be one of {choices}, got {value!r}")
     return str(value)
 
@@ -39,6 +49,26 @@ def floating(op: str, name: str, tensor: object) -> Tensor:
     if tensor.dtype not in FLOATING:
         raise DTypeError(f"{op}: {name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
     return tensor
+
+
+def real(op: str, name: str, tensor: object) -> Tensor:
+    """``tensor`` if it is a tensor of real numbers that asks for no gradient; else DTypeError or ArgumentError."""
+    if not isinstance(tensor, Tensor):
+        raise DTypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.is_complex():
+        raise DTypeError(f"{op}: {name} must hold real numbers, got {tensor.dtype}")
+    if tensor.requires_grad:
+        raise ArgumentError(f"{op}: {name} requires grad, but the result is not differentiable in it; detach it")
+    return tensor
+
+
+def finite_from(op: str, name: str, tensor: Tensor, low: float) -> None:
+    """On a CPU, where looking at values costs no synchronisation: ArgumentError unless all are finite and >= low."""
+    if not on_plain_cpu(tensor) or not tensor.numel():
+        return
+    least, most = (float(bound) for bound in tensor.aminmax())
+    if not (low <= least and most < math.inf):  # NaN fails, too
+        raise ArgumentError(f"{op}: {name} must be finite and >= {low:g}, got values from {least:g} to {most:g}")
 
 
 def same_device(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +14,19 @@ from tgt_fast.kernels.options import DIVERGENCES, REDUCTIONS, DistillOptions
 from tgt_fast.ops import _checks
 
 OP = "distillation_loss"
-_LARGE = 1e30
+_SMALL, _LARGE = 1e-30, 1e30  # of a temperature: its inverse is a finite float32
 
 
-@functools.lru_cache(maxsize=256)
-def make_options(
+def make_options(*values: Any) -> DistillOptions:
+    """The validated options of one loss, in the order of the fields."""
+    try:
+        return _cached_options(*values)
+    except TypeError:  # an option that cannot be hashed cannot be right either: let the checks say which
+        return _cached_options.__wrapped__(*values)
+
+
+@functools.lru_cache(maxsize=256, typed=True)  # typed, or True would pass as the 1.0 that was seen before
+def _cached_options(
     divergence: str,
     beta: float,
     temperature: float,
@@ -29,29 +38,27 @@ def make_options(
     unlabeled_index: int,
     reduction: str,
 ) -> DistillOptions:
-    """The validated options of one loss; cached, since a training loop passes the same ones at every step."""
+    """Cached, since a training loop passes the same ones at every step."""
     _checks.choice(OP, "divergence", divergence, DIVERGENCES)
-    if divergence == "jsd" and not 0 < _checks.number(OP, "beta", beta, 0, 1) < 1:
+    beta = _checks.number(OP, "beta", beta, 0, 1)
+    if divergence == "jsd" and not 0 < beta < 1:
         raise ArgumentError(
             f"{OP}: jsd needs 0 < beta < 1, got {beta!r}: it tends to 0 at both ends; "
             "the limits of jsd / beta and jsd / (1 - beta) are divergence='forward_kl' and 'reverse_kl'"
         )
-    for name, value in (("ignore_index", ignore_index), ("unlabeled_index", unlabeled_index)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ArgumentError(f"{OP}: {name} must be an int, got {value!r}")
-    temperature = _checks.number(OP, "temperature", temperature, 0, _LARGE, open_low=True)
+    temperature = _checks.number(OP, "temperature", temperature, _SMALL, _LARGE)
     if teacher_temperature is None:
         teacher_temperature = temperature
     return DistillOptions(
         divergence=divergence,
-        beta=float(beta),
+        beta=beta,
         temperature=temperature,
-        teacher_temperature=_checks.number(OP, "teacher_temperature", teacher_temperature, 0, _LARGE, open_low=True),
+        teacher_temperature=_checks.number(OP, "teacher_temperature", teacher_temperature, _SMALL, _LARGE),
         soft_weight=_checks.number(OP, "soft_weight", soft_weight, 0, _LARGE),
         hard_weight=_checks.number(OP, "hard_weight", hard_weight, 0, _LARGE),
         label_smoothing=_checks.number(OP, "label_smoothing", label_smoothing, 0, 1),
-        ignore_index=ignore_index,
-        unlabeled_index=unlabeled_index,
+        ignore_index=_checks.integer(OP, "ignore_index", ignore_index, -(2**63), 2**63),
+        unlabeled_index=_checks.integer(OP, "unlabeled_index", unlabeled_index, -(2**63), 2**63),
         reduction=_checks.choice(OP, "reduction", reduction, REDUCTIONS),
     )
 
@@ -62,6 +69,10 @@ def check_tensors(
 ) -> None:  # fmt: skip
     _checks.floating(OP, "student_logits", student)
     _checks.floating(OP, "teacher_logits", teacher)
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if logits.layout != torch.strided or logits.is_nested:
+            kind = "nested" if logits.is_nested else logits.layout
+            raise DTypeError(f"{OP}: {name} must be a dense tensor, got a {kind} one")
     if student.shape != teacher.shape:
         if student.dim() and teacher.dim() and student.shape[-1] != teacher.shape[-1]:
             raise ShapeError(
@@ -75,22 +86,21 @@ def check_tensors(
     if student.dim() == 0 or student.shape[-1] == 0:
         raise ShapeError(f"{OP}: logits must be (..., C) with C >= 1, got {tuple(student.shape)}")
     _checks.same_device(OP, "student_logits", student, "teacher_logits", teacher)
-    if (target is None) != (options.hard_weight == 0):
-        raise ArgumentError(
-            f"{OP}: hard_weight is {options.hard_weight:g} but target is {'missing' if target is None else 'given'}; "
-            "pass a target exactly when hard_weight > 0"
-        )
+    # Two plain conditions: compared with each other, a compiler would have to solve for hard_weight.
+    if target is None and options.hard_weight > 0:
+        raise ArgumentError(f"{OP}: hard_weight is {options.hard_weight:g} but target is missing")
+    if target is not None and options.hard_weight == 0:
+        raise ArgumentError(f"{OP}: hard_weight is 0 but target is given; pass a target exactly when hard_weight > 0")
     for name, tensor in (("target", target), ("sample_weight", sample_weight)):
         if tensor is None:
             continue
+        _checks.real(OP, name, tensor)
         if tensor.shape != student.shape[:-1]:
             found, wanted = tuple(tensor.shape), tuple(student.shape[:-1])
             raise ShapeError(f"{OP}: {name} {found} does not match the logits' rows {wanted}")
         _checks.same_device(OP, name, tensor, "student_logits", student)
-    if target is not None and (target.is_floating_point() or target.dtype == torch.bool or target.is_complex()):
+    if target is not None and (target.is_floating_point() or target.dtype == torch.bool):
         raise DTypeError(f"{OP}: target must hold integer class indices, got {target.dtype}")
-    if sample_weight is not None and sample_weight.requires_grad:
-        raise ArgumentError(f"{OP}: sample_weight requires grad, but the loss is not differentiable in it; detach it")
     if normalizer is not None:
         if options.reduction != "mean":
             raise ArgumentError(
@@ -102,17 +112,21 @@ def check_tensors(
                     f"{OP}: normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}"
                 )
             _checks.same_device(OP, "normalizer", normalizer, "student_logits", student)
+            _checks.finite_from(OP, "normalizer", _checks.real(OP, "normalizer", normalizer), 0)
         else:
             _checks.number(OP, "normalizer", normalizer, 0, _LARGE)
 
 
 def check_inplace(student_logits: Tensor, rows: Tensor) -> None:
-    if rows.data_ptr() != student_logits.data_ptr():
+    overlap = rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]
+    if rows.data_ptr() != student_logits.data_ptr() or overlap:
         raise ArgumentError(
-            f"{OP}: inplace=True needs logits whose rows are dense in memory, got strides {student_logits.stride()}"
+            f"{OP}: inplace=True needs logits whose rows are dense in memory and apart from each other, "
+            f"got strides {student_logits.stride()}"
         )
-    if student_logits.requires_grad and student_logits.is_leaf and torch.is_grad_enabled():
-        raise ArgumentError(f"{OP}: inplace=True would overwrite student_logits, a leaf that requires grad")
+    base = student_logits._base if student_logits._is_view() else student_logits
+    if base is not None and base.requires_grad and base.is_leaf and torch.is_grad_enabled():
+        raise ArgumentError(f"{OP}: inplace=True would overwrite a leaf that requires grad, or a view of one")
 
 
 def check_values(student: Tensor, target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions) -> None:

@@ -123,8 +123,8 @@ def distillation_loss(
             ``unlabeled_index`` drops its hard term alone.
         divergence: one of the names above.
         beta: weight of the teacher in the mixture of ``jsd``, ``0 < beta < 1``.
-        temperature: ``Ts > 0``.
-        teacher_temperature: ``Tt > 0``; ``Ts`` by default.
+        temperature: ``Ts``, in [1e-30, 1e30].
+        teacher_temperature: ``Tt``, in [1e-30, 1e30]; ``Ts`` by default.
         soft_weight: factor of the soft term, >= 0. A term of weight 0 is not computed.
         hard_weight: factor of the hard term, >= 0.
         label_smoothing: in [0, 1], spread over the classes whose student logit is finite.
@@ -241,15 +241,13 @@ class _Distill(torch.autograd.Function):
             wanted=(False, False) if ctx.deferred else ctx.wanted, keep_rows=True, inplace=call.inplace,
             want_stats=call.want_stats,
         )  # fmt: skip
-        if ctx.deferred:
-            ctx.save_for_backward(student, teacher, target, out.rows)
-        elif call.inplace:
-            # The student's logits hold its gradient now: there is nothing left to compute a second one from.
+        if not ctx.deferred:
             ctx.ready = (out.d_student, out.d_teacher)
+        if call.inplace and not ctx.deferred:
+            # The student's logits hold its gradient now: there is nothing left to compute a second one from.
             torch.autograd.graph.increment_version(student)
         else:
-            ctx.ready = (out.d_student, out.d_teacher)
-            ctx.save_for_backward(student, teacher, target, out.rows)
+            _save(ctx, student, teacher, target, out.rows)
         stats = tuple(out.stats or ())
         ctx.mark_non_differentiable(*stats)
         return (out.loss, *stats)
@@ -264,6 +262,8 @@ class _Distill(torch.autograd.Function):
                 f"{OP}: inplace=True overwrote the student's logits with their gradient, so backward runs once; "
                 "pass inplace=False"
             )
+        if call.inplace and torch.is_grad_enabled():
+            raise RuntimeError(f"{OP}: inplace=True has no second derivative (create_graph=True); pass inplace=False")
         ctx.spent = True
         if ctx.ready is not None:
             grads, ctx.ready = ctx.ready, None
@@ -271,15 +271,25 @@ class _Distill(torch.autograd.Function):
                 if grad is not None:
                     call.kernel.scale_(grad, d_loss)
         else:
-            student, teacher, target, rows = ctx.saved_tensors
+            student, teacher, target, rows = _saved(ctx)
             grads = call.kernel.backward(
                 student, teacher, target, rows, d_loss, call.options, wanted=ctx.wanted, inplace=call.inplace
             )
             if call.inplace:
                 torch.autograd.graph.increment_version(student)
-        if torch.is_grad_enabled() and not call.inplace:
-            grads = tuple(None if grad is None else _Once.apply(grad, *ctx.saved_tensors[:2]) for grad in grads)
+        if torch.is_grad_enabled():
+            grads = tuple(None if grad is None else _Once.apply(grad, *_saved(ctx)[:2]) for grad in grads)
         return (*grads, None, None, None, None)
+
+
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """save_for_backward, which refuses what was made in inference mode, such as a teacher's logits: that is held."""
+    ctx.held = tuple(tensor if tensor is not None and tensor.is_inference() else None for tensor in tensors)
+    ctx.save_for_backward(*(None if h is not None else t for t, h in zip(tensors, ctx.held, strict=True)))
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    return tuple(t if h is None else h for t, h in zip(ctx.saved_tensors, ctx.held, strict=True))
 
 
 class _Once(torch.autograd.Function):
@@ -296,5 +306,5 @@ class _Once(torch.autograd.Function):
 
 def _rows(logits: Tensor) -> Tensor:
     """(..., C) as (N, C) with dense rows: a view where the strides allow, else one copy."""
-    rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+    rows = (logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])).resolve_neg()
     return rows if rows.stride(1) == 1 or rows.numel() == 0 or rows.shape[1] == 1 else rows.contiguous()

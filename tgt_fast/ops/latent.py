@@ -128,7 +128,7 @@ class _Perturb(torch.autograd.Function):
         (rows,) = ctx.saved_tensors
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
         z, d = rows.to(wide), d_out.to(wide)
-        v = kernel.perturb(z, per_sample, per_coordinate, **key, truncation=truncation, sphere_radius=None)
+        v = _Perturb.apply(z, (kernel, per_sample, per_coordinate, key, truncation, None))  # differentiable again
         length = v.norm(dim=1, keepdim=True)
         unit = v / length
         kept = z.norm(dim=1, keepdim=True)
@@ -174,7 +174,7 @@ def ascend_latents(
         step_size: in units of ``scale``: a number, or a tensor a sample, ``(B,)``.
         scale: the unit of each coordinate, >= 0: a number, or a tensor shaped like one latent. 1 by default.
         anchor: ``(B, ...)`` centre of the trust region; needed exactly with ``radius``.
-        radius: > 0, in units of ``scale``: a number, or a tensor a sample, ``(B,)``.
+        radius: >= 0, in units of ``scale``: a number, or a tensor a sample, ``(B,)``.
         norm: ``"l2"`` (a step of length ``step_size``), ``"linf"`` (its sign) or ``"raw"``.
         radius_norm: ``"l2"`` or ``"linf"``.
         sigma: noise of the step, >= 0, in units of ``scale``, keyed as in :func:`perturb_latents` but of a stream of
@@ -230,7 +230,7 @@ def ascend_latents(
 
 def _rows(latents: Tensor) -> Tensor:
     """(B, ...) as (B, D), also where B is 0."""
-    return latents.reshape(latents.shape[0], math.prod(latents.shape[1:]))
+    return latents.resolve_neg().reshape(latents.shape[0], math.prod(latents.shape[1:]))
 
 
 def _check_latents(name: str, z: Tensor) -> None:
@@ -245,8 +245,7 @@ def _factors(name: str, what: str, value: float | Tensor, z: Tensor) -> tuple[fl
         return _checks.number(name, what, value, 0, _LARGE), None
     _checks.floating(name, what, value)
     _checks.same_device(name, what, value, "z", z)
-    if value.requires_grad:
-        raise ArgumentError(f"{name}: {what} requires grad, but the result is not differentiable in it; detach it")
+    _checks.finite_from(name, what, _checks.real(name, what, value), 0)
     shape, latent = tuple(value.shape), tuple(z.shape[1:])
     if value.dim() == 0:
         return value.reshape(1).expand(z.shape[0]), None
@@ -273,6 +272,7 @@ def _per_coordinate(name: str, what: str, value: float | Tensor, z: Tensor) -> T
         return z.new_full((math.prod(z.shape[1:]),), number, dtype=torch.float64)
     _checks.floating(name, what, value)
     _checks.same_device(name, what, value, "z", z)
+    _checks.finite_from(name, what, value, 0)
     latent = tuple(z.shape[1:])
     if value.dim() == 0:
         return value.detach().expand(math.prod(latent))
@@ -291,6 +291,7 @@ def _per_sample(name: str, what: str, value: float | Tensor, z: Tensor, low: flo
     _checks.same_device(name, what, value, "z", z)
     if value.numel() not in (1, z.shape[0]) or value.dim() > z.dim() or any(n != 1 for n in value.shape[1:]):
         raise ShapeError(f"{name}: {what} {tuple(value.shape)} must be a number or one a sample, ({z.shape[0]},)")
+    _checks.finite_from(name, what, value.detach(), low)
     return value.detach().reshape(-1).expand(z.shape[0])
 
 
@@ -330,19 +331,23 @@ def _noise_key(
         low, high = (int(bound) for bound in sample_ids.aminmax())
         if low < 0 or high >= MAX_SAMPLE_ID:
             raise ArgumentError(f"{name}: sample_ids must be in [0, 2**48), got {low if low < 0 else high}")
-    for what, value, limit in (("step", step, MAX_STEP), ("replica", replica, MAX_REPLICA), ("seed", seed, None)):
-        if isinstance(value, Tensor):
-            if value.dim() != 0 or value.is_floating_point():
-                found = f"{value.dtype} {tuple(value.shape)}"
-                raise ArgumentError(f"{name}: {what} must be an integer or a 0-d int64 tensor, got {found}")
-            if value.device.type != "cpu":
-                continue
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or (isinstance(value, float) and math.isnan(value)):
-            raise ArgumentError(f"{name}: {what} must be an integer, got {value!r}")
-        if limit is not None and not 0 <= value < limit:
-            raise ArgumentError(f"{name}: {what} must be in [0, {limit}), got {value}")
+    seed = _whole(name, "seed", seed, -(2**63), 2**64)
+    step = _whole(name, "step", step, 0, MAX_STEP)
+    replica = _checks.integer(name, "replica", replica, 0, MAX_REPLICA)
     key: dict[str, Any] = {"seed": seed, "sample_ids": sample_ids, "step": step, "replica": replica}
     if op is not None:
         key["op"] = op
     return key
+
+
+def _whole(name: str, what: str, value: int | Tensor, low: int, high: int) -> int | Tensor:
+    """An int, or a 0-d int64 tensor; what lies on another device is not looked at."""
+    if not isinstance(value, Tensor):
+        return _checks.integer(name, what, value, low, high)
+    if value.dim() != 0 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        found = f"{value.dtype} {tuple(value.shape)}"
+        raise ArgumentError(f"{name}: {what} must be an integer or a 0-d int64 tensor, got {found}")
+    value = value.to(torch.int64)
+    if _checks.on_plain_cpu(value):
+        _checks.integer(name, what, int(value), low, high)
+    return value

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tgt_fast.errors import BackendError
 
@@ -55,6 +56,8 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
         return module
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms (vmap, jvp, ...) do not reach compiled code; backend='reference' works under them"
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives do not reach compiled code; backend='reference' carries them"
     for tensor in tensors:
         if type(tensor) not in _PLAIN:
             return f"{type(tensor).__name__} is a tensor subclass; pass a plain tensor, or use backend='reference'"
