@@ -1,4 +1,4 @@
-"""The loss among PyTorch's other features: inplace on views, inference mode, lazy negation, forward mode, compilation."""
+"""The loss among other features of PyTorch: inplace on views, inference mode, negation, forward mode, compilation."""
 
 from __future__ import annotations
 
