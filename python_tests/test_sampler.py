@@ -6,6 +6,7 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import toys
@@ -169,6 +170,13 @@ def test_repr_shows_the_mode_and_what_is_not_default() -> None:
     [
         ({"mode": "zeroth"}, r"mode must be one of .*'zeroth'"),
         ({"sigma": math.nan}, "sigma must be finite.*nan"),
+        ({"beta": math.nan}, "beta must be finite.*nan"),
+        ({"beta": 1.5}, "beta must be finite and in.*1.5"),
+        ({"backend": "foo"}, "backend must be one of .*'native'.*'foo'"),
+        ({"rank": 0.0, "world_size": 2}, r"rank must be an integer in \[0, 1\], got 0\.0"),
+        ({"rank": 0, "world_size": 1.5}, r"world_size must be an integer.*1\.5"),
+        ({"rank": 0, "world_size": True}, "world_size must be an integer.*True"),
+        ({"replicas": np.float64(2)}, "replicas must be an integer"),
         ({"sigma": -1.0}, "sigma"),
         ({"sigma": "1"}, "sigma must be a number"),
         ({"step_size": math.inf}, "step_size"),
@@ -191,7 +199,7 @@ def test_repr_shows_the_mode_and_what_is_not_default() -> None:
         ({"seed": 1 << 64}, "seed"),
         ({"seed": 0.5}, "seed"),
         ({"rank": 1}, "rank and world_size"),
-        ({"rank": 2, "world_size": 2}, "rank and world_size"),
+        ({"rank": 2, "world_size": 2}, "rank"),
         ({"mode": "prior"}, "needs a teacher with a prior"),
         ({"mode": "persistent", "anchors": "balanced"}, "balanced"),
         ({"mode": "persistent", "norm": "raw"}, "loss scale"),
@@ -258,3 +266,54 @@ def test_latents_of_another_shape_than_calibrated_are_named() -> None:
     sampler = LatentSampler(teacher, "random").calibrate([toys.normal(9, 4)])
     with pytest.raises(ShapeError, match=r"\(4,\), the encoder now gives \(5,\)"):
         sampler(toys.normal(9, 5))
+
+
+def test_numpys_integers_are_integers() -> None:
+    teacher, x = toys.vector_teacher(), toys.normal(6, toys.FEATURES)
+    options: dict[str, Any] = {"replicas": 2, "steps": 2, "bank_size": 20, "seed": -3, "rank": 1, "world_size": 2}
+    plain = LatentSampler(teacher, "gradient", **options)
+    numpy = LatentSampler(teacher, "gradient", **{name: np.int64(value) for name, value in options.items()})
+    assert repr(numpy) == repr(plain)
+    assert all(type(value) is not np.int64 for value in numpy.state_dict().values())
+    made = []
+    for sampler, integer in ((plain, int), (numpy, np.int32)):
+        sampler.calibrate([x], per_class=integer(3))
+        made.append(sampler(x, student=toys.student(), step=integer(5)))
+    assert torch.equal(made[0].latents.z, made[1].latents.z)
+    assert torch.equal(made[0].ids, made[1].ids)
+
+
+@pytest.mark.parametrize(
+    ("mode", "anchors"), [*((mode, "batch") for mode in MODES), ("random", "balanced"), ("gradient", "balanced")]
+)
+def test_a_sampler_built_under_inference_mode_serves_outside(mode: str, anchors: str) -> None:
+    teacher, x, ids = toys.vector_teacher(prior="normal"), toys.normal(20, toys.FEATURES), torch.arange(20)
+
+    def draws(sampler: LatentSampler) -> list[Tensor]:
+        found = []
+        for _ in range(3):
+            made = sampler(x, student=toys.student(), sample_ids=ids if mode == "persistent" else None)
+            if made.x.requires_grad:
+                made.x.square().sum().backward()
+            found.append(made.latents.z.detach().clone())
+        return found
+
+    def build() -> LatentSampler:
+        return LatentSampler(teacher, mode, sigma=0.0, anchors=anchors).calibrate([x])
+
+    with torch.inference_mode():
+        inside = build()
+        loaded = build()
+        loaded.load_state_dict(inside.state_dict())
+    expected = draws(build())
+    for sampler in (inside, loaded):
+        assert all(torch.equal(a, b) for a, b in zip(draws(sampler), expected, strict=True))
+        assert int(sampler.state_dict()["step"]) == 3
+
+
+def test_ids_that_repeat_share_their_noise() -> None:
+    teacher = Teacher(nn.Identity(), nn.Identity(), nn.Linear(4, 3))
+    sampler = LatentSampler(teacher, "random", units="absolute")
+    z = sampler(torch.zeros(3, 4), sample_ids=torch.tensor([7, 2, 7])).latents.z
+    assert torch.equal(z[0], z[2])
+    assert not torch.equal(z[0], z[1])

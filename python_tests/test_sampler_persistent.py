@@ -58,6 +58,21 @@ def test_a_backward_pass_moves_the_chains_up_the_disagreement() -> None:
     assert all((b > a).all() for a, b in itertools.pairwise(values))
 
 
+@pytest.mark.parametrize("by_backward", [False, True])
+def test_chains_move_where_the_latents_gradient_is_asked_for_alone(by_backward: bool) -> None:
+    """As documented: a backward pass for the parameters only passes the latents by."""
+    sampler, student = persistent(), toys.student().eval()
+    parameters = list(student.parameters())
+    made = sampler(X, sample_ids=IDS)
+    value, before = disagreement(student, made).mean(), standing(sampler)
+    for asked, moves in ((parameters, False), ([*parameters, made.latents.z], True)):
+        if by_backward:
+            value.backward(inputs=asked, retain_graph=True)
+        else:
+            torch.autograd.grad(value, asked, retain_graph=True)
+        assert bool((standing(sampler) != before).any()) == moves
+
+
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_a_move_is_the_documented_step(norm: str) -> None:
     sampler, student = persistent(norm=norm), toys.student().eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.explore.draws import Key
+from tgt_fast.explore.options import checked_integer
 from tgt_fast.kernels.options import MAX_SAMPLE_ID, MAX_STEP
 
 
@@ -17,18 +19,19 @@ class Counters:
     there, so that a replayed CUDA graph moves on."""
 
     def __init__(self, seed: int, rank: int | None, world_size: int | None) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-            raise ArgumentError(f"LatentSampler: seed must be a 64-bit integer, got {seed!r}")
+        start = checked_integer("seed", seed, -(2**63), 2**63 - 1)
         self._place_given = _checked_place(rank, world_size)
-        self.seed = torch.tensor(seed)
-        self.step = torch.tensor(0)
-        self.next_id = torch.tensor(0)
+        with torch.inference_mode(False):  # normal tensors, which may be counted up in any mode
+            self.seed = torch.tensor(start)
+            self.step = torch.tensor(0)
+            self.next_id = torch.tensor(0)
         self.stride = 0  # ids set aside for each rank a call, where there are several
 
     def key(self, count: int, device: torch.device, sample_ids: Tensor | None, step: int | Tensor | None) -> Key:
         """The key of a batch of ``count`` examples: what the caller gives, and for the rest the counters."""
         if self.seed.device != device:
-            self.seed, self.step, self.next_id = (t.to(device) for t in (self.seed, self.step, self.next_id))
+            with torch.inference_mode(False):
+                self.seed, self.step, self.next_id = (t.to(device) for t in (self.seed, self.step, self.next_id))
         if sample_ids is None:
             rank, world = self._place()
             ids = self.next_id + rank * self._stride_for(count, world) + torch.arange(count, device=device)
@@ -61,12 +64,12 @@ class Counters:
 def _checked_place(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
     if rank is None and world_size is None:
         return None
-    if rank is None or world_size is None or not 0 <= rank < world_size:
+    if rank is None or world_size is None:
         raise ArgumentError(
-            "LatentSampler: give both rank and world_size, with 0 <= rank < world_size, or neither; "
-            f"got {rank!r} and {world_size!r}"
+            f"LatentSampler: give both rank and world_size, or neither; got {rank!r} and {world_size!r}"
         )
-    return rank, world_size
+    world_size = checked_integer("world_size", world_size, 1, MAX_SAMPLE_ID)
+    return checked_integer("rank", rank, 0, world_size - 1), world_size
 
 
 def _checked_ids(ids: Any, count: int) -> Tensor:
@@ -85,8 +88,8 @@ def _checked_ids(ids: Any, count: int) -> Tensor:
 def _checked_step(step: Any, device: torch.device) -> int | Tensor:
     if isinstance(step, Tensor) and step.ndim == 0 and not step.is_floating_point():
         return step.to(device, torch.int64)
-    if isinstance(step, bool) or not isinstance(step, int):
+    if isinstance(step, bool) or not isinstance(step, Integral):
         raise ArgumentError(f"LatentSampler: step must be an integer or a 0-d integer tensor, got {step!r}")
-    if not 0 <= step < MAX_STEP:
+    if not 0 <= int(step) < MAX_STEP:
         raise ArgumentError(f"LatentSampler: step must be in [0, 2**28), got {step}")
-    return step
+    return int(step)

@@ -1,4 +1,7 @@
-"""Gradient exploration: climb the disagreement of student and labeler, through both, from each anchor."""
+"""Gradient exploration: climb the disagreement of student and labeler, through both, from each anchor.
+
+Both are in eval mode, in which cuDNN has no backward pass for recurrent networks: see :class:`LatentSampler`.
+"""
 
 from __future__ import annotations
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Final
 
 from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels.options import DIVERGENCES, MAX_REPLICA, STEP_NORMS
+from tgt_fast.kernels.select import BACKENDS
 from tgt_fast.ops import _checks
 
 MODES: Final = ("prior", "random", "gradient", "persistent")
@@ -46,20 +48,20 @@ class SamplerOptions:
             ("units", UNITS),
             ("anchors", ANCHORS),
             ("divergence", DIVERGENCES),
+            ("backend", ("auto", *BACKENDS)),
         ):
             _checks.choice(_OP, name, getattr(self, name), allowed)
         for name in ("sigma", "step_size", "step_noise"):
             _checks.number(_OP, name, getattr(self, name), 0, _LARGE)
         _checks.number(_OP, "restart_probability", self.restart_probability, 0, 1)
         _checks.number(_OP, "temperature", self.temperature, 0, _LARGE, open_low=True)
+        _checks.number(_OP, "beta", self.beta, 0, 1)
         for name in ("radius", "truncation"):
             if getattr(self, name) is not None:
                 _checks.number(_OP, name, getattr(self, name), 0, _LARGE, open_low=True)
         for name, most in (("steps", 1 << 20), ("replicas", MAX_REPLICA // 2), ("bank_size", 1 << 40)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise ArgumentError(f"{_OP}: {name} must be an integer in [1, {most}], got {value!r}")
-        if self.divergence == "jsd" and not 0 < _checks.number(_OP, "beta", self.beta, 0, 1) < 1:
+            object.__setattr__(self, name, checked_integer(name, getattr(self, name), 1, most))
+        if self.divergence == "jsd" and not 0 < self.beta < 1:
             raise ArgumentError(f"{_OP}: jsd needs 0 < beta < 1, got {self.beta!r}; see forward_kl and reverse_kl")
         self._check_together()
 
@@ -81,3 +83,14 @@ class SamplerOptions:
     def needs_scale(self) -> bool:
         """Whether sigma, step_size and radius are measured in the latents' standard deviations."""
         return self.units == "std" and self.mode != "prior"
+
+
+def checked_integer(name: str, value: object, low: int, high: int) -> int:
+    """The value as an int in [low, high]; numpy's integers are integers, too.
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
+        raise ArgumentError(f"{_OP}: {name} must be an integer in [{low}, {high}], got {value!r}")
+    return int(value)

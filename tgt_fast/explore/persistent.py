@@ -1,4 +1,8 @@
-"""Persistent exploration: one chain of latents a training example, moved by the user's own backward pass."""
+"""Persistent exploration: one chain of latents a training example, moved by the user's own backward pass.
+
+A backward pass that does not ask for the latents' gradient, as ``torch.autograd.grad(loss, student.parameters())`` and
+``loss.backward(inputs=...)``, moves no chain, and nothing can tell.
+"""
 
 from __future__ import annotations
 

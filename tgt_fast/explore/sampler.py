@@ -17,11 +17,12 @@ from tgt_fast.explore.calibration import StreamingStd, labels_of
 from tgt_fast.explore.counters import Counters
 from tgt_fast.explore.draws import Key, with_noise
 from tgt_fast.explore.gradient import checked_student, climb
-from tgt_fast.explore.options import SamplerOptions
+from tgt_fast.explore.options import SamplerOptions, checked_integer
 from tgt_fast.explore.persistent import visit_chains
 from tgt_fast.explore.prior import prior_latents
 from tgt_fast.explore.state import SamplerState, checked_state
 from tgt_fast.explore.synthetic import Synthetic
+from tgt_fast.kernels.options import MAX_SAMPLE_ID
 from tgt_fast.teacher import Latents, Teacher, tree
 from tgt_fast.teacher.batches import split_batch
 
@@ -93,6 +94,14 @@ class LatentSampler:
     Raises:
         ArgumentError: an option outside its range, NaN included, or options that contradict each other.
 
+    Persistent mode's chains move where a backward pass reaches ``Synthetic.latents.z``: ``loss.backward()`` does.
+    ``torch.autograd.grad(loss, student.parameters())`` and ``loss.backward(inputs=...)`` do not ask for the latents'
+    gradient and leave every chain where it stands, silently; add ``synthetic.latents.z`` to what they ask for.
+
+    Gradient mode differentiates through the student in eval mode, and the teacher always is in it. There cuDNN
+    refuses the backward pass of a recurrent network (LSTM, GRU, RNN) on a CUDA device: call the sampler, or the
+    backward of persistent mode, within ``torch.backends.cudnn.flags(enabled=False)``.
+
     On a CUDA device persistent mode reads ids and step back to the host once a call; the other modes do not
     synchronise.
 
@@ -145,7 +154,7 @@ class LatentSampler:
         self.scale: Tensor | None = None
         self.last_disagreement: list[float] = []
         self._counters = Counters(seed, rank, world_size)
-        self._bank = LatentBank(bank_size)
+        self._bank = LatentBank(self.options.bank_size)
         self._pool: AnchorPool | None = None
 
     @property
@@ -173,7 +182,8 @@ class LatentSampler:
             student: the model in training, a module, called as ``student(teacher.student_view(x~))`` ->
                 logits [B, ..., C] (gradient mode). A plain function is called as it is: a module that it
                 hides keeps its train mode.
-            sample_ids: [B] integers, 0 <= id < 2**48, what the noise and the chains are keyed by. By default
+            sample_ids: [B] integers, 0 <= id < 2**48, what the noise and the chains are keyed by. Ids that
+                repeat within a batch share their noise; in persistent mode, on a CPU, they are an error. By default
                 a running counter over the global batch: rank r of R takes the r-th part of it. Ranks are
                 taken to see batches of one size, the last excepted, which may be smaller.
             step: 0 <= step < 2**28 (divided by ``steps`` with step noise); by default an internal counter
@@ -203,6 +213,8 @@ class LatentSampler:
         self._counters.advance(key.ids.shape[0], ids=sample_ids is None, step=step is None)
         return Synthetic(made, latents, logits, self.mode, key.ids.repeat(self.options.replicas))
 
+    @torch.inference_mode(False)  # what is kept must be normal tensors, to serve in any mode later
+    @torch.no_grad()
     def calibrate(self, loader: Iterable[Any], *, per_class: int = 1024) -> LatentSampler:
         """Measure ``scale``, the standard deviation of Enc(x) over a loader, and collect balanced anchors.
 
@@ -218,8 +230,7 @@ class LatentSampler:
         Raises:
             ArgumentError: fewer than two examples, or latents that are not finite or all the same.
         """
-        if isinstance(per_class, bool) or not isinstance(per_class, int) or per_class < 1:
-            raise ArgumentError(f"calibrate: per_class must be a positive integer, got {per_class!r}")
+        per_class = checked_integer("per_class", per_class, 1, MAX_SAMPLE_ID)
         std = StreamingStd()
         pool = PoolBuilder(per_class) if self.options.anchors == "balanced" else None
         device = self.teacher.device
@@ -249,6 +260,7 @@ class LatentSampler:
             state |= self._pool.state_dict()
         return state
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
         """Take over a :meth:`state_dict`, the seed included; the options stay this sampler's.
 
