@@ -221,6 +221,9 @@ def test_a_smaller_bank_keeps_the_most_recently_visited() -> None:
         ("random", {"bank_chains": torch.arange(2)}, r"mode='random'.*foreign \['bank_chains'\]"),
         ("random", {"version": 2}, "format 2"),
         ("random", {"stride": -1}, "stride must be"),
+        ("random", {"mode": None}, r"missing \['mode'\]"),
+        ("random", {"mode": "random"}, "mode must be a non-negative integer"),
+        ("random", {"mode": 99}, "mode=99, here 'random'"),
         ("random", {"stride": torch.tensor(1)}, "stride must be"),
         ("random", {"seed": 3}, "seed must be a tensor"),
         ("random", {"step": torch.zeros(2, dtype=torch.int64)}, r"0-d int64 tensor, got torch.int64 \(2,\)"),
@@ -249,6 +252,32 @@ def test_foreign_and_damaged_states_are_refused_and_change_nothing(
     with pytest.raises(CheckpointError, match=message):
         sampler.load_state_dict(state)
     assert toys.same(before, sampler.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("mode", "saved", "here", "message"),
+    [
+        ("gradient", {"mode": "gradient"}, {"mode": "random"}, "with mode='gradient', here 'random'$"),
+        ("gradient", {"units": "absolute"}, {}, "with units='absolute', here 'std'$"),
+        ("gradient", {"norm": "linf"}, {}, "with norm='linf', here 'l2'$"),
+        ("random", {"replicas": 3}, {"replicas": 2}, "with replicas=3, here 2$"),
+        ("persistent", {"replicas": 3}, {"norm": "linf"}, "with norm='l2', here 'linf'; replicas=3, here 1$"),
+    ],
+)
+def test_the_state_of_a_sampler_with_other_options_is_refused(
+    mode: str, saved: dict[str, Any], here: dict[str, Any], message: str
+) -> None:
+    there = make(**{"mode": mode, **saved})
+    sampler = make(**{"mode": mode, **here})
+    before = sampler.state_dict()
+    with pytest.raises(CheckpointError, match=message):
+        sampler.load_state_dict(there.state_dict())
+    assert toys.same(before, sampler.state_dict())
+
+
+def test_options_that_a_schedule_may_change_are_not_compared() -> None:
+    there = make("gradient", sigma=1.0, step_size=0.5, steps=2, radius=3.0)
+    make("gradient", sigma=0.5, step_size=0.2, steps=3).load_state_dict(there.state_dict())
 
 
 def test_a_state_that_is_no_dict_or_lacks_the_anchors_of_a_trust_region_is_refused() -> None:

@@ -14,6 +14,7 @@ from tgt_fast.ops import _checks
 MODES: Final = ("prior", "random", "gradient", "persistent")
 UNITS: Final = ("std", "absolute")
 ANCHORS: Final = ("batch", "balanced")
+NAMED: Final = {"mode": MODES, "units": UNITS, "norm": STEP_NORMS}
 _OP: Final = "LatentSampler"
 _LARGE: Final = 1e30
 
@@ -78,6 +79,14 @@ class SamplerOptions:
             raise ArgumentError(
                 f"{_OP}: {self.replicas} replicas without noise would be copies of each other; set sigma > 0"
             )
+
+    def fingerprint(self) -> dict[str, int]:
+        """What decides which numbers a sampler draws and what its stored latents mean, as integers.
+
+        A name is saved as its place in ``NAMED``, whose lists may therefore only grow at their ends.
+        """
+        places = {name: allowed.index(getattr(self, name)) for name, allowed in NAMED.items()}
+        return {**places, "replicas": self.replicas}
 
     @property
     def needs_scale(self) -> bool:

@@ -183,7 +183,7 @@ class LatentSampler:
                 logits [B, ..., C] (gradient mode). A plain function is called as it is: a module that it
                 hides keeps its train mode.
             sample_ids: [B] integers, 0 <= id < 2**48, what the noise and the chains are keyed by. Ids that
-                repeat within a batch share their noise; in persistent mode, on a CPU, they are an error. By default
+                repeat within a batch share their noise; in persistent mode they are an error. By default
                 a running counter over the global batch: rank r of R takes the r-th part of it. Ranks are
                 taken to see batches of one size, the last excepted, which may be smaller.
             step: 0 <= step < 2**28 (divided by ``steps`` with step noise); by default an internal counter
@@ -194,7 +194,7 @@ class LatentSampler:
 
         Raises:
             ArgumentError: a missing student, ids or calibration; a student that is the labeler; on a CPU, an
-                id out of range or, in persistent mode, twice.
+                id out of range; in persistent mode, an id twice.
             ShapeError: a decoder that changes the batch size, a student whose class count is not the
                 labeler's.
         """
@@ -250,7 +250,7 @@ class LatentSampler:
     def state_dict(self) -> dict[str, Tensor | int]:
         """What a resumed run needs to go on with the same numbers: tensors and ints, not the teacher's."""
         counters = self._counters
-        state: dict[str, Tensor | int] = {"version": 1, "stride": counters.stride}
+        state: dict[str, Tensor | int] = {"version": 1, **self.options.fingerprint(), "stride": counters.stride}
         for name in ("seed", "step", "next_id"):
             state[name] = getattr(counters, name).clone()
         if self.scale is not None:
@@ -262,11 +262,12 @@ class LatentSampler:
 
     @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        """Take over a :meth:`state_dict`, the seed included; the options stay this sampler's.
+        """Take over a :meth:`state_dict`, the seed included; the options stay this sampler's (a schedule may have
+        changed its sigma, step size, steps or radius).
 
         Raises:
-            CheckpointError: contents that are missing, foreign, or of another mode. The sampler is then
-                unchanged.
+            CheckpointError: contents that are missing or foreign, or a sampler of another mode, units, norm or
+                number of replicas. This one is then unchanged.
         """
         checked: SamplerState = checked_state(state, self.options)
         counters = self._counters

@@ -11,7 +11,7 @@ from torch import Tensor
 from tgt_fast.errors import CheckpointError
 from tgt_fast.explore.anchors import AnchorPool
 from tgt_fast.explore.bank import LatentBank
-from tgt_fast.explore.options import SamplerOptions
+from tgt_fast.explore.options import NAMED, SamplerOptions
 from tgt_fast.teacher import Latents
 
 _COUNTERS: Final = ("seed", "step", "next_id")
@@ -39,11 +39,19 @@ def checked_state(state: Any, options: SamplerOptions) -> SamplerState:
     if not isinstance(state, dict):
         raise CheckpointError(f"LatentSampler: a state is a dict, got {type(state).__name__}")
     _check_names(state, options)
-    for name in ("version", "stride"):
+    mine = options.fingerprint()
+    for name in ("version", "stride", *mine):
         if isinstance(state[name], bool) or not isinstance(state[name], int) or state[name] < 0:
             raise CheckpointError(f"LatentSampler: {name} must be a non-negative integer, got {state[name]!r}")
     if state["version"] != 1:
         raise CheckpointError(f"LatentSampler: this state has format {state['version']}, this release reads format 1")
+    differing = [
+        f"{name}={_shown(name, state[name])}, here {_shown(name, value)}"
+        for name, value in mine.items()
+        if state[name] != value
+    ]
+    if differing:
+        raise CheckpointError(f"LatentSampler: the state is of a sampler with {'; '.join(differing)}")
     for name in _COUNTERS:
         value = _tensor(state, name)
         if value.ndim or value.dtype != torch.int64:
@@ -61,8 +69,13 @@ def checked_state(state: Any, options: SamplerOptions) -> SamplerState:
     return SamplerState(seed, step, next_id, state["stride"], scale, bank, _pool(state))
 
 
+def _shown(name: str, saved: int) -> str:
+    names = NAMED.get(name)
+    return repr(names[saved]) if names is not None and saved < len(names) else str(saved)
+
+
 def _check_names(state: dict[str, Any], options: SamplerOptions) -> None:
-    needed = {"version", "stride", *_COUNTERS}
+    needed = {"version", "stride", *options.fingerprint(), *_COUNTERS}
     allowed = needed | {"scale"}
     has_bank, has_pool = any(name in state for name in _BANK), any(name in state for name in _POOL)
     if options.mode == "persistent":
