@@ -1,5 +1,6 @@
 #include "thread_pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -88,17 +89,35 @@ class Pool {
 // a locked mutex, so it starts with a pool of its own and leaves the parent's behind.
 std::atomic<Pool*> g_pool{nullptr};
 
-void forget_pool() { g_pool.store(nullptr, std::memory_order_relaxed); }
+std::atomic<bool> g_forked{false};
+
+void after_fork() {
+  g_pool.store(nullptr, std::memory_order_relaxed);
+  g_forked.store(true, std::memory_order_relaxed);
+}
+
+void watch_forks() {
+  static const int registered = pthread_atfork(nullptr, nullptr, after_fork);
+  (void)registered;
+}
 
 Pool* pool() {
   Pool* current = g_pool.load(std::memory_order_acquire);
   if (current != nullptr) return current;
-  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
-  (void)registered;
+  watch_forks();
   Pool* made = new (std::nothrow) Pool;
   if (made == nullptr || g_pool.compare_exchange_strong(current, made)) return made;
   delete made;
   return current;
+}
+
+// The entry point of the OpenMP runtime that the process already has, PyTorch's; null without one. Its threads stay
+// awake for a while after each parallel region, so that beside them a pool of our own would have to share their cores.
+using RunTeam = void (*)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
+
+RunTeam openmp() {
+  static const auto found = reinterpret_cast<RunTeam>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
 }
 
 }  // namespace
@@ -112,6 +131,12 @@ void parallel_for(int64_t count, int64_t grain, int threads, void (*body)(void*,
     job.chunk = std::max<int64_t>(grain, count / (used * 8));
     job.body = body;
     job.context = context;
+    watch_forks();
+    // A forked child must not use OpenMP: its runtime waits for threads that only the parent has.
+    if (openmp() != nullptr && !g_forked.load(std::memory_order_relaxed)) {
+      openmp()([](void* shared_job) { static_cast<Job*>(shared_job)->work(); }, &job, static_cast<unsigned>(used), 0);
+      return;
+    }
     Pool* shared = pool();
     if (shared != nullptr && shared->run(job, used - 1)) return;
   }

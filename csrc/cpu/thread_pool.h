@@ -1,4 +1,5 @@
-// Threads of the core's own, so that it neither links OpenMP nor hangs in a forked child.
+// Work shared among threads: those of the OpenMP runtime that the process has, found at run time and never linked, else
+// a pool of the core's own, which also serves forked children, where OpenMP hangs.
 #pragma once
 
 #include <cstdint>

@@ -12,7 +12,7 @@ from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels.native import DTYPES, core
 from tgt_fast.kernels.options import DIVERGENCES, REDUCTIONS, DistillOptions, DistillStats
 
-_LARGE = 4 << 20  # bytes: below it the allocator of the C library keeps freed memory by itself
+_LARGE = 1 << 20  # bytes: below it the allocator of the C library keeps freed memory by itself
 
 
 class Forward(NamedTuple):
