@@ -8,6 +8,7 @@
 #include "../cpu/distill.h"
 #include "../cpu/isa.h"
 #include "../cpu/latent.h"
+#include "../cpu/thread_pool.h"
 
 namespace py = pybind11;
 
@@ -143,6 +144,8 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "The compiled kernels of tgt_fast. Takes raw pointers: call it through tgt_fast.kernels.native.";
+  tgt::cpu::watch_forks();
+  m.def("avoid_openmp", &tgt::cpu::avoid_openmp);
   m.attr("ROW_STATE") = tgt::kRowState;
   m.attr("BAD_TARGET") = static_cast<int>(tgt::Status::kBadTarget);
   m.attr("BAD_WEIGHT") = static_cast<int>(tgt::Status::kBadWeight);

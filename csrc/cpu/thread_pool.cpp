@@ -93,18 +93,12 @@ std::atomic<bool> g_forked{false};
 
 void after_fork() {
   g_pool.store(nullptr, std::memory_order_relaxed);
-  g_forked.store(true, std::memory_order_relaxed);
-}
-
-void watch_forks() {
-  static const int registered = pthread_atfork(nullptr, nullptr, after_fork);
-  (void)registered;
+  avoid_openmp();
 }
 
 Pool* pool() {
   Pool* current = g_pool.load(std::memory_order_acquire);
   if (current != nullptr) return current;
-  watch_forks();
   Pool* made = new (std::nothrow) Pool;
   if (made == nullptr || g_pool.compare_exchange_strong(current, made)) return made;
   delete made;
@@ -122,6 +116,10 @@ RunTeam openmp() {
 
 }  // namespace
 
+void watch_forks() { (void)pthread_atfork(nullptr, nullptr, after_fork); }
+
+void avoid_openmp() { g_forked.store(true, std::memory_order_relaxed); }
+
 void parallel_for(int64_t count, int64_t grain, int threads, void (*body)(void*, int64_t, int64_t), void* context) {
   const int64_t most = (count + grain - 1) / std::max<int64_t>(grain, 1);
   const int used = static_cast<int>(std::min<int64_t>(threads, most));
@@ -131,7 +129,6 @@ void parallel_for(int64_t count, int64_t grain, int threads, void (*body)(void*,
     job.chunk = std::max<int64_t>(grain, count / (used * 8));
     job.body = body;
     job.context = context;
-    watch_forks();
     // A forked child must not use OpenMP: its runtime waits for threads that only the parent has.
     if (openmp() != nullptr && !g_forked.load(std::memory_order_relaxed)) {
       openmp()([](void* shared_job) { static_cast<Job*>(shared_job)->work(); }, &job, static_cast<unsigned>(used), 0);

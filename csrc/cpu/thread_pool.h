@@ -12,4 +12,10 @@ namespace tgt::cpu {
 void parallel_for(int64_t count, int64_t grain, int threads, void (*body)(void* context, int64_t begin, int64_t end),
                   void* context);
 
+// To be called once, when the core is loaded: a child that is forked from then on keeps clear of OpenMP.
+void watch_forks();
+
+// To be called where the process is known to be a forked child already.
+void avoid_openmp();
+
 }  // namespace tgt::cpu

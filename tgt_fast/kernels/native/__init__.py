@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -22,13 +23,28 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+_in_forked_child = False
+
+
+def _after_fork() -> None:
+    global _in_forked_child
+    _in_forked_child = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)  # the core watches too, but only once it is loaded
+
+
 @functools.cache
 def load() -> ModuleType | str:
     """The core, or the reason why it does not load."""
     try:
-        return importlib.import_module("tgt_fast._core")
+        module = importlib.import_module("tgt_fast._core")
     except ImportError as error:
         return f"tgt_fast._core does not load ({error}); reinstall tgt-fast with a C++17 compiler present"
+    if _in_forked_child:
+        module.avoid_openmp()
+    return module
 
 
 def core() -> Any:
