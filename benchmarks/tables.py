@@ -59,7 +59,7 @@ def digits(record: dict[str, Any]) -> str:
         f"Test accuracy in percent (mean and standard deviation of {seeds} seeds), by class frequency, agreement and "
         "mean KL divergence with the teacher, seconds of training. 118 long-tailed labelled images; every method sees "
         "as many student examples a step. `tgt-fast demo digits`; "
-        f"torch {record['versions']['torch']}; commit {record['commit']}."
+        f"torch {record['versions']['torch']}; commit {record['commit'][:7]}."
     )
     return _grid(["", "accuracy", "head", "middle", "tail", "agreement", "KL", "s"], rows) + "\n\n" + caption
 
