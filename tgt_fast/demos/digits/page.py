@@ -333,7 +333,7 @@ def _setup(page: Page, result: DemoResult) -> None:
             ["student", f"MLP 64-24-10, {s.steps} steps of Adam with cosine decay"],
             ["student: examples a step", f"{s.real} real and {s.real} other; alone: {2 * s.real} real"],
             ["student: learning rate", f"{s.rate:g}; one-hot: {s.one_hot_rate:g}"],
-            ["student: temperature", f"{s.temperature:g}; without TGT: {s.distillation_temperature:g}"],
+            ["student: temperature", f"{s.temperature:g}; distillation alone: {s.distillation_temperature:g}"],
             ["augmentation", f"{s.augmentation} (the best of 77 of shift, warp, mixup, noise)"],
             ["TGT: noise", f"{s.sigma:g}; prior: {s.prior_sigma:g} of its own"],
             ["TGT gradient", f"{s.ascent_steps} step of {s.step_size:g}"],

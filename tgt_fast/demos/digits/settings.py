@@ -34,15 +34,15 @@ class Settings:
     one_hot_rate: float = 3e-3
     real: int = 64  # real examples a step beside as many others; alone: twice as many
     temperature: float = 2.0
-    distillation_temperature: float = 4.0  # of the two methods without exploration
+    distillation_temperature: float = 4.0  # of distillation on the real examples alone
     augmentation: Augmentation = field(default_factory=lambda: Augmentation(mixup=True, noise=0.2))
     # exploration
     sigma: float = 1.0
     prior_sigma: float = 1.0
-    step_size: float = 1.0
-    ascent_steps: int = 1
+    step_size: float = 0.5
+    ascent_steps: int = 2
     persistent_step_size: float = 0.5
-    restart_probability: float = 0.05
+    restart_probability: float = 0.1
     persistent_radius: float | None = None
     anchors: str = "balanced"
     evaluations: int = 30  # points of a learning curve
@@ -52,7 +52,8 @@ class Settings:
         return self.one_hot_rate if method == "one-hot" else self.rate
 
     def temperature_of(self, method: str) -> float:
-        return self.distillation_temperature if method in BASELINES else self.temperature
+        """The temperature of a method's loss."""
+        return self.distillation_temperature if method == "distillation" else self.temperature
 
 
 def quick(settings: Settings) -> Settings:

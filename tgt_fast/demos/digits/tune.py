@@ -77,12 +77,12 @@ GROUPS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "one-hot": ("one-hot", _each(one_hot_rate=(1e-3, 3e-3, 1e-2))),
     "distillation": ("distillation", _each(distillation_temperature=(1.0, 2.0, 4.0, 8.0), rate=(3e-3, 1e-2))),
     "augmentation": ("distillation-augmented", _each(augmentation=_augmentations())),
-    "augmented": ("distillation-augmented", _each(distillation_temperature=(2.0, 4.0, 8.0), rate=(3e-3, 1e-2))),
+    "augmented": ("distillation-augmented", _each(temperature=(2.0, 4.0, 8.0), rate=(3e-3, 1e-2))),
     "prior": ("tgt-prior", _each(prior_sigma=(0.8, 1.0, 1.2))),
     "random": ("tgt-random", _each(sigma=(0.5, 0.75, 1.0, 1.3), anchors=("batch", "balanced"))),
     "gradient": (
         "tgt-gradient",
-        _each(sigma=(0.75, 1.0, 1.3), step_size=(0.5, 1.0, 2.0), anchors=("batch", "balanced")),
+        _each(sigma=(0.75, 1.0, 1.3), step_size=(0.5, 1.0, 2.0), ascent_steps=(1, 2)),
     ),
     "student": ("tgt-gradient", _each(temperature=(1.0, 2.0, 4.0), rate=(3e-3, 1e-2))),
     "persistent": (
