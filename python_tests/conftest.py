@@ -7,7 +7,9 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
+import emulated_gpu
 import hypothesis
 import pytest
 import torch
@@ -69,12 +71,25 @@ def native() -> str:
     return "native"
 
 
-@pytest.fixture(scope="session", params=["reference", "native"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that can run here."""
-    if request.param == "native":
-        return str(request.getfixturevalue("native"))
-    return str(request.param)
+@pytest.fixture(scope="session")
+def emulated(request: pytest.FixtureRequest, native: str) -> ModuleType:
+    """The CUDA kernels on an emulated device."""
+    reason = emulated_gpu.why_not()
+    if reason:
+        pytest.skip(f"no emulated GPU: {reason}")
+    return emulated_gpu.build(request.config.cache.mkdir("emulated_gpu"))  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="session", params=["reference", "native", "emulated"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend that can run here; "emulated" is the native one with its CUDA kernels on an emulated device."""
+    if request.param == "emulated":
+        with emulated_gpu.tensors_on_an_emulated_gpu(request.getfixturevalue("emulated")):
+            yield "native"
+    elif request.param == "native":
+        yield request.getfixturevalue("native")
+    else:
+        yield request.param
 
 
 @pytest.fixture(scope="session")

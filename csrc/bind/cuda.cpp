@@ -1,12 +1,9 @@
 #include "cuda.h"
 
-#include <pybind11/stl.h>
-
 #include <stdexcept>
 #include <string>
 
-#include "../cuda/distill.h"
-#include "../cuda/latent.h"
+#include "../cuda/api.h"
 #include "arguments.h"
 
 namespace py = pybind11;
@@ -68,8 +65,7 @@ void distill_backward(const DistillOptions& options, int64_t rows, int64_t class
 
 void distill_scale(int64_t rows, int64_t classes, const MatrixTuple& grad, uintptr_t factors, bool per_row,
                    uintptr_t stream) {
-  expect_success(
-      cuda::distill_scale(rows, classes, matrix(grad), pointer<void>(factors), per_row, stream_of(stream)));
+  expect_success(cuda::distill_scale(rows, classes, matrix(grad), pointer<void>(factors), per_row, stream_of(stream)));
 }
 
 // Seed and step as numbers, and as addresses of device integers that replace them, or 0.

@@ -1,6 +1,5 @@
 // The distill ops on a device: which kernels a call takes, in which order.
 #include "distill.h"
-
 #include "distill_on_chip.h"
 #include "distill_small.h"
 
@@ -107,8 +106,7 @@ Failure distill_forward(const DistillCall& call, const double* normalizer, doubl
     } else if (!call.weight && !call.target) {
       d.call.divisor = static_cast<double>(call.rows);
     } else {
-      const cudaError_t error =
-          launch(distill_count_kernel, 1, kReduceThreads, kTeamBytes, 1, stream, d, workspace);
+      const cudaError_t error = launch(distill_count_kernel, 1, kReduceThreads, kTeamBytes, 1, stream, d, workspace);
       if (error != cudaSuccess) return {error, "distill_count_kernel"};
       d.divisor = workspace;
     }
@@ -146,10 +144,9 @@ Failure distill_scale(int64_t rows, int64_t classes, const Matrix& grad, const v
     classes *= rows;
     rows = 1;
   }
-  const cudaError_t error =
-      grad.type == DType::kFloat64
-          ? launch_distill_scale<double>(rows, classes, grad, factor, factor_per_row, stream)
-          : launch_distill_scale<float>(rows, classes, grad, factor, factor_per_row, stream);
+  const cudaError_t error = grad.type == DType::kFloat64
+                                ? launch_distill_scale<double>(rows, classes, grad, factor, factor_per_row, stream)
+                                : launch_distill_scale<float>(rows, classes, grad, factor, factor_per_row, stream);
   return {error, "distill_scale_kernel"};
 }
 

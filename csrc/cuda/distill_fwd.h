@@ -27,7 +27,8 @@ TGT_DEVICE RowHead open_row(const DeviceCall& d, int64_t i) {
   head.weight = call.weight ? call.weight[i] : 1;
   head.label = call.target ? call.target[i] : call.options.unlabeled_index;
   const bool labelled = call.target && head.label != call.options.unlabeled_index;
-  bool dropped = !(head.weight > 0 && head.weight < HUGE_VAL) || (call.target && head.label == call.options.ignore_index);
+  bool dropped =
+      !(head.weight > 0 && head.weight < HUGE_VAL) || (call.target && head.label == call.options.ignore_index);
   dropped |= labelled && (head.label < 0 || head.label >= call.classes);
   head.flags = dropped ? kDropped : labelled ? kHard : 0;
   const double divisor = d.divisor ? *d.divisor : call.divisor;
@@ -103,22 +104,27 @@ TGT_DEVICE double close_row(const DistillOptions& options, const Sums<double>& s
 }
 
 // The gradients of a source's vectors. The student's may overwrite its logits: a vector is read before it is written.
+// `label`: the label's class, or -1.
 template <class D, class Real, class Team, class Source>
-TGT_DEVICE void write_gradients(const DeviceCall& d, const Team& team, const Source& source, int64_t i,
-                                const Constants<Real>& row, const Factors<Real>& factors, const Terms& terms) {
+TGT_DEVICE void write_gradients(const DeviceCall& d, const Team& team, const Source& source, int64_t i, int64_t label,
+                                const Constants<Real>& row, const Factors<Real>& factors) {
+  using Index = typename Source::Index;
   const Matrix &student = d.call.d_student, &teacher = d.call.d_teacher;
-  char* d_student = student.row(i);
-  char* d_teacher = teacher.row(i);
-  for (int64_t k = team.thread; k < source.count; k += team.size) {
-    Eight<Real> s, t, of_student, of_teacher;
+  const int64_t first = source.first * kVector, classes = d.call.classes - first;
+  char* d_student = student.row(i) + first * element_size(student.type);
+  char* d_teacher = teacher.row(i) + first * element_size(teacher.type);
+  const Index labelled = label < first ? Index(-1) : Index((label - first) / kVector);
+  for (Index k = team.thread; k < Index(source.count); k += team.size) {
+    Eight<Real> s, t;
     source.load(k, s, t);
-    const int64_t at = (source.first + k) * kVector, classes = d.call.classes;
-    gradients<D>(s, t, row, factors, terms, at, student.data, teacher.data, of_student, of_teacher);
     if (teacher.data) {
-      store_padded(d_teacher, source.teacher_gradient_type(d.call), at, classes, d.d_teacher_aligned, of_teacher);
+      store_padded(d_teacher, source.teacher_gradient_type(d.call), Index(k * kVector), Index(classes),
+                   d.d_teacher_aligned, teacher_gradient<D>(s, t, row, factors));
     }
     if (student.data) {
-      store_padded(d_student, source.student_gradient_type(d.call), at, classes, d.d_student_aligned, of_student);
+      store_padded(d_student, source.student_gradient_type(d.call), Index(k * kVector), Index(classes),
+                   d.d_student_aligned,
+                   student_gradient<D>(s, t, row, factors, k == labelled ? int(label % kVector) : -1));
     }
   }
 }
@@ -153,7 +159,8 @@ TGT_DEVICE void finish_row(const DeviceCall& d, const Team& team, const Source& 
     D::finish(online, normalisers.log_student, normalisers.log_teacher, state.x, state.y);
   } else if constexpr (D::kProbabilities) {  // jsd, tvd: their sums need the normalisers
     Sums<Real> mine;
-    for (int64_t k = team.thread; k < source.count; k += team.size) {
+    using Index = typename Source::Index;
+    for (Index k = team.thread; k < Index(source.count); k += team.size) {
       Eight<Real> s, t;
       source.load(k, s, t);
       TGT_UNROLL
@@ -177,7 +184,9 @@ TGT_DEVICE void finish_row(const DeviceCall& d, const Team& team, const Source& 
     return;
   }
 
-  write_gradients<D>(d, team, source, i, row, factors_of<D, Real>(options, state, head.label, 1), terms);
+  const bool labelled = (static_cast<int>(state.flags) & kHard) && !(static_cast<int>(state.flags) & kInfiniteHard);
+  write_gradients<D>(d, team, source, i, labelled ? head.label : -1, row,
+                     factors_of<D, Real>(options, state, terms, 1));
 }
 
 // A row that is no distribution: NaN for itself alone.

@@ -11,6 +11,7 @@ enum Types : int { kAnyTypes, kBothBFloat16 };
 
 template <class Real, int kTypes>
 struct OnChipRow {
+  using Index = int;       // what fits in shared memory is few
   unsigned char* student;  // shared memory, vector by vector
   unsigned char* teacher;
   int64_t first, count;  // vectors of the row that are here
@@ -22,18 +23,20 @@ struct OnChipRow {
   TGT_DEVICE DType teacher_gradient_type(const DistillCall& call) const {
     return kTypes == kBothBFloat16 ? DType::kBFloat16 : call.d_teacher.type;
   }
-  TGT_DEVICE void load(int64_t k, Eight<Real>& s, Eight<Real>& t) const {
-    const int at = static_cast<int>(k) * kVector;  // it fits in shared memory
-    s = load_eight<Real>(reinterpret_cast<const char*>(student) + at * int(element_size(student_type())), student_type());
-    t = load_eight<Real>(reinterpret_cast<const char*>(teacher) + at * int(element_size(teacher_type())), teacher_type());
+  TGT_DEVICE void load(int k, Eight<Real>& s, Eight<Real>& t) const {
+    const int at = k * kVector;
+    s = load_eight<Real>(reinterpret_cast<const char*>(student) + at * int(element_size(student_type())),
+                         student_type());
+    t = load_eight<Real>(reinterpret_cast<const char*>(teacher) + at * int(element_size(teacher_type())),
+                         teacher_type());
   }
 };
 
 TGT_DEVICE uint64_t minus_infinity_bits(DType type) {
-  return type == DType::kBFloat16   ? 0xff80u
-         : type == DType::kFloat16  ? 0xfc00u
-         : type == DType::kFloat32  ? 0xff800000u
-                                    : 0xfff0000000000000u;
+  return type == DType::kBFloat16  ? 0xff80u
+         : type == DType::kFloat16 ? 0xfc00u
+         : type == DType::kFloat32 ? 0xff800000u
+                                   : 0xfff0000000000000u;
 }
 
 // Copies elements [begin, end) of one side of a row to shared memory, one by one.
@@ -178,7 +181,8 @@ __global__ void TGT_BOUNDS(Team::kIsWarp ? kWarpTeamThreads : kOnChipThreads, 2)
   }
   team.begin();
 
-  const int student_bytes = int(element_size(row.student_type())), teacher_bytes = int(element_size(row.teacher_type()));
+  const int student_bytes = int(element_size(row.student_type())),
+            teacher_bytes = int(element_size(row.teacher_type()));
   const int a_pair = room * kVector * (student_bytes + teacher_bytes);
   unsigned char* memory = shared_memory();
   uint64_t* barriers = reinterpret_cast<uint64_t*>(memory + kTeamBytes);

@@ -14,8 +14,8 @@ namespace tgt::cuda {
 // A call as the kernels read it. Every pointer is to memory of the device.
 struct DeviceCall {
   DistillCall call;
-  const double* divisor = nullptr;  // of the mean, when it is known to the device alone
-  int64_t vectors_per_block = 0;    // of a row, with clusters
+  const double* divisor = nullptr;                        // of the mean, when it is known to the device alone
+  int64_t vectors_per_block = 0;                          // of a row, with clusters
   bool student_aligned = false, teacher_aligned = false;  // rows start at multiples of 16 bytes
   bool d_student_aligned = false, d_teacher_aligned = false;
 };
@@ -226,80 +226,77 @@ TGT_DEVICE void settle(Constants<Real>& row, const Normalisers& n) {
 // The factors of a row's gradients.
 template <class Real>
 struct Factors {
-  bool soft;                             // a soft gradient
-  Real x, y;                             // the divergence's normalised sums
-  Real student, teacher;                 // of the soft term
-  Real hard, inverse_hard, smoothed;     // of the hard term; 0: none
-  Real label;                            // what the label's own class loses
-  int64_t at;                            // the label, or -1
+  bool soft;              // a soft gradient
+  bool hard;              // a hard gradient that `same` does not cover
+  Real x, y;              // the divergence's normalised sums
+  Real student, teacher;  // of the soft term
+  Real same;              // of exp((s - max) / Ts), where that is the hard term's exponential too; or 0
+  Real hard_factor, inverse_hard, smoothed;
+  Real label;  // what the label's own class loses
 };
 
 template <class D, class Real>
-TGT_DEVICE Factors<Real> factors_of(const DistillOptions& options, const RowState& state, int64_t label,
+TGT_DEVICE Factors<Real> factors_of(const DistillOptions& options, const RowState& state, const Terms& terms,
                                     double upstream) {
   const int flags = static_cast<int>(state.flags);
   const bool hard = (flags & kHard) && !(flags & kInfiniteHard);
   const double squared = D::kProbabilities ? options.temperature * options.temperature : 1;
   const double soft = upstream * state.coefficient * options.soft_weight * squared;
   const double hard_factor = hard ? upstream * state.coefficient * options.hard_weight : 0;
+  const bool same = terms.same && !terms.smoothed;
   Factors<Real> f;
   f.soft = !(flags & kInfiniteSoft) && !std::is_same<D, NoDivergence>::value;
+  f.hard = hard && !same;
   f.x = Real(state.x);
   f.y = Real(state.y);
   f.student = Real(soft / options.temperature);
   f.teacher = Real(soft / options.teacher_temperature);
-  f.hard = Real(hard_factor);
+  f.hard_factor = Real(hard_factor);
   f.inverse_hard = hard ? Real(1 / state.hard_sum) : Real(0);
+  f.same = same ? f.hard_factor * f.inverse_hard : Real(0);
   f.smoothed = hard ? Real(options.label_smoothing / state.finite) : Real(0);
   f.label = Real(hard_factor * (1 - options.label_smoothing));
-  f.at = hard ? label : -1;
   return f;
 }
 
-// d_student and d_teacher of the eight classes from `first` on; either may be left out.
 template <class D, class Real>
-TGT_DEVICE void gradients(const Eight<Real>& s, const Eight<Real>& t, const Constants<Real>& row,
-                          const Factors<Real>& f, const Terms& terms, int64_t first, bool student, bool teacher,
-                          Eight<Real>& d_student, Eight<Real>& d_teacher) {
-  if (teacher) {
-    TGT_UNROLL
-    for (int i = 0; i < kVector; ++i) {
-      const Class<Real> c = normalised<D>(shifted<D>(s.v[i], t.v[i], row), row);
-      d_teacher.v[i] = f.soft ? D::d_teacher(c, row.mixture, f.x, f.y) * f.teacher : Real(0);
-    }
+TGT_DEVICE Eight<Real> teacher_gradient(const Eight<Real>& s, const Eight<Real>& t, const Constants<Real>& row,
+                                        const Factors<Real>& f) {
+  Eight<Real> grad;
+  TGT_UNROLL
+  for (int i = 0; i < kVector; ++i) {
+    const Class<Real> c = normalised<D>(shifted<D>(s.v[i], t.v[i], row), row);
+    grad.v[i] = f.soft ? D::d_teacher(c, row.mixture, f.x, f.y) * f.teacher : Real(0);
   }
-  if (!student) return;
-  Eight<Real> hard;  // exp(s - max)
+  return grad;
+}
+
+// `label`: the label's place among the eight, or none of them.
+template <class D, class Real>
+TGT_DEVICE Eight<Real> student_gradient(const Eight<Real>& s, const Eight<Real>& t, const Constants<Real>& row,
+                                        const Factors<Real>& f, int label) {
+  Eight<Real> grad;
   TGT_UNROLL
   for (int i = 0; i < kVector; ++i) {
     const Class<Real> raw = shifted<D>(s.v[i], t.v[i], row);
-    d_student.v[i] = f.soft ? D::d_student(normalised<D>(raw, row), row.mixture, f.x, f.y) * f.student : Real(0);
-    hard.v[i] = raw.q;
+    grad.v[i] = f.soft ? D::d_student(normalised<D>(raw, row), row.mixture, f.x, f.y) * f.student : Real(0);
+    if constexpr (D::kProbabilities) grad.v[i] = fused(raw.q, f.same, grad.v[i]);
   }
-  if (f.hard == 0) return;
-  if (!terms.same) {
-    TGT_UNROLL
-    for (int i = 0; i < kVector; ++i) hard.v[i] = hard_exponential(s.v[i], row);
-  }
-  if (terms.smoothed) {
+  if (f.hard) {
     constexpr Real kLowest = sizeof(Real) == 8 ? Real(-DBL_MAX) : Real(-FLT_MAX);
     TGT_UNROLL
     for (int i = 0; i < kVector; ++i) {
       const Real floor = s.v[i] < kLowest ? Real(0) : f.smoothed;
-      d_student.v[i] += (hard.v[i] * f.inverse_hard - floor) * f.hard;
+      grad.v[i] += (hard_exponential(s.v[i], row) * f.inverse_hard - floor) * f.hard_factor;
     }
-  } else {
-    const Real scale = f.inverse_hard * f.hard;
-    TGT_UNROLL
-    for (int i = 0; i < kVector; ++i) d_student.v[i] = fused(hard.v[i], scale, d_student.v[i]);
   }
-  const int64_t label = f.at - first;
-  if (label >= 0 && label < kVector) {
+  if (label >= 0) {
     TGT_UNROLL
     for (int i = 0; i < kVector; ++i) {  // a run-time index would send the values through memory
-      if (i == label) d_student.v[i] -= f.label;
+      if (i == label) grad.v[i] -= f.label;
     }
   }
+  return grad;
 }
 
 }  // namespace TGT_ISA

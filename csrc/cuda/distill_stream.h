@@ -1,5 +1,5 @@
-// Rows that do not fit on the chip, and float64: a block a row, which reads the row pair once for its sums and once more
-// for its gradients (and for the sums of jsd and tvd in between).
+// Rows that do not fit on the chip, and float64: a block a row, which reads the row pair once for its sums and once
+// more for its gradients (and for the sums of jsd and tvd in between).
 #pragma once
 
 #include "distill_fwd.h"
@@ -9,6 +9,7 @@ inline namespace TGT_ISA {
 
 template <class Real>
 struct StreamRow {
+  using Index = int64_t;
   const char* student;
   const char* teacher;
   DType student_type, teacher_type;
@@ -113,8 +114,9 @@ __global__ void TGT_BOUNDS(kStreamThreads, 1) distill_fwd_stream_kernel(const TG
   }
   seen = merge_all(team, seen, 1, MergeSeen<D>{1 / call.options.temperature, 1 / call.options.teacher_temperature});
   const double finite = static_cast<double>(call.classes - extremes.masked);
-  const Sums<double> all = {seen.sums.student, seen.sums.teacher, seen.sums.hard,
-                            seen.plain - finite * seen.sums.student_max, seen.sums.x, seen.sums.y};
+  const Sums<double> all = {seen.sums.student, seen.sums.teacher,
+                            seen.sums.hard,    seen.plain - finite * seen.sums.student_max,
+                            seen.sums.x,       seen.sums.y};
   const Extremes<double> wide = {extremes.student, extremes.teacher, extremes.masked, extremes.unusual};
   finish_row<Real, D>(d, team, row, i, head, all, wide, of_label);
 }
@@ -140,12 +142,12 @@ __global__ void TGT_BOUNDS(kBackwardThreads, 2)
     return;
   }
   const Real upstream = static_cast<const Real*>(call.upstream)[call.upstream_per_row ? i : 0];
-  const int64_t label = flags & kHard ? call.target[i] : -1;
+  const int64_t label = (flags & kHard) && !(flags & kInfiniteHard) ? call.target[i] : -1;
   const Terms terms = terms_of<D>(call.options, flags & kHard);
   Constants<Real> constants = constants_of<Real>(call.options, state.student_max, state.teacher_max);
   settle(constants, normalisers_of(state.student_sum, state.teacher_sum));
-  write_gradients<D>(d, team, row, i, constants, factors_of<D, Real>(call.options, state, label, double(upstream)),
-                     terms);
+  write_gradients<D>(d, team, row, i, label, constants,
+                     factors_of<D, Real>(call.options, state, terms, double(upstream)));
 }
 
 }  // namespace TGT_ISA

@@ -50,9 +50,8 @@ __global__ void TGT_BOUNDS(kThreads, 4)
 }
 
 template <class Real, class Team>
-__global__ void TGT_BOUNDS(kThreads, 2)
-    latent_sphere_kernel(const TGT_GRID_CONSTANT PerturbCall call, const TGT_GRID_CONSTANT DeviceKey device,
-                         bool aligned) {
+__global__ void TGT_BOUNDS(kThreads, 2) latent_sphere_kernel(const TGT_GRID_CONSTANT PerturbCall call,
+                                                             const TGT_GRID_CONSTANT DeviceKey device, bool aligned) {
   const Team team;
   const int64_t i = sample_of(team);
   if (i >= call.samples) return;
@@ -156,9 +155,18 @@ __global__ void TGT_BOUNDS(kThreads, 2)
   const bool moves = norm > 0 && norm < HUGE_VAL;
   const bool by_norm = call.norm == StepNorm::kL2 && moves;
   const double step = call.step_size.at<Real>(i);
-  const Real lift = Real(!by_norm ? 1 : norm < 1e-30 ? 18446744073709551616.0 : norm > 1e30 ? 1 / 18446744073709551616.0 : 1);
-  const Ascent<Real> ascent = {call, key_of(call.noise, device, i), sample_row<Real>(call.z, call.z_type, i, call.size),
-                               grad_row, aligned, moves, lift, Real(by_norm ? step / (norm * lift) : step),
+  const Real lift = Real(!by_norm       ? 1
+                         : norm < 1e-30 ? 18446744073709551616.0
+                         : norm > 1e30  ? 1 / 18446744073709551616.0
+                                        : 1);
+  const Ascent<Real> ascent = {call,
+                               key_of(call.noise, device, i),
+                               sample_row<Real>(call.z, call.z_type, i, call.size),
+                               grad_row,
+                               aligned,
+                               moves,
+                               lift,
+                               Real(by_norm ? step / (norm * lift) : step),
                                Real(call.sigma.at<Real>(i))};
   char* out_row = const_cast<char*>(sample_row<Real>(call.out, call.z_type, i, call.size));
   const bool ball = call.anchor != nullptr;
@@ -175,7 +183,8 @@ __global__ void TGT_BOUNDS(kThreads, 2)
   for (int64_t k = share.first; k < share.end; k += share.step) {
     const Eight<Real> scale = units<Real>(call.scale, k, call.size);
     const Eight<Real> out = ascent.moved(k, scale);
-    const Eight<Real> anchor = load_padded(anchor_row, call.anchor_type, k * kVector, call.size, aligned.anchor, Real(0));
+    const Eight<Real> anchor =
+        load_padded(anchor_row, call.anchor_type, k * kVector, call.size, aligned.anchor, Real(0));
     Eight<Real> offset;  // in units of the scale; coordinates without a unit do not count
     TGT_UNROLL
     for (int j = 0; j < kVector; ++j) {
@@ -194,7 +203,8 @@ __global__ void TGT_BOUNDS(kThreads, 2)
   for (int64_t k = share.first; k < share.end; k += share.step) {
     const Eight<Real> scale = units<Real>(call.scale, k, call.size);
     Eight<Real> out = ascent.moved(k, scale);
-    const Eight<Real> anchor = load_padded(anchor_row, call.anchor_type, k * kVector, call.size, aligned.anchor, Real(0));
+    const Eight<Real> anchor =
+        load_padded(anchor_row, call.anchor_type, k * kVector, call.size, aligned.anchor, Real(0));
     TGT_UNROLL
     for (int j = 0; j < kVector; ++j) {
       const Real distance_j = out.v[j] - anchor.v[j];
@@ -255,9 +265,9 @@ cudaError_t launch_perturb(const PerturbCall& call, const DeviceKey& key, cudaSt
 
 template <class Real>
 cudaError_t launch_ascend(const AscendCall& call, const DeviceKey& key, cudaStream_t stream) {
-  const Aligned aligned = {rows_aligned(call.z, call.z_type, call.size) && rows_aligned(call.out, call.z_type, call.size),
-                           rows_aligned(call.grad, call.grad_type, call.size),
-                           rows_aligned(call.anchor, call.anchor_type, call.size)};
+  const Aligned aligned = {
+      rows_aligned(call.z, call.z_type, call.size) && rows_aligned(call.out, call.z_type, call.size),
+      rows_aligned(call.grad, call.grad_type, call.size), rows_aligned(call.anchor, call.anchor_type, call.size)};
   return launch_samples(latent_ascend_kernel<Real, WarpTeam>, latent_ascend_kernel<Real, BlockTeam>, call.samples,
                         call.size, stream, call, key, aligned);
 }
@@ -267,13 +277,15 @@ cudaError_t launch_ascend(const AscendCall& call, const DeviceKey& key, cudaStre
 
 Failure perturb(const PerturbCall& call, const DeviceKey& key, cudaStream_t stream) {
   if (call.samples == 0 || call.size == 0) return {};
-  const cudaError_t error = call.wide() ? launch_perturb<double>(call, key, stream) : launch_perturb<float>(call, key, stream);
+  const cudaError_t error =
+      call.wide() ? launch_perturb<double>(call, key, stream) : launch_perturb<float>(call, key, stream);
   return {error, "latent_perturb_kernel"};
 }
 
 Failure ascend(const AscendCall& call, const DeviceKey& key, cudaStream_t stream) {
   if (call.samples == 0 || call.size == 0) return {};
-  const cudaError_t error = call.wide() ? launch_ascend<double>(call, key, stream) : launch_ascend<float>(call, key, stream);
+  const cudaError_t error =
+      call.wide() ? launch_ascend<double>(call, key, stream) : launch_ascend<float>(call, key, stream);
   return {error, "latent_ascend_kernel"};
 }
 

@@ -4,8 +4,7 @@
 // included: memory is read once (and from cache again), and the result has the same bits.
 #pragma once
 
-#include "../common/latent.h"
-#include "latent.h"
+#include "api.h"
 #include "team.h"
 #include "vectors.h"
 

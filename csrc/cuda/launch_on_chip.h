@@ -15,10 +15,12 @@ cudaError_t launch_distill_fwd(const DeviceCall& d, Path path, int cluster, bool
   const int shared = static_cast<int>(shared_bytes);
   if (path == Path::kWarp) {
     constexpr int kRows = kWarpTeamThreads / kWarp;
-    const auto kernel = halves ? distill_fwd_kernel<D, WarpTeam, kBothBFloat16> : distill_fwd_kernel<D, WarpTeam, kAnyTypes>;
+    const auto kernel =
+        halves ? distill_fwd_kernel<D, WarpTeam, kBothBFloat16> : distill_fwd_kernel<D, WarpTeam, kAnyTypes>;
     return launch(kernel, (d.call.rows + kRows - 1) / kRows, kWarpTeamThreads, shared, 1, stream, d, 0);
   }
-  const auto kernel = halves ? distill_fwd_kernel<D, BlockTeam, kBothBFloat16> : distill_fwd_kernel<D, BlockTeam, kAnyTypes>;
+  const auto kernel =
+      halves ? distill_fwd_kernel<D, BlockTeam, kBothBFloat16> : distill_fwd_kernel<D, BlockTeam, kAnyTypes>;
   return launch(kernel, d.call.rows * cluster, kOnChipThreads, shared, cluster, stream, d, bulk ? 1 : 0);
 }
 

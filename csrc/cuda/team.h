@@ -8,9 +8,9 @@ inline namespace TGT_ISA {
 
 constexpr int kWarp = 32;
 constexpr int kMostWarps = 32;
-constexpr int kMostBlocks = 8;      // of a cluster, on every chip that has clusters
-constexpr int kMostPartial = 64;    // bytes a thread brings to a reduction
-constexpr int kStages = 3;          // reductions of a kernel: each has memory of its own, so none waits for the last
+constexpr int kMostBlocks = 8;    // of a cluster, on every chip that has clusters
+constexpr int kMostPartial = 64;  // bytes a thread brings to a reduction
+constexpr int kStages = 3;        // reductions of a kernel: each has memory of its own, so none waits for the last
 constexpr int kStageBytes = (kMostWarps + kMostBlocks) * kMostPartial;
 constexpr int kTeamBytes = kStages * kStageBytes;  // at the start of shared memory
 

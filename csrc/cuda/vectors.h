@@ -1,4 +1,5 @@
-// Eight consecutive classes at a time: loads and stores of any element type, 16 bytes an access where memory is aligned.
+// Eight consecutive classes at a time: loads and stores of any element type, 16 bytes an access where memory is
+// aligned.
 #pragma once
 
 #include "../common/distill.h"
@@ -147,9 +148,9 @@ TGT_DEVICE void store_eight(char* to, DType type, const Eight<Real>& values) {
   }
 }
 
-template <class Real>
-TGT_DEVICE void store_padded(char* row, DType type, int64_t at, int64_t size, bool aligned, const Eight<Real>& values) {
-  if (aligned && at + kVector <= size) return store_eight(row + at * element_size(type), type, values);
+template <class Real, class Index>
+TGT_DEVICE void store_padded(char* row, DType type, Index at, Index size, bool aligned, const Eight<Real>& values) {
+  if (aligned && at + kVector <= size) return store_eight(row + at * Index(element_size(type)), type, values);
   TGT_UNROLL
   for (int i = 0; i < kVector; ++i) {
     if (at + i < size) store_one(row, type, at + i, values.v[i]);

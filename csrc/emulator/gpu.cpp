@@ -143,8 +143,8 @@ bool run_cluster(int64_t first_block, int64_t blocks, int threads, int shared_by
     for (int thread = 0; thread < threads; ++thread) {
       const int64_t at = int64_t(rank) * threads + thread;
       Fiber& fiber = fibers[at];
-      fiber.place = {thread, threads, rank, ranks, first_block + rank, blocks, base + rank * shared_size, base,
-                     shared_size};
+      fiber.place = {thread, threads,    rank, ranks, first_block + rank, blocks, base + rank * shared_size,
+                     base,   shared_size};
       fiber.block = &block_barriers[rank];
       fiber.cluster = &cluster;
       fiber.warp = &all_warps[int64_t(rank) * warps + thread / kWarp];
@@ -213,8 +213,8 @@ bool run(const std::function<void()>& kernel, int64_t blocks, int threads, int s
 }  // namespace tgt::emulator
 
 cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
-  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 << 10 :
-           attribute == cudaDevAttrComputeCapabilityMajor      ? 9 :
-                                                                 2;
+  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 << 10
+           : attribute == cudaDevAttrComputeCapabilityMajor     ? 9
+                                                                : 2;
   return cudaSuccess;
 }

@@ -26,7 +26,7 @@ namespace tgt::emulator {
 struct Place {
   int thread = 0, threads = 0, rank = 0, ranks = 0;
   int64_t block = 0, blocks = 0;
-  unsigned char* shared = nullptr;         // of this block
+  unsigned char* shared = nullptr;          // of this block
   unsigned char* cluster_shared = nullptr;  // of all blocks of the cluster
   int64_t shared_bytes = 0;
 };
@@ -128,6 +128,7 @@ inline void copy_wait(const uint64_t* barrier) {
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, int cluster,
                    cudaStream_t, const Arguments&... arguments) {
+  if (blocks > INT32_MAX) return 1;
   return emulator::run([&] { kernel(arguments...); }, blocks, threads, shared_bytes, cluster) ? cudaSuccess : 1;
 }
 
@@ -140,5 +141,5 @@ constexpr int cudaDevAttrMultiProcessorCount = 16;
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return "the kernel's threads wait for each other for ever"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "too many blocks, or threads that wait for ever"; }
 cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int device);
