@@ -15,8 +15,10 @@ import pytest
 import torch
 
 import tgt_fast
+from tgt_fast.kernels.native import cuda
 
 REQUIRE_NATIVE = os.environ.get("TGT_FAST_REQUIRE_NATIVE") == "1"
+REQUIRE_CUDA = os.environ.get("TGT_FAST_REQUIRE_CUDA") == "1"
 
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
@@ -27,6 +29,11 @@ def _native_reason() -> str:
     """Why the compiled core cannot run here; empty when it can."""
     (row,) = (row for row in tgt_fast.backends() if row.name == "native")
     return "" if row.available else row.reason
+
+
+def _cuda_reason() -> str:
+    """Why the compiled core cannot run on a GPU here; empty when it can."""
+    return _native_reason() or cuda.status()
 
 
 def _tested_package() -> Path:
@@ -53,12 +60,16 @@ def pytest_configure(config: pytest.Config) -> None:
     if REQUIRE_NATIVE and reason:
         raise pytest.UsageError(f"TGT_FAST_REQUIRE_NATIVE=1, but {tested} has no usable compiled core: {reason}")
 
+    if REQUIRE_CUDA and _cuda_reason():
+        raise pytest.UsageError(f"TGT_FAST_REQUIRE_CUDA=1, but {tested} cannot run on a GPU: {_cuda_reason()}")
+
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     reason = _native_reason()
     return [
         f"tgt_fast: {tgt_fast.__version__} from {_tested_package().parent}",
         f"native: {reason or 'available'}",
+        f"CUDA: {_cuda_reason() or 'available'}",
     ]
 
 
@@ -69,6 +80,21 @@ def native() -> str:
     if reason:
         pytest.skip(f"no compiled core: {reason}")
     return "native"
+
+
+@pytest.fixture(scope="session")
+def gpu() -> str:
+    """The device of tests that need a real one."""
+    reason = _cuda_reason()
+    if reason:
+        pytest.skip(f"no GPU: {reason}")
+    return "cuda"
+
+
+@pytest.fixture(scope="session", params=["reference", "native"])
+def host_backend(request: pytest.FixtureRequest) -> str:
+    """The backends that look at values on a CPU before they run: on a device that would mean waiting for it."""
+    return str(request.getfixturevalue("native") if request.param == "native" else request.param)
 
 
 @pytest.fixture(scope="session")

@@ -27,8 +27,8 @@ from tgt_fast.kernels.native import cuda
 CSRC = Path(__file__).parents[1] / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 FLAGS = (
-    "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
-    "-DTGT_EMULATED_GPU", "-DTGT_ISA=emulated", f"-I{CSRC}",
+    "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden",
+    "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DTGT_EMULATED_GPU", "-DTGT_ISA=emulated", f"-I{CSRC}",
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import tgt_fast as tgt
 from tgt_fast.kernels.native import cuda, cuda_distill
+from tgt_fast.kernels.native.distill_calls import Forward, core_options
 from tgt_fast.kernels.options import DIVERGENCES, DistillOptions
 
 # (path, blocks a row, bulk copies) of csrc/cuda/distill.h
@@ -45,7 +46,7 @@ def run(
     wanted: tuple[bool, bool] = (True, True),
     inplace: bool = False,
     **options: Any,
-) -> cuda_distill.Forward:
+) -> Forward:
     with tensors_on_an_emulated_gpu(module):
         engine = cuda.engine(student)
         assert engine is not None
@@ -59,7 +60,7 @@ def run(
 def check(
     module: ModuleType, plan: tuple[int, int, bool], student: Tensor, teacher: Tensor, target: Tensor | None = None,
     **options: Any,
-) -> cuda_distill.Forward:  # fmt: skip
+) -> Forward:  # fmt: skip
     options = {"reduction": "none", **options}
     out = run(module, plan, student, teacher, target, **options)
     assert_matches_truth(
@@ -167,13 +168,11 @@ def test_a_normalizer_on_the_device_is_one_on_the_host(emulated: ModuleType) -> 
 
 def test_a_failed_launch_names_its_kernel(emulated: ModuleType) -> None:
     """More rows than a grid has blocks."""
-    with tensors_on_an_emulated_gpu(emulated), pytest.raises(RuntimeError, match="distill_fwd_kernel"):
-        engine = cuda.engine(torch.empty(0))
-        assert engine is not None
-        engine.core.cuda_distill_forward(
-            cuda_distill.core_options(engine.core, DistillOptions(reduction="none")), 2**31, 1, (0, 8, 0), (0, 8, 0),
-            0, 0, 0, -1.0, 0, 0, 0, (0, 0, 0), (0, 0, 0), 0, 0, (3, 0, True), 0,
-        )  # fmt: skip
+    options, nothing = core_options(emulated, DistillOptions(reduction="none")), (0, 0, 0)
+    with pytest.raises(RuntimeError, match="distill_fwd_kernel: "):
+        emulated.cuda_distill_forward(
+            options, 2**31, 1, nothing, nothing, 0, 0, 0, -1.0, 0, 0, 0, nothing, nothing, 0, 0, (3, 0, True), 0
+        )
 
 
 @pytest.mark.parametrize("size", [5, 1024, 1032, 40000, 150001])

@@ -101,8 +101,9 @@ def backward(
         d_student = student.detach() if inplace else torch.empty(rows, classes, dtype=student.dtype)
     d_teacher = torch.empty(rows, classes, dtype=teacher.dtype) if wanted[1] else None
     compiled.distill_backward(
-        core_options(compiled, options), rows, classes, matrix(student), matrix(teacher), pointer(target), pointer(state),
-        pointer(d_loss), int(d_loss.dim() > 0), matrix(d_student), matrix(d_teacher), torch.get_num_threads(),
+        core_options(compiled, options), rows, classes, matrix(student), matrix(teacher), pointer(target),
+        pointer(state), pointer(d_loss), int(d_loss.dim() > 0), matrix(d_student), matrix(d_teacher),
+        torch.get_num_threads(),
     )  # fmt: skip
     return d_student, d_teacher
 

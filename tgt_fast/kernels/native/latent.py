@@ -40,9 +40,10 @@ def _device_noise(
     seed: int | Tensor, sample_ids: Tensor, step: int | Tensor, replica: int, op: int
 ) -> tuple[tuple[int, int, int, int, int], tuple[int, int]]:
     """The key with its integers that live on the device left there: numbers, and addresses that replace them."""
-    numbers = (0 if isinstance(seed, Tensor) else seed, 0 if isinstance(step, Tensor) else step)
-    addresses = (_pointer(seed if isinstance(seed, Tensor) else None), _pointer(step if isinstance(step, Tensor) else None))
-    return _noise(numbers[0], sample_ids, numbers[1], replica, op), addresses
+    (seed_number, seed_at), (step_number, step_at) = (
+        (0, value.data_ptr()) if isinstance(value, Tensor) else (value, 0) for value in (seed, step)
+    )
+    return _noise(seed_number, sample_ids, step_number, replica, op), (seed_at, step_at)
 
 
 def _on(device: torch.device, value: int | Tensor) -> int | Tensor:
