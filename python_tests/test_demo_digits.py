@@ -26,7 +26,6 @@ from tgt_fast.demos.digits import (
     run,
     teachers,
     tune,
-    validation,
     workers,
 )
 from tgt_fast.demos.digits.augment import Augmentation, shifted, warped
@@ -362,30 +361,3 @@ def test_the_teacher_learns(split: tuple[data.Images, data.Images]) -> None:
     made = explorer(images.x, student=models.student())
     assert made.x.shape == images.x.shape
     assert made.teacher_logits.shape == (118, 10)
-
-
-def test_committed_tuning_is_what_settings_say() -> None:
-    """Where two choices are within half a point, the simpler one may stand; no other choice is better than that."""
-    groups = validation.load()
-    assert set(tune.GROUPS) <= set(groups)
-    for group in tune.GROUPS:
-        chosen = [
-            row
-            for row in groups[group]
-            if all(_same(getattr(Settings(), name), value) for name, value in row["options"].items())
-        ]
-        assert len(chosen) == 1, group
-        assert chosen[0]["accuracy"] >= groups[group][0]["accuracy"] - 0.5, group
-
-
-def _same(setting: object, value: object) -> bool:
-    return (str(setting) if isinstance(setting, Augmentation) else setting) == value
-
-
-def test_the_page_owns_up_to_what_the_lead_depends_on() -> None:
-    rows = validation.rivals()
-    assert len(rows) == 4
-    assert rows[0].accuracy == max(row.accuracy for row in rows)
-    least = min(row.gradient - row.augmented for row in rows)
-    assert f"{least:.1f} with the one that suits augmentation best" in validation.about_rivals(rows)
-    assert validation.rivals({}) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tgt_fast.demos.digits import findings, validation
+from tgt_fast.demos.digits import findings
 from tgt_fast.demos.digits.data import CLASSES
 from tgt_fast.demos.digits.findings import LABELS
 from tgt_fast.demos.digits.models import parameter_count, student
@@ -75,7 +75,6 @@ def write_page(result: DemoResult, folder: Path) -> Path:
     _diagnostics(page, result)
     if result.curve:
         _labels(page, result)
-    _limits_section(page)
     _setup(page, result)
     return page.write(folder)
 
@@ -311,23 +310,6 @@ def _labels(page: Page, result: DemoResult) -> None:
         page.text(sentence)
     if any(factor.beyond for factor in sample_factors(result)):
         page.text("“More than”: the other method does not get there with all 900.")
-
-
-def _limits_section(page: Page) -> None:
-    rows = validation.rivals()
-    if not rows:
-        return
-    page.section("What the comparison depends on")
-    page.text(validation.about_rivals(rows))
-    page.table(
-        ("labeler", "its own accuracy %", "distillation, augmented %", "by", "TGT gradient %"),
-        [
-            [row.labeler, f"{row.accuracy:.1f}", f"{row.augmented:.1f}", row.augmentation, f"{row.gradient:.1f}"]
-            for row in rows
-        ],
-        "On the validation images, where the settings were chosen: not from this run. First row: the demo's labeler.",
-        strong=[0],
-    )
 
 
 def _setup(page: Page, result: DemoResult) -> None:
