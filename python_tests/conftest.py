@@ -7,14 +7,18 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
+import emulated_gpu
 import hypothesis
 import pytest
 import torch
 
 import tgt_fast
+from tgt_fast.kernels.native import cuda
 
 REQUIRE_NATIVE = os.environ.get("TGT_FAST_REQUIRE_NATIVE") == "1"
+REQUIRE_CUDA = os.environ.get("TGT_FAST_REQUIRE_CUDA") == "1"
 
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
@@ -25,6 +29,11 @@ def _native_reason() -> str:
     """Why the compiled core cannot run here; empty when it can."""
     (row,) = (row for row in tgt_fast.backends() if row.name == "native")
     return "" if row.available else row.reason
+
+
+def _cuda_reason() -> str:
+    """Why the compiled core cannot run on a GPU here; empty when it can."""
+    return _native_reason() or cuda.status()
 
 
 def _tested_package() -> Path:
@@ -51,12 +60,16 @@ def pytest_configure(config: pytest.Config) -> None:
     if REQUIRE_NATIVE and reason:
         raise pytest.UsageError(f"TGT_FAST_REQUIRE_NATIVE=1, but {tested} has no usable compiled core: {reason}")
 
+    if REQUIRE_CUDA and _cuda_reason():
+        raise pytest.UsageError(f"TGT_FAST_REQUIRE_CUDA=1, but {tested} cannot run on a GPU: {_cuda_reason()}")
+
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     reason = _native_reason()
     return [
         f"tgt_fast: {tgt_fast.__version__} from {_tested_package().parent}",
         f"native: {reason or 'available'}",
+        f"CUDA: {_cuda_reason() or 'available'}",
     ]
 
 
@@ -69,12 +82,40 @@ def native() -> str:
     return "native"
 
 
+@pytest.fixture(scope="session")
+def gpu() -> str:
+    """The device of tests that need a real one."""
+    reason = _cuda_reason()
+    if reason:
+        pytest.skip(f"no GPU: {reason}")
+    return "cuda"
+
+
 @pytest.fixture(scope="session", params=["reference", "native"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that can run here."""
-    if request.param == "native":
-        return str(request.getfixturevalue("native"))
-    return str(request.param)
+def host_backend(request: pytest.FixtureRequest) -> str:
+    """The backends that look at values on a CPU before they run: on a device that would mean waiting for it."""
+    return str(request.getfixturevalue("native") if request.param == "native" else request.param)
+
+
+@pytest.fixture(scope="session")
+def emulated(request: pytest.FixtureRequest, native: str) -> ModuleType:
+    """The CUDA kernels on an emulated device."""
+    reason = emulated_gpu.why_not()
+    if reason:
+        pytest.skip(f"no emulated GPU: {reason}")
+    return emulated_gpu.build(request.config.cache.mkdir("emulated_gpu"))  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="session", params=["reference", "native", "emulated"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend that can run here; "emulated" is the native one with its CUDA kernels on an emulated device."""
+    if request.param == "emulated":
+        with emulated_gpu.tensors_on_an_emulated_gpu(request.getfixturevalue("emulated")):
+            yield "native"
+    elif request.param == "native":
+        yield request.getfixturevalue("native")
+    else:
+        yield request.param
 
 
 @pytest.fixture(scope="session")

@@ -135,9 +135,9 @@ def test_tensors_of_another_kind(backend: str, changes: dict[str, Any], message:
 
 
 @pytest.mark.parametrize(("changes", "message"), VALUES, ids=lambda value: value if isinstance(value, str) else "")
-def test_values_that_only_the_data_shows(backend: str, changes: dict[str, Any], message: str) -> None:
+def test_values_that_only_the_data_shows(host_backend: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        call(backend, **changes)
+        call(host_backend, **changes)
 
 
 @pytest.mark.parametrize(
@@ -169,14 +169,14 @@ def test_a_backend_asked_for_by_name_that_cannot_run_says_why(native: str) -> No
         call(native, student_logits=S.to("meta"), teacher_logits=T.to("meta"))
 
 
-def test_a_failed_call_leaves_no_trace(backend: str) -> None:
+def test_a_failed_call_leaves_no_trace(host_backend: str) -> None:
     """The next call works, and the logits of the failed one are untouched."""
     before = S.clone()
     for changes, _ in [*VALUES, *SHAPES]:
         with pytest.raises(TgtError):
-            call(backend, **changes)
+            call(host_backend, **changes)
     assert torch.equal(S, before)
-    assert call(backend).isfinite()
+    assert call(host_backend).isfinite()
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)

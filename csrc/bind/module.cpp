@@ -2,49 +2,30 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
-#include <tuple>
 
 #include "../cpu/buffer.h"
 #include "../cpu/distill.h"
 #include "../cpu/isa.h"
 #include "../cpu/latent.h"
 #include "../cpu/thread_pool.h"
+#include "arguments.h"
+#include "options.h"
+#if defined(TGT_HAVE_CUDA)
+#include "cuda.h"
+#endif
 
 namespace py = pybind11;
 
 namespace {
 
 using tgt::DType;
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// (pointer, row stride, dtype code)
-using MatrixTuple = std::tuple<uintptr_t, int64_t, int>;
-
-tgt::Matrix matrix(const MatrixTuple& from) {
-  return {pointer<void>(std::get<0>(from)), std::get<1>(from), static_cast<DType>(std::get<2>(from))};
-}
-
-// (number, pointer to one a sample or 0)
-using FactorTuple = std::tuple<double, uintptr_t>;
-
-tgt::Factor factor(const FactorTuple& from) { return {std::get<0>(from), pointer<void>(std::get<1>(from))}; }
-
-// (seed, pointer to ids, step, replica, op)
-using NoiseTuple = std::tuple<uint64_t, uintptr_t, uint32_t, uint32_t, uint32_t>;
-
-tgt::NoiseKey noise(const NoiseTuple& from) {
-  tgt::NoiseKey key;
-  key.seed = std::get<0>(from);
-  key.ids = pointer<int64_t>(std::get<1>(from));
-  key.step = std::get<2>(from);
-  key.replica = std::get<3>(from);
-  key.op = std::get<4>(from);
-  return key;
-}
+using tgt::bind::factor;
+using tgt::bind::FactorTuple;
+using tgt::bind::matrix;
+using tgt::bind::MatrixTuple;
+using tgt::bind::noise;
+using tgt::bind::NoiseTuple;
+using tgt::bind::pointer;
 
 std::tuple<int, int64_t> distill_forward(const tgt::DistillOptions& options, int64_t rows, int64_t classes,
                                          const MatrixTuple& student, const MatrixTuple& teacher, uintptr_t target,
@@ -133,8 +114,13 @@ void ascend(int64_t samples, int64_t size, std::tuple<int, int, int> types, uint
 py::dict build_info() {
   py::dict info;
   info["compiler"] = TGT_COMPILER;
-  info["cuda"] = "";  // version of the CUDA tier that was built in; empty: none
+#if defined(TGT_HAVE_CUDA)
+  info["cuda"] = TGT_CUDA_VERSION;
+  info["cuda_architectures"] = TGT_CUDA_ARCHITECTURES;  // as CMake lists them
+#else
+  info["cuda"] = "";  // no CUDA tier
   info["cuda_architectures"] = "";
+#endif
   info["isa"] = tgt::cpu::kernels().name;
   info["isas"] = py::str(tgt::cpu::built_sets()).attr("split")(",");
   return info;
@@ -150,26 +136,13 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.attr("BAD_TARGET") = static_cast<int>(tgt::Status::kBadTarget);
   m.attr("BAD_WEIGHT") = static_cast<int>(tgt::Status::kBadWeight);
 
-  using tgt::DistillOptions;
-  py::class_<DistillOptions>(m, "DistillOptions")
-      .def(py::init<>())
-      .def_readwrite("divergence", &DistillOptions::divergence)
-      .def_readwrite("reduction", &DistillOptions::reduction)
-      .def_readwrite("beta", &DistillOptions::beta)
-      .def_readwrite("temperature", &DistillOptions::temperature)
-      .def_readwrite("teacher_temperature", &DistillOptions::teacher_temperature)
-      .def_readwrite("soft_weight", &DistillOptions::soft_weight)
-      .def_readwrite("hard_weight", &DistillOptions::hard_weight)
-      .def_readwrite("label_smoothing", &DistillOptions::label_smoothing)
-      .def_readwrite("ignore_index", &DistillOptions::ignore_index)
-      .def_readwrite("unlabeled_index", &DistillOptions::unlabeled_index);
-
   using tgt::cpu::Buffer;
   py::class_<Buffer>(m, "Buffer", py::buffer_protocol()).def(py::init<int64_t>()).def_buffer([](Buffer& buffer) {
     return py::buffer_info(static_cast<uint8_t*>(buffer.data()), buffer.size());
   });
   m.def("release_buffers", &tgt::cpu::release_buffers);
 
+  tgt::bind::add_options(m);
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("distill_forward", &distill_forward, release);
   m.def("distill_backward", &distill_backward, release);
@@ -177,4 +150,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("latent_perturb", &perturb, release);
   m.def("latent_ascend", &ascend, release);
   m.def("build_info", &build_info);
+#if defined(TGT_HAVE_CUDA)
+  tgt::bind::add_cuda(m);
+#endif
 }

@@ -26,8 +26,8 @@ struct Matrix {
   int64_t stride = 0;
   DType type = DType::kFloat32;
 
-  explicit operator bool() const { return data != nullptr; }
-  char* row(int64_t i) const { return static_cast<char*>(data) + i * stride * element_size(type); }
+  TGT_HD explicit operator bool() const { return data != nullptr; }
+  TGT_HD char* row(int64_t i) const { return static_cast<char*>(data) + i * stride * element_size(type); }
 };
 
 // Arithmetic is in double as soon as an input is double, else in float; losses and statistics come out in that type.
@@ -48,7 +48,7 @@ struct DistillCall {
   const void* upstream = nullptr;  // backward: [1] or [rows]
   bool upstream_per_row = false;
 
-  bool wide() const { return student.type == DType::kFloat64 || teacher.type == DType::kFloat64; }
+  TGT_HD bool wide() const { return student.type == DType::kFloat64 || teacher.type == DType::kFloat64; }
 };
 
 enum class Status : int { kOk = 0, kBadTarget = 1, kBadWeight = 2 };

@@ -17,7 +17,9 @@ struct Float16 {
   uint16_t bits;
 };
 
-constexpr int64_t element_size(DType type) { return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2; }
+TGT_HD constexpr int64_t element_size(DType type) {
+  return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
+}
 
 inline namespace TGT_ISA {
 

@@ -12,7 +12,7 @@ struct Factor {
   const void* values = nullptr;  // [samples]
 
   template <class Real>
-  double at(int64_t i) const {
+  TGT_HD double at(int64_t i) const {
     return values ? static_cast<double>(static_cast<const Real*>(values)[i]) : value;
   }
 };

@@ -1,4 +1,4 @@
-"""The compiled core: C++ on a CPU.
+"""The compiled core: C++ on a CPU, CUDA on a device.
 
 The core is loaded when it is first needed, never at import. A core that fails to load is remembered with its reason.
 """
@@ -67,6 +67,8 @@ def release_buffers() -> int:
 
 def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
     """Why the core cannot run ``op`` on ``tensors``; None when it can."""
+    from tgt_fast.kernels.native import cuda
+
     module = load()
     if isinstance(module, str):
         return module
@@ -77,8 +79,12 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
     for tensor in tensors:
         if type(tensor) not in _PLAIN:
             return f"{type(tensor).__name__} is a tensor subclass; pass a plain tensor, or use backend='reference'"
-        if tensor.device.type != "cpu":
-            return f"this core was built for the CPU alone, the tensors are on {tensor.device}"
+        if tensor.device.type == "cuda":
+            reason = cuda.refusal(tensor.device)
+            if reason is not None:
+                return reason
+        elif tensor.device.type != "cpu":
+            return f"the core serves CPU and CUDA tensors, these are on {tensor.device}"
         if tensor.layout != torch.strided:
             return f"tensors of layout {tensor.layout} are not dense"
     return None
@@ -86,9 +92,15 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
 
 def status() -> tuple[bool, str, tuple[str, ...], str]:
     """(available, reason, devices, detail) for ``tgt_fast.backends()``."""
+    from tgt_fast.kernels.native import cuda
+
     module = load()
     if isinstance(module, str):
         return False, module, (), ""
     info = module.build_info()
-    detail = f"{info['compiler']}, CUDA {info['cuda'] or 'off'}, running {info['isa']} of {', '.join(info['isas'])}"
-    return True, "", ("cpu",), detail
+    built = f"CUDA {info['cuda']} for {info['cuda_architectures']}" if info["cuda"] else "CUDA off"
+    detail = f"{info['compiler']}, {built}, running {info['isa']} of {', '.join(info['isas'])}"
+    problem = cuda.status()
+    if problem and info["cuda"]:
+        detail += f"; no CUDA device: {problem}"
+    return True, "", ("cpu",) if problem else ("cpu", "cuda"), detail

@@ -1,28 +1,21 @@
-"""The soft-label loss on logits, in the compiled core (csrc/cpu/distill.cpp)."""
+"""The soft-label loss on logits, in the compiled core (csrc/cpu/distill.cpp); CUDA tensors go to cuda_distill."""
 
 from __future__ import annotations
-
-import functools
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError
-from tgt_fast.kernels.native import DTYPES, core
-from tgt_fast.kernels.options import DIVERGENCES, REDUCTIONS, DistillOptions, DistillStats
-
-_LARGE = 1 << 20  # bytes: below it the allocator of the C library keeps freed memory by itself
-
-
-class Forward(NamedTuple):
-    """What one pass over the logits returns."""
-
-    loss: Tensor  # 0-d, or [N]
-    d_student: Tensor | None  # [N, C] like the student, for an upstream gradient of 1
-    d_teacher: Tensor | None  # [N, C] like the teacher
-    rows: Tensor | None  # [N, K] float64, a row's statistics: enough to make its gradients again
-    stats: DistillStats | None
+from tgt_fast.kernels.native import core, cuda, cuda_distill
+from tgt_fast.kernels.native.distill_calls import (
+    Forward,
+    accumulate_dtype,
+    core_options,
+    matrix,
+    named_stats,
+    pointer,
+)
+from tgt_fast.kernels.options import DistillOptions
 
 
 def bad_weight(row: int, value: float) -> str:
@@ -36,31 +29,7 @@ def bad_target(row: int, value: int, classes: int, options: DistillOptions) -> s
     )
 
 
-@functools.lru_cache(maxsize=256)
-def _core_options(options: DistillOptions) -> Any:
-    made = core().DistillOptions()
-    made.divergence = DIVERGENCES.index(options.divergence)
-    made.reduction = REDUCTIONS.index(options.reduction)
-    for name in (
-        "beta", "temperature", "teacher_temperature", "soft_weight", "hard_weight", "label_smoothing",
-        "ignore_index", "unlabeled_index",
-    ):  # fmt: skip
-        setattr(made, name, getattr(options, name))
-    return made
-
-
-def _accumulate(student: Tensor, teacher: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic, the losses and the statistics."""
-    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _matrix(tensor: Tensor | None) -> tuple[int, int, int]:
-    """(pointer, row stride, dtype code) of a matrix with dense rows; zeros for none."""
-    return (0, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0), DTYPES[tensor.dtype])
+_LARGE = 1 << 20  # bytes: below it the allocator of the C library keeps freed memory by itself
 
 
 def _gradient_like(logits: Tensor) -> Tensor:
@@ -85,8 +54,14 @@ def forward(
     want_stats: bool = False,
 ) -> Forward:
     """Row losses, their reduction and the wanted gradients, in one pass over the logits."""
+    engine = cuda.engine(student)
+    if engine is not None:
+        return cuda_distill.forward(
+            engine, student, teacher, target, sample_weight, normalizer, options,
+            wanted=wanted, keep_rows=keep_rows, inplace=inplace, want_stats=want_stats,
+        )  # fmt: skip
     rows, classes = student.shape
-    accumulate = _accumulate(student, teacher)
+    accumulate = accumulate_dtype(student, teacher)
     loss = torch.empty(rows if options.reduction == "none" else (), dtype=accumulate)
     row_loss = loss if options.reduction == "none" else torch.empty(rows, dtype=accumulate)
     if sample_weight is not None:
@@ -101,20 +76,15 @@ def forward(
     state = torch.empty(rows, compiled.ROW_STATE, dtype=torch.float64) if keep_rows else None
     stats = torch.empty(6, rows, dtype=accumulate) if want_stats else None
     status, row = compiled.distill_forward(
-        _core_options(options), rows, classes, _matrix(student), _matrix(teacher), _pointer(target),
-        _pointer(sample_weight), -1.0 if normalizer is None else float(normalizer), _pointer(row_loss), _pointer(loss),
-        _matrix(d_student), _matrix(d_teacher), _pointer(state), _pointer(stats), torch.get_num_threads(),
+        core_options(compiled, options), rows, classes, matrix(student), matrix(teacher), pointer(target),
+        pointer(sample_weight), -1.0 if normalizer is None else float(normalizer), pointer(row_loss), pointer(loss),
+        matrix(d_student), matrix(d_teacher), pointer(state), pointer(stats), torch.get_num_threads(),
     )  # fmt: skip
     if status == compiled.BAD_TARGET and target is not None:
         raise ArgumentError(bad_target(row, int(target[row]), classes, options))
     if status == compiled.BAD_WEIGHT and sample_weight is not None:
         raise ArgumentError(bad_weight(row, float(sample_weight[row])))
-    return Forward(loss, d_student, d_teacher, state, None if stats is None else _named(stats))
-
-
-def _named(stats: Tensor) -> DistillStats:
-    student_entropy, teacher_entropy, kl, agreement, student_lse, teacher_lse = stats.unbind(0)
-    return DistillStats(student_entropy, teacher_entropy, kl, agreement != 0, student_lse, teacher_lse)
+    return Forward(loss, d_student, d_teacher, state, None if stats is None else named_stats(stats))
 
 
 def backward(
@@ -129,22 +99,32 @@ def backward(
     inplace: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients from logits and saved row statistics, with the upstream gradient applied before rounding."""
+    engine = cuda.engine(student)
+    if engine is not None:
+        return cuda_distill.backward(
+            engine, student, teacher, target, state, d_loss, options, wanted=wanted, inplace=inplace
+        )  # fmt: skip
+    compiled = core()
     rows, classes = student.shape
-    d_loss = d_loss.detach().to(_accumulate(student, teacher)).contiguous()
+    d_loss = d_loss.detach().to(accumulate_dtype(student, teacher)).contiguous()
     d_student = None
     if wanted[0]:
         d_student = student.detach() if inplace else _gradient_like(student)
     d_teacher = _gradient_like(teacher) if wanted[1] else None
-    core().distill_backward(
-        _core_options(options), rows, classes, _matrix(student), _matrix(teacher), _pointer(target), _pointer(state),
-        _pointer(d_loss), int(d_loss.dim() > 0), _matrix(d_student), _matrix(d_teacher), torch.get_num_threads(),
+    compiled.distill_backward(
+        core_options(compiled, options), rows, classes, matrix(student), matrix(teacher), pointer(target),
+        pointer(state), pointer(d_loss), int(d_loss.dim() > 0), matrix(d_student), matrix(d_teacher),
+        torch.get_num_threads(),
     )  # fmt: skip
     return d_student, d_teacher
 
 
 def scale_(grad: Tensor, d_loss: Tensor) -> None:
     """grad *= d_loss, a factor for all rows or one a row; reads nothing but the factor when that is 1."""
+    engine = cuda.engine(grad)
+    if engine is not None:
+        return cuda_distill.scale_(engine, grad, d_loss)
     d_loss = d_loss.detach().to(torch.float64 if grad.dtype == torch.float64 else torch.float32).contiguous()
     core().distill_scale(
-        *grad.shape, _matrix(grad), _pointer(d_loss), int(d_loss.dim() > 0), torch.get_num_threads()
+        *grad.shape, matrix(grad), pointer(d_loss), int(d_loss.dim() > 0), torch.get_num_threads()
     )  # fmt: skip

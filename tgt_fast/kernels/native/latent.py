@@ -1,11 +1,11 @@
-"""Perturb and ascend in the compiled core (csrc/cpu/latent.cpp)."""
+"""Perturb and ascend in the compiled core: csrc/cpu/latent.cpp, and csrc/cuda/latent.cu for CUDA tensors."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from tgt_fast.kernels.native import DTYPES, core
+from tgt_fast.kernels.native import DTYPES, core, cuda
 from tgt_fast.kernels.options import OP_ASCEND, RADIUS_NORMS, STEP_NORMS
 
 _UINT64 = (1 << 64) - 1
@@ -36,6 +36,23 @@ def _noise(
     return int(seed) & _UINT64, sample_ids.data_ptr(), int(step), int(replica), op
 
 
+def _device_noise(
+    seed: int | Tensor, sample_ids: Tensor, step: int | Tensor, replica: int, op: int
+) -> tuple[tuple[int, int, int, int, int], tuple[int, int]]:
+    """The key with its integers that live on the device left there: numbers, and addresses that replace them."""
+    (seed_number, seed_at), (step_number, step_at) = (
+        (0, value.data_ptr()) if isinstance(value, Tensor) else (value, 0) for value in (seed, step)
+    )
+    return _noise(seed_number, sample_ids, step_number, replica, op), (seed_at, step_at)
+
+
+def _on(device: torch.device, value: int | Tensor) -> int | Tensor:
+    """A 0-d integer tensor as int64 on the device; a tensor of the host's as the number that it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return int(value) if value.device.type == "cpu" != device.type else value.detach().to(torch.int64)
+
+
 def _wide(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
@@ -61,6 +78,16 @@ def perturb(
     scale = None if per_coordinate is None else _vector(per_coordinate, wide)
     out = torch.empty_like(z)
     radius = -1.0 if sphere_radius == "keep" else 0.0 if sphere_radius is None else float(sphere_radius)
+    engine = cuda.engine(z)
+    if engine is not None:
+        seed, step = _on(z.device, seed), _on(z.device, step)
+        key = _device_noise(seed, sample_ids, step, int(replica), op)
+        with engine.current(z) as stream:
+            engine.core.cuda_latent_perturb(
+                *z.shape, DTYPES[z.dtype], z.data_ptr(), out.data_ptr(), sigma.packed(), _pointer(scale), *key,
+                truncation or 0.0, radius, stream,
+            )  # fmt: skip
+        return out
     core().latent_perturb(
         *z.shape, DTYPES[z.dtype], z.data_ptr(), out.data_ptr(), sigma.packed(), _pointer(scale),
         _noise(seed, sample_ids, step, replica, op), truncation or 0.0, radius, torch.get_num_threads(),
@@ -93,6 +120,17 @@ def ascend(
     unit = None if scale is None else _vector(scale, wide)
     out = torch.empty_like(z)
     types = tuple(DTYPES[tensor.dtype] for tensor in (z, grad, z if anchor is None else anchor))
+    engine = cuda.engine(z)
+    if engine is not None:
+        seed, step = _on(z.device, seed), _on(z.device, step)
+        key = _device_noise(seed, sample_ids, step, int(replica), OP_ASCEND)
+        with engine.current(z) as stream:
+            engine.core.cuda_latent_ascend(
+                *z.shape, types, z.data_ptr(), grad.data_ptr(), _pointer(anchor), out.data_ptr(), steps.packed(),
+                sigmas.packed(), radii.packed(), _pointer(unit), STEP_NORMS.index(norm),
+                RADIUS_NORMS.index(radius_norm), *key, stream,
+            )  # fmt: skip
+        return out
     core().latent_ascend(
         *z.shape, types, z.data_ptr(), grad.data_ptr(), _pointer(anchor), out.data_ptr(), steps.packed(),
         sigmas.packed(), radii.packed(), _pointer(unit), STEP_NORMS.index(norm), RADIUS_NORMS.index(radius_norm),

@@ -1,0 +1,42 @@
+// How Python hands over pointers and what travels with them.
+#pragma once
+
+#include <cstdint>
+#include <tuple>
+
+#include "../common/distill.h"
+#include "../common/latent.h"
+
+namespace tgt::bind {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// (pointer, row stride, dtype code)
+using MatrixTuple = std::tuple<uintptr_t, int64_t, int>;
+
+inline Matrix matrix(const MatrixTuple& from) {
+  return {pointer<void>(std::get<0>(from)), std::get<1>(from), static_cast<DType>(std::get<2>(from))};
+}
+
+// (number, pointer to one a sample or 0)
+using FactorTuple = std::tuple<double, uintptr_t>;
+
+inline Factor factor(const FactorTuple& from) { return {std::get<0>(from), pointer<void>(std::get<1>(from))}; }
+
+// (seed, pointer to ids, step, replica, op)
+using NoiseTuple = std::tuple<uint64_t, uintptr_t, uint32_t, uint32_t, uint32_t>;
+
+inline NoiseKey noise(const NoiseTuple& from) {
+  NoiseKey key;
+  key.seed = std::get<0>(from);
+  key.ids = pointer<int64_t>(std::get<1>(from));
+  key.step = std::get<2>(from);
+  key.replica = std::get<3>(from);
+  key.op = std::get<4>(from);
+  return key;
+}
+
+}  // namespace tgt::bind

@@ -1,0 +1,140 @@
+#include "cuda.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "../cuda/api.h"
+#include "arguments.h"
+
+namespace py = pybind11;
+
+namespace tgt::bind {
+namespace {
+
+void expect_success(const cuda::Failure& failure) {
+  if (failure.error == cudaSuccess) return;
+  throw std::runtime_error(std::string(failure.kernel) + ": " + cudaGetErrorString(failure.error));
+}
+
+cudaStream_t stream_of(uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
+
+// (path, blocks a row, bulk copies)
+using PlanTuple = std::tuple<int, int, bool>;
+
+void distill_forward(const DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
+                     const MatrixTuple& teacher, uintptr_t target, uintptr_t weight, uintptr_t normalizer,
+                     double host_normalizer, uintptr_t workspace, uintptr_t row_loss, uintptr_t loss,
+                     const MatrixTuple& d_student, const MatrixTuple& d_teacher, uintptr_t state, uintptr_t stats,
+                     const PlanTuple& plan, uintptr_t stream) {
+  DistillCall call;
+  call.options = options;
+  call.rows = rows;
+  call.classes = classes;
+  call.student = matrix(student);
+  call.teacher = matrix(teacher);
+  call.target = pointer<int64_t>(target);
+  call.weight = pointer<double>(weight);
+  call.row_loss = pointer<void>(row_loss);
+  call.d_student = matrix(d_student);
+  call.d_teacher = matrix(d_teacher);
+  call.state = pointer<RowState>(state);
+  call.stats = pointer<void>(stats);
+  const cuda::Plan how{static_cast<cuda::Path>(std::get<0>(plan)), std::get<1>(plan), std::get<2>(plan)};
+  expect_success(cuda::distill_forward(call, pointer<double>(normalizer), host_normalizer, pointer<double>(workspace),
+                                       pointer<void>(loss), how, stream_of(stream)));
+}
+
+void distill_backward(const DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
+                      const MatrixTuple& teacher, uintptr_t target, uintptr_t state, uintptr_t upstream,
+                      bool upstream_per_row, const MatrixTuple& d_student, const MatrixTuple& d_teacher,
+                      uintptr_t stream) {
+  DistillCall call;
+  call.options = options;
+  call.rows = rows;
+  call.classes = classes;
+  call.student = matrix(student);
+  call.teacher = matrix(teacher);
+  call.target = pointer<int64_t>(target);
+  call.state = pointer<RowState>(state);
+  call.upstream = pointer<void>(upstream);
+  call.upstream_per_row = upstream_per_row;
+  call.d_student = matrix(d_student);
+  call.d_teacher = matrix(d_teacher);
+  expect_success(cuda::distill_backward(call, stream_of(stream)));
+}
+
+void distill_scale(int64_t rows, int64_t classes, const MatrixTuple& grad, uintptr_t factors, bool per_row,
+                   uintptr_t stream) {
+  expect_success(cuda::distill_scale(rows, classes, matrix(grad), pointer<void>(factors), per_row, stream_of(stream)));
+}
+
+// Seed and step as numbers, and as addresses of device integers that replace them, or 0.
+using DeviceKeyTuple = std::tuple<uintptr_t, uintptr_t>;
+
+void perturb(int64_t samples, int64_t size, int type, uintptr_t z, uintptr_t out, const FactorTuple& sigma,
+             uintptr_t scale, const NoiseTuple& key, const DeviceKeyTuple& on_device, double truncation,
+             double sphere_radius, uintptr_t stream) {
+  PerturbCall call;
+  call.samples = samples;
+  call.size = size;
+  call.type = static_cast<DType>(type);
+  call.z = pointer<void>(z);
+  call.out = pointer<void>(out);
+  call.sigma = factor(sigma);
+  call.scale = pointer<void>(scale);
+  call.noise = noise(key);
+  call.noise.truncation = truncation;
+  call.sphere_radius = sphere_radius;
+  const cuda::DeviceKey device{pointer<int64_t>(std::get<0>(on_device)), pointer<int64_t>(std::get<1>(on_device))};
+  expect_success(cuda::perturb(call, device, stream_of(stream)));
+}
+
+void ascend(int64_t samples, int64_t size, std::tuple<int, int, int> types, uintptr_t z, uintptr_t grad,
+            uintptr_t anchor, uintptr_t out, const FactorTuple& step_size, const FactorTuple& sigma,
+            const FactorTuple& radius, uintptr_t scale, int norm, int radius_norm, const NoiseTuple& key,
+            const DeviceKeyTuple& on_device, uintptr_t stream) {
+  AscendCall call;
+  call.samples = samples;
+  call.size = size;
+  call.z_type = static_cast<DType>(std::get<0>(types));
+  call.grad_type = static_cast<DType>(std::get<1>(types));
+  call.anchor_type = static_cast<DType>(std::get<2>(types));
+  call.z = pointer<void>(z);
+  call.grad = pointer<void>(grad);
+  call.anchor = pointer<void>(anchor);
+  call.out = pointer<void>(out);
+  call.step_size = factor(step_size);
+  call.sigma = factor(sigma);
+  call.radius = factor(radius);
+  call.scale = pointer<void>(scale);
+  call.norm = static_cast<StepNorm>(norm);
+  call.radius_norm = static_cast<RadiusNorm>(radius_norm);
+  call.noise = noise(key);
+  const cuda::DeviceKey device{pointer<int64_t>(std::get<0>(on_device)), pointer<int64_t>(std::get<1>(on_device))};
+  expect_success(cuda::ascend(call, device, stream_of(stream)));
+}
+
+// What this core's own CUDA runtime sees: "" or why there is no device. Without a driver the count is left untouched.
+std::string device_problem() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return cudaGetErrorString(error);
+  }
+  return count > 0 ? "" : "the driver lists no device";
+}
+
+}  // namespace
+
+void add_cuda(py::module_& m) {
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  m.def("cuda_distill_forward", &distill_forward, release);
+  m.def("cuda_distill_backward", &distill_backward, release);
+  m.def("cuda_distill_scale", &distill_scale, release);
+  m.def("cuda_latent_perturb", &perturb, release);
+  m.def("cuda_latent_ascend", &ascend, release);
+  m.def("cuda_device_problem", &device_problem, release);
+}
+
+}  // namespace tgt::bind

@@ -1,0 +1,303 @@
+// One row pair on a device: what a class is, what a row's threads sum up, and the gradients of eight classes.
+//
+// The semantics are those of csrc/cpu/distill_row.h. A row's maxima are known before its sums are taken, so sums are
+// plain additions in a fixed tree: in Real within a warp, in double beyond.
+#pragma once
+
+#include <type_traits>
+
+#include "team.h"
+#include "vectors.h"
+
+namespace tgt::cuda {
+
+// A call as the kernels read it. Every pointer is to memory of the device.
+struct DeviceCall {
+  DistillCall call;
+  const double* divisor = nullptr;                        // of the mean, when it is known to the device alone
+  int64_t vectors_per_block = 0;                          // of a row, with clusters
+  bool student_aligned = false, teacher_aligned = false;  // rows start at multiples of 16 bytes
+  bool d_student_aligned = false, d_teacher_aligned = false;
+};
+
+inline namespace TGT_ISA {
+
+template <class Real>
+struct Constants {
+  Real student_max, teacher_max, inverse_ts, inverse_tt;
+  Real binary_ts, binary_tt;  // log2(e) / T
+  Real log_student, log_teacher, inverse_student, inverse_teacher;
+  Mixture<Real> mixture;
+};
+
+TGT_DEVICE float exp_scaled(float shifted, float, float binary) { return exp2_fast(shifted * binary); }
+TGT_DEVICE double exp_scaled(double shifted, double inverse, double) {
+  return exp_nonpositive(bounded_below(shifted * inverse));
+}
+
+// A class relative to the row's maxima. A NaN is not looked for here: its row is known by now.
+template <class D, class Real>
+TGT_DEVICE Class<Real> shifted(Real s, Real t, const Constants<Real>& row) {
+  Class<Real> c;
+  if constexpr (D::kProbabilities) {
+    const Real a = t - row.teacher_max, b = s - row.student_max;
+    c.p = exp_scaled(a, row.inverse_tt, row.binary_tt);
+    c.q = exp_scaled(b, row.inverse_ts, row.binary_ts);
+    c.a = bounded_below(a * row.inverse_tt);
+    c.b = bounded_below(b * row.inverse_ts);
+  } else {
+    c.a = bounded_below(t * row.inverse_tt);
+    c.b = bounded_below(s * row.inverse_ts);
+    c.p = c.q = 0;
+  }
+  return c;
+}
+
+template <class D, class Real>
+TGT_DEVICE Class<Real> normalised(Class<Real> c, const Constants<Real>& row) {
+  if constexpr (D::kProbabilities) {
+    c.a = c.a - row.log_teacher;
+    c.b = c.b - row.log_student;
+    c.p = c.p * row.inverse_teacher;
+    c.q = c.q * row.inverse_student;
+  }
+  return c;
+}
+
+// exp(s - max), which the hard term sums at temperature 1.
+template <class Real>
+TGT_DEVICE Real hard_exponential(Real s, const Constants<Real>& row) {
+  return exp_scaled(s - row.student_max, Real(1), Real(1.4426950408889634));
+}
+
+// What the threads of a row find in its logits.
+template <class Real>
+struct Extremes {
+  Real student = minus_infinity<Real>();
+  Real teacher = minus_infinity<Real>();
+  int masked = 0;  // classes whose student logit is -inf
+  int unusual = 0;
+};
+enum UnusualFlag : int { kStudentOnly = 1, kTeacherOnly = 2, kNotANumber = 4 };
+
+template <class Real>
+struct MergeExtremes {
+  TGT_DEVICE Extremes<Real> operator()(const Extremes<Real>& a, const Extremes<Real>& b) const {
+    return {larger(a.student, b.student), larger(a.teacher, b.teacher), a.masked + b.masked, a.unusual | b.unusual};
+  }
+};
+
+// NaN and infinities are taken in without a branch: the maxima miss a NaN, but x * 0 does not.
+template <class Real>
+TGT_DEVICE bool add_extremes(const Eight<Real>& s, const Eight<Real>& t, Extremes<Real>& e) {
+  Real finite = 0;
+  TGT_UNROLL
+  for (int i = 0; i < kVector; ++i) {
+    e.student = larger(s.v[i], e.student);
+    e.teacher = larger(t.v[i], e.teacher);
+    finite = fused(s.v[i], Real(0), finite);
+    finite = fused(t.v[i], Real(0), finite);
+  }
+  return finite == 0;
+}
+
+// The first `count` of eight classes, looked at one by one.
+template <class Real>
+TGT_DEVICE void inspect(const Eight<Real>& s, const Eight<Real>& t, int64_t count, Extremes<Real>& e) {
+  TGT_UNROLL
+  for (int i = 0; i < kVector; ++i) {
+    if (i >= count) continue;
+    const bool student = s.v[i] == minus_infinity<Real>(), teacher = t.v[i] == minus_infinity<Real>();
+    e.masked += student;
+    e.unusual |= (student && !teacher ? kStudentOnly : 0) | (teacher && !student ? kTeacherOnly : 0);
+    e.unusual |= !(s.v[i] < Real(HUGE_VAL)) || !(t.v[i] < Real(HUGE_VAL)) ? kNotANumber : 0;
+  }
+}
+
+template <class D>
+TGT_DEVICE bool is_infinite(int unusual) {
+  constexpr bool kBoth = std::is_same<D, Symmetric>::value || std::is_same<D, Mse>::value;
+  constexpr bool kStudent = std::is_same<D, ForwardKl>::value || std::is_same<D, CrossEntropy>::value;
+  constexpr bool kTeacher = std::is_same<D, ReverseKl>::value;
+  return ((kBoth || kStudent) && (unusual & kStudentOnly)) || ((kBoth || kTeacher) && (unusual & kTeacherOnly));
+}
+
+// alignas: exchanged by 8 bytes
+template <class Real>
+struct alignas(8) Sums {
+  Real student = 0, teacher = 0, hard = 0, linear = 0;  // linear: sum of s - max over the finite classes
+  Real x = 0, y = 0;
+
+  template <class Other>
+  TGT_DEVICE Sums<Other> as() const {
+    return {Other(student), Other(teacher), Other(hard), Other(linear), Other(x), Other(y)};
+  }
+};
+
+template <class Real>
+struct AddSums {
+  TGT_DEVICE Sums<Real> operator()(const Sums<Real>& a, const Sums<Real>& b) const {
+    return {a.student + b.student, a.teacher + b.teacher, a.hard + b.hard, a.linear + b.linear, a.x + b.x, a.y + b.y};
+  }
+};
+
+template <class Team, class Real>
+TGT_DEVICE Sums<double> add_all(const Team& team, const Sums<Real>& mine, int stage) {
+  const Sums<Real> of_warp = merge_lanes<kWarp / 2>(mine, AddSums<Real>());
+  return team.merge_warps(of_warp.template as<double>(), stage, AddSums<double>());
+}
+
+// Which terms a row has; the same for all its threads.
+struct Terms {
+  bool hard;      // a hard term
+  bool same;      // exp(s - max) is exp((s - max) / Ts): the temperature is 1 and the divergence takes it
+  bool smoothed;  // a smoothed label
+};
+
+template <class D>
+TGT_DEVICE Terms terms_of(const DistillOptions& options, bool hard) {
+  return {hard, D::kProbabilities && options.temperature == 1, hard && options.label_smoothing > 0};
+}
+
+template <class D, class Real>
+TGT_DEVICE void add_sums(const Eight<Real>& s, const Eight<Real>& t, const Constants<Real>& row, const Terms& terms,
+                         Sums<Real>& sums) {
+  TGT_UNROLL
+  for (int i = 0; i < kVector; ++i) {
+    const Class<Real> c = shifted<D>(s.v[i], t.v[i], row);
+    if constexpr (D::kProbabilities) {
+      sums.student += c.q;
+      sums.teacher += c.p;
+    }
+    if constexpr (D::kShiftedSums || !D::kProbabilities) D::add(c, row.mixture, sums.x, sums.y);
+  }
+  if (terms.hard && !terms.same) {
+    TGT_UNROLL
+    for (int i = 0; i < kVector; ++i) sums.hard += hard_exponential(s.v[i], row);
+  }
+  if (terms.smoothed) {
+    TGT_UNROLL
+    for (int i = 0; i < kVector; ++i) {
+      sums.linear += s.v[i] == minus_infinity<Real>() ? Real(0) : s.v[i] - row.student_max;
+    }
+  }
+}
+
+template <class Real>
+TGT_DEVICE Constants<Real> constants_of(const DistillOptions& options, double student_max, double teacher_max) {
+  constexpr double kLog2E = 1.4426950408889634;
+  Constants<Real> row{};
+  row.student_max = Real(student_max);
+  row.teacher_max = Real(teacher_max);
+  row.inverse_ts = Real(1 / options.temperature);
+  row.inverse_tt = Real(1 / options.teacher_temperature);
+  row.binary_ts = Real(kLog2E / options.temperature);
+  row.binary_tt = Real(kLog2E / options.teacher_temperature);
+  row.mixture = {Real(options.beta), Real(1 - options.beta)};
+  return row;
+}
+
+struct Normalisers {
+  double log_student, log_teacher, inverse_student, inverse_teacher;
+};
+
+// Logarithms and reciprocals in double, where a lone lane would leave the other half idle: even lanes take the
+// student's, odd lanes the teacher's.
+TGT_DEVICE Normalisers normalisers_of(double student_sum, double teacher_sum) {
+  struct Mine {
+    double log, inverse;
+  };
+  const bool odd = thread_in_block() % 2 != 0;
+  const double sum = odd ? teacher_sum : student_sum;
+  const Mine mine{log(sum), 1 / sum};
+  const Mine other = shuffle_xor(mine, 1);
+  return odd ? Normalisers{other.log, mine.log, other.inverse, mine.inverse}
+             : Normalisers{mine.log, other.log, mine.inverse, other.inverse};
+}
+
+template <class Real>
+TGT_DEVICE void settle(Constants<Real>& row, const Normalisers& n) {
+  row.log_student = Real(n.log_student);
+  row.log_teacher = Real(n.log_teacher);
+  row.inverse_student = Real(n.inverse_student);
+  row.inverse_teacher = Real(n.inverse_teacher);
+}
+
+// The factors of a row's gradients.
+template <class Real>
+struct Factors {
+  bool soft;              // a soft gradient
+  bool hard;              // a hard gradient that `same` does not cover
+  Real x, y;              // the divergence's normalised sums
+  Real student, teacher;  // of the soft term
+  Real same;              // of exp((s - max) / Ts), where that is the hard term's exponential too; or 0
+  Real hard_factor, inverse_hard, smoothed;
+  Real label;  // what the label's own class loses
+};
+
+template <class D, class Real>
+TGT_DEVICE Factors<Real> factors_of(const DistillOptions& options, const RowState& state, const Terms& terms,
+                                    double upstream) {
+  const int flags = static_cast<int>(state.flags);
+  const bool hard = (flags & kHard) && !(flags & kInfiniteHard);
+  const double squared = D::kProbabilities ? options.temperature * options.temperature : 1;
+  const double soft = upstream * state.coefficient * options.soft_weight * squared;
+  const double hard_factor = hard ? upstream * state.coefficient * options.hard_weight : 0;
+  const bool same = terms.same && !terms.smoothed;
+  Factors<Real> f;
+  f.soft = !(flags & kInfiniteSoft) && !std::is_same<D, NoDivergence>::value;
+  f.hard = hard && !same;
+  f.x = Real(state.x);
+  f.y = Real(state.y);
+  f.student = Real(soft / options.temperature);
+  f.teacher = Real(soft / options.teacher_temperature);
+  f.hard_factor = Real(hard_factor);
+  f.inverse_hard = hard ? Real(1 / state.hard_sum) : Real(0);
+  f.same = same ? f.hard_factor * f.inverse_hard : Real(0);
+  f.smoothed = hard ? Real(options.label_smoothing / state.finite) : Real(0);
+  f.label = Real(hard_factor * (1 - options.label_smoothing));
+  return f;
+}
+
+template <class D, class Real>
+TGT_DEVICE Eight<Real> teacher_gradient(const Eight<Real>& s, const Eight<Real>& t, const Constants<Real>& row,
+                                        const Factors<Real>& f) {
+  Eight<Real> grad;
+  TGT_UNROLL
+  for (int i = 0; i < kVector; ++i) {
+    const Class<Real> c = normalised<D>(shifted<D>(s.v[i], t.v[i], row), row);
+    grad.v[i] = f.soft ? D::d_teacher(c, row.mixture, f.x, f.y) * f.teacher : Real(0);
+  }
+  return grad;
+}
+
+// `label`: the label's place among the eight, or none of them.
+template <class D, class Real>
+TGT_DEVICE Eight<Real> student_gradient(const Eight<Real>& s, const Eight<Real>& t, const Constants<Real>& row,
+                                        const Factors<Real>& f, int label) {
+  Eight<Real> grad;
+  TGT_UNROLL
+  for (int i = 0; i < kVector; ++i) {
+    const Class<Real> raw = shifted<D>(s.v[i], t.v[i], row);
+    grad.v[i] = f.soft ? D::d_student(normalised<D>(raw, row), row.mixture, f.x, f.y) * f.student : Real(0);
+    if constexpr (D::kProbabilities) grad.v[i] = fused(raw.q, f.same, grad.v[i]);
+  }
+  if (f.hard) {
+    constexpr Real kLowest = sizeof(Real) == 8 ? Real(-DBL_MAX) : Real(-FLT_MAX);
+    TGT_UNROLL
+    for (int i = 0; i < kVector; ++i) {
+      const Real floor = s.v[i] < kLowest ? Real(0) : f.smoothed;
+      grad.v[i] += (hard_exponential(s.v[i], row) * f.inverse_hard - floor) * f.hard_factor;
+    }
+  }
+  if (label >= 0) {
+    TGT_UNROLL
+    for (int i = 0; i < kVector; ++i) {  // a run-time index would send the values through memory
+      if (i == label) grad.v[i] -= f.label;
+    }
+  }
+  return grad;
+}
+
+}  // namespace TGT_ISA
+}  // namespace tgt::cuda

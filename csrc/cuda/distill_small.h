@@ -1,0 +1,143 @@
+// The kernels round the losses of rows: the divisor, the reduction, statistics, and the upstream gradient.
+#pragma once
+
+#include "distill_stream.h"
+
+namespace tgt::cuda {
+inline namespace TGT_ISA {
+
+constexpr int kReduceThreads = 1024, kScaleThreads = 256, kScaleBlocks = 2048, kStatsThreads = 512;
+
+struct Total {
+  double value = 0;
+};
+struct AddTotals {
+  TGT_DEVICE Total operator()(const Total& a, const Total& b) const { return {a.value + b.value}; }
+};
+
+// The divisor of the mean: the counted rows, or their weights. One block, so that the order is fixed.
+__global__ void TGT_BOUNDS(kReduceThreads, 1)
+    distill_count_kernel(const TGT_GRID_CONSTANT DeviceCall d, double* divisor) {
+  const BlockTeam team;
+  Total mine;
+  for (int64_t i = team.thread; i < d.call.rows; i += team.size) {
+    const RowHead head = open_row(d, i);
+    if (!(head.flags & kDropped)) mine.value += head.weight;
+  }
+  const Total all = merge_all(team, mine, 0, AddTotals());
+  if (team.leads()) *divisor = all.value;
+}
+
+template <class Real>
+__global__ void TGT_BOUNDS(kReduceThreads, 1)
+    distill_reduce_kernel(const Real* row_loss, int64_t rows, const double* divisor_at, double divisor, Real* loss) {
+  const BlockTeam team;
+  Total mine;
+  for (int64_t i = team.thread; i < rows; i += team.size) mine.value += row_loss[i];
+  const Total all = merge_all(team, mine, 0, AddTotals());
+  if (!team.leads()) return;
+  if (divisor_at) divisor = *divisor_at;
+  *loss = Real(divisor == 0 ? 0 : all.value / divisor);
+}
+
+// grad *= factor. Reads nothing but the factor where that is 1.
+template <class Real>
+__global__ void TGT_BOUNDS(kScaleThreads, 2)
+    distill_scale_kernel(const TGT_GRID_CONSTANT Matrix grad, int64_t rows, int64_t classes, bool aligned,
+                         const Real* factor, bool factor_per_row) {
+  if (!factor_per_row && *factor == Real(1)) return;
+  const int64_t vectors = (classes + kVector - 1) / kVector;
+  const int64_t tiles = (vectors + threads_in_block() - 1) / threads_in_block();
+  for (int64_t tile = block_in_grid(); tile < rows * tiles; tile += blocks_in_grid()) {
+    const int64_t i = tile / tiles, k = tile % tiles * threads_in_block() + thread_in_block();
+    const Real scale = factor[factor_per_row ? i : 0];
+    if (scale == Real(1) || k >= vectors) continue;
+    char* row = grad.row(i);
+    Eight<Real> values = load_padded(row, grad.type, k * kVector, classes, aligned, Real(0));
+    TGT_UNROLL
+    for (int j = 0; j < kVector; ++j) values.v[j] *= scale;
+    store_padded(row, grad.type, k * kVector, classes, aligned, values);
+  }
+}
+
+// The first largest logit of each side.
+template <class Real>
+struct Best {
+  Real student = minus_infinity<Real>(), teacher = minus_infinity<Real>();
+  int64_t student_at = INT64_MAX, teacher_at = INT64_MAX;
+};
+template <class Real>
+struct MergeBest {
+  static TGT_DEVICE bool beats(Real a, int64_t at, Real b, int64_t other_at) {
+    return a > b || (a == b && at < other_at);
+  }
+  TGT_DEVICE Best<Real> operator()(Best<Real> a, const Best<Real>& b) const {
+    if (beats(b.student, b.student_at, a.student, a.student_at)) a.student = b.student, a.student_at = b.student_at;
+    if (beats(b.teacher, b.teacher_at, a.teacher, a.teacher_at)) a.teacher = b.teacher, a.teacher_at = b.teacher_at;
+    return a;
+  }
+};
+
+// Entropies, KL, agreement and log-sum-exps, whatever the loss; zeros for a dropped row, NaN for an invalid one.
+template <class Real>
+__global__ void TGT_BOUNDS(kStatsThreads, 1) distill_stats_kernel(const TGT_GRID_CONSTANT DeviceCall d) {
+  const DistillCall& call = d.call;
+  const BlockTeam team;
+  const int64_t i = block_in_grid();
+  Real* out = static_cast<Real*>(call.stats) + i;
+  if (open_row(d, i).flags & kDropped) {
+    if (team.thread < 6) out[team.thread * call.rows] = 0;
+    return;
+  }
+  StreamRow<Real> row = stream_row<Real>(d, i);
+  row.teacher = call.teacher.row(i);
+  row.teacher_type = call.teacher.type;
+
+  Extremes<Real> mine;
+  Best<Real> best;
+  for (int64_t k = team.thread; k < row.count; k += team.size) {
+    Eight<Real> s, t;
+    row.load(k, s, t);
+    if (!add_extremes(s, t, mine)) inspect(s, t, call.classes - k * kVector, mine);
+    TGT_UNROLL
+    for (int j = 0; j < kVector; ++j) {
+      if (s.v[j] > best.student) best.student = s.v[j], best.student_at = k * kVector + j;
+      if (t.v[j] > best.teacher) best.teacher = t.v[j], best.teacher_at = k * kVector + j;
+    }
+  }
+  const Extremes<Real> extremes = merge_all(team, mine, 0, MergeExtremes<Real>());
+  best = merge_all(team, best, 1, MergeBest<Real>());
+  if (is_invalid(extremes)) {
+    if (team.thread < 6) out[team.thread * call.rows] = team.thread == 3 ? Real(0) : Real(NAN);
+    return;
+  }
+  const Constants<Real> constants = constants_of<Real>(call.options, extremes.student, extremes.teacher);
+  Sums<Real> sums;
+  for (int64_t k = team.thread; k < row.count; k += team.size) {
+    Eight<Real> s, t;
+    row.load(k, s, t);
+    TGT_UNROLL
+    for (int j = 0; j < kVector; ++j) {
+      const Class<Real> c = shifted<ForwardKl>(s.v[j], t.v[j], constants);
+      sums.student += c.q;
+      sums.teacher += c.p;
+      sums.x = fused(c.q, c.b, sums.x);
+      sums.y = fused(c.p, c.a, sums.y);
+      sums.linear = fused(c.p, c.a - c.b, sums.linear);
+    }
+  }
+  const Sums<double> all = add_all(team, sums, 2);
+  if (!team.leads()) return;
+  const double log_student = log(all.student), log_teacher = log(all.teacher);
+  const double kl = all.linear / all.teacher - (log_teacher - log_student);
+  const auto positive = [](double x) { return x < 0 ? 0.0 : x; };
+  out[0] = Real(positive(log_student - all.x / all.student));
+  out[call.rows] = Real(positive(log_teacher - all.y / all.teacher));
+  out[2 * call.rows] = Real(extremes.unusual & kStudentOnly ? HUGE_VAL : positive(kl));
+  out[3 * call.rows] = best.student_at == best.teacher_at ? Real(1) : Real(0);
+  out[4 * call.rows] = Real(extremes.student / call.options.temperature + log_student);
+  out[5 * call.rows] = Real(extremes.teacher / call.options.teacher_temperature + log_teacher);
+}
+
+}  // namespace TGT_ISA
+}  // namespace tgt::cuda

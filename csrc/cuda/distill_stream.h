@@ -1,0 +1,154 @@
+// Rows that do not fit on the chip, and float64: a block a row, which reads the row pair once for its sums and once
+// more for its gradients (and for the sums of jsd and tvd in between).
+#pragma once
+
+#include "distill_fwd.h"
+
+namespace tgt::cuda {
+inline namespace TGT_ISA {
+
+template <class Real>
+struct StreamRow {
+  using Index = int64_t;
+  const char* student;
+  const char* teacher;
+  DType student_type, teacher_type;
+  bool student_aligned, teacher_aligned;
+  int64_t classes;
+  int64_t first, count;  // vectors
+
+  TGT_DEVICE DType student_gradient_type(const DistillCall& call) const { return call.d_student.type; }
+  TGT_DEVICE DType teacher_gradient_type(const DistillCall& call) const { return call.d_teacher.type; }
+  TGT_DEVICE void load(int64_t k, Eight<Real>& s, Eight<Real>& t) const {
+    const int64_t at = (first + k) * kVector;
+    s = load_padded(student, student_type, at, classes, student_aligned, minus_infinity<Real>());
+    t = load_padded(teacher, teacher_type, at, classes, teacher_aligned, minus_infinity<Real>());
+  }
+};
+
+template <class Real>
+TGT_DEVICE StreamRow<Real> stream_row(const DeviceCall& d, int64_t i) {
+  const DistillCall& call = d.call;
+  const Matrix& other = partner(call);
+  StreamRow<Real> row;
+  row.student_type = call.student.type;
+  row.teacher_type = other.type;
+  row.student = call.student.row(i);
+  row.teacher = other.row(i);
+  row.student_aligned = d.student_aligned;
+  row.teacher_aligned = d.teacher_aligned;
+  row.classes = call.classes;
+  row.first = 0;
+  row.count = (call.classes + kVector - 1) / kVector;
+  return row;
+}
+
+// Sums of the classes seen so far, and of their finite student logits.
+struct Seen {
+  OnlineSums sums;
+  double plain = 0;
+};
+template <class D>
+struct MergeSeen {
+  double inverse_ts, inverse_tt;
+  TGT_DEVICE Seen operator()(Seen a, const Seen& b) const {
+    a.sums.template merge<D>(b.sums, inverse_ts, inverse_tt);
+    a.plain += b.plain;
+    return a;
+  }
+};
+
+template <class D, class Real>
+TGT_DEVICE void see(const Eight<Real>& s, const Eight<Real>& t, const DistillOptions& options, const Terms& terms,
+                    Constants<Real>& row, Seen& seen) {
+  Extremes<Real> here;
+  add_extremes(s, t, here);
+  const double student = larger(double(here.student), seen.sums.student_max);
+  const double teacher = larger(double(here.teacher), seen.sums.teacher_max);
+  if (student > seen.sums.student_max || teacher > seen.sums.teacher_max) {
+    seen.sums.template raise<D>(student, teacher, 1 / options.temperature, 1 / options.teacher_temperature);
+    row.student_max = student == -HUGE_VAL ? Real(0) : Real(student);
+    row.teacher_max = teacher == -HUGE_VAL ? Real(0) : Real(teacher);
+  }
+  Sums<Real> sums;
+  add_sums<D>(s, t, row, {terms.hard, terms.same, false}, sums);
+  seen.sums.student += sums.student;
+  seen.sums.teacher += sums.teacher;
+  seen.sums.hard += sums.hard;
+  seen.sums.x += sums.x;
+  seen.sums.y += sums.y;
+  if (terms.smoothed) {
+    Real plain = 0;
+    TGT_UNROLL
+    for (int j = 0; j < kVector; ++j) plain += s.v[j] == minus_infinity<Real>() ? Real(0) : s.v[j];
+    seen.plain += plain;
+  }
+}
+
+template <class Real, class D>
+__global__ void TGT_BOUNDS(kStreamThreads, 1) distill_fwd_stream_kernel(const TGT_GRID_CONSTANT DeviceCall d) {
+  const DistillCall& call = d.call;
+  const BlockTeam team;
+  const int64_t i = block_in_grid();
+  const StreamRow<Real> row = stream_row<Real>(d, i);
+  const RowHead head = open_row(d, i);
+  if (head.flags & kDropped) {
+    drop_row<Real>(d, team, i, 0, row.count);
+    return;
+  }
+  const double of_label = head.flags & kHard ? load_one<double>(row.student, row.student_type, head.label) : 0;
+  const Terms terms = terms_of<D>(call.options, head.flags & kHard);
+  Constants<Real> constants = constants_of<Real>(call.options, 0, 0);
+  Extremes<Real> mine;
+  Seen seen;
+  for (int64_t k = team.thread; k < row.count; k += team.size) {
+    Eight<Real> s, t;
+    row.load(k, s, t);
+    if (!add_extremes(s, t, mine)) inspect(s, t, call.classes - k * kVector, mine);
+    if (!(mine.unusual & kNotANumber)) see<D>(s, t, call.options, terms, constants, seen);
+  }
+  const Extremes<Real> extremes = merge_all(team, mine, 0, MergeExtremes<Real>());
+  if (is_invalid(extremes)) {
+    spoil_row<Real>(d, team, i, head, 0, row.count);
+    return;
+  }
+  seen = merge_all(team, seen, 1, MergeSeen<D>{1 / call.options.temperature, 1 / call.options.teacher_temperature});
+  const double finite = static_cast<double>(call.classes - extremes.masked);
+  const Sums<double> all = {seen.sums.student, seen.sums.teacher,
+                            seen.sums.hard,    seen.plain - finite * seen.sums.student_max,
+                            seen.sums.x,       seen.sums.y};
+  const Extremes<double> wide = {extremes.student, extremes.teacher, extremes.masked, extremes.unusual};
+  finish_row<Real, D>(d, team, row, i, head, all, wide, of_label);
+}
+
+// The gradients from the logits and the row states. A block handles `tile` vectors of a row.
+constexpr int kBackwardThreads = 256;
+
+template <class Real, class D>
+__global__ void TGT_BOUNDS(kBackwardThreads, 2)
+    distill_bwd_kernel(const TGT_GRID_CONSTANT DeviceCall d, const TGT_GRID_CONSTANT int64_t tile,
+                       const TGT_GRID_CONSTANT int64_t tiles) {
+  const DistillCall& call = d.call;
+  const int64_t i = block_in_grid() / tiles, first = block_in_grid() % tiles * tile;
+  StreamRow<Real> row = stream_row<Real>(d, i);
+  BlockTeam team;
+  const int64_t left = row.count - first;
+  row.first = first;
+  row.count = left < tile ? left : tile;
+  const RowState state = call.state[i];
+  const int flags = state.coefficient == 0 ? int(kDropped) : static_cast<int>(state.flags);
+  if (flags & (kDropped | kInvalid)) {
+    fill_gradients(d, team, i, row.first, row.count, flags & kDropped ? Real(0) : Real(NAN));
+    return;
+  }
+  const Real upstream = static_cast<const Real*>(call.upstream)[call.upstream_per_row ? i : 0];
+  const int64_t label = (flags & kHard) && !(flags & kInfiniteHard) ? call.target[i] : -1;
+  const Terms terms = terms_of<D>(call.options, flags & kHard);
+  Constants<Real> constants = constants_of<Real>(call.options, state.student_max, state.teacher_max);
+  settle(constants, normalisers_of(state.student_sum, state.teacher_sum));
+  write_gradients<D>(d, team, row, i, label, constants,
+                     factors_of<D, Real>(call.options, state, terms, double(upstream)));
+}
+
+}  // namespace TGT_ISA
+}  // namespace tgt::cuda

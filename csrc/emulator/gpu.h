@@ -1,0 +1,145 @@
+// A device in software, for tests where there is no GPU: what cuda/device.h offers, with the threads of a cluster as
+// fibers of one host thread. Slow, but every barrier, shuffle and exchange between blocks does what the kernel asks
+// for, and a barrier that not every thread reaches is an error rather than a hang.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+
+#include "../common/math.h"
+
+#define TGT_DEVICE inline
+#define TGT_GRID_CONSTANT
+#define TGT_BOUNDS(threads, blocks)
+#define __global__
+#define TGT_PACKED_EXTREMES 1
+#define TGT_BULK_COPIES 1
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+constexpr cudaError_t cudaSuccess = 0;
+
+namespace tgt::emulator {
+
+struct Place {
+  int thread = 0, threads = 0, rank = 0, ranks = 0;
+  int64_t block = 0, blocks = 0;
+  unsigned char* shared = nullptr;          // of this block
+  unsigned char* cluster_shared = nullptr;  // of all blocks of the cluster
+  int64_t shared_bytes = 0;
+};
+extern const Place* here;
+
+void block_barrier();
+void warp_barrier();
+void cluster_arrive();
+void cluster_wait();
+void let_others_run();
+// Gives every live lane of a warp the bytes of its partner.
+void exchange(const void* mine, void* partner, int bytes, int mask);
+// Runs a grid; false when its threads wait for each other for ever.
+bool run(const std::function<void()>& kernel, int64_t blocks, int threads, int shared_bytes, int cluster);
+
+}  // namespace tgt::emulator
+
+namespace tgt::cuda {
+inline namespace TGT_ISA {
+
+inline unsigned char* shared_memory() { return emulator::here->shared; }
+inline int thread_in_block() { return emulator::here->thread; }
+inline int threads_in_block() { return emulator::here->threads; }
+inline int64_t block_in_grid() { return emulator::here->block; }
+inline int64_t blocks_in_grid() { return emulator::here->blocks; }
+inline void block_barrier() { emulator::block_barrier(); }
+inline void warp_barrier() { emulator::warp_barrier(); }
+
+template <class T>
+T shuffle_xor(const T& value, int mask) {
+  T other;
+  emulator::exchange(&value, &other, sizeof(T), mask);
+  return other;
+}
+
+inline float exp2_fast(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
+
+template <class Stored, class Choose>
+uint32_t by_halves(uint32_t a, uint32_t b, Choose choose) {
+  uint32_t result = 0;
+  for (int shift : {0, 16}) {
+    const Stored x{static_cast<uint16_t>(a >> shift)}, y{static_cast<uint16_t>(b >> shift)};
+    const float fx = widen<float>(x), fy = widen<float>(y);
+    const float chosen = fx != fx || fy != fy ? NAN : choose(fx, fy) ? fx : fy;
+    result |= static_cast<uint32_t>(narrow<Stored>(chosen).bits) << shift;
+  }
+  return result;
+}
+inline bool is_more(float x, float y) { return x > y; }
+inline bool is_less(float x, float y) { return x < y; }
+inline uint32_t packed_max_bf16(uint32_t a, uint32_t b) { return by_halves<BFloat16>(a, b, is_more); }
+inline uint32_t packed_min_bf16(uint32_t a, uint32_t b) { return by_halves<BFloat16>(a, b, is_less); }
+inline uint32_t packed_max_fp16(uint32_t a, uint32_t b) { return by_halves<Float16>(a, b, is_more); }
+inline uint32_t packed_min_fp16(uint32_t a, uint32_t b) { return by_halves<Float16>(a, b, is_less); }
+
+struct alignas(16) Bytes16 {
+  uint32_t words[4];
+};
+void check_aligned(const void* p);
+inline Bytes16 load16(const void* from) {
+  check_aligned(from);
+  Bytes16 b;
+  memcpy(&b, from, 16);
+  return b;
+}
+inline void store16(void* to, const Bytes16& b) {
+  check_aligned(to);
+  memcpy(to, &b, 16);
+}
+inline void store16_streaming(void* to, const Bytes16& b) { store16(to, b); }
+inline void check_aligned(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) abort();
+}
+
+inline int cluster_size() { return emulator::here->ranks; }
+inline int cluster_rank() { return emulator::here->rank; }
+inline void cluster_arrive() { emulator::cluster_arrive(); }
+inline void cluster_wait() { emulator::cluster_wait(); }
+inline void store_remote(void* at, int rank, uint64_t value) {
+  const emulator::Place& p = *emulator::here;
+  memcpy(p.cluster_shared + rank * p.shared_bytes + (static_cast<unsigned char*>(at) - p.shared), &value, 8);
+}
+
+// A copy is over when it starts, so that only its bookkeeping is emulated: the barrier counts the bytes to come.
+inline void copy_barrier_init(uint64_t* barrier) { *barrier = 0; }
+inline void copy_barriers_ready() {}
+inline void copy_expect(uint64_t* barrier, uint32_t bytes) { *barrier += bytes + (uint64_t{1} << 32); }
+inline void copy_start(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+  check_aligned(to);
+  check_aligned(from);
+  if (bytes % 16) abort();
+  memcpy(to, from, bytes);
+  *barrier -= bytes;
+}
+inline void copy_wait(const uint64_t* barrier) {
+  while (*barrier != uint64_t{1} << 32) emulator::let_others_run();
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, int cluster,
+                   cudaStream_t, const Arguments&... arguments) {
+  if (blocks > INT32_MAX) return 1;
+  return emulator::run([&] { kernel(arguments...); }, blocks, threads, shared_bytes, cluster) ? cudaSuccess : 1;
+}
+
+}  // namespace TGT_ISA
+}  // namespace tgt::cuda
+
+constexpr int cudaDevAttrMaxSharedMemoryPerBlockOptin = 97;
+constexpr int cudaDevAttrComputeCapabilityMajor = 75;
+constexpr int cudaDevAttrMultiProcessorCount = 16;
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "too many blocks, or threads that wait for ever"; }
+cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int device);

@@ -1,0 +1,96 @@
+"""The CUDA kernels without a GPU: their sources compiled for the host against an emulation of a device (csrc/emulator).
+
+``tensors_on_an_emulated_gpu()`` makes the native backend run them on CPU tensors, through the code that serves CUDA
+tensors. What the emulation cannot show: instructions of the chip itself, timing, and races between threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from tgt_fast.kernels.native import cuda
+
+CSRC = Path(__file__).parents[1] / "csrc"
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+FLAGS = (
+    "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden",
+    "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DTGT_EMULATED_GPU", "-DTGT_ISA=emulated", f"-I{CSRC}",
+)  # fmt: skip
+
+
+def why_not() -> str:
+    """Why the emulation cannot be built here; empty when it can."""
+    if COMPILER is None:
+        return "no C++ compiler"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
+    return "" if CSRC.is_dir() else f"no sources at {CSRC}"
+
+
+def build(cache: Path) -> ModuleType:
+    """The module of the emulated kernels, compiled once for each state of the sources."""
+    import pybind11
+
+    sources = sorted([*CSRC.glob("cuda/*.cu"), *CSRC.glob("emulator/*.cpp"), CSRC / "bind" / "cuda.cpp"])
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    everything = sorted(path for folder in ("bind", "common", "cuda", "emulator") for path in (CSRC / folder).iterdir())
+    digest = hashlib.sha256(repr((COMPILER, FLAGS, pybind11.__version__, suffix)).encode())
+    for path in everything:
+        digest.update(path.read_bytes())
+    library = cache / digest.hexdigest()[:16] / f"_emulated_gpu{suffix}"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+
+        def compile_one(source: Path) -> Path:
+            to = library.parent / f"{source.name}.o"
+            _run([str(COMPILER), *FLAGS, *includes, "-x", "c++", "-c", str(source), "-o", str(to)])
+            return to
+
+        with ThreadPoolExecutor(2) as pool:
+            objects = [str(path) for path in pool.map(compile_one, sources)]
+        _run([str(COMPILER), "-shared", "-o", f"{library}.new", *objects])
+        os.replace(f"{library}.new", library)  # whole or not at all
+    spec = importlib.util.spec_from_file_location("_emulated_gpu", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
+
+
+@contextmanager
+def tensors_on_an_emulated_gpu(module: ModuleType) -> Iterator[None]:
+    """Within it the native backend takes CPU tensors to be on a device."""
+
+    @contextmanager
+    def current(tensor: Tensor) -> Iterator[int]:
+        yield 0
+
+    found: Any = cuda.Engine(module, current)
+    before = cuda.engine
+    cuda.engine = lambda tensor: found
+    try:
+        yield
+    finally:
+        cuda.engine = before
