@@ -117,7 +117,10 @@ TGT_DEVICE int cluster_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(n));
   return static_cast<int>(n);
 }
-TGT_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+TGT_DEVICE void cluster_arrive() {
+  __syncwarp();  // the instruction is for warps whose lanes arrive together
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
 TGT_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 TGT_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 // Stores 8 bytes at the place of `here` in the shared memory of block `rank` of the cluster.
