@@ -107,15 +107,22 @@ def emulated(request: pytest.FixtureRequest, native: str) -> ModuleType:
 
 
 @pytest.fixture(scope="session", params=["reference", "native", "emulated"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that can run here; "emulated" is the native one with its CUDA kernels on an emulated device."""
-    if request.param == "emulated":
-        with emulated_gpu.tensors_on_an_emulated_gpu(request.getfixturevalue("emulated")):
-            yield "native"
-    elif request.param == "native":
-        yield request.getfixturevalue("native")
-    else:
-        yield request.param
+    if request.param == "reference":
+        return "reference"
+    return str(request.getfixturevalue("native"))
+
+
+@pytest.fixture(autouse=True)
+def _emulation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The emulated device, for the duration of a test that asks for it."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is None or callspec.params.get("backend") != "emulated":
+        yield
+        return
+    with emulated_gpu.tensors_on_an_emulated_gpu(request.getfixturevalue("emulated")):
+        yield
 
 
 @pytest.fixture(scope="session")
