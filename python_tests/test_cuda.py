@@ -18,8 +18,7 @@ from torch import Tensor
 
 import tgt_fast as tgt
 from tgt_fast.kernels.native import cuda, cuda_distill
-from tgt_fast.kernels.native.distill_calls import Forward
-from tgt_fast.kernels.options import DIVERGENCES, DistillOptions
+from tgt_fast.kernels.options import DIVERGENCES, DistillOptions, Forward
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
 

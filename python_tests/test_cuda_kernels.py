@@ -18,8 +18,8 @@ from torch import Tensor
 
 import tgt_fast as tgt
 from tgt_fast.kernels.native import cuda, cuda_distill
-from tgt_fast.kernels.native.distill_calls import Forward, core_options
-from tgt_fast.kernels.options import DIVERGENCES, DistillOptions
+from tgt_fast.kernels.native.distill_calls import core_options
+from tgt_fast.kernels.options import DIVERGENCES, DistillOptions, Forward
 
 # (path, blocks a row, bulk copies) of csrc/cuda/distill.h
 PLANS = {

@@ -12,6 +12,7 @@ from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.explore.draws import Key
 from tgt_fast.explore.options import checked_integer
 from tgt_fast.kernels.options import MAX_SAMPLE_ID, MAX_STEP
+from tgt_fast.ops._latent_library import check_ids
 
 
 class Counters:
@@ -76,12 +77,9 @@ def _checked_ids(ids: Any, count: int) -> Tensor:
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise DTypeError(f"LatentSampler: sample_ids must be a tensor of integers, got {found}")
-    if ids.shape != (count,):
+    if ids.ndim != 1 or ids.shape[0] != count:
         raise ShapeError(f"LatentSampler: sample_ids {tuple(ids.shape)} must be ({count},), one an example")
-    if ids.device.type == "cpu" and count:
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= MAX_SAMPLE_ID:
-            raise ArgumentError(f"LatentSampler: sample_ids must be in [0, 2**48), got {low} to {high}")
+    check_ids("LatentSampler", ids)
     return ids.to(torch.int64)
 
 

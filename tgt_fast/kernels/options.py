@@ -19,6 +19,9 @@ OP_TOKENS: Final = 2
 OP_GUMBEL: Final = 3
 OP_RESTART: Final = 4
 
+ROW_STATE: Final = 10  # numbers of float64 that a distill kernel keeps of a row (csrc/common/row_stats.h)
+ROW_COEFFICIENT: Final = 7  # the place among them of the row's weight in the reduced loss
+
 MAX_SAMPLE_ID: Final = 1 << 48
 MAX_STEP: Final = 1 << 28
 MAX_REPLICA: Final = 1 << 16
@@ -52,3 +55,19 @@ class DistillStats(NamedTuple):
     agreement: Tensor  # [...] bool, argmax of the student == argmax of the teacher
     student_lse: Tensor  # [...] log-sum-exp of s / Ts
     teacher_lse: Tensor  # [...] log-sum-exp of t / Tt
+
+    @classmethod
+    def from_rows(cls, rows: Tensor) -> DistillStats:
+        """The statistics from ``[6, N]``, a row a field."""
+        student_entropy, teacher_entropy, kl, agreement, student_lse, teacher_lse = rows.unbind(0)
+        return cls(student_entropy, teacher_entropy, kl, agreement != 0, student_lse, teacher_lse)
+
+
+class Forward(NamedTuple):
+    """What one pass of a distill kernel over the logits returns."""
+
+    loss: Tensor  # 0-d, or [N]
+    d_student: Tensor | None  # [N, C] like the student, for an upstream gradient of 1
+    d_teacher: Tensor | None  # [N, C] like the teacher
+    rows: Tensor | None  # [N, ROW_STATE] float64, a row's statistics: enough to make its gradients again
+    stats: Tensor | None  # [6, N], the fields of DistillStats in their order

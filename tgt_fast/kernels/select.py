@@ -7,11 +7,13 @@ A backend is a module under ``tgt_fast.kernels`` with one file an op. It answers
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -75,6 +77,12 @@ def choose(op: str, requested: str, tensors: Sequence[Tensor]) -> str:
             return candidate
     reasons = "; ".join(f"{row.backend}: {row.reason}" for row in explain(op, *tensors))
     raise BackendError(f"{op}: no backend can run this call ({reasons})")
+
+
+@functools.cache
+def kernel(op: str, backend: str) -> Any:
+    """The module that computes ``op`` on a backend."""
+    return importlib.import_module(f"tgt_fast.kernels.{backend}.{op}")
 
 
 def explain(op: str, *tensors: Tensor) -> list[Verdict]:

@@ -19,7 +19,7 @@ def number(op: str, name: str, value: object, low: float, high: float, *, open_l
         raise ArgumentError(f"{op}: {name} must be a number, got {value!r}")
     result = float(value)
     inside = low < result <= high if open_low else low <= result <= high
-    if not math.isfinite(result) or not inside:
+    if not inside:  # the bounds are finite, and NaN is inside nothing
         bracket = "(" if open_low else "["
         raise ArgumentError(f"{op}: {name} must be finite and in {bracket}{low:g}, {high:g}], got {value!r}")
     return result

@@ -19,14 +19,15 @@ _SMALL, _LARGE = 1e-30, 1e30  # of a temperature: its inverse is a finite float3
 
 def make_options(*values: Any) -> DistillOptions:
     """The validated options of one loss, in the order of the fields."""
+    if torch.compiler.is_compiling():  # a compiler looks through a cache, and warns of it
+        return _checked_options(*values)
     try:
         return _cached_options(*values)
     except TypeError:  # an option that cannot be hashed cannot be right either: let the checks say which
-        return _cached_options.__wrapped__(*values)
+        return _checked_options(*values)
 
 
-@functools.lru_cache(maxsize=256, typed=True)  # typed, or True would pass as the 1.0 that was seen before
-def _cached_options(
+def _checked_options(
     divergence: str,
     beta: float,
     temperature: float,
@@ -38,7 +39,6 @@ def _cached_options(
     unlabeled_index: int,
     reduction: str,
 ) -> DistillOptions:
-    """Cached, since a training loop passes the same ones at every step."""
     _checks.choice(OP, "divergence", divergence, DIVERGENCES)
     beta = _checks.number(OP, "beta", beta, 0, 1)
     if divergence == "jsd" and not 0 < beta < 1:
@@ -61,6 +61,10 @@ def _cached_options(
         unlabeled_index=_checks.integer(OP, "unlabeled_index", unlabeled_index, -(2**63), 2**63),
         reduction=_checks.choice(OP, "reduction", reduction, REDUCTIONS),
     )
+
+
+# A training loop passes the same ones at every step. Typed, or True would pass as the 1.0 that was seen before.
+_cached_options = functools.lru_cache(maxsize=256, typed=True)(_checked_options)
 
 
 def check_tensors(

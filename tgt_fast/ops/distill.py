@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from tgt_fast.kernels import select
-from tgt_fast.kernels.native import distill as native_distill
 from tgt_fast.kernels.options import DistillOptions, DistillStats
 from tgt_fast.kernels.reference import distill as reference_distill
 from tgt_fast.ops import _checks
-from tgt_fast.ops._distill_arguments import OP, check_inplace, check_tensors, check_values, make_options
+from tgt_fast.ops._distill_arguments import check_inplace, check_tensors, check_values, make_options
+from tgt_fast.ops._distill_autograd import Call, Distill
+from tgt_fast.ops._distill_library import dense_rows, packed
+from tgt_fast.ops._distill_library import distillation_loss as distillation_loss_op
+from tgt_fast.ops.library import seen_by_dispatcher
 
 
 @overload
@@ -170,32 +173,27 @@ def distillation_loss(
     )  # fmt: skip
     check_tensors(student_logits, teacher_logits, target, sample_weight, normalizer, options)
     shape = student_logits.shape
-    student = _rows(student_logits)
-    teacher = _rows(teacher_logits)
+    loss: Tensor
     if target is not None:
         target = target.reshape(-1).to(torch.int64)
     if sample_weight is not None:
         sample_weight = sample_weight.reshape(-1)
-    if inplace:
-        check_inplace(student_logits, student)
 
-    if select.choose("distill", backend, (student, teacher)) == "reference":
-        if _checks.on_plain_cpu(student):
-            check_values(student, target, sample_weight, options)
-        loss, stats = reference_distill.distillation_loss(
-            student, teacher, target, sample_weight, normalizer, options, want_stats=return_stats
-        )
+    if backend != "reference" and seen_by_dispatcher(student_logits, teacher_logits, target, sample_weight):
+        # inplace is a permission: whoever traces plans the memory.
+        on_device, divisor = (normalizer, None) if isinstance(normalizer, Tensor) else (None, normalizer)
+        loss, rows = distillation_loss_op(
+            student_logits.reshape(-1, shape[-1]), teacher_logits.reshape(-1, shape[-1]), target, sample_weight,
+            on_device, divisor, *packed(options), return_stats, backend,
+        )  # fmt: skip
+        stats = DistillStats.from_rows(rows) if return_stats else None
     else:
-        needs_graph = torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)
-        call = _Call(options, native_distill, inplace and needs_graph and student.requires_grad, return_stats)
-        if needs_graph:
-            loss, *rest = _Distill.apply(student, teacher, target, sample_weight, normalizer, call)
-        else:
-            out = native_distill.forward(
-                student, teacher, target, sample_weight, normalizer, options, want_stats=return_stats
-            )
-            loss, rest = out.loss, list(out.stats or ())
-        stats = DistillStats(*rest) if return_stats else None
+        student, teacher = dense_rows(student_logits), dense_rows(teacher_logits)
+        if inplace:
+            check_inplace(student_logits, student)
+        chosen = select.choose("distill", backend, (student, teacher))
+        run = _run_reference if chosen == "reference" else _run_compiled
+        loss, stats = run(student, teacher, target, sample_weight, normalizer, options, inplace, return_stats, chosen)
 
     if reduction == "none":
         loss = loss.reshape(shape[:-1])
@@ -204,107 +202,28 @@ def distillation_loss(
     return loss, DistillStats(*(value.reshape(shape[:-1]) for value in stats))
 
 
-class _Call:
-    """What travels through autograd beside the tensors."""
-
-    __slots__ = ("inplace", "kernel", "options", "want_stats")
-
-    def __init__(self, options: DistillOptions, kernel: Any, inplace: bool, want_stats: bool) -> None:
-        self.options = options
-        self.kernel = kernel
-        self.inplace = inplace
-        self.want_stats = want_stats
-
-
-class _Distill(torch.autograd.Function):
-    """Makes the gradients in forward, for an upstream gradient of 1, and hands them out once, scaled, in backward.
-
-    A float16 gradient is made in backward instead, so that the upstream gradient (the loss scale) is applied before
-    rounding. A later backward over the same graph makes the gradients anew from the logits.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None,
-        normalizer: float | Tensor | None, call: _Call,
-    ) -> Any:  # fmt: skip
-        ctx.set_materialize_grads(False)
-        ctx.call = call
-        ctx.wanted = ctx.needs_input_grad[:2]
-        ctx.ready = None
-        ctx.spent = False
-        ctx.deferred = (ctx.wanted[0] and student.dtype == torch.float16) or (
-            ctx.wanted[1] and teacher.dtype == torch.float16
-        )
-        out = call.kernel.forward(
-            student, teacher, target, sample_weight, normalizer, call.options,
-            wanted=(False, False) if ctx.deferred else ctx.wanted, keep_rows=True, inplace=call.inplace,
-            want_stats=call.want_stats,
-        )  # fmt: skip
-        if not ctx.deferred:
-            ctx.ready = (out.d_student, out.d_teacher)
-        if call.inplace and not ctx.deferred:
-            # The student's logits hold its gradient now: there is nothing left to compute a second one from.
-            torch.autograd.graph.increment_version(student)
-        else:
-            _save(ctx, student, teacher, target, out.rows)
-        stats = tuple(out.stats or ())
-        ctx.mark_non_differentiable(*stats)
-        return (out.loss, *stats)
-
-    @staticmethod
-    def backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> Any:  # type: ignore[override]
-        if d_loss is None:
-            return (None,) * 6
-        call = ctx.call
-        if call.inplace and ctx.spent:
-            raise RuntimeError(
-                f"{OP}: inplace=True overwrote the student's logits with their gradient, so backward runs once; "
-                "pass inplace=False"
-            )
-        if call.inplace and torch.is_grad_enabled():
-            raise RuntimeError(f"{OP}: inplace=True has no second derivative (create_graph=True); pass inplace=False")
-        ctx.spent = True
-        if ctx.ready is not None:
-            grads, ctx.ready = ctx.ready, None
-            for grad in grads:
-                if grad is not None:
-                    call.kernel.scale_(grad, d_loss)
-        else:
-            student, teacher, target, rows = _saved(ctx)
-            grads = call.kernel.backward(
-                student, teacher, target, rows, d_loss, call.options, wanted=ctx.wanted, inplace=call.inplace
-            )
-            if call.inplace:
-                torch.autograd.graph.increment_version(student)
-        if torch.is_grad_enabled():
-            grads = tuple(None if grad is None else _Once.apply(grad, *_saved(ctx)[:2]) for grad in grads)
-        return (*grads, None, None, None, None)
+def _run_reference(
+    student: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None,
+    normalizer: float | Tensor | None, options: DistillOptions, inplace: bool, want_stats: bool, backend: str,
+) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
+    """Plain PyTorch, which anything can differentiate and transform."""
+    if _checks.on_plain_cpu(student):
+        check_values(student, target, sample_weight, options)
+    return reference_distill.distillation_loss(
+        student, teacher, target, sample_weight, normalizer, options, want_stats=want_stats
+    )
 
 
-def _save(ctx: Any, *tensors: Tensor | None) -> None:
-    """save_for_backward, which refuses what was made in inference mode, such as a teacher's logits: that is held."""
-    ctx.held = tuple(tensor if tensor is not None and tensor.is_inference() else None for tensor in tensors)
-    ctx.save_for_backward(*(None if h is not None else t for t, h in zip(tensors, ctx.held, strict=True)))
-
-
-def _saved(ctx: Any) -> tuple[Any, ...]:
-    return tuple(t if h is None else h for t, h in zip(ctx.saved_tensors, ctx.held, strict=True))
-
-
-class _Once(torch.autograd.Function):
-    """Passes a gradient on; differentiating it again is an error that says what to do."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(f"{OP}: the compiled backends have no second derivative; pass backend='reference'")
-
-
-def _rows(logits: Tensor) -> Tensor:
-    """(..., C) as (N, C) with dense rows: a view where the strides allow, else one copy."""
-    rows = (logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])).resolve_neg()
-    return rows if rows.stride(1) == 1 or rows.numel() == 0 or rows.shape[1] == 1 else rows.contiguous()
+def _run_compiled(
+    student: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None,
+    normalizer: float | Tensor | None, options: DistillOptions, inplace: bool, want_stats: bool, backend: str,
+) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
+    """The direct door to the kernels."""
+    kernel = select.kernel("distill", backend)
+    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
+        call = Call(options, kernel, inplace and student.requires_grad, want_stats)
+        loss, rows = Distill.apply(student, teacher, target, sample_weight, normalizer, call)
+    else:
+        out = kernel.forward(student, teacher, target, sample_weight, normalizer, options, want_stats=want_stats)
+        loss, rows = out.loss, out.stats
+    return loss, None if rows is None else DistillStats.from_rows(rows)

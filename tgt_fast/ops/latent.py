@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,18 +11,17 @@ from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.kernels import select
-from tgt_fast.kernels.native import latent as native_latent
 from tgt_fast.kernels.options import (
     MAX_REPLICA,
-    MAX_SAMPLE_ID,
     MAX_STEP,
     OP_PERTURB,
     OP_RESTART,
     RADIUS_NORMS,
     STEP_NORMS,
 )
-from tgt_fast.kernels.reference import latent as reference_latent
 from tgt_fast.ops import _checks
+from tgt_fast.ops._latent_library import ascend_as_op, check_ids, check_step, perturb, perturb_as_op
+from tgt_fast.ops.library import seen_by_dispatcher
 
 _STREAMS = {"perturb": OP_PERTURB, "restart": OP_RESTART}
 _LARGE = 1e30
@@ -86,58 +86,20 @@ def perturb_latents(
         sphere_radius = _checks.number(name, "sphere_radius", sphere_radius, 0, _LARGE, open_low=True)
 
     rows = _rows(z)
-    tensors = [rows, *(f for f in (per_sample, per_coordinate) if isinstance(f, Tensor))]
-    if select.choose("latent", backend, tensors) == "reference":
-        factor = _product(per_sample, per_coordinate)
-        out = reference_latent.perturb(
-            rows, factor, **key, truncation=truncation, sphere_radius=sphere_radius
-        )  # fmt: skip
+    rest = (rows, per_sample, per_coordinate, key, truncation, sphere_radius)
+    if backend != "reference" and seen_by_dispatcher(rows, per_sample, per_coordinate, key["sample_ids"]):
+        out = perturb_as_op(*rest, backend)
     else:
-        call = (native_latent, per_sample, per_coordinate, key, truncation, sphere_radius)
-        needs_graph = torch.is_grad_enabled() and z.requires_grad
-        out = _Perturb.apply(rows, call) if needs_graph else _run_perturb(rows, call)
+        tensors = [rows, *(f for f in (per_sample, per_coordinate) if isinstance(f, Tensor))]
+        chosen = select.choose("latent", backend, tensors)
+        kernel = select.kernel("latent", chosen)
+        if chosen == "reference":  # plain PyTorch, which anything can differentiate and transform
+            out = kernel.perturb(
+                rows, per_sample, per_coordinate, **key, truncation=truncation, sphere_radius=sphere_radius
+            )
+        else:
+            out = perturb(kernel, *rest)
     return out.reshape(z.shape)
-
-
-def _run_perturb(rows: Tensor, call: tuple[Any, ...]) -> Tensor:
-    kernel, per_sample, per_coordinate, key, truncation, sphere_radius = call
-    result: Tensor = kernel.perturb(
-        rows, per_sample, per_coordinate, **key, truncation=truncation, sphere_radius=sphere_radius
-    )
-    return result
-
-
-class _Perturb(torch.autograd.Function):
-    """Noise is a constant, so the gradient passes through; a sphere adds the derivative of its rescaling."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, call: tuple[Any, ...]) -> Tensor:
-        ctx.call = call
-        out = _run_perturb(rows, call)
-        if call[-1] is not None:
-            ctx.save_for_backward(rows)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> Any:  # type: ignore[override]
-        kernel, per_sample, per_coordinate, key, truncation, radius = ctx.call
-        if radius is None:
-            return d_out, None
-        # out = R * v / |v| with v = z + sigma * noise, so that d_z = R/|v| * (d - u (u.d)) with u = v/|v|,
-        # plus d_R z/|z| where R = |z| is kept.
-        (rows,) = ctx.saved_tensors
-        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        z, d = rows.to(wide), d_out.to(wide)
-        v = _Perturb.apply(z, (kernel, per_sample, per_coordinate, key, truncation, None))  # differentiable again
-        length = v.norm(dim=1, keepdim=True)
-        unit = v / length
-        kept = z.norm(dim=1, keepdim=True)
-        size = kept if radius == "keep" else torch.full_like(kept, radius)
-        along = (unit * d).sum(dim=1, keepdim=True)
-        grad = size / length * (d - unit * along)
-        if radius == "keep":
-            grad = grad + torch.where(kept > 0, along * z / kept, 0.0)
-        return torch.where(length > 0, grad, d).to(rows.dtype), None
 
 
 @torch.no_grad()
@@ -220,11 +182,15 @@ def ascend_latents(
     rows, slope = _rows(z), _rows(grad)
     centre = None if anchor is None else _rows(anchor)
     tensors = [t for t in (rows, slope, centre, steps, sigmas, radii, per_coordinate) if isinstance(t, Tensor)]
-    kernel: Any = reference_latent if select.choose("latent", backend, tensors) == "reference" else native_latent
-    out: Tensor = kernel.ascend(
-        rows, slope, step_size=_column(steps), scale=per_coordinate, anchor=centre, radius=_column(radii), norm=norm,
-        radius_norm=radius_norm, sigma=_column(sigmas), **key,
-    )  # fmt: skip
+    call: dict[str, Any] = {
+        "step_size": steps, "scale": per_coordinate, "anchor": centre, "radius": radii, "norm": norm,
+        "radius_norm": radius_norm, "sigma": sigmas, **key,
+    }  # fmt: skip
+    if backend != "reference" and seen_by_dispatcher(*tensors, key["sample_ids"]):
+        out = ascend_as_op(rows, slope, **call, backend=backend)
+    else:
+        kernel = select.kernel("latent", select.choose("latent", backend, tensors))
+        out = kernel.ascend(rows, slope, **call)
     return out.reshape(z.shape)
 
 
@@ -240,29 +206,35 @@ def _check_latents(name: str, z: Tensor) -> None:
 
 
 def _factors(name: str, what: str, value: float | Tensor, z: Tensor) -> tuple[float | Tensor, Tensor | None]:
-    """A factor as (number or [B], [D] or None): a sample's share and a coordinate's."""
+    """A factor as (number or [B, 1], [D] or None): a sample's share and a coordinate's."""
     if not isinstance(value, Tensor):
         return _checks.number(name, what, value, 0, _LARGE), None
     _checks.floating(name, what, value)
     _checks.same_device(name, what, value, "z", z)
     _checks.finite_from(name, what, _checks.real(name, what, value), 0)
-    shape, latent = tuple(value.shape), tuple(z.shape[1:])
     if value.dim() == 0:
-        return value.reshape(1).expand(z.shape[0]), None
-    a_sample = shape == (z.shape[0],) + (1,) * len(latent) and latent != ()
-    a_coordinate = shape in (latent, (1, *latent))
-    flat_sample = shape == (z.shape[0],) and not a_coordinate
-    if shape == (z.shape[0],) == latent:
-        count = z.shape[0]
+        return value.reshape(1, 1).expand(z.shape[0], 1), None
+    batch, latent = z.shape[:1], z.shape[1:]
+    a_coordinate = _same(value.shape, latent) or _same(value.shape, (1, *latent))
+    a_sample = len(latent) > 0 and _same(value.shape, (*batch, *(1 for _ in latent)))
+    flat_sample = _same(value.shape, batch)
+    if flat_sample and _same(value.shape, latent):
         raise ShapeError(
-            f"{name}: {what} of shape {shape} fits both the samples and the coordinates of z {tuple(z.shape)}; "
-            f"pass ({count}, 1) for one a sample or (1, {count}) for one a coordinate"
+            f"{name}: {what} of shape {tuple(value.shape)} fits both the samples and the coordinates of z "
+            f"{tuple(z.shape)}; pass ({batch[0]}, 1) for one a sample or (1, {batch[0]}) for one a coordinate"
         )
     if a_coordinate:
         return 1.0, value.reshape(-1)
     if a_sample or flat_sample:
-        return value.reshape(-1), None
-    raise ShapeError(f"{name}: {what} {shape} fits neither the samples nor the coordinates of z {tuple(z.shape)}")
+        return value.reshape(-1, 1), None
+    raise ShapeError(
+        f"{name}: {what} {tuple(value.shape)} fits neither the samples nor the coordinates of z {tuple(z.shape)}"
+    )
+
+
+def _same(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Size by size: sizes that a compiler knows by name alone are not found equal as parts of a tuple."""
+    return len(shape) == len(other) and all(a == b for a, b in zip(shape, other, strict=True))
 
 
 def _per_coordinate(name: str, what: str, value: float | Tensor, z: Tensor) -> Tensor:
@@ -273,10 +245,10 @@ def _per_coordinate(name: str, what: str, value: float | Tensor, z: Tensor) -> T
     _checks.floating(name, what, value)
     _checks.same_device(name, what, value, "z", z)
     _checks.finite_from(name, what, value, 0)
-    latent = tuple(z.shape[1:])
+    latent = z.shape[1:]
     if value.dim() == 0:
         return value.detach().expand(math.prod(latent))
-    if tuple(value.shape) not in (latent, (1, *latent)):
+    if not _same(value.shape, latent) and not _same(value.shape, (1, *latent)):
         raise ShapeError(
             f"{name}: {what} {tuple(value.shape)} must be a number or shaped like one latent of z {tuple(z.shape)}"
         )
@@ -284,27 +256,16 @@ def _per_coordinate(name: str, what: str, value: float | Tensor, z: Tensor) -> T
 
 
 def _per_sample(name: str, what: str, value: float | Tensor, z: Tensor, low: float = -_LARGE) -> float | Tensor:
-    """A number, or a [B] tensor."""
+    """A number, or a [B, 1] tensor."""
     if not isinstance(value, Tensor):
         return _checks.number(name, what, value, low, _LARGE)
     _checks.floating(name, what, value)
     _checks.same_device(name, what, value, "z", z)
-    if value.numel() not in (1, z.shape[0]) or value.dim() > z.dim() or any(n != 1 for n in value.shape[1:]):
+    count = value.numel()
+    if (count != 1 and count != z.shape[0]) or value.dim() > z.dim() or any(n != 1 for n in value.shape[1:]):
         raise ShapeError(f"{name}: {what} {tuple(value.shape)} must be a number or one a sample, ({z.shape[0]},)")
     _checks.finite_from(name, what, value.detach(), low)
-    return value.detach().reshape(-1).expand(z.shape[0])
-
-
-def _column(value: float | Tensor | None) -> float | Tensor | None:
-    return value.reshape(-1, 1) if isinstance(value, Tensor) else value
-
-
-def _product(per_sample: float | Tensor, per_coordinate: Tensor | None) -> float | Tensor:
-    """[B, 1] * [D], or a number."""
-    column = _column(per_sample)
-    if per_coordinate is None or column is None:
-        return 0.0 if column is None else column
-    return column * per_coordinate
+    return value.detach().reshape(-1, 1).expand(z.shape[0], 1)
 
 
 def _noise_key(
@@ -327,10 +288,7 @@ def _noise_key(
         raise ShapeError(f"{name}: sample_ids {tuple(sample_ids.shape)} must be one a sample of z {tuple(z.shape)}")
     _checks.same_device(name, "sample_ids", sample_ids, "z", z)
     sample_ids = sample_ids.to(torch.int64)
-    if _checks.on_plain_cpu(sample_ids) and sample_ids.numel():
-        low, high = (int(bound) for bound in sample_ids.aminmax())
-        if low < 0 or high >= MAX_SAMPLE_ID:
-            raise ArgumentError(f"{name}: sample_ids must be in [0, 2**48), got {low if low < 0 else high}")
+    check_ids(name, sample_ids)
     seed = _whole(name, "seed", seed, -(2**63), 2**64)
     step = _whole(name, "step", step, 0, MAX_STEP)
     replica = _checks.integer(name, "replica", replica, 0, MAX_REPLICA)
@@ -348,6 +306,6 @@ def _whole(name: str, what: str, value: int | Tensor, low: int, high: int) -> in
         found = f"{value.dtype} {tuple(value.shape)}"
         raise ArgumentError(f"{name}: {what} must be an integer or a 0-d int64 tensor, got {found}")
     value = value.to(torch.int64)
-    if _checks.on_plain_cpu(value):
-        _checks.integer(name, what, int(value), low, high)
+    if what == "step":
+        check_step(name, value)
     return value

@@ -50,11 +50,11 @@ def batch_size(tree: Any, what: str = "inputs") -> int:
             f"{what}: no tensor with a batch dimension in a {type(tree).__name__}; "
             "give a tensor, or a dict, list or tuple of tensors"
         )
-    sizes = {leaf.shape[0] for leaf in leaves}
-    if len(sizes) > 1:
+    size = leaves[0].shape[0]
+    if any(leaf.shape[0] != size for leaf in leaves):  # no set: hashing a size would fix it for a compiler
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
         raise ShapeError(f"{what}: the leading (batch) sizes differ within one batch: {shapes}")
-    return leaves[0].shape[0]
+    return size
 
 
 def first_device(tree: Any) -> torch.device:

@@ -7,14 +7,12 @@ from torch import Tensor
 
 from tgt_fast.kernels.native.cuda import Engine
 from tgt_fast.kernels.native.distill_calls import (
-    Forward,
     accumulate_dtype,
     core_options,
     matrix,
-    named_stats,
     pointer,
 )
-from tgt_fast.kernels.options import DistillOptions
+from tgt_fast.kernels.options import DistillOptions, Forward
 
 AUTO_PLAN = (0, 0, True)  # path, blocks a row, bulk copies: chosen by size (csrc/cuda/distill.h)
 
@@ -61,7 +59,7 @@ def forward(
             pointer(workspace), pointer(row_loss), pointer(loss), matrix(d_student), matrix(d_teacher), pointer(state),
             pointer(stats), plan, stream,
         )  # fmt: skip
-    return Forward(loss, d_student, d_teacher, state, None if stats is None else named_stats(stats))
+    return Forward(loss, d_student, d_teacher, state, stats)
 
 
 def backward(

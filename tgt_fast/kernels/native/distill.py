@@ -8,14 +8,12 @@ from torch import Tensor
 from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels.native import core, cuda, cuda_distill
 from tgt_fast.kernels.native.distill_calls import (
-    Forward,
     accumulate_dtype,
     core_options,
     matrix,
-    named_stats,
     pointer,
 )
-from tgt_fast.kernels.options import DistillOptions
+from tgt_fast.kernels.options import DistillOptions, Forward
 
 
 def bad_weight(row: int, value: float) -> str:
@@ -84,7 +82,7 @@ def forward(
         raise ArgumentError(bad_target(row, int(target[row]), classes, options))
     if status == compiled.BAD_WEIGHT and sample_weight is not None:
         raise ArgumentError(bad_weight(row, float(sample_weight[row])))
-    return Forward(loss, d_student, d_teacher, state, None if stats is None else named_stats(stats))
+    return Forward(loss, d_student, d_teacher, state, stats)
 
 
 def backward(

@@ -1,25 +1,15 @@
-"""What the CPU and the CUDA side of the soft-label loss share: results, and how arguments reach the core."""
+"""What the CPU and the CUDA side of the soft-label loss share: how arguments reach the core."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tgt_fast.kernels.native import DTYPES
-from tgt_fast.kernels.options import DIVERGENCES, REDUCTIONS, DistillOptions, DistillStats
-
-
-class Forward(NamedTuple):
-    """What one pass over the logits returns."""
-
-    loss: Tensor  # 0-d, or [N]
-    d_student: Tensor | None  # [N, C] like the student, for an upstream gradient of 1
-    d_teacher: Tensor | None  # [N, C] like the teacher
-    rows: Tensor | None  # [N, K] float64, a row's statistics: enough to make its gradients again
-    stats: DistillStats | None
+from tgt_fast.kernels.options import DIVERGENCES, REDUCTIONS, DistillOptions
 
 
 @functools.lru_cache(maxsize=256)
@@ -49,9 +39,3 @@ def pointer(tensor: Tensor | None) -> int:
 def matrix(tensor: Tensor | None) -> tuple[int, int, int]:
     """(pointer, row stride, dtype code) of a matrix with dense rows; zeros for none."""
     return (0, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0), DTYPES[tensor.dtype])
-
-
-def named_stats(stats: Tensor) -> DistillStats:
-    """The rows of ``[6, N]`` by their names."""
-    student_entropy, teacher_entropy, kl, agreement, student_lse, teacher_lse = stats.unbind(0)
-    return DistillStats(student_entropy, teacher_entropy, kl, agreement != 0, student_lse, teacher_lse)

@@ -13,15 +13,18 @@ where logits are -inf, +inf or NaN:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tgt_fast.kernels.options import DistillOptions, DistillStats
+from tgt_fast.kernels.options import ROW_COEFFICIENT, ROW_STATE, DistillOptions, DistillStats, Forward
 
-__all__ = ["distillation_loss"]
+__all__ = ["backward", "distillation_loss", "forward", "scale_"]
 
 # Lower is as good as this; it keeps 0 * log q finite when float64 logits span their whole range.
 _LOWEST_SHIFTED = -1e300
@@ -168,6 +171,31 @@ def _statistics(student: Tensor, teacher: Tensor, counted: Tensor, options: Dist
     )
 
 
+def _counts(
+    student: Tensor, target: Tensor | None, sample_weight: Tensor | None, normalizer: float | Tensor | None,
+    options: DistillOptions,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Which rows count and which of them have a label, [N] bool; their weights, [N]; the divisor of "mean", 0-d."""
+    rows, classes = student.shape
+    counted = torch.ones(rows, dtype=torch.bool, device=student.device)
+    labeled = torch.zeros_like(counted)
+    if target is not None:
+        names_a_class = (target >= 0) & (target < classes)
+        unlabeled = target == options.unlabeled_index
+        counted = (target != options.ignore_index) & (names_a_class | unlabeled)
+        labeled = counted & ~unlabeled
+    weight = torch.ones(rows, dtype=torch.float64, device=student.device)
+    if sample_weight is not None:
+        weight = sample_weight.detach().to(torch.float64)
+        counted = counted & (weight != 0)
+    if normalizer is not None:
+        divisor = torch.as_tensor(normalizer, dtype=torch.float64, device=student.device).detach()
+        counted = counted & (divisor != 0)
+    else:
+        divisor = torch.where(counted, weight, 0.0).sum()
+    return counted, labeled, weight, divisor
+
+
 def distillation_loss(
     student: Tensor,  # [N, C] fp64 | fp32 | bf16 | fp16
     teacher: Tensor,  # [N, C] fp64 | fp32 | bf16 | fp16
@@ -188,24 +216,7 @@ def distillation_loss(
     """
     result_dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     s, t = student.to(torch.float64), teacher.to(torch.float64)
-    rows, classes = s.shape
-
-    counted = torch.ones(rows, dtype=torch.bool, device=s.device)
-    labeled = torch.zeros_like(counted)
-    if target is not None:
-        names_a_class = (target >= 0) & (target < classes)
-        unlabeled = target == options.unlabeled_index
-        counted = (target != options.ignore_index) & (names_a_class | unlabeled)
-        labeled = counted & ~unlabeled
-    weight = torch.ones(rows, dtype=torch.float64, device=s.device)
-    if sample_weight is not None:
-        weight = sample_weight.detach().to(torch.float64)
-        counted = counted & (weight != 0)
-    if normalizer is not None:
-        divisor = torch.as_tensor(normalizer, dtype=torch.float64, device=s.device).detach()
-        counted = counted & (divisor != 0)
-    else:
-        divisor = torch.where(counted, weight, 0.0).sum()
+    counted, labeled, weight, divisor = _counts(s, target, sample_weight, normalizer, options)
 
     undefined = _is_undefined(s)
     if options.soft_weight != 0.0:
@@ -230,3 +241,83 @@ def distillation_loss(
             values = _statistics(s.detach(), t.detach(), counted, options)
         stats = DistillStats(*(v if v.dtype == torch.bool else v.to(result_dtype) for v in values))
     return loss.to(result_dtype), stats
+
+
+# The same in the form of the compiled kernels, for calls that arrive through the dispatcher
+
+
+def forward(
+    student: Tensor,  # [N, C]
+    teacher: Tensor,  # [N, C]
+    target: Tensor | None,  # [N] int64
+    sample_weight: Tensor | None,  # [N]
+    normalizer: float | Tensor | None,
+    options: DistillOptions,
+    *,
+    wanted: tuple[bool, bool] = (False, False),  # gradients to (student, teacher)
+    keep_rows: bool = False,
+    inplace: bool = False,
+    want_stats: bool = False,
+) -> Forward:
+    """Row losses, their reduction and the wanted gradients."""
+    with _recording():
+        s, t = (x.detach().requires_grad_(w) for x, w in zip((student, teacher), wanted, strict=True))
+        loss, stats = distillation_loss(s, t, target, sample_weight, normalizer, options, want_stats)
+        d_student, d_teacher = _gradients(loss, s, t, torch.ones_like(loss))
+    rows = None
+    if keep_rows:
+        counted, _, weight, divisor = _counts(student, target, sample_weight, normalizer, options)
+        divisor = divisor if options.reduction == "mean" else torch.ones_like(divisor)
+        rows = torch.zeros(student.shape[0], ROW_STATE, dtype=torch.float64, device=student.device)
+        rows[:, ROW_COEFFICIENT] = torch.where(counted, weight / divisor, 0.0)
+    stacked = None if stats is None else torch.stack([value.to(loss.dtype) for value in stats])
+    if inplace and d_student is not None:
+        d_student = student.detach().copy_(d_student)
+    return Forward(loss.detach(), d_student, d_teacher, rows, stacked)
+
+
+def backward(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    state: Tensor,  # [N, ROW_STATE] from forward
+    d_loss: Tensor,  # 0-d, or [N]
+    options: DistillOptions,
+    *,
+    wanted: tuple[bool, bool],
+    inplace: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients from logits and the rows' coefficients."""
+    with _recording():
+        s, t = (x.detach().requires_grad_(w) for x, w in zip((student, teacher), wanted, strict=True))
+        a_row = replace(options, reduction="none")
+        loss, _ = distillation_loss(s, t, target, state[:, ROW_COEFFICIENT], None, a_row)
+        d_student, d_teacher = _gradients(loss, s, t, d_loss.detach().to(loss.dtype).expand_as(loss))
+    if inplace and d_student is not None:
+        d_student = student.detach().copy_(d_student)
+    return d_student, d_teacher
+
+
+def scale_(grad: Tensor, d_loss: Tensor) -> None:
+    """grad *= d_loss, a factor for all rows or one a row."""
+    grad.mul_(d_loss.detach().reshape(-1, 1) if d_loss.dim() else d_loss.detach())
+
+
+def _gradients(loss: Tensor, student: Tensor, teacher: Tensor, d_loss: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients to those of the two that require one."""
+    wanted = [leaf for leaf in (student, teacher) if leaf.requires_grad]
+    made = iter(torch.autograd.grad(loss, wanted, d_loss, materialize_grads=True) if wanted else ())
+    return next(made) if student.requires_grad else None, next(made) if teacher.requires_grad else None
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd, also below the dispatcher's autograd keys, where a registered op runs."""
+    cpu, cuda = (torch._C.DispatchKeySet(key) for key in (_KEYS.AutogradCPU, _KEYS.AutogradCUDA))
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set() - (cpu | cuda)
+    with torch.inference_mode(False), torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
+
+
+_KEYS = torch._C.DispatchKey

@@ -109,6 +109,7 @@ def standard_normal(
 def perturb(
     z: Tensor,  # [B, D]
     sigma: Tensor | float,  # broadcastable to [B, D]
+    scale: Tensor | None = None,  # [D]
     *,
     seed: int | Tensor,
     sample_ids: Tensor,  # [B] int64
@@ -118,14 +119,14 @@ def perturb(
     sphere_radius: float | str | None,  # a radius, "keep" for ||z||, or None
     op: int = OP_PERTURB,
 ) -> Tensor:
-    """z + sigma * noise, then, if asked for, out * (R / ||out||) with R = ``sphere_radius`` or ||z||.
+    """z + sigma * scale * noise, then, if asked for, out * (R / ||out||) with R = ``sphere_radius`` or ||z||.
 
     Float64 inside, cast back to z's dtype; differentiable in z. A sample that lands on 0 has no direction and
     stays.
     """
     noise = standard_normal(seed, sample_ids, z.shape[1], step=step, replica=replica, op=op, truncation=truncation)
     origin = z.to(torch.float64)
-    out = origin + sigma * noise.to(torch.float64)
+    out = origin + sigma * (noise.to(torch.float64) if scale is None else scale * noise.to(torch.float64))
     if sphere_radius is not None:
         norm = torch.linalg.vector_norm(out, dim=-1, keepdim=True)
         if isinstance(sphere_radius, str):

@@ -1,0 +1,223 @@
+"""The soft-label loss in PyTorch's dispatcher: the op that users call, and the kernels that its autograd calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgt_fast.kernels import select
+from tgt_fast.kernels.options import ROW_STATE, DistillOptions, Forward
+from tgt_fast.ops import _checks, library
+from tgt_fast.ops._distill_arguments import check_values
+from tgt_fast.ops._distill_autograd import Call, Distill
+
+_OPTIONS = (
+    "str divergence, float beta, float temperature, float teacher_temperature, float soft_weight, float hard_weight, "
+    "float label_smoothing, int ignore_index, int unlabeled_index, str reduction"
+)
+_TENSORS = "Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight"
+_DIVISOR = "Tensor? normalizer, float? divisor"  # the same on the device or as a number
+_COUNT = 10  # of the options
+
+
+def dense_rows(logits: Tensor) -> Tensor:
+    """(..., C) as (N, C) with dense rows: a view where the strides allow, else one copy."""
+    rows = (logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])).resolve_neg()
+    return rows if rows.stride(1) == 1 or rows.numel() == 0 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def packed(options: DistillOptions) -> tuple[Any, ...]:
+    """The options in the order of the schemas, which is that of the fields."""
+    return (
+        options.divergence, options.beta, options.temperature, options.teacher_temperature, options.soft_weight,
+        options.hard_weight, options.label_smoothing, options.ignore_index, options.unlabeled_index, options.reduction,
+    )  # fmt: skip
+
+
+def _loss_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+
+
+def _kernel(backend: str, student: Tensor, teacher: Tensor) -> Any:
+    return select.kernel("distill", select.choose("distill", backend, (student, teacher)))
+
+
+def _or_nothing(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """An op returns tensors, all of them: one of no elements stands for none."""
+    return like.new_empty(0) if tensor is None else tensor
+
+
+# The kernels
+
+
+def _forward(
+    student: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None, normalizer: Tensor | None,
+    divisor: float | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    options, (want_stats, backend, d_student, d_teacher, keep_rows) = DistillOptions(*rest[:_COUNT]), rest[_COUNT:]
+    student, teacher = dense_rows(student), dense_rows(teacher)
+    kernel = _kernel(backend, student, teacher)
+    if _checks.on_plain_cpu(student) and kernel.__name__.endswith("reference.distill"):
+        check_values(student, target, sample_weight, options)
+    out = kernel.forward(
+        student, teacher, target, sample_weight, divisor if normalizer is None else normalizer, options,
+        wanted=(d_student, d_teacher), keep_rows=keep_rows, want_stats=want_stats,
+    )  # fmt: skip
+    return (
+        out.loss, _or_nothing(out.stats, out.loss), _or_nothing(out.d_student, student),
+        _or_nothing(out.d_teacher, teacher), _or_nothing(out.rows, out.loss),
+    )  # fmt: skip
+
+
+def _forward_fake(
+    student: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None, normalizer: Tensor | None,
+    divisor: float | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    reduction, (want_stats, _, d_student, d_teacher, keep_rows) = rest[_COUNT - 1], rest[_COUNT:]
+    rows, classes = student.shape
+    loss = student.new_empty(rows if reduction == "none" else (), dtype=_loss_dtype(student, teacher))
+    return (
+        loss,
+        loss.new_empty((6, rows) if want_stats else 0),
+        student.new_empty((rows, classes) if d_student else 0),
+        teacher.new_empty((rows, classes) if d_teacher else 0),
+        loss.new_empty(rows, ROW_STATE, dtype=torch.float64) if keep_rows else loss.new_empty(0),
+    )
+
+
+def _backward(
+    student: Tensor, teacher: Tensor, target: Tensor | None, rows: Tensor, d_loss: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    options, (backend, want_student, want_teacher) = DistillOptions(*rest[:_COUNT]), rest[_COUNT:]
+    student, teacher = dense_rows(student), dense_rows(teacher)
+    d_student, d_teacher = _kernel(backend, student, teacher).backward(
+        student, teacher, target, rows.contiguous(), d_loss, options, wanted=(want_student, want_teacher)
+    )
+    return _or_nothing(d_student, student), _or_nothing(d_teacher, teacher)
+
+
+def _backward_fake(
+    student: Tensor, teacher: Tensor, target: Tensor | None, rows: Tensor, d_loss: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    _, want_student, want_teacher = rest[_COUNT:]
+    return (
+        student.new_empty(student.shape if want_student else 0),
+        teacher.new_empty(teacher.shape if want_teacher else 0),
+    )
+
+
+def _scale_(grad: Tensor, factor: Tensor, backend: str) -> None:
+    rows = dense_rows(grad)
+    _kernel(backend, rows, rows).scale_(rows, factor)
+    if rows.data_ptr() != grad.data_ptr():
+        grad.copy_(rows)
+
+
+def _scale_fake(grad: Tensor, factor: Tensor, backend: str) -> None:
+    return None
+
+
+# The op
+
+
+def _loss(
+    student: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None, normalizer: Tensor | None,
+    divisor: float | None, *rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    loss, stats, *_ = _forward(
+        student, teacher, target, sample_weight, normalizer, divisor, *rest, False, False, False
+    )  # fmt: skip
+    return loss, stats
+
+
+def _loss_fake(
+    student: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None, normalizer: Tensor | None,
+    divisor: float | None, *rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    loss, stats, *_ = _forward_fake(
+        student, teacher, target, sample_weight, normalizer, divisor, *rest, False, False, False
+    )  # fmt: skip
+    return loss, stats
+
+
+def _loss_autograd(
+    student: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None, normalizer: Tensor | None,
+    divisor: float | None, *rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if not (torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)):
+        with torch._C._AutoDispatchBelowAutograd():
+            without_graph: tuple[Tensor, Tensor] = distillation_loss(
+                student, teacher, target, sample_weight, normalizer, divisor, *rest
+            )
+        return without_graph
+    want_stats, backend = rest[_COUNT:]
+    call = Call(DistillOptions(*rest[:_COUNT]), _Dispatched(backend), False, want_stats)
+    divide_by = divisor if normalizer is None else normalizer
+    loss, stats = Distill.apply(student, teacher, target, sample_weight, divide_by, call)
+    return loss, _or_nothing(stats, loss.detach())
+
+
+class _Dispatched:
+    """The kernels as autograd wants them, each call an op that a tracer can see."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None,
+        normalizer: float | Tensor | None, options: DistillOptions, *, wanted: tuple[bool, bool], keep_rows: bool,
+        inplace: bool, want_stats: bool,
+    ) -> Forward:  # fmt: skip
+        on_device = normalizer if isinstance(normalizer, Tensor) else None
+        divisor = None if on_device is not None else normalizer
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, stats, d_student, d_teacher, rows = _distill_forward(
+                student, teacher, target, sample_weight, on_device, divisor, *packed(options), want_stats,
+                self.backend, *wanted, keep_rows,
+            )  # fmt: skip
+        return Forward(
+            loss,
+            d_student if wanted[0] else None,
+            d_teacher if wanted[1] else None,
+            rows if keep_rows else None,
+            stats if want_stats else None,
+        )
+
+    def backward(
+        self, student: Tensor, teacher: Tensor, target: Tensor | None, state: Tensor, d_loss: Tensor,
+        options: DistillOptions, *, wanted: tuple[bool, bool], inplace: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        with torch._C._AutoDispatchBelowAutograd():
+            d_student, d_teacher = _distill_backward(
+                student, teacher, target, state, d_loss, *packed(options), self.backend, *wanted
+            )
+        return d_student if wanted[0] else None, d_teacher if wanted[1] else None
+
+    def scale_(self, grad: Tensor, d_loss: Tensor) -> None:
+        with torch._C._AutoDispatchBelowAutograd():
+            _distill_scale_(grad, d_loss, self.backend)
+
+
+distillation_loss = library.define(
+    f"distillation_loss({_TENSORS}, {_DIVISOR}, {_OPTIONS}, bool want_stats, str backend) -> (Tensor, Tensor)",
+    _loss,
+    _loss_fake,
+    _loss_autograd,
+)
+_distill_forward = library.define(
+    f"distill_forward({_TENSORS}, {_DIVISOR}, {_OPTIONS}, bool want_stats, str backend, bool want_d_student, "
+    "bool want_d_teacher, bool keep_rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_distill_backward = library.define(
+    f"distill_backward(Tensor student, Tensor teacher, Tensor? target, Tensor rows, Tensor d_loss, {_OPTIONS}, "
+    "str backend, bool want_d_student, bool want_d_teacher) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+_distill_scale_ = library.define(
+    "distill_scale_(Tensor(a!) grad, Tensor factor, str backend) -> ()", _scale_, _scale_fake
+)

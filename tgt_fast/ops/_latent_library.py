@@ -1,0 +1,233 @@
+"""Perturb and ascend in PyTorch's dispatcher, and the derivative of perturb."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgt_fast.errors import ArgumentError
+from tgt_fast.kernels import select
+from tgt_fast.kernels.options import MAX_SAMPLE_ID, MAX_STEP
+from tgt_fast.ops import _checks, library
+
+_KEY = "Tensor? device_seed, int seed, Tensor sample_ids, Tensor? device_step, int step, int replica"
+_KEEP = -1.0  # the sphere through z itself
+
+
+def check_ids(name: str, sample_ids: Tensor) -> None:
+    """On a CPU, where looking costs no synchronisation: ArgumentError unless 0 <= id < 2**48."""
+    if _checks.on_plain_cpu(sample_ids) and sample_ids.numel():
+        low, high = (int(bound) for bound in sample_ids.aminmax())
+        if low < 0 or high >= MAX_SAMPLE_ID:
+            raise ArgumentError(f"{name}: sample_ids must be in [0, 2**48), got {low if low < 0 else high}")
+
+
+def check_step(name: str, step: int | Tensor) -> None:
+    """The same for a step that a tensor holds."""
+    if isinstance(step, Tensor) and _checks.on_plain_cpu(step):
+        _checks.integer(name, "step", int(step), 0, MAX_STEP)
+
+
+def _split(value: float | Tensor | None, default: float = 0.0) -> tuple[Tensor | None, Any]:
+    """An argument that may be a tensor or a number, as the two of a schema."""
+    return (value, default) if isinstance(value, Tensor) else (None, value)
+
+
+def _signed(seed: int) -> int:
+    """The 64 bits of a seed as a schema's integer."""
+    return seed - (1 << 64) if seed >= 1 << 63 else seed
+
+
+def _kernel(backend: str, *tensors: Tensor | None) -> Any:
+    return select.kernel("latent", select.choose("latent", backend, [t for t in tensors if t is not None]))
+
+
+# Perturb
+
+
+def perturb(
+    kernel: Any,
+    rows: Tensor,  # [B, D]
+    per_sample: float | Tensor,  # number or [B, 1]
+    per_coordinate: Tensor | None,  # [D]
+    key: dict[str, Any],
+    truncation: float | None,
+    sphere_radius: float | str | None,
+) -> Tensor:
+    """z + per_sample * per_coordinate * noise; differentiable in z."""
+    call = (kernel, per_sample, per_coordinate, key, truncation, sphere_radius)
+    if torch.is_grad_enabled() and rows.requires_grad:
+        moved: Tensor = Perturb.apply(rows, call)
+        return moved
+    return _run(rows, call)
+
+
+def _run(rows: Tensor, call: tuple[Any, ...]) -> Tensor:
+    kernel, per_sample, per_coordinate, key, truncation, sphere_radius = call
+    result: Tensor = kernel.perturb(
+        rows, per_sample, per_coordinate, **key, truncation=truncation, sphere_radius=sphere_radius
+    )
+    return result
+
+
+class Perturb(torch.autograd.Function):
+    """Noise is a constant, so the gradient passes through; a sphere adds the derivative of its rescaling."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, call: tuple[Any, ...]) -> Tensor:
+        ctx.call = call
+        out = _run(rows, call)
+        if call[-1] is not None:
+            ctx.save_for_backward(rows)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> Any:  # type: ignore[override]
+        kernel, per_sample, per_coordinate, key, truncation, radius = ctx.call
+        if radius is None:
+            return d_out, None
+        # out = R * v / |v| with v = z + sigma * noise, so that d_z = R/|v| * (d - u (u.d)) with u = v/|v|,
+        # plus d_R z/|z| where R = |z| is kept.
+        (rows,) = ctx.saved_tensors
+        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        z, d = rows.to(wide), d_out.to(wide)
+        v = perturb(kernel, z, per_sample, per_coordinate, key, truncation, None)  # differentiable again
+        length = v.norm(dim=1, keepdim=True)
+        unit = v / length
+        kept = z.norm(dim=1, keepdim=True)
+        size = kept if radius == "keep" else torch.full_like(kept, radius)
+        along = (unit * d).sum(dim=1, keepdim=True)
+        grad = size / length * (d - unit * along)
+        if radius == "keep":
+            grad = grad + torch.where(kept > 0, along * z / kept, 0.0)
+        return torch.where(length > 0, grad, d).to(rows.dtype), None
+
+
+def perturb_as_op(
+    rows: Tensor, per_sample: float | Tensor, per_coordinate: Tensor | None, key: dict[str, Any],
+    truncation: float | None, sphere_radius: float | str | None, backend: str,
+) -> Tensor:  # fmt: skip
+    """The same as one call of the registered op."""
+    sigmas, sigma = _split(per_sample)
+    op, rest = key["op"], {name: value for name, value in key.items() if name != "op"}
+    out: Tensor = perturb_latents(
+        rows, sigmas, sigma, per_coordinate, *_packed(**rest), op, truncation,
+        _KEEP if sphere_radius == "keep" else sphere_radius, backend,
+    )  # fmt: skip
+    return out
+
+
+class _Dispatched:
+    """The kernel as autograd wants it, each call an op that a tracer can see."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def perturb(
+        self, rows: Tensor, per_sample: float | Tensor, per_coordinate: Tensor | None, *, truncation: float | None,
+        sphere_radius: float | str | None, **key: Any,
+    ) -> Tensor:  # fmt: skip
+        with torch._C._AutoDispatchBelowAutograd():
+            return perturb_as_op(rows, per_sample, per_coordinate, key, truncation, sphere_radius, self.backend)
+
+
+def _packed(seed: int | Tensor, sample_ids: Tensor, step: int | Tensor, replica: int) -> tuple[Any, ...]:
+    device_seed, seed_number = _split(seed, 0)
+    device_step, step_number = _split(step, 0)
+    return device_seed, _signed(seed_number), sample_ids, device_step, step_number, replica
+
+
+def _unpacked(
+    device_seed: Tensor | None, seed: int, sample_ids: Tensor, device_step: Tensor | None, step: int, replica: int
+) -> dict[str, Any]:
+    return {
+        "seed": seed if device_seed is None else device_seed,
+        "sample_ids": sample_ids,
+        "step": step if device_step is None else device_step,
+        "replica": replica,
+    }
+
+
+def _perturb_call(arguments: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...], str]:
+    z, sigmas, sigma, per_coordinate, *rest = arguments
+    key, (op, truncation, radius, backend) = _unpacked(*rest[:6]), rest[6:]
+    per_sample = sigma if sigmas is None else sigmas
+    return (
+        z,
+        (per_sample, per_coordinate, {**key, "op": op}, truncation, "keep" if radius == _KEEP else radius),
+        backend,
+    )
+
+
+def _perturb_kernel(*arguments: Any) -> Tensor:
+    z, call, backend = _perturb_call(arguments)
+    check_ids("perturb_latents", call[2]["sample_ids"])
+    check_step("perturb_latents", call[2]["step"])
+    out = _run(z, (_kernel(backend, z, arguments[1], arguments[3]), *call))
+    return out if out.is_contiguous() else out.contiguous()
+
+
+def _perturb_fake(*arguments: Any) -> Tensor:
+    return torch.empty_like(arguments[0], memory_format=torch.contiguous_format)
+
+
+def _perturb_autograd(*arguments: Any) -> Tensor:
+    z, call, backend = _perturb_call(arguments)
+    return perturb(_Dispatched(backend), z, *call)
+
+
+perturb_latents = library.define(
+    f"perturb_latents(Tensor z, Tensor? sigmas, float sigma, Tensor? per_coordinate, {_KEY}, int op, "
+    "float? truncation, float? sphere_radius, str backend) -> Tensor",
+    _perturb_kernel,
+    _perturb_fake,
+    _perturb_autograd,
+)
+
+
+# Ascend
+
+
+def ascend_as_op(
+    z: Tensor, grad: Tensor, *, step_size: float | Tensor, scale: Tensor | None, anchor: Tensor | None,
+    radius: float | Tensor | None, norm: str, radius_norm: str, sigma: float | Tensor, seed: int | Tensor,
+    sample_ids: Tensor, step: int | Tensor, replica: int, backend: str,
+) -> Tensor:  # fmt: skip
+    """The step as one call of the registered op."""
+    out: Tensor = ascend_latents(
+        z, grad, *_split(step_size), scale, anchor, *_split(radius), norm, radius_norm, *_split(sigma),
+        *_packed(seed, sample_ids, step, replica), backend,
+    )  # fmt: skip
+    return out
+
+
+def _ascend_kernel(
+    z: Tensor, grad: Tensor, steps: Tensor | None, step_size: float, scale: Tensor | None, anchor: Tensor | None,
+    radii: Tensor | None, radius: float | None, norm: str, radius_norm: str, sigmas: Tensor | None, sigma: float,
+    *rest: Any,
+) -> Tensor:  # fmt: skip
+    key, backend = _unpacked(*rest[:6]), rest[6]
+    check_ids("ascend_latents", key["sample_ids"])
+    check_step("ascend_latents", key["step"])
+    kernel = _kernel(backend, z, grad, anchor, steps, sigmas, radii, scale)
+    out: Tensor = kernel.ascend(
+        z, grad, step_size=step_size if steps is None else steps, scale=scale, anchor=anchor,
+        radius=radius if radii is None else radii, norm=norm, radius_norm=radius_norm,
+        sigma=sigma if sigmas is None else sigmas, **key,
+    )  # fmt: skip
+    return out if out.is_contiguous() else out.contiguous()
+
+
+def _ascend_fake(z: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(z, memory_format=torch.contiguous_format)
+
+
+ascend_latents = library.define(
+    "ascend_latents(Tensor z, Tensor grad, Tensor? steps, float step_size, Tensor? scale, Tensor? anchor, "
+    "Tensor? radii, float? radius, str norm, str radius_norm, Tensor? sigmas, float sigma, "
+    f"{_KEY}, str backend) -> Tensor",
+    _ascend_kernel,
+    _ascend_fake,
+)

@@ -1,0 +1,78 @@
+"""The ops as PyTorch's dispatcher knows them, in the namespace ``torch.ops.tgt_fast``.
+
+A public function has two doors to the same kernels. The direct one calls them from Python, which costs the least. The
+dispatcher's serves whoever must see an op in order to work: ``torch.compile``, ``torch.export``, fake tensors, dispatch
+and function modes. Both doors give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+LIBRARY: Final = torch.library.Library("tgt_fast", "DEF")
+NAMES: Final[list[str]] = []  # of the registered ops, in the order of their definition
+
+_PLAIN: Final = (Tensor, torch.nn.Parameter)
+_TRACED: Final = (FakeTensor, FunctionalTensor)
+_AUTOCAST: Final = DispatchKeySet(DispatchKey.AutocastCPU) | DispatchKeySet(DispatchKey.AutocastCUDA)
+
+
+def seen_by_dispatcher(*tensors: Any) -> bool:
+    """Whether a call must go through the dispatcher: it is traced, fake, or watched by a mode.
+
+    Arguments that are no tensors do not count. Other subclasses of Tensor go to the reference, which is made of
+    PyTorch's own ops: what those do with them is right.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._are_functorch_transforms_active():
+        return False  # no compiled kernel serves them: the reference does, in plain PyTorch
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return all(type(t) in _PLAIN or isinstance(t, _TRACED) for t in tensors if isinstance(t, Tensor))
+    return any(isinstance(t, _TRACED) for t in tensors)
+
+
+def define(
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    autograd: Callable[..., Any] | None = None,
+) -> Any:
+    """Registers an op and returns it.
+
+    Args:
+        schema: ``name(arguments) -> results``; see ``torch.library``.
+        kernel: what it does to tensors with data, on a CPU or a CUDA device.
+        fake: empty results with the kernel's shapes, strides, dtypes and devices.
+        autograd: what it does to tensors that may ask for gradients; without it the results ask for none.
+
+    Autocast rule: arguments are taken in the precision they come in, for every kernel computes in float32 or wider, and
+    autocast is off inside, also for what the kernel asks of PyTorch.
+    """
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, kernel, "CPU")
+    LIBRARY.impl(name, kernel, "CUDA")
+    torch.library.register_fake(f"tgt_fast::{name}", fake, lib=LIBRARY)
+    op = getattr(torch.ops.tgt_fast, name).default
+
+    def without_graph(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    def without_autocast(*arguments: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return op(*arguments)
+
+    LIBRARY.impl(name, autograd or without_graph, "Autograd")
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        LIBRARY.impl(name, without_autocast, key)
+    NAMES.append(name)
+    return op
