@@ -40,7 +40,7 @@ def checked_student(teacher: Teacher, student: Student | None) -> Student:
             "LatentSampler: the student is the teacher's labeler, so their disagreement is identically 0; "
             "pass the model that is being trained"
         )
-    if torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         raise ArgumentError("LatentSampler: gradient mode needs gradients, which torch.inference_mode() forbids")
     return student
 
@@ -77,6 +77,8 @@ def climb(
 
 def _slope(teacher: Teacher, student: Student, latents: Latents, options: SamplerOptions) -> tuple[Tensor, Tensor]:
     """The disagreement of each sample, [B], and its gradient in z."""
+    if torch.compiler.is_compiling():
+        return _slope_traced(teacher, student, latents, options)
     with torch.enable_grad():
         z = latents.z.detach().requires_grad_()
         value = _disagreement(teacher, student, latents.at_real(z), options)
@@ -89,6 +91,20 @@ def _slope(teacher: Teacher, student: Student, latents: Latents, options: Sample
             "LatentSampler: no gradient reaches the latents: the decoder, or both student and labeler, cut the graph"
         )
     return value.detach(), slope
+
+
+def _slope_traced(
+    teacher: Teacher, student: Student, latents: Latents, options: SamplerOptions
+) -> tuple[Tensor, Tensor]:
+    """The same for a compiler, which does not look into ``torch.autograd.grad``."""
+
+    def total(z: Tensor) -> tuple[Tensor, Tensor]:
+        value = _disagreement(teacher, student, latents.at_real(z), options)
+        return value.sum(), value
+
+    with torch.no_grad():  # outside of the gradient in z: the parameters are constants
+        slope, (_, value) = torch.func.grad_and_value(total, has_aux=True)(latents.z.detach())
+    return value, slope
 
 
 def _disagreement(teacher: Teacher, student: Student, latents: Latents, options: SamplerOptions) -> Tensor:

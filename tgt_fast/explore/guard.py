@@ -43,10 +43,16 @@ def left_as_found(student: Callable[..., Any]) -> Iterator[None]:
     """Inside, the student is in eval mode; after, its flags, buffers and the global generators (torch, numpy,
     Python) are as before.
 
-    Parameters and their ``.grad`` are the caller's part: differentiate with ``torch.autograd.grad`` alone.
+    Parameters and their ``.grad`` are the caller's part: differentiate with ``torch.autograd.grad`` alone. Under
+    ``torch.compile`` only the flags are looked after: a student that draws random numbers or writes to its buffers in
+    eval mode is then not undone.
     """
     root = module_behind(student)
     root = nn.Module() if root is None else root  # of a plain function there is nothing to see
+    if torch.compiler.is_compiling():  # which sees neither versions of buffers nor the generators
+        with eval_mode(root):
+            yield
+        return
     buffers = [
         (m, name, buffer, None if buffer is None else (buffer._version, buffer.detach().clone()))
         for m in root.modules()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tgt_fast.kernels.options import DistillOptions
+from tgt_fast.ops import library
 from tgt_fast.ops._distill_arguments import OP
 
 
@@ -85,7 +86,7 @@ class Distill(torch.autograd.Function):
             if call.inplace:
                 torch.autograd.graph.increment_version(student)
         if torch.is_grad_enabled():
-            grads = tuple(None if grad is None else _Once.apply(grad, *_saved(ctx)[:2]) for grad in grads)
+            grads = tuple(None if grad is None else library.apply(_Once, grad, *_saved(ctx)[:2]) for grad in grads)
         return (*grads, None, None, None, None)
 
 

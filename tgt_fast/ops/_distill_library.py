@@ -155,7 +155,7 @@ def _loss_autograd(
     want_stats, backend = rest[_COUNT:]
     call = Call(DistillOptions(*rest[:_COUNT]), _Dispatched(backend), False, want_stats)
     divide_by = divisor if normalizer is None else normalizer
-    loss, stats = Distill.apply(student, teacher, target, sample_weight, divide_by, call)
+    loss, stats = library.apply(Distill, student, teacher, target, sample_weight, divide_by, call)
     return loss, _or_nothing(stats, loss.detach())
 
 

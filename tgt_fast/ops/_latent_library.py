@@ -59,7 +59,7 @@ def perturb(
     """z + per_sample * per_coordinate * noise; differentiable in z."""
     call = (kernel, per_sample, per_coordinate, key, truncation, sphere_radius)
     if torch.is_grad_enabled() and rows.requires_grad:
-        moved: Tensor = Perturb.apply(rows, call)
+        moved: Tensor = library.apply(Perturb, rows, call)
         return moved
     return _run(rows, call)
 

@@ -99,7 +99,7 @@ def perturb_latents(
             )
         else:
             out = perturb(kernel, *rest)
-    return out.reshape(z.shape)
+    return out if z.dim() == 2 else out.reshape(z.shape)
 
 
 @torch.no_grad()
@@ -191,11 +191,13 @@ def ascend_latents(
     else:
         kernel = select.kernel("latent", select.choose("latent", backend, tensors))
         out = kernel.ascend(rows, slope, **call)
-    return out.reshape(z.shape)
+    return out if z.dim() == 2 else out.reshape(z.shape)
 
 
 def _rows(latents: Tensor) -> Tensor:
     """(B, ...) as (B, D), also where B is 0."""
+    if latents.dim() == 2 and not latents.is_neg():
+        return latents
     return latents.resolve_neg().reshape(latents.shape[0], math.prod(latents.shape[1:]))
 
 
@@ -278,24 +280,28 @@ def _noise_key(
     op: int | None,
 ) -> dict[str, Any]:
     """The checked key of the noise. Integers that live in a tensor stay there."""
-    if sample_ids is None:
-        sample_ids = torch.arange(z.shape[0], device=z.device)
-    elif not isinstance(sample_ids, Tensor):
+    ids = torch.arange(z.shape[0], device=z.device) if sample_ids is None else _checked_ids(name, sample_ids, z)
+    seed = _whole(name, "seed", seed, -(2**63), 2**64)
+    step = _whole(name, "step", step, 0, MAX_STEP)
+    replica = _checks.integer(name, "replica", replica, 0, MAX_REPLICA)
+    key: dict[str, Any] = {"seed": seed, "sample_ids": ids, "step": step, "replica": replica}
+    if op is not None:
+        key["op"] = op
+    return key
+
+
+def _checked_ids(name: str, sample_ids: Tensor, z: Tensor) -> Tensor:
+    if not isinstance(sample_ids, Tensor):
         raise DTypeError(f"{name}: sample_ids must be an integer tensor, got {type(sample_ids).__name__}")
     if sample_ids.is_floating_point() or sample_ids.dtype == torch.bool or sample_ids.is_complex():
         raise DTypeError(f"{name}: sample_ids must hold integers, got {sample_ids.dtype}")
     if sample_ids.shape != (z.shape[0],):
         raise ShapeError(f"{name}: sample_ids {tuple(sample_ids.shape)} must be one a sample of z {tuple(z.shape)}")
     _checks.same_device(name, "sample_ids", sample_ids, "z", z)
-    sample_ids = sample_ids.to(torch.int64)
+    if sample_ids.dtype != torch.int64:
+        sample_ids = sample_ids.to(torch.int64)
     check_ids(name, sample_ids)
-    seed = _whole(name, "seed", seed, -(2**63), 2**64)
-    step = _whole(name, "step", step, 0, MAX_STEP)
-    replica = _checks.integer(name, "replica", replica, 0, MAX_REPLICA)
-    key: dict[str, Any] = {"seed": seed, "sample_ids": sample_ids, "step": step, "replica": replica}
-    if op is not None:
-        key["op"] = op
-    return key
+    return sample_ids
 
 
 def _whole(name: str, what: str, value: int | Tensor, low: int, high: int) -> int | Tensor:

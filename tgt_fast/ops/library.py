@@ -13,8 +13,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+
+from tgt_fast.errors import BackendError
 
 LIBRARY: Final = torch.library.Library("tgt_fast", "DEF")
 NAMES: Final[list[str]] = []  # of the registered ops, in the order of their definition
@@ -36,7 +39,18 @@ def seen_by_dispatcher(*tensors: Any) -> bool:
         return False  # no compiled kernel serves them: the reference does, in plain PyTorch
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return all(type(t) in _PLAIN or isinstance(t, _TRACED) for t in tensors if isinstance(t, Tensor))
-    return any(isinstance(t, _TRACED) for t in tensors)
+    for tensor in tensors:  # noqa: SIM110, a loop costs a third of any(), and this runs at every call
+        if isinstance(tensor, _TRACED):
+            return True
+    return False
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply``, also for an op inside ``torch.func.grad``: as one level of it, like PyTorch's own ops."""
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def define(
@@ -71,7 +85,11 @@ def define(
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
             return op(*arguments)
 
+    def under_vmap(*_: Any) -> Any:
+        raise BackendError(f"{name}: no compiled kernel runs under vmap; backend='reference' does")
+
     LIBRARY.impl(name, autograd or without_graph, "Autograd")
+    torch.library.register_vmap(f"tgt_fast::{name}", under_vmap, lib=LIBRARY)
     for key in ("AutocastCPU", "AutocastCUDA"):
         LIBRARY.impl(name, without_autocast, key)
     NAMES.append(name)

@@ -1,0 +1,164 @@
+"""For those who test: a call of every registered op, in every form that has gone wrong somewhere."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgt_fast.kernels.options import DIVERGENCES, OP_PERTURB, ROW_STATE, DistillOptions
+from tgt_fast.ops import _distill_library as distill
+from tgt_fast.ops import _latent_library as latent
+
+__all__ = ["op_samples"]
+
+Sample = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def op_samples(device: torch.device | str = "cpu", *, backend: str = "auto") -> Iterator[Sample]:
+    """Yields legal calls ``(op, args, kwargs)`` of every op in ``torch.ops.tgt_fast``, for ``op(*args, **kwargs)``.
+
+    They cover no rows at all, odd strides, every subset of inputs that ask for gradients, mixed dtypes and every option
+    that changes the shape of a result. Use them with ``torch.library.opcheck``, or to try a backend of your own.
+
+    Args:
+        device: where the tensors lie.
+        backend: which backend the calls ask for.
+
+    The numbers are the same at every call; no global random state is used.
+
+    >>> import torch, tgt_fast.testing
+    >>> sorted({op.name() for op, _, _ in tgt_fast.testing.op_samples()})[:2]
+    ['tgt_fast::ascend_latents', 'tgt_fast::distill_backward']
+    """
+    make = _Maker(torch.device(device))
+    yield from _distill(make, backend)
+    yield from _perturb(make, backend)
+    yield from _ascend(make, backend)
+
+
+class _Maker:
+    """Tensors of fixed random numbers."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        self._device = device
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32, layout: str = "dense") -> Tensor:
+        """Layouts: dense; sliced (a row stride larger than the row); transposed; every other class."""
+        *batch, last = shape
+        wide = {"sliced": last + 3, "every-other": 2 * last}.get(layout, last)
+        if layout == "transposed":
+            return self._draw(last, *batch).to(self._device, dtype).movedim(0, -1)
+        drawn = self._draw(*batch, wide).to(self._device, dtype)
+        return drawn[..., ::2] if layout == "every-other" else drawn[..., :last]
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self._generator).to(self._device)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=self._generator).to(self._device)
+
+    def _draw(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator)
+
+
+def _distill(make: _Maker, backend: str) -> Iterator[Sample]:
+    classes = 13
+
+    def rows(
+        count: int, options: DistillOptions, *, grads: tuple[bool, ...] = (True, False), layout: str = "dense",
+        dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32), weighted: bool = False,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        student, teacher = (make.normal(count, classes, dtype=dtype, layout=layout) for dtype in dtypes)
+        target = make.integers(classes, count) if options.hard_weight > 0 else None
+        weight = make.uniform(count) if weighted else None
+        return (*(x.requires_grad_(g) for x, g in zip((student, teacher), grads, strict=True)), target, weight)
+
+    plain, both = DistillOptions(), DistillOptions(hard_weight=0.5, label_smoothing=0.1)
+    for count, grads, options in itertools.product(
+        (0, 5), itertools.product((False, True), repeat=2), (both, DistillOptions(reduction="none"))
+    ):
+        args = (*rows(count, options, grads=grads), None, None, *distill.packed(options))
+        yield distill.distillation_loss, (*args, True, backend), {}
+    for layout in ("sliced", "transposed", "every-other"):
+        args = (*rows(5, both, grads=(True, True), layout=layout), None, None, *distill.packed(both))
+        yield distill.distillation_loss, (*args, False, backend), {}
+    for divergence in DIVERGENCES:
+        options = DistillOptions(divergence=divergence, temperature=2.0, teacher_temperature=3.0, reduction="sum")
+        args = (*rows(5, options, grads=(True, True), weighted=True), None, None, *distill.packed(options))
+        yield distill.distillation_loss, (*args, True, backend), {}
+    halves = (torch.float16, torch.float16)
+    for dtypes in (halves, (torch.bfloat16, torch.float32), (torch.float64, torch.bfloat16)):
+        args = (*rows(5, both, grads=(True, True), dtypes=dtypes), None, None, *distill.packed(both))
+        yield distill.distillation_loss, (*args, False, backend), {}
+    for divide_by in ((make.uniform(1).reshape(()), None), (None, 7.0)):
+        args = (*rows(5, plain), *divide_by, *distill.packed(plain), False, backend)
+        yield distill.distillation_loss, args, {}
+    for wanted in itertools.product((False, True), repeat=2):
+        args = (*rows(5, both, grads=(False, False)), None, None, *distill.packed(both), False, backend, *wanted, True)
+        yield distill._distill_forward, args, {}
+        student, teacher, target, _ = rows(5, both, grads=(False, False))
+        state = _distill_state(student, teacher, target, both, backend)
+        args = (student, teacher, target, state, make.uniform(5), *distill.packed(both), backend, *wanted)
+        yield distill._distill_backward, args, {}
+    for factor in (make.uniform(5), make.uniform(1).reshape(())):
+        yield distill._distill_scale_, (make.normal(5, classes), factor, backend), {}
+
+
+def _distill_state(student: Tensor, teacher: Tensor, target: Tensor, options: DistillOptions, backend: str) -> Tensor:
+    made = distill._distill_forward(
+        student, teacher, target, None, None, None, *distill.packed(options), False, backend, False, False, True
+    )
+    state: Tensor = made[-1]
+    assert state.shape[1] == ROW_STATE
+    return state
+
+
+def _perturb(make: _Maker, backend: str) -> Iterator[Sample]:
+    def call(
+        z: Tensor, *, sigmas: Tensor | None = None, units: Tensor | None = None, truncation: float | None = None,
+        radius: float | None = None, on_device: bool = False,
+    ) -> Sample:  # fmt: skip
+        ids = make.integers(1 << 40, z.shape[0])
+        seed, step = (make.integers(99, 1).reshape(()) if on_device else None for _ in range(2))
+        args = (z, sigmas, 0.5, units, seed, -3, ids, step, 2, 1, OP_PERTURB, truncation, radius, backend)
+        return latent.perturb_latents, args, {}
+
+    for count, grad in itertools.product((0, 4), (False, True)):
+        yield call(make.normal(count, 9).requires_grad_(grad))
+    for layout in ("sliced", "transposed", "every-other"):
+        yield call(make.normal(4, 9, layout=layout).requires_grad_(), truncation=1.5)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        yield call(make.normal(4, 9, dtype=dtype).requires_grad_(), on_device=True)
+    for radius in (-1.0, 2.0):
+        yield call(make.normal(4, 9).requires_grad_(), radius=radius)
+    yield call(make.normal(4, 9), sigmas=make.uniform(4, 1), units=make.uniform(9))
+
+
+def _ascend(make: _Maker, backend: str) -> Iterator[Sample]:
+    def call(
+        count: int, *, layout: str = "dense", dtype: torch.dtype = torch.float32, norm: str = "l2", ball: bool = False,
+        sigma: float = 0.0, columns: bool = False, grads: tuple[bool, ...] = (False, False),
+    ) -> Sample:  # fmt: skip
+        z, grad = (make.normal(count, 9, dtype=dtype, layout=layout).requires_grad_(g) for g in grads)
+        anchor = make.normal(count, 9, dtype=dtype) if ball else None
+        steps, radii, sigmas = (make.uniform(count, 1) if columns else None for _ in range(3))
+        radius = 0.5 if ball and not columns else None
+        ids = make.integers(1 << 40, count)
+        args = (
+            z, grad, steps, 0.5, make.uniform(9) if columns else None, anchor, radii if ball else None, radius, norm,
+            "l2" if norm == "l2" else "linf", sigmas, sigma, None, 3, ids, None, 2, 1, backend,
+        )  # fmt: skip
+        return latent.ascend_latents, args, {}
+
+    for count, grads in itertools.product((0, 4), itertools.product((False, True), repeat=2)):
+        yield call(count, grads=grads, ball=True)
+    for layout in ("sliced", "transposed", "every-other"):
+        yield call(4, layout=layout, sigma=0.1)
+    for dtype, norm in zip((torch.float64, torch.bfloat16, torch.float16), ("l2", "linf", "raw"), strict=True):
+        yield call(4, dtype=dtype, norm=norm, ball=True)
+    yield call(4, columns=True, ball=True, sigma=0.1)
