@@ -59,20 +59,35 @@ def climb(
     Returns the latents reached and, where ``record_disagreement`` asks for it, the mean disagreement before
     each step and at the end (steps + 1 numbers; one more pass of decoder, labeler and student).
     """
-    latents = start
-    history: list[float] = []
+    values: list[Tensor] = []
     with left_as_found(student):
-        for number in range(options.steps):
-            parts = [_slope(teacher, student, piece, options) for piece in tree.chunks(latents, teacher.max_batch)]
-            value, slope = (torch.cat(column) for column in zip(*parts, strict=True))
-            if options.record_disagreement:
-                history.append(value.mean().item())
-            latents = step_up(latents, slope, anchors, scale, key, options, number=number)
-        if options.record_disagreement:
-            with torch.no_grad():
-                last = [_disagreement(teacher, student, p, options) for p in tree.chunks(latents, teacher.max_batch)]
-            history.append(torch.cat(last).mean().item())
-    return latents, history
+        latents = ways_up(teacher, student, start, anchors, scale, key, options, values)
+        if not options.record_disagreement:
+            return latents, []
+        with torch.no_grad():
+            last = [_disagreement(teacher, student, p, options) for p in tree.chunks(latents, teacher.max_batch)]
+    return latents, [value.mean().item() for value in (*values, torch.cat(last))]
+
+
+def ways_up(
+    teacher: Teacher,
+    student: Student,
+    start: Latents,
+    anchors: Latents,
+    scale: Tensor | None,
+    key: Key,
+    options: SamplerOptions,
+    values: list[Tensor] | None = None,
+) -> Latents:
+    """The steps of :func:`climb`, for a student in eval mode; appends the disagreement before each to ``values``."""
+    latents = start
+    for number in range(options.steps):
+        parts = [_slope(teacher, student, piece, options) for piece in tree.chunks(latents, teacher.max_batch)]
+        value, slope = (torch.cat(column) for column in zip(*parts, strict=True))
+        if values is not None:
+            values.append(value)
+        latents = step_up(latents, slope, anchors, scale, key, options, number=number)
+    return latents
 
 
 def _slope(teacher: Teacher, student: Student, latents: Latents, options: SamplerOptions) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.explore.anchors import AnchorPool, PoolBuilder
 from tgt_fast.explore.bank import LatentBank
 from tgt_fast.explore.calibration import StreamingStd, labels_of
+from tgt_fast.explore.compiled import CompiledClimb
 from tgt_fast.explore.counters import Counters
 from tgt_fast.explore.draws import Key, with_noise
 from tgt_fast.explore.gradient import checked_student, climb
@@ -84,6 +85,10 @@ class LatentSampler:
         backend: of the ops, see :func:`tgt_fast.explain`.
         record_disagreement: keep, of each call, ``last_disagreement`` (gradient mode; costs one more
             evaluation and a synchronisation).
+        compile: run decoder, student, labeler, divergence and step as one ``torch.compile``d graph (gradient mode),
+            replayed as a CUDA graph on a CUDA device. The first call, and the first of another batch size, takes
+            seconds. Where the parts cannot be compiled they run as they are; the reason is logged. A student that
+            draws random numbers or writes to its buffers in eval mode is left as it was found here, too.
 
     Attributes:
         scale: None until known, then [latent shape] float32 (size 1 along masked positions, over which it is
@@ -139,6 +144,7 @@ class LatentSampler:
         world_size: int | None = None,
         backend: str = "auto",
         record_disagreement: bool = False,
+        compile: bool = False,
     ) -> None:
         if not isinstance(teacher, Teacher):
             raise ArgumentError(f"LatentSampler: teacher must be a tgt_fast.Teacher, got {type(teacher).__name__}")
@@ -153,6 +159,9 @@ class LatentSampler:
         self.teacher = teacher
         self.scale: Tensor | None = None
         self.last_disagreement: list[float] = []
+        if compile and mode != "gradient":
+            raise ArgumentError(f'LatentSampler: compile=True serves mode="gradient", not {mode!r}')
+        self._climb = CompiledClimb() if compile else climb
         self._counters = Counters(seed, rank, world_size)
         self._bank = LatentBank(self.options.bank_size)
         self._pool: AnchorPool | None = None
@@ -289,7 +298,7 @@ class LatentSampler:
         if self.mode == "random" or student is None:
             return found
         climbed = [
-            climb(self.teacher, student, z, anchors, scale, k, options) for z, k in zip(found, keys, strict=True)
+            self._climb(self.teacher, student, z, anchors, scale, k, options) for z, k in zip(found, keys, strict=True)
         ]
         histories = [history for _, history in climbed]
         self.last_disagreement = [sum(values) / len(values) for values in zip(*histories, strict=True)]

@@ -196,9 +196,8 @@ def ascend_latents(
 
 def _rows(latents: Tensor) -> Tensor:
     """(B, ...) as (B, D), also where B is 0."""
-    if latents.dim() == 2 and not latents.is_neg():
-        return latents
-    return latents.resolve_neg().reshape(latents.shape[0], math.prod(latents.shape[1:]))
+    latents = latents.resolve_neg()
+    return latents if latents.dim() == 2 else latents.reshape(latents.shape[0], math.prod(latents.shape[1:]))
 
 
 def _check_latents(name: str, z: Tensor) -> None:
