@@ -1,0 +1,244 @@
+"""torch.compile with fullgraph=True: equal to eager, forward and backward, static and dynamic, alone and in a step.
+
+Most tests stop before code generation (backend "aot_eager"), which traces, fakes and functionalises all the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tgt_fast as tgt
+from tgt_fast.kernels.options import DIVERGENCES
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    """One recompilation is allowed, for the second shape; another is an error, as fullgraph=True makes it."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        yield
+    torch._dynamo.reset()
+
+
+def compiled(function: Callable[..., Any], *, dynamic: bool | None = None, backend: str = "aot_eager") -> Any:
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
+
+
+def values(count: int, *sizes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(sum(sizes))
+    return [torch.randn(sizes, generator=generator).to(dtype).requires_grad_() for _ in range(count)]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {"divergence": name} for name in DIVERGENCES},
+    "rows": {"reduction": "none", "temperature": 2.0},
+    "normalizer": {"normalizer": 7.0},
+    "normalizer on the device": {"normalizer": torch.tensor(7.0)},
+    "in place": {"inplace": True},
+    "reference": {"backend": "reference"},
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_loss(options: dict[str, Any], dynamic: bool) -> None:
+    def loss(student: Tensor, teacher: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        value, stats = tgt.distillation_loss(
+            student * 1.0, teacher, target, sample_weight=weight, hard_weight=0.5, return_stats=True, **options
+        )
+        return value, *stats
+
+    def run(function: Any, rows: int) -> list[Tensor]:
+        student, teacher = values(2, rows, 3, 17)
+        out = function(student, teacher, torch.arange(3 * rows).reshape(rows, 3) % 17, torch.ones(rows, 3) / 3)
+        upstream = torch.linspace(0.5, 2.0, out[0].numel()).reshape(out[0].shape)
+        return [*out, *torch.autograd.grad(out[0], (student, teacher), upstream)]
+
+    if dynamic and "backend" in options:
+        pytest.skip("PyTorch's own ops: nothing of ours to trace in two ways")
+    function = compiled(loss, dynamic=dynamic)
+    for rows in (4, 6) if dynamic else (4,):
+        for mine, theirs in zip(run(function, rows), run(loss, rows), strict=True):
+            assert mine.dtype == theirs.dtype
+            if options.get("backend") == "reference":
+                torch.testing.assert_close(mine, theirs)
+            else:
+                assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_loss_in_other_precisions(dtype: torch.dtype) -> None:
+    student, teacher = values(2, 5, 17, dtype=dtype)
+    function = compiled(lambda s, t: tgt.distillation_loss(s, t, temperature=2.0))
+    results = []
+    for run in (function, lambda s, t: tgt.distillation_loss(s, t, temperature=2.0)):
+        loss = run(student, teacher)
+        results.append((loss, *torch.autograd.grad(1024 * loss, (student, teacher))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+LATENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "perturb": lambda z: tgt.perturb_latents(z, 0.5, seed=3, sample_ids=torch.arange(z.shape[0]) + 5),
+    "perturb by coordinate": lambda z: tgt.perturb_latents(z, torch.ones(3, 4), seed=2**63 + 5, step=7, replica=3),
+    "perturb by sample": lambda z: tgt.perturb_latents(z, torch.ones(z.shape[0], 1, 1), truncation=1.5),
+    "sphere": lambda z: tgt.perturb_latents(z, 0.5, seed=torch.tensor(9), sphere_radius="keep"),
+    "ascend": lambda z: tgt.ascend_latents(z, 2 * z, step_size=1.0, anchor=z + 1, radius=0.5, sigma=0.1) * z,
+    "ascend by sample": lambda z: tgt.ascend_latents(z, 2 * z, step_size=torch.ones(z.shape[0]), norm="linf") * z,
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("function", LATENTS.values(), ids=LATENTS)
+def test_latents(function: Callable[[Tensor], Tensor], dynamic: bool) -> None:
+    run = compiled(function, dynamic=dynamic)
+    for rows in (4, 6) if dynamic else (4,):
+        (z,) = values(1, rows, 3, 4)
+        results = [(out := f(z), torch.autograd.grad(out, z, torch.ones_like(out))[0]) for f in (run, function)]
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+class Step:
+    """A small training step: teacher, sampler, loss, student, optimizer."""
+
+    def __init__(self, mode: str, **options: Any) -> None:
+        torch.manual_seed(0)
+        encoder, decoder, labeler = nn.Linear(12, 4), nn.Linear(4, 12), nn.Linear(12, 5)
+        self.teacher = tgt.Teacher(encoder, decoder, labeler, prior="normal")
+        self.student = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5))
+        self.optimizer = torch.optim.SGD(self.student.parameters(), lr=0.1)
+        self.sampler = tgt.LatentSampler(self.teacher, mode, units="absolute", **options)
+        self.loss = tgt.DistillationLoss(temperature=2.0, hard_weight=1.0)
+
+    def __call__(self, ids: Tensor | None, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        made = self.sampler(x, sample_ids=ids, student=self.student)
+        loss = self.loss(self.student(x), self.teacher.label(x), y)
+        return loss + self.loss.soft(self.student(made.x), made.teacher_logits), made.x
+
+    def train(self, forward: Any, ids_given: bool = False) -> list[tuple[Tensor, Tensor]]:
+        seen = []
+        for rows in (4, 4, 6, 7):
+            torch.manual_seed(rows)
+            ids = torch.arange(rows) + 3 if ids_given else None
+            loss, made = forward(ids, torch.randn(rows, 12), torch.randint(0, 5, (rows,)))
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            seen.append((loss.detach(), made.detach().clone()))
+        return seen
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "ids_given"),
+    [
+        ("prior", {}, False),
+        ("random", {}, False),
+        ("random", {}, True),
+        ("gradient", {"steps": 2, "radius": 1.5, "step_noise": 0.1}, False),
+    ],
+)
+def test_a_training_step(mode: str, options: dict[str, Any], ids_given: bool) -> None:
+    """Batches of 4, 4, 6 and 7: the shape that comes third compiles nothing, or the fixture fails the test."""
+    eager, traced = Step(mode, **options), Step(mode, **options)
+    expected = eager.train(eager, ids_given)
+    found = traced.train(compiled(traced.__call__), ids_given)
+    for (loss, made), (other_loss, other_made) in zip(expected, found, strict=True):
+        torch.testing.assert_close(loss, other_loss)
+        torch.testing.assert_close(made, other_made)
+    assert not torch.equal(found[0][1], found[1][1])  # fresh noise for the same batch, from the counter
+    for name, tensor in eager.student.state_dict().items():
+        torch.testing.assert_close(traced.student.state_dict()[name], tensor)
+    assert traced.student.training
+    for name in ("seed", "step", "next_id"):
+        assert torch.equal(eager.sampler.state_dict()[name], traced.sampler.state_dict()[name])  # type: ignore[arg-type]
+
+
+def test_generated_code(native: str) -> None:
+    """Once through the code generator, at last."""
+    step = Step("gradient")
+    found = step.train(compiled(step.__call__, backend="inductor", dynamic=True))
+    again = Step("gradient")
+    for (loss, made), (other_loss, other_made) in zip(found, again.train(again), strict=True):
+        torch.testing.assert_close(loss, other_loss)
+        torch.testing.assert_close(made, other_made)
+
+
+# LatentSampler(compile=True)
+
+
+def test_a_compiled_exploration_equals_the_plain_one(caplog: pytest.LogCaptureFixture) -> None:
+    plain, fast = Step("gradient", steps=2), Step("gradient", steps=2, compile=True)
+    before = {name: tensor.clone() for name, tensor in fast.student.state_dict().items()}
+    random = torch.get_rng_state()
+    with caplog.at_level(logging.WARNING, "tgt_fast"):
+        for rows in (4, 4, 6):
+            x = torch.linspace(-1, 1, 12 * rows).reshape(rows, 12)
+            a, b = (step.sampler(x, student=step.student) for step in (plain, fast))
+            torch.testing.assert_close(a.latents.z, b.latents.z)
+            torch.testing.assert_close(a.x, b.x)
+    assert caplog.text == ""
+    assert fast.student.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in fast.student.state_dict().items())
+    assert all(p.grad is None for p in fast.student.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    step = Step("gradient", compile=True)
+
+    class Stubborn(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            out: Tensor = self.inner(x)
+            return out
+
+    student, x = Stubborn(step.student), torch.randn(4, 12)
+    with caplog.at_level(logging.WARNING, "tgt_fast"):
+        first, second = (step.sampler(x, student=student, step=1, sample_ids=torch.arange(4)) for _ in range(2))
+    assert caplog.text.count("exploration runs uncompiled") == 1
+    assert torch.equal(first.latents.z, second.latents.z)
+    plain = Step("gradient").sampler(x, student=step.student, step=1, sample_ids=torch.arange(4))
+    assert torch.equal(plain.latents.z, first.latents.z)
+
+
+def test_the_students_own_error_is_what_the_caller_sees() -> None:
+    step = Step("gradient", compile=True)
+    with pytest.raises(tgt.errors.ShapeError, match="7 classes"):
+        step.sampler(torch.randn(4, 12), student=nn.Linear(12, 7))
+
+
+def test_compile_is_for_gradient_mode() -> None:
+    with pytest.raises(tgt.errors.ArgumentError, match="compile=True"):
+        Step("random", compile=True)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name() in ("aten::mm", "aten::addmm", "aten::bmm")
+        return func(*args, **(kwargs or {}))
+
+
+def test_exploration_computes_no_parameter_gradients() -> None:
+    step = Step("gradient")
+    step.student = nn.Sequential(nn.Linear(12, 5))
+    with Products() as products:
+        step.sampler(torch.randn(8, 12), student=step.student)
+    # Encode; decode, label and study forward, and back to the latents alone; decode and label what was found. Gradients
+    # of the student's, or of all, weights would be 1 or 3 more.
+    assert products.count == 1 + 3 + 3 + 2
+    assert all(p.grad is None for p in step.student.parameters())
