@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgt_fast._ranges import named_range
 from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.explore.draws import Key, over_coordinates
 from tgt_fast.explore.guard import left_as_found, unwrapped, what_runs
@@ -67,7 +68,8 @@ def climb(
             value, slope = (torch.cat(column) for column in zip(*parts, strict=True))
             if options.record_disagreement:
                 history.append(value.mean().item())
-            latents = step_up(latents, slope, anchors, scale, key, options, number=number)
+            with named_range("ascend"):
+                latents = step_up(latents, slope, anchors, scale, key, options, number=number)
         if options.record_disagreement:
             with torch.no_grad():
                 last = [_disagreement(teacher, student, p, options) for p in tree.chunks(latents, teacher.max_batch)]
@@ -77,7 +79,7 @@ def climb(
 
 def _slope(teacher: Teacher, student: Student, latents: Latents, options: SamplerOptions) -> tuple[Tensor, Tensor]:
     """The disagreement of each sample, [B], and its gradient in z."""
-    with torch.enable_grad():
+    with named_range("slope"), torch.enable_grad():
         z = latents.z.detach().requires_grad_()
         value = _disagreement(teacher, student, latents.at_real(z), options)
         slope: Tensor | None = None
