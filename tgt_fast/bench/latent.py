@@ -98,9 +98,10 @@ def plain_ascend(z: Tensor, grad: Tensor, anchor: Tensor) -> Tensor:
     size = math.sqrt(z.shape[1])
     length = grad.norm(dim=1, keepdim=True)
     moved = z + STEP * size * torch.where(length > 0, grad / length, 0.0)
-    away: Tensor = moved - anchor
+    away = moved - anchor
     distance = away.norm(dim=1, keepdim=True)
-    return anchor + away * (RADIUS * size / distance).clamp(max=1.0)
+    pulled: Tensor = anchor + away * (RADIUS * size / distance).clamp(max=1.0)
+    return pulled
 
 
 def plain_noisy_ascend(z: Tensor, grad: Tensor, anchor: Tensor) -> Tensor:
