@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from tgt_fast.bench.command import run_bench
 from tgt_fast.bench.device import chosen_device
 from tgt_fast.bench.run import Plan
+from tgt_fast.bench.table import bench_console
 from tgt_fast.errors import TgtError
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,7 +32,7 @@ def main(noun: str, description: str) -> int:
         device = chosen_device(given.device)
         plan = Plan(device, (noun,), given.quick, given.seconds, rivals=tuple(given.rivals.split(",")))
         command = f"python benchmarks/bench_{noun}.py --save"
-        rows, record = run_bench(plan, Console(), command=command)
+        rows, record = run_bench(plan, bench_console(), command=command)
     except TgtError as error:
         print(error, file=sys.stderr)
         return 1

@@ -128,8 +128,8 @@ def cuda(record: dict[str, Any]) -> str:
         )
     peers = [f"{name} {found}" for name, found in record["versions"].items() if name in PEERS]
     caption = (
-        "Median milliseconds of a call (of the loss: forward and backward) with a cold L2 cache, the bytes that have to "
-        "move (each input read once, each result written once) by that time, the share of a plain copy's "
+        "Median milliseconds of a call (of the loss: forward and backward) with a cold L2 cache, the bytes that have "
+        "to move (each input read once, each result written once) by that time, the share of a plain copy's "
         f"{record['copy_bytes_per_second'] / 1e9:.0f} GB/s in the same run, and the speed relative to rivals"
         + (f" ({', '.join(peers)})" if peers else "")
         + f". Driver {record['driver']}. "

@@ -132,11 +132,10 @@ def _doctor() -> None:
 
 
 def _bench(given: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from tgt_fast.bench.command import run_bench
     from tgt_fast.bench.device import chosen_device
     from tgt_fast.bench.run import Plan
+    from tgt_fast.bench.table import bench_console
 
     plan = Plan(
         device=chosen_device(given.device),
@@ -148,7 +147,7 @@ def _bench(given: argparse.Namespace) -> int:
     )
     json, plot = getattr(given, "json", None), getattr(given, "plot", None)
     command = f"tgt-fast bench --ops {','.join(given.ops)} --shapes {given.shapes}"
-    rows, _ = run_bench(plan, Console(), command=command, json=json, plot=plot)
+    rows, _ = run_bench(plan, bench_console(), command=command, json=json, plot=plot)
     return int(any(row.failed for row in rows))
 
 

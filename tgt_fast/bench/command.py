@@ -11,7 +11,7 @@ from tgt_fast.bench.copying import copy_rate
 from tgt_fast.bench.record import hardware, origin
 from tgt_fast.bench.row import Row
 from tgt_fast.bench.run import Plan, measure
-from tgt_fast.bench.table import print_rows
+from tgt_fast.bench.table import line, print_rows
 from tgt_fast.report.output import prepare_file, write_bytes, write_json
 
 
@@ -35,12 +35,13 @@ def run_bench(
     rows: list[Row] = []
     made = origin(plan.device, roof, command)
     made["rows"] = []
-    with console.status("") as status:
-        for row in measure(plan, roof, lambda title: status.update(title)):
-            rows.append(row)
-            made["rows"].append(row.to_json())
-            if json is not None:
-                write_json(json, made)
+    for row in measure(plan, roof):  # no progress bar: its thread would take turns with what is timed
+        rows.append(row)
+        made["rows"].append(row.to_json())
+        console.print(line(row), markup=False, highlight=False, soft_wrap=True)
+        if json is not None:
+            write_json(json, made)
+    console.print()
     print_rows(console, rows)
     if plot is not None:
         from tgt_fast.bench.roofline import roofline

@@ -60,12 +60,11 @@ def _check(option: str, given: Sequence[str], known: Sequence[str]) -> None:
         raise ArgumentError(f"{option}: expected some of {', '.join(known)}, got {', '.join(wrong) or 'nothing'}")
 
 
-def measure(plan: Plan, copy_rate: float, announce: Callable[[str], None] = lambda _: None) -> Iterator[Row]:
+def measure(plan: Plan, copy_rate: float) -> Iterator[Row]:
     """The rows, as they come."""
     started = time.perf_counter()
     for noun in plan.nouns:
         for number, case in enumerate(NOUNS[noun](plan.device, plan.quick)):
-            announce(case.title)
             begun = time.perf_counter()
             late = begun - started > _PATIENCE.get(plan.device.type, 600.0)
             rows = _rows(case, plan, number, late)

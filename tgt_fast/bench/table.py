@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from rich.console import Console
 from rich.table import Table
 
 from tgt_fast.bench.case import dtype_name
 from tgt_fast.bench.row import OK, Row
+
+_WIDTH: Final = 112
+
+
+def bench_console() -> Console:
+    """Wide enough for a table's numbers, also where the output is a file or a narrow terminal."""
+    console = Console()
+    console.width = max(console.width, _WIDTH)
+    return console
+
+
+def line(row: Row) -> str:
+    """A row as soon as it is there."""
+    made = f"{row.case.title} [{row.backend}]: {row.ours.status}"
+    if row.ours.timing is None:
+        return made
+    share = "" if row.of_copy is None else f", {row.of_copy:.0%} of copy"
+    return f"{made}, {row.ours.timing.total:.3g} ms{share}"
 
 
 def print_rows(console: Console, rows: Sequence[Row]) -> None:
@@ -19,16 +38,18 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
 
 def _print_noun(console: Console, noun: str, rows: Sequence[Row]) -> None:
     timed = [name for name in _rivals(rows) if any(row.over(name) is not None for row in rows)]
-    table = Table(title=noun, title_justify="left", title_style="bold")
-    for name in ("op", "shape", "dtype", "backend"):
-        table.add_column(name, overflow="fold")
+    title = f"{noun} (over: times as fast as; extra: peak memory beyond the results)"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("op", overflow="fold")
+    table.add_column("case", no_wrap=True)
+    table.add_column("backend", no_wrap=True)
     for name in ("ms", "GB/s", "of copy", *(f"over {name}" for name in timed), "extra MiB", "ok"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=" " not in name)
     for row in rows:
         case = row.case
         memory = row.extra_memory
         table.add_row(
-            case.op, case.shape, dtype_name(case.dtype), row.backend,
+            case.op, f"{case.shape} {dtype_name(case.dtype)}", row.backend,
             "-" if row.ours.timing is None else f"{row.ours.timing.total:.3g}",
             "-" if row.rate is None else f"{row.rate / 1e9:.4g}",
             "-" if row.of_copy is None else f"{row.of_copy:.0%}",
