@@ -40,6 +40,11 @@ def _source(record: dict[str, Any]) -> str:
     return f"`{record['command']}`, {record['hardware']}; torch {versions['torch']}; {commit}."
 
 
+def _measured(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that were not left out, for want of memory for example."""
+    return [row for row in record["rows"] if row.get("status", "ok") == "ok"]
+
+
 def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}x"
 
@@ -77,7 +82,7 @@ def distill(record: dict[str, Any]) -> str:
             _times(row["over_compile"]),
             f"{row['milliseconds']['copy'] / row['milliseconds']['ours']:.0%}",
         ]
-        for row in record["rows"]
+        for row in _measured(record)
     ]
     peak = next(row["peak_extra"] for row in record["rows"] if "peak_extra" in row)
     caption = (
@@ -96,7 +101,7 @@ def latent(record: dict[str, Any]) -> str:
             _times(row["over_eager"]),
             _times(row["over_compile"]),
         ]
-        for row in record["rows"]
+        for row in _measured(record)
     ]
     return (
         _grid(["latent op, 16 MiB of float32", "ms", "over eager", "over torch.compile"], rows)
@@ -107,7 +112,7 @@ def latent(record: dict[str, Any]) -> str:
 
 def cuda(record: dict[str, Any]) -> str:
     """Either noun on a GPU."""
-    rows = [row for row in record["rows"] if row["status"] == "ok"]
+    rows = _measured(record)
     several = len({row["backend"] for row in rows}) > 1
     lines = []
     for row in rows:

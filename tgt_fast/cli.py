@@ -67,7 +67,13 @@ def _parser() -> argparse.ArgumentParser:
         "bytes and beside the rivals that are installed. Exit status 1: a result of ours was wrong or failed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    bench.add_argument("--ops", type=_names, default="distill,latent", metavar="OP,...", help="op nouns")
+    bench.add_argument(
+        "--ops",
+        type=_names,
+        default=argparse.SUPPRESS,
+        metavar="OP,...",
+        help="distill, latent (default: all)",
+    )
     bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure")
     bench.add_argument("--shapes", choices=("quick", "full"), default="full", help="few small cases, or all of them")
     bench.add_argument(
@@ -139,16 +145,27 @@ def _bench(given: argparse.Namespace) -> int:
 
     plan = Plan(
         device=chosen_device(given.device),
-        nouns=given.ops,
         quick=given.shapes == "quick",
         seconds=getattr(given, "seconds", None),
         backends=given.backends,
         rivals=given.rivals,
+        **({"nouns": given.ops} if hasattr(given, "ops") else {}),
     )
     json, plot = getattr(given, "json", None), getattr(given, "plot", None)
-    command = f"tgt-fast bench --ops {','.join(given.ops)} --shapes {given.shapes}"
-    rows, _ = run_bench(plan, bench_console(), command=command, json=json, plot=plot)
+    rows, _ = run_bench(plan, bench_console(), command=_command(given), json=json, plot=plot)
     return int(any(row.failed for row in rows))
+
+
+def _command(given: argparse.Namespace) -> str:
+    """What measures the same again; where the numbers went is left out."""
+    said = {name: getattr(given, name, None) for name in ("ops", "device", "shapes", "seconds", "backends", "rivals")}
+    usual = {"device": "auto", "shapes": "full", "backends": ("available",), "rivals": ("available",)}
+    words = [
+        f" --{name} {','.join(value) if isinstance(value, tuple) else value}"
+        for name, value in said.items()
+        if value is not None and value != usual.get(name)
+    ]
+    return "tgt-fast bench" + "".join(words)
 
 
 def _profile(given: argparse.Namespace) -> None:

@@ -23,8 +23,8 @@ from tgt_fast.bench.check import arithmetic_bar, edge_rows, relative_error, resu
 TEMPERATURE: Final = 2.0
 _CHECKED_ROWS: Final = 64
 _PIECE: Final = 1 << 22  # numbers of float64 that the truth looks at at once
-# A rival in bf16 may err by some percent; a computation of something else errs by far more.
-_SAME_LOSS, _SAME_GRADIENT = 0.03, 0.3
+# Rounding to bf16 on the way costs rivals percents; another divergence or reduction is off by far more.
+_SAME_LOSS, _SAME_GRADIENT = 0.05, 0.3
 
 
 @dataclass(frozen=True)

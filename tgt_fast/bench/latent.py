@@ -37,20 +37,21 @@ class Spec:
     compiled: bool = True
 
 
-_SIZES = (64, 4096, 65536, 1048576)
-_CUDA_NUMBERS = 1 << 27  # 256 MiB of bf16
+_CUDA_BYTES = 256 << 20  # of latents
+_CUDA_SIZES = {torch.bfloat16: (64, 4096, 65536, 1048576), torch.float32: (4096, 1048576)}  # numbers a sample
+_COMPILED_SIZE = 4096
+
+
+def _on_cuda(op: str, size: int, dtype: torch.dtype, quick: bool) -> Spec:
+    compiled = not quick and (size, dtype) == (_COMPILED_SIZE, torch.bfloat16)
+    return Spec(op, _CUDA_BYTES // dtype.itemsize // size, size, dtype, compiled)
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
     """The cases of this noun, for a device."""
     if device.type == "cuda":
-        sizes = _SIZES[1:2] if quick else _SIZES
-        specs = [
-            Spec(op, _CUDA_NUMBERS // size // (dtype.itemsize // 2), size, dtype, compiled=size == 4096 and not quick)
-            for op in OPS
-            for dtype in (torch.bfloat16, torch.float32)
-            for size in (sizes if dtype == torch.bfloat16 else sizes[1::2] or sizes)
-        ]
+        specs = [_on_cuda(op, size, dtype, quick) for op in OPS for dtype in _CUDA_SIZES for size in _CUDA_SIZES[dtype]]
+        specs = [spec for spec in specs if not quick or spec.size == _COMPILED_SIZE]
     else:
         shapes = ((16, 1000),) if quick else ((1024, 4096), (128, 32768))
         specs = [Spec(op, samples, size, torch.float32) for op in OPS for samples, size in shapes]
