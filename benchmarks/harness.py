@@ -1,86 +1,51 @@
-"""What every benchmark shares: interleaved timing, peak memory, and result files that say where they come from."""
+"""What the benchmarks add to ``tgt-fast bench``: one op noun a script, and its result file for the README."""
 
 from __future__ import annotations
 
-import datetime
+import argparse
 import json
-import os
-import platform
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import tgt_fast as tgt
+from tgt_fast.bench.command import run_bench
+from tgt_fast.bench.device import chosen_device
+from tgt_fast.bench.run import Plan
+from tgt_fast.bench.table import bench_console
+from tgt_fast.errors import TgtError
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleave(calls: dict[str, Callable[[], Any]], *, seconds: float, least: int = 5) -> dict[str, float]:
-    """Median milliseconds of each call. The calls take turns, so that a slow spell of the machine hits all of them."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-        call()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < least:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def relative_error(out: torch.Tensor, truth: torch.Tensor, floor: float) -> float:
-    """|out - truth| / max(|truth|, floor), Frobenius norms in float64."""
-    truth = truth.double()
-    return float((out.double() - truth).norm() / max(float(truth.norm()), floor))
-
-
-def peak_mib() -> float:
-    """The process's peak resident memory so far, MiB. Of this program alone: ru_maxrss begins with the parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
-
-
-def in_fresh_process(script: str, *arguments: str) -> float:
-    """The number that `script` prints last, run in a process of its own: peak memory never falls again in this one."""
-    run = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=True)
-    return float(run.stdout.split()[-1])
-
-
-def _cpu_name() -> str:
+def main(noun: str, description: str) -> int:
+    """Measure every case of a noun; with --save, write results/NOUN-DEVICE.json if all of it was right."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, help="time for timing a case")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--rivals", default="available", help="see tgt-fast bench")
+    parser.add_argument("--quick", action="store_true", help="few small cases; never saved")
+    parser.add_argument("--save", action="store_true", help=f"write benchmarks/results/{noun}-DEVICE.json")
+    given = parser.parse_args()
+    if given.save and given.quick:
+        parser.error("--save is for the full set")
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        device = chosen_device(given.device)
+        plan = Plan(device, (noun,), given.quick, given.seconds, rivals=tuple(given.rivals.split(",")))
+        command = f"python benchmarks/bench_{noun}.py --save"
+        rows, record = run_bench(plan, bench_console(), command=command)
+    except TgtError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if any(row.failed for row in rows):
+        print("nothing was saved" if given.save else "not every row is right", file=sys.stderr)
+        return 1
+    if given.save:
+        print(save(f"{noun}-{device.type}", record))
+    return 0
 
 
-def _commit() -> str:
-    run = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    )
-    return run.stdout.strip() or f"version {tgt.__version__}"
-
-
-def save(name: str, rows: list[dict[str, Any]], command: str) -> Path:
-    """Writes results/NAME.json: the rows, and the hardware, versions, commit and date that they belong to."""
-    native = tgt.backends()[0]
-    record = {
-        "command": command,
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "hardware": f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "core": native.detail,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "tgt_fast": tgt.__version__},
-        "rows": rows,
-    }
+def save(name: str, record: dict[str, Any]) -> Path:
+    """Writes results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")

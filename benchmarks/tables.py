@@ -40,6 +40,15 @@ def _source(record: dict[str, Any]) -> str:
     return f"`{record['command']}`, {record['hardware']}; torch {versions['torch']}; {commit}."
 
 
+def _measured(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that were not left out, for want of memory for example."""
+    return [row for row in record["rows"] if row.get("status", "ok") == "ok"]
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}x"
+
+
 def digits(record: dict[str, Any]) -> str:
     rows = []
     for key, name in DIGITS_NAMES.items():
@@ -69,11 +78,11 @@ def distill(record: dict[str, Any]) -> str:
         [
             f"{row['divergence']} + CE, {row['rows']} x {row['classes']}, {row['dtype']}",
             f"{row['milliseconds']['ours']:.3g}",
-            f"{row['over_eager']:.1f}x",
-            f"{row['over_compile']:.1f}x",
+            _times(row["over_eager"]),
+            _times(row["over_compile"]),
             f"{row['milliseconds']['copy'] / row['milliseconds']['ours']:.0%}",
         ]
-        for row in record["rows"]
+        for row in _measured(record)
     ]
     peak = next(row["peak_extra"] for row in record["rows"] if "peak_extra" in row)
     caption = (
@@ -89,10 +98,10 @@ def latent(record: dict[str, Any]) -> str:
         [
             f"{row['op']}, {row['samples']} x {row['size']}",
             f"{row['milliseconds']['ours']:.3g}",
-            f"{row['over_eager']:.1f}x",
-            f"{row['over_compile']:.1f}x",
+            _times(row["over_eager"]),
+            _times(row["over_compile"]),
         ]
-        for row in record["rows"]
+        for row in _measured(record)
     ]
     return (
         _grid(["latent op, 16 MiB of float32", "ms", "over eager", "over torch.compile"], rows)
@@ -101,14 +110,56 @@ def latent(record: dict[str, Any]) -> str:
     )
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"digits": digits, "distill-cpu": distill, "latent-cpu": latent}
+def cuda(record: dict[str, Any]) -> str:
+    """Either noun on a GPU."""
+    rows = _measured(record)
+    several = len({row["backend"] for row in rows}) > 1
+    lines = []
+    for row in rows:
+        name = f"{row['op']}, {row['shape']}, {row['dtype']}" + (f", {row['backend']}" if several else "")
+        others = {key.removeprefix("over_"): row[key] for key in row if key.startswith("over_") and row[key]}
+        eager, compiled = others.pop("eager", None), others.pop("compile", None)
+        best = min(others, key=others.__getitem__, default=None)  # the fastest of them: least ahead of it are we
+        lines.append(
+            [
+                name,
+                f"{row['milliseconds']['ours']:.3g}",
+                f"{row['bytes_per_second'] / 1e9:.0f}",
+                f"{row['of_copy']:.0%}",
+                _times(eager),
+                _times(compiled),
+                "-" if best is None else f"{best} {others[best]:.1f}x",
+            ]
+        )
+    peers = [f"{name} {found}" for name, found in record["versions"].items() if name in PEERS]
+    caption = (
+        "Median milliseconds of a call (of the loss: forward and backward) with a cold L2 cache, the bytes that have "
+        "to move (each input read once, each result written once) by that time, the share of a plain copy's "
+        f"{record['copy_bytes_per_second'] / 1e9:.0f} GB/s in the same run, and the speed relative to rivals"
+        + (f" ({', '.join(peers)})" if peers else "")
+        + f". Driver {record['driver']}. "
+        + _source(record)
+    )
+    header = ["", "ms", "GB/s", "of copy", "over eager", "over torch.compile", "best other"]
+    return _grid(header, lines) + "\n\n" + caption
+
+
+PEERS = ("liger", "orda", "quack", "cce")
+NOT_YET = {"distill-cuda": "*Not yet measured on a GPU.*", "latent-cuda": "*Not yet measured on a GPU.*"}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "digits": digits,
+    "distill-cpu": distill,
+    "latent-cpu": latent,
+    "distill-cuda": cuda,
+    "latent-cuda": cuda,
+}
 
 
 def rendered(text: str) -> str:
     """The README with every table made anew."""
     for name, table in TABLES.items():
         path = RESULTS / f"{name}.json"
-        body = table(json.loads(path.read_text())) if path.exists() else "*No committed result yet.*"
+        body = table(json.loads(path.read_text())) if path.exists() else NOT_YET.get(name, "*No committed result yet.*")
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text, found = pattern.subn(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
         if found != 1:

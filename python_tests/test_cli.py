@@ -32,7 +32,17 @@ def no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "run_demo", lambda *a, **k: pytest.fail("the demo began to run"))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["demo", "digits", "--help"], ["doctor", "-h"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["demo", "--help"],
+        ["demo", "digits", "--help"],
+        ["doctor", "-h"],
+        ["bench", "-h"],
+        ["profile", "-h"],
+    ],
+)
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert status(*arguments) == 0
     assert capsys.readouterr().out.startswith("usage: tgt-fast")
@@ -55,6 +65,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["demo", "digits", "--seeds", "-1"],
         ["demo", "digits", "--seeds", "99999999999"],
         ["undo"],
+        ["bench", "--device", "abacus"],
+        ["bench", "--shapes", "round"],
+        ["bench", "--seconds", "soon"],
+        ["profile", "--mode", "none"],
+        ["profile", "--steps", "some"],
     ],
 )
 def test_misuse_exits_with_2_and_a_message(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,7 +202,8 @@ def test_the_command_line_alone_imports_no_demo() -> None:
 
     code = (
         "import sys, tgt_fast.cli as c; c._parser(); "
-        "print([m for m in ('sklearn', 'matplotlib', 'rich', 'tgt_fast.demos.digits.run') if m in sys.modules])"
+        "print([m for m in ('sklearn', 'matplotlib', 'rich', 'tgt_fast.demos.digits.run', 'tgt_fast.bench') "
+        "if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""The command line: ``tgt-fast demo digits`` and ``tgt-fast doctor``."""
+"""The command line: ``tgt-fast demo digits``, ``tgt-fast bench``, ``tgt-fast profile`` and ``tgt-fast doctor``."""
 
 from __future__ import annotations
 
@@ -17,13 +17,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.command == "doctor":
             _doctor()
+        elif given.command == "bench":
+            return _bench(given)
+        elif given.command == "profile":
+            _profile(given)
         else:
             _digits(given)
     except TgtError as error:
         print(f"tgt-fast: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("tgt-fast: interrupted; nothing was written", file=sys.stderr)
+        # A benchmark writes its file after every case; the others write at the end.
+        print("tgt-fast: interrupted" + ("" if given.command == "bench" else "; nothing was written"), file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         sys.stderr.close()
@@ -54,6 +59,52 @@ def _parser() -> argparse.ArgumentParser:
     digits.add_argument(
         "--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="also write the numbers here"
     )
+
+    bench = commands.add_parser(
+        "bench",
+        help="how fast each op is here, beside plain copies and its rivals",
+        description="Check each op against the float64 reference, time it, and show it beside a plain copy of as many "
+        "bytes and beside the rivals that are installed. Exit status 1: a result of ours was wrong or failed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    bench.add_argument(
+        "--ops",
+        type=_names,
+        default=argparse.SUPPRESS,
+        metavar="OP,...",
+        help="distill, latent (default: all)",
+    )
+    bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure")
+    bench.add_argument("--shapes", choices=("quick", "full"), default="full", help="few small cases, or all of them")
+    bench.add_argument(
+        "--seconds",
+        type=float,
+        default=argparse.SUPPRESS,
+        metavar="S",
+        help="time for timing a case (default: 0.2 to 6)",
+    )
+    bench.add_argument(
+        "--backends", type=_names, default="available", metavar="NAME,...", help="ours: native, triton, reference, ..."
+    )
+    bench.add_argument(
+        "--rivals", type=_names, default="available", metavar="NAME,...",
+        help="theirs: eager, compile, liger, orda, quack, cce, or none",
+    )  # fmt: skip
+    bench.add_argument("--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="write the numbers here")
+    bench.add_argument("--plot", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="write a roofline PNG here")
+
+    profile = commands.add_parser(
+        "profile",
+        help="where the time of a training step goes: a trace and a table",
+        description="Run some steps of teacher-guided training under PyTorch's profiler and write a Chrome trace.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    profile.add_argument("--out", type=Path, default=Path("profile"), metavar="DIR", help="folder of the trace")
+    profile.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+    profile.add_argument("--steps", type=int, default=5, metavar="N", help="steps to trace, after a warm-up")
+    profile.add_argument(
+        "--mode", choices=("random", "gradient", "persistent", "prior"), default="gradient", help="of exploration"
+    )
     commands.add_parser("doctor", help="what was built, what can run here, and why the rest cannot")
     return parser
 
@@ -68,6 +119,10 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
 def _version() -> str:
     import tgt_fast
 
@@ -80,6 +135,46 @@ def _doctor() -> None:
     from tgt_fast.doctor import print_doctor
 
     print_doctor(Console())
+
+
+def _bench(given: argparse.Namespace) -> int:
+    from tgt_fast.bench.command import run_bench
+    from tgt_fast.bench.device import chosen_device
+    from tgt_fast.bench.run import Plan
+    from tgt_fast.bench.table import bench_console
+
+    plan = Plan(
+        device=chosen_device(given.device),
+        quick=given.shapes == "quick",
+        seconds=getattr(given, "seconds", None),
+        backends=given.backends,
+        rivals=given.rivals,
+        **({"nouns": given.ops} if hasattr(given, "ops") else {}),
+    )
+    json, plot = getattr(given, "json", None), getattr(given, "plot", None)
+    rows, _ = run_bench(plan, bench_console(), command=_command(given), json=json, plot=plot)
+    return int(any(row.failed for row in rows))
+
+
+def _command(given: argparse.Namespace) -> str:
+    """What measures the same again; where the numbers went is left out."""
+    said = {name: getattr(given, name, None) for name in ("ops", "device", "shapes", "seconds", "backends", "rivals")}
+    usual = {"device": "auto", "shapes": "full", "backends": ("available",), "rivals": ("available",)}
+    words = [
+        f" --{name} {','.join(value) if isinstance(value, tuple) else value}"
+        for name, value in said.items()
+        if value is not None and value != usual.get(name)
+    ]
+    return "tgt-fast bench" + "".join(words)
+
+
+def _profile(given: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from tgt_fast.bench.device import chosen_device
+    from tgt_fast.bench.profile import run_profile
+
+    run_profile(given.out, chosen_device(given.device), given.steps, given.mode, Console())
 
 
 def _digits(given: argparse.Namespace) -> None:

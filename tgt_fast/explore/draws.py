@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from tgt_fast._ranges import named_range
 from tgt_fast.explore.options import SamplerOptions
 from tgt_fast.kernels.reference.latent import philox4x32
 from tgt_fast.ops.latent import perturb_latents
@@ -60,17 +61,18 @@ def with_noise(
         return latents
     key = key.on(latents.z.device)
     sigma = options.sigma if scale is None else options.sigma * over_coordinates(scale, latents.z)
-    z = perturb_latents(
-        latents.z,
-        sigma,
-        seed=key.seed,
-        sample_ids=key.ids,
-        step=key.step,
-        replica=key.replica,
-        truncation=options.truncation,
-        op=op,
-        backend=options.backend,
-    )
+    with named_range("perturb"):
+        z = perturb_latents(
+            latents.z,
+            sigma,
+            seed=key.seed,
+            sample_ids=key.ids,
+            step=key.step,
+            replica=key.replica,
+            truncation=options.truncation,
+            op=op,
+            backend=options.backend,
+        )
     return latents.at_real(z)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgt_fast._ranges import named_range
 from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.explore.draws import Key, over_coordinates
 from tgt_fast.explore.guard import left_as_found, unwrapped, what_runs
@@ -86,7 +87,8 @@ def ways_up(
         value, slope = (torch.cat(column) for column in zip(*parts, strict=True))
         if values is not None:
             values.append(value)
-        latents = step_up(latents, slope, anchors, scale, key, options, number=number)
+        with named_range("ascend"):
+            latents = step_up(latents, slope, anchors, scale, key, options, number=number)
     return latents
 
 
@@ -94,7 +96,7 @@ def _slope(teacher: Teacher, student: Student, latents: Latents, options: Sample
     """The disagreement of each sample, [B], and its gradient in z."""
     if torch.compiler.is_compiling():
         return _slope_traced(teacher, student, latents, options)
-    with torch.enable_grad():
+    with named_range("slope"), torch.enable_grad():
         z = latents.z.detach().requires_grad_()
         value = _disagreement(teacher, student, latents.at_real(z), options)
         slope: Tensor | None = None

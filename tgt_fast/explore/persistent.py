@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgt_fast._ranges import named_range
 from tgt_fast.explore.bank import LatentBank, chain_key
 from tgt_fast.explore.draws import Key, with_noise, words
 from tgt_fast.explore.gradient import step_up
@@ -77,7 +78,8 @@ def visit_chains(
     def move(d_z: Tensor) -> None:
         # Summed over backward passes of one graph, so that a loss backpropagated in parts moves as if in one.
         seen[:] = [d_z if not seen else seen[0] + d_z]
-        bank.move(visit, chains, _moved(start, seen[0], anchor, scale, key, options))
+        with named_range("ascend"):
+            bank.move(visit, chains, _moved(start, seen[0], anchor, scale, key, options))
 
     # The hook holds `start`, not the leaf that holds the hook: no cycle keeps the batch alive.
     leaf = start.z.detach().requires_grad_()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tgt_fast._ranges import named_range
 from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.explore.anchors import AnchorPool, PoolBuilder
 from tgt_fast.explore.bank import LatentBank
@@ -210,15 +211,16 @@ class LatentSampler:
         if sample_ids is None and self.mode == "persistent":
             raise ArgumentError("LatentSampler: persistent mode keeps one chain an example: pass sample_ids=")
         key = self._counters.key(tree.batch_size(x), tree.first_device(x), sample_ids, step)
-        if self.mode == "persistent":
-            latents = visit_chains(self.teacher, self._bank, x, key, self._scale_for, self.options)
-            made = self.teacher.decode(latents, relaxed=True)
-            logits = self.teacher.label(made)
-        else:
-            latents = tree.concat(self._explored(x, student, key))
-            with torch.no_grad():
-                made = self.teacher.decode(latents)
+        with named_range(f"explore ({self.mode})"):
+            if self.mode == "persistent":
+                latents = visit_chains(self.teacher, self._bank, x, key, self._scale_for, self.options)
+                made = self.teacher.decode(latents, relaxed=True)
                 logits = self.teacher.label(made)
+            else:
+                latents = tree.concat(self._explored(x, student, key))
+                with torch.no_grad():
+                    made = self.teacher.decode(latents)
+                    logits = self.teacher.label(made)
         self._counters.advance(key.ids.shape[0], ids=sample_ids is None, step=step is None)
         return Synthetic(made, latents, logits, self.mode, key.ids.repeat(self.options.replicas))
 

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from tgt_fast._ranges import named_range
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.teacher import tree
 from tgt_fast.teacher.latents import Latents
@@ -157,7 +158,8 @@ class Teacher(nn.Module):
             ShapeError, DTypeError: the encoder gave another number of examples, or no floating-point latents.
         """
         self._keep_frozen()
-        return tree.concat([self._encode(piece) for piece in tree.chunks(x, self.max_batch)])
+        with named_range("encode"):
+            return tree.concat([self._encode(piece) for piece in tree.chunks(x, self.max_batch)])
 
     def _encode(self, x: Inputs) -> Latents:
         return _as_latents(self.encoder(x), tree.batch_size(x), "encoder")
@@ -178,7 +180,8 @@ class Teacher(nn.Module):
         self._keep_frozen()
         if isinstance(latents, Tensor):
             latents = Latents(latents)
-        return tree.concat([self._decode(piece, relaxed) for piece in tree.chunks(latents, self.max_batch)])
+        with named_range("decode"):
+            return tree.concat([self._decode(piece, relaxed) for piece in tree.chunks(latents, self.max_batch)])
 
     def _decode(self, latents: Latents, relaxed: bool) -> Inputs:
         options = {"relaxed": relaxed} if self._decoder_takes_relaxed else {}
@@ -193,7 +196,7 @@ class Teacher(nn.Module):
             ShapeError, DTypeError: the labeler changed the batch size, or gave no floating-point logits.
         """
         self._keep_frozen()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and tree.requires_grad(x)):
+        with named_range("label"), torch.set_grad_enabled(torch.is_grad_enabled() and tree.requires_grad(x)):
             return tree.concat([self._label(piece) for piece in tree.chunks(x, self.max_batch)])
 
     def _label(self, x: Inputs) -> Tensor:

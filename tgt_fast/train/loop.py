@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
+from tgt_fast._ranges import named_range
 from tgt_fast._rng import isolated_rng
 from tgt_fast.errors import ArgumentError, CheckpointError
 from tgt_fast.teacher.batches import Batch, split_batch
@@ -212,13 +213,15 @@ class _Run:
             normalizers = {"normalizer": real, "synthetic_normalizer": synthetic}
         for ids, x, y in batches:
             output = self.objective(self.student, x, y, sample_ids=ids, step=self.result.steps, **normalizers)
-            output["loss"].backward()
+            with named_range("backward"):
+                output["loss"].backward()
             self._add({"loss": output["loss"].detach(), **output.get("parts", {})})
         if clip_grad_norm is not None:
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with named_range("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step()
         self.summed += 1

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 import torch
 from torch import Tensor
 
+from tgt_fast._ranges import named_range
 from tgt_fast.errors import ArgumentError
 from tgt_fast.losses.distill import DistillationLoss
 from tgt_fast.teacher import Teacher, tree
@@ -127,15 +128,18 @@ class TGTObjective:
         """
         with torch.no_grad():
             teacher_logits = self.teacher.label(x)
-        logits = student(self.teacher.student_view(x))
-        loss, hard = self._real(logits, teacher_logits, y, sample_weight, normalizer)
+        with named_range("student"):
+            logits = student(self.teacher.student_view(x))
+        with named_range("loss"):
+            loss, hard = self._real(logits, teacher_logits, y, sample_weight, normalizer)
         soft = loss.detach() - hard
         synthetic = torch.zeros_like(soft)
         if self.sampler is not None and self.synthetic_weight > 0:
             made = self.sampler(x, student=student, sample_ids=sample_ids, step=step)
-            term = self.synthetic_weight * self._soft(
-                student(self.teacher.student_view(made.x)), made.teacher_logits, None, synthetic_normalizer
-            )
+            with named_range("student (synthetic)"):
+                logits = student(self.teacher.student_view(made.x))
+            with named_range("loss (synthetic)"):
+                term = self.synthetic_weight * self._soft(logits, made.teacher_logits, None, synthetic_normalizer)
             loss, synthetic = loss + term, term.detach()
         return {"loss": loss, "parts": {"hard": hard, "soft": soft, "synthetic": synthetic}}
 

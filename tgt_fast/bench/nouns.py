@@ -1,0 +1,16 @@
+"""Which op nouns have cases. A new one is a file with ``cases(device, quick)`` and its line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import torch
+
+from tgt_fast.bench import distill, latent
+from tgt_fast.bench.case import Case
+
+NOUNS: Final[dict[str, Callable[[torch.device, bool], list[Case]]]] = {
+    "distill": distill.cases,
+    "latent": latent.cases,
+}
