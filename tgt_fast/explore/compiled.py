@@ -18,7 +18,7 @@ _LOG = logging.getLogger("tgt_fast")
 
 
 class CompiledClimb:
-    """:func:`tgt_fast.explore.gradient.climb` through ``torch.compile``; as it is where that fails, with the reason logged.
+    """:func:`tgt_fast.explore.gradient.climb` through ``torch.compile``; as it is where that fails, which is logged.
 
     On a CUDA device the graph is captured and replayed: it works in buffers that are used again, and what it returns is
     copied out of them. Parameters are constants of the graph, so that no gradient of theirs is computed.
