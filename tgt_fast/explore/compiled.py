@@ -1,8 +1,9 @@
-"""Gradient exploration as one compiled step: decoder, student, labeler, divergence and the moves in one graph."""
+"""Exploration as compiled steps: decoder, student, labeler, divergence and the moves in one graph."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,18 +18,45 @@ from tgt_fast.teacher import Latents, Teacher, tree
 _LOG = logging.getLogger("tgt_fast")
 
 
-class CompiledClimb:
-    """:func:`tgt_fast.explore.gradient.climb` through ``torch.compile``; as it is where that fails, which is logged.
+class Compiled:
+    """A function through ``torch.compile``; as it is where that fails, which is logged.
 
     On a CUDA device the graph is captured and replayed: it works in buffers that are used again, and what it returns is
     copied out of them. Parameters are constants of the graph, so that no gradient of theirs is computed.
     """
 
-    def __init__(self) -> None:
-        self._compiled: Any = None
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._plain = function
+        self._compiled: Callable[..., Any] | None = None
         self.refused: str | None = None  # why it runs as it is
 
-    def __call__(
+    def __call__(self, *arguments: Any, device: torch.device) -> Any:
+        if (
+            self.refused is not None or torch.compiler.is_compiling()
+        ):  # what is traced already is compiled with the rest
+            return self._plain(*arguments)
+        captured = device.type == "cuda"
+        if self._compiled is None:
+            self._compiled = torch.compile(self._plain, fullgraph=True, options={"triton.cudagraphs": captured})
+        try:
+            made = self._compiled(*arguments)
+        except Exception as error:  # whatever a compiler may raise; what the user's modules raise comes again below
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            made = self._plain(*arguments)
+            self.refused = reason
+            _LOG.warning("LatentSampler: exploration runs uncompiled from here on, torch.compile failed: %s", reason)
+            return made
+        return tree.map_batched(Tensor.clone, made) if captured else made
+
+
+class CompiledExploration:
+    """What :class:`tgt_fast.LatentSampler` runs with ``compile=True``."""
+
+    def __init__(self) -> None:
+        self._up = Compiled(ways_up)
+        self._examples = Compiled(examples)
+
+    def climb(
         self,
         teacher: Teacher,
         student: Student,
@@ -38,20 +66,22 @@ class CompiledClimb:
         key: Key,
         options: SamplerOptions,
     ) -> tuple[Latents, list[float]]:
+        """:func:`tgt_fast.explore.gradient.climb`."""
         arguments = (teacher, student, start, anchors, scale, key, options)
-        # What is being compiled already is compiled with it; a record of the disagreement is read on the host.
-        if self.refused is not None or options.record_disagreement or torch.compiler.is_compiling():
+        if options.record_disagreement:  # which is read on the host
             return climb(*arguments)
-        if self._compiled is None:
-            captured = start.z.device.type == "cuda"
-            self._compiled = torch.compile(ways_up, fullgraph=True, options={"triton.cudagraphs": captured})
-        try:
-            with left_as_found(student):
-                found: Latents = self._compiled(*arguments)
-        except Exception as error:  # whatever a compiler may raise; what the student raises comes again below
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            reached = climb(*arguments)
-            self.refused = reason
-            _LOG.warning("LatentSampler: exploration runs uncompiled from here on, torch.compile failed: %s", reason)
-            return reached
-        return tree.map_batched(Tensor.clone, found) if start.z.device.type == "cuda" else found, []
+        with left_as_found(student):
+            found: Latents = self._up(*arguments, device=start.z.device)
+        return found, []
+
+    def examples(self, teacher: Teacher, latents: Latents) -> tuple[Any, Tensor]:
+        """:func:`examples`."""
+        made: tuple[Any, Tensor] = self._examples(teacher, latents, device=latents.z.device)
+        return made
+
+
+def examples(teacher: Teacher, latents: Latents) -> tuple[Any, Tensor]:
+    """``Dec(z)`` and its labels, without a graph."""
+    with torch.no_grad():
+        made = teacher.decode(latents)
+        return made, teacher.label(made)

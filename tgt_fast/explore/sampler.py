@@ -15,7 +15,7 @@ from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.explore.anchors import AnchorPool, PoolBuilder
 from tgt_fast.explore.bank import LatentBank
 from tgt_fast.explore.calibration import StreamingStd, labels_of
-from tgt_fast.explore.compiled import CompiledClimb
+from tgt_fast.explore.compiled import CompiledExploration, examples
 from tgt_fast.explore.counters import Counters
 from tgt_fast.explore.draws import Key, with_noise
 from tgt_fast.explore.gradient import checked_student, climb
@@ -162,7 +162,9 @@ class LatentSampler:
         self.last_disagreement: list[float] = []
         if compile and mode != "gradient":
             raise ArgumentError(f'LatentSampler: compile=True serves mode="gradient", not {mode!r}')
-        self._climb = CompiledClimb() if compile else climb
+        compiled = CompiledExploration() if compile else None
+        self._climb = climb if compiled is None else compiled.climb
+        self._examples = examples if compiled is None else compiled.examples
         self._counters = Counters(seed, rank, world_size)
         self._bank = LatentBank(self.options.bank_size)
         self._pool: AnchorPool | None = None
@@ -218,9 +220,7 @@ class LatentSampler:
                 logits = self.teacher.label(made)
             else:
                 latents = tree.concat(self._explored(x, student, key))
-                with torch.no_grad():
-                    made = self.teacher.decode(latents)
-                    logits = self.teacher.label(made)
+                made, logits = self._examples(self.teacher, latents)
         self._counters.advance(key.ids.shape[0], ids=sample_ids is None, step=step is None)
         return Synthetic(made, latents, logits, self.mode, key.ids.repeat(self.options.replicas))
 
