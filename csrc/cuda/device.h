@@ -136,7 +136,10 @@ TGT_DEVICE void store_remote(void* here, int rank, uint64_t value) {
 TGT_DEVICE void copy_barrier_init(uint64_t* barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
 }
-TGT_DEVICE void copy_barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+TGT_DEVICE void copy_barriers_ready() {  // for the copy engine, which is not ordered with a thread's own accesses
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 TGT_DEVICE void copy_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
@@ -176,6 +179,9 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
+    // Room for as many blocks as registers allow; the default may be room for one.
+    cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
+                         cudaSharedmemCarveoutMaxShared);
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));

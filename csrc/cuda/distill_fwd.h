@@ -12,7 +12,7 @@ inline namespace TGT_ISA {
 
 constexpr int kChunks = 4;         // pieces in which a row arrives
 constexpr int kBarrierBytes = 64;  // of their barriers
-constexpr int kOnChipThreads = 384, kWarpTeamThreads = 256, kStreamThreads = 512;
+constexpr int kWarpTeamThreads = 256, kStreamThreads = 512;
 
 struct RowHead {
   int64_t label;
@@ -165,7 +165,7 @@ TGT_DEVICE void finish_row(const DeviceCall& d, const Team& team, const Source& 
       source.load(k, s, t);
       TGT_UNROLL
       for (int j = 0; j < kVector; ++j) {
-        D::add(normalised<D>(shifted<D>(s.v[j], t.v[j], row), row), row.mixture, mine.x, mine.y);
+        D::add(normalised<D>(s.v[j], t.v[j], row), row.mixture, mine.x, mine.y);
       }
     }
     const Sums<double> all = add_all(team, mine, 2);

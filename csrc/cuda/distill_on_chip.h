@@ -9,6 +9,9 @@ inline namespace TGT_ISA {
 // The element types of a row pair, when they are known to the compiler.
 enum Types : int { kAnyTypes, kBothBFloat16 };
 
+// Two blocks to a multiprocessor. What any type takes does not fit into the 80 registers that 384 threads leave.
+constexpr int on_chip_threads(int types) { return types == kBothBFloat16 ? 384 : 320; }
+
 template <class Real, int kTypes>
 struct OnChipRow {
   using Index = int;       // what fits in shared memory is few
@@ -153,7 +156,7 @@ TGT_DEVICE void scan_chunk(const Row& row, int64_t classes, int begin, int end, 
 }
 
 template <class D, class Team, int kTypes>
-__global__ void TGT_BOUNDS(Team::kIsWarp ? kWarpTeamThreads : kOnChipThreads, 2)
+__global__ void TGT_BOUNDS(Team::kIsWarp ? kWarpTeamThreads : on_chip_threads(kTypes), 2)
     distill_fwd_kernel(const TGT_GRID_CONSTANT DeviceCall d, const TGT_GRID_CONSTANT int bulk) {
   using Real = float;
   const DistillCall& call = d.call;

@@ -143,3 +143,10 @@ inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSucce
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "too many blocks, or threads that wait for ever"; }
 cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int device);
+
+struct cudaFuncAttributes {
+  int ptxVersion = 90;
+};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  return *attributes = {}, cudaSuccess;
+}
