@@ -59,13 +59,14 @@ stage() {
 skip() { record "$1" skipped 0 0 "$2"; } # stage, reason
 
 environment() {
+  local status=0
   date -u
   uname -a
-  nvidia-smi || return 1
+  nvidia-smi || status=1
   nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total,clocks.max.sm,clocks.max.mem,power.limit --format=csv
-  nvcc --version
+  nvcc --version || status=1
   "$PYTHON" --version
-  "$PYTHON" - <<'PY'
+  "$PYTHON" - <<'PY' || status=1
 import importlib.metadata as metadata
 for name in ("torch", "triton", "numpy", "pytest", "hypothesis", "pybind11", "cmake", "ninja"):
     try:
@@ -75,6 +76,7 @@ for name in ("torch", "triton", "numpy", "pytest", "hypothesis", "pybind11", "cm
 import torch
 print("torch was built for CUDA", torch.version.cuda, "and finds", torch.cuda.device_count(), "devices")
 PY
+  return "$status"
 }
 
 build() {
@@ -160,22 +162,12 @@ for file in "$out"/*; do
   fi
 done
 
-SECONDS_TOTAL=$SECONDS "$PYTHON" - "$scratch/stages" "$out/summary.json" <<'PY'
-import json, os, pathlib, shutil, subprocess, sys
-
-stages = [line.split("\t") for line in pathlib.Path(sys.argv[1]).read_text().splitlines()]
-git = shutil.which("git")
-commit = git and subprocess.run([git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-summary = {
-    "commit": commit or None,
-    "seconds": int(os.environ["SECONDS_TOTAL"]),
-    "passed": not any(outcome == "failed" for _, outcome, *_ in stages),
-    "stages": [
-        {"stage": name, "outcome": outcome, "status": int(status), "seconds": int(seconds), "note": note}
-        for name, outcome, status, seconds, note in stages
-    ],
-}
-pathlib.Path(sys.argv[2]).write_text(json.dumps(summary, indent=1) + "\n")
-PY
+# Written by awk, so that it is there whatever state Python is in. Names and notes hold nothing that JSON would escape.
+awk -F '\t' -v commit="$(git rev-parse --short HEAD 2>/dev/null)" -v seconds="$SECONDS" -v failed="$failed" '
+  { stages = stages sprintf("%s\n  {\"stage\": \"%s\", \"outcome\": \"%s\", \"status\": %d, \"seconds\": %d, \"note\": \"%s\"}",
+                            NR > 1 ? "," : "", $1, $2, $3, $4, $5) }
+  END { printf "{\n \"commit\": \"%s\",\n \"seconds\": %d,\n \"passed\": %s,\n \"stages\": [%s\n ]\n}\n",
+               commit, seconds, failed ? "false" : "true", stages }
+' "$scratch/stages" >"$out/summary.json"
 printf '== %ss in all; results in %s\n' "$SECONDS" "$out"
 exit "$failed"
