@@ -128,13 +128,15 @@ Failure distill_backward(const DistillCall& call, cudaStream_t stream) {
 Failure distill_scale(int64_t rows, int64_t classes, const Matrix& grad, const void* factor, bool factor_per_row,
                       cudaStream_t stream) {
   if (rows == 0) return {};
-  if (!factor_per_row && grad.stride == classes) {  // one factor, dense rows: one long row
+  Matrix all = grad;
+  if (!factor_per_row && grad.stride == classes) {  // one factor, dense rows: one long row, aligned where it starts
     classes *= rows;
     rows = 1;
+    all.stride = 0;
   }
   const cudaError_t error = grad.type == DType::kFloat64
-                                ? launch_distill_scale<double>(rows, classes, grad, factor, factor_per_row, stream)
-                                : launch_distill_scale<float>(rows, classes, grad, factor, factor_per_row, stream);
+                                ? launch_distill_scale<double>(rows, classes, all, factor, factor_per_row, stream)
+                                : launch_distill_scale<float>(rows, classes, all, factor, factor_per_row, stream);
   return {error, "distill_scale_kernel"};
 }
 

@@ -9,6 +9,20 @@
 #include "team.h"
 #include "vectors.h"
 
+namespace tgt {
+inline namespace TGT_ISA {
+
+// An error of 2^-22 in a logarithm is nothing to a gradient, but can be all of a small loss.
+template <>
+struct RatioMath<float> {
+  static TGT_DEVICE float exponential(float x) { return cuda::exp2_fast(x * 1.44269504f); }
+  static TGT_DEVICE float logarithm(float x) { return log_positive(x); }
+  static TGT_DEVICE float coarse_logarithm(float x) { return cuda::log2_fast(larger(x, FLT_MIN)) * 0.693147181f; }
+};
+
+}  // namespace TGT_ISA
+}  // namespace tgt
+
 namespace tgt::cuda {
 
 // A call as the kernels read it. Every pointer is to memory of the device.
