@@ -193,7 +193,6 @@ __global__ void TGT_BOUNDS(Team::kIsWarp ? kWarpTeamThreads : on_chip_threads(kT
   row.teacher = row.student + room * kVector * student_bytes;
   const char* student = call.student.row(i);
   const char* teacher = other.row(i);
-  const double of_label = head.flags & kHard ? load_one<double>(student, row.student_type(), head.label) : 0;
   student += row.first * kVector * student_bytes;
   teacher += row.first * kVector * teacher_bytes;
   const int64_t rest = call.classes - row.first * kVector;
@@ -233,6 +232,9 @@ __global__ void TGT_BOUNDS(Team::kIsWarp ? kWarpTeamThreads : on_chip_threads(kT
     team.barrier();
     scan_chunk<kTypes>(row, call.classes, team.thread, count, team.size, mine);
   }
+  // Read while others wait, and before the first reduction: after it another block may write a gradient over it.
+  const double of_label =
+      head.flags & kHard ? load_one<double>(call.student.row(i), row.student_type(), head.label) : 0;
   const Extremes<Real> extremes = merge_all(team, mine, 0, MergeExtremes<Real>());
   if (is_invalid(extremes)) {
     spoil_row<Real>(d, team, i, head, row.first, row.count);
