@@ -31,27 +31,25 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 C
 export PATH="$PATH:/usr/local/cuda/bin"
 rm -f "$out"/{summary.json,build.log,tests.log,sanitizer.log,bench.log,bench.json,roofline.png,trace.json.gz}
 
-grace=4                     # seconds between the request to stop and the end
+grace=2                       # seconds between the request to stop and the end
 largest=$((15 * 1024 * 1024)) # bytes of a file
-failed=0
 
 record() { # stage, outcome, status, seconds, note
   printf '%s\t%s\t%s\t%s\t%s\n' "$@" >>"$scratch/stages"
   printf '== %-12s %-8s status %-4s %4ss  %s\n' "$@"
-  if [ "$2" = failed ]; then failed=1; fi
 }
 
 # stage NAME SECONDS LOG COMMAND...: runs a command within its time and appends what it prints to a log.
 stage() {
   local name=$1 seconds=$2 log=$3 began=$SECONDS status=0 note=""
   shift 3
-  printf '\n== %s: %s\n' "$name" "$*" >>"$out/$log"
-  timeout -k "$grace" "$seconds" "$@" >>"$out/$log" 2>&1 || status=$?
+  printf '\n== %s: %s\n' "$name" "$*" >>"$log"
+  timeout -k "$grace" "$seconds" "$@" >>"$log" 2>&1 || status=$?
   if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then note="stopped after ${seconds}s"; fi
   if [ "$status" -eq 0 ]; then
     record "$name" passed 0 $((SECONDS - began)) ""
   else
-    record "$name" failed "$status" $((SECONDS - began)) "${note:-see $log}"
+    record "$name" failed "$status" $((SECONDS - began)) "${note:-see the log}"
   fi
   return "$status"
 }
@@ -122,34 +120,48 @@ sanitize() { # tool
     "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider python_tests/test_cuda.py -k test_every_kernel_once
 }
 
+check_with_sanitizer() {
+  if ! command -v compute-sanitizer >/dev/null; then
+    skip sanitizer "no compute-sanitizer on the PATH"
+    return
+  fi
+  if ! timeout -k "$grace" 20 compute-sanitizer --error-exitcode 9 \
+    "$PYTHON" -c 'import torch; torch.ones(1, device="cuda").add_(1).cpu()' >"$scratch/sanitizer.probe" 2>&1; then
+    skip sanitizer "compute-sanitizer does not run here; see sanitizer.log"
+    return
+  fi
+  local tool
+  for tool in memcheck racecheck initcheck; do
+    stage "$tool" 100 "$scratch/sanitizer.$tool" bash -c "sanitize $tool" &
+  done
+  wait
+}
+
 export -f environment build run_tests sanitize
 export PYTHON cores
 
-stage environment 10 build.log bash -c environment
+# The bounds add up to less than nine minutes: 25 + 80 + 8 + 150 + 220 + 20 seconds, and the grace of each.
+stage environment 25 "$out/build.log" bash -c environment
 if command -v nvcc >/dev/null; then
-  stage build 90 build.log bash -c build
+  stage build 80 "$out/build.log" bash -c build
 else
   record build failed 127 0 "no nvcc on the PATH"
 fi
 if [ -n "${TGT_PEERS:-}" ]; then
-  stage peers 15 build.log "$PYTHON" -m pip install --no-index --no-deps --quiet --target "$scratch/peers" "$TGT_PEERS"/*.whl
-  export PYTHONPATH="$PYTHONPATH:$scratch/peers"
+  stage peers 8 "$out/build.log" \
+    "$PYTHON" -m pip install --no-index --no-deps --quiet --target "$scratch/peers" "$TGT_PEERS"/*.whl
 fi
+check_with_sanitizer & # beside the tests: neither is timed
+sanitizer=$!
 # shellcheck disable=SC2016  # expanded by the inner shell
-stage tests 140 tests.log bash -c 'run_tests "$0"' "$scratch"
-if ! command -v compute-sanitizer >/dev/null; then
-  skip sanitizer "no compute-sanitizer on the PATH"
-elif ! timeout -k "$grace" 15 compute-sanitizer --error-exitcode 9 \
-  "$PYTHON" -c 'import torch; torch.ones(1, device="cuda").add_(1).cpu()' >>"$out/sanitizer.log" 2>&1; then
-  skip sanitizer "compute-sanitizer does not run here; see sanitizer.log"
-else
-  for tool in memcheck racecheck initcheck; do
-    stage "$tool" 30 sanitizer.log bash -c "sanitize $tool"
-  done
-fi
-stage bench 110 bench.log "$PYTHON" -m tgt_fast.cli bench --device cuda --json "$out/bench.json" --plot "$out/roofline.png"
-stage profile 25 bench.log "$PYTHON" -m tgt_fast.cli profile --device cuda --out "$scratch/trace.json"
-if [ -s "$scratch/trace.json" ]; then gzip -9 <"$scratch/trace.json" >"$out/trace.json.gz"; fi
+stage tests 150 "$out/tests.log" bash -c 'run_tests "$0"' "$scratch"
+wait "$sanitizer"
+cat "$scratch"/sanitizer.* >"$out/sanitizer.log" 2>/dev/null
+export PYTHONPATH="$PYTHONPATH:$scratch/peers"
+stage bench 220 "$out/bench.log" \
+  "$PYTHON" -m tgt_fast.cli bench --device cuda --json "$out/bench.json" --plot "$out/roofline.png"
+stage profile 20 "$out/bench.log" "$PYTHON" -m tgt_fast.cli profile --device cuda --out "$scratch/profile"
+if [ -s "$scratch/profile/trace.json.gz" ]; then cp "$scratch/profile/trace.json.gz" "$out/"; fi
 
 # No file beyond what travels; of a log the end is worth more.
 for file in "$out"/*; do
@@ -162,6 +174,8 @@ for file in "$out"/*; do
   fi
 done
 
+failed=0
+if grep -q "	failed	" "$scratch/stages"; then failed=1; fi
 # Written by awk, so that it is there whatever state Python is in. Names and notes hold nothing that JSON would escape.
 awk -F '\t' -v commit="$(git rev-parse --short HEAD 2>/dev/null)" -v seconds="$SECONDS" -v failed="$failed" '
   { stages = stages sprintf("%s\n  {\"stage\": \"%s\", \"outcome\": \"%s\", \"status\": %d, \"seconds\": %d, \"note\": \"%s\"}",
