@@ -8,7 +8,7 @@
 # A stage that fails or runs out of time does not keep the later ones from running.
 #
 #   PYTHON      the interpreter (python3)
-#   TGT_PEERS   a folder of wheels of other libraries, for the benchmarks to compare with
+#   TGT_PEERS   a folder of wheels: other libraries, for the benchmarks to compare with, and what the machine lacks
 #
 # OUT_DIR: summary.json, build.log, tests.log, sanitizer.log, bench.log, bench.json, roofline.png, trace.json.gz.
 # Exit status: 0 when every stage passed or was skipped with a reason, else 1.
@@ -16,7 +16,7 @@
 set -uo pipefail
 
 if [ $# -ne 1 ]; then
-  sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 mkdir -p "$1" || exit 2
@@ -150,6 +150,7 @@ fi
 if [ -n "${TGT_PEERS:-}" ]; then
   stage peers 8 "$out/build.log" \
     "$PYTHON" -m pip install --no-index --no-deps --quiet --target "$scratch/peers" "$TGT_PEERS"/*.whl
+  export PYTHONPATH="$PYTHONPATH:$scratch/peers"
 fi
 check_with_sanitizer & # beside the tests: neither is timed
 sanitizer=$!
@@ -157,7 +158,6 @@ sanitizer=$!
 stage tests 150 "$out/tests.log" bash -c 'run_tests "$0"' "$scratch"
 wait "$sanitizer"
 cat "$scratch"/sanitizer.* >"$out/sanitizer.log" 2>/dev/null
-export PYTHONPATH="$PYTHONPATH:$scratch/peers"
 stage bench 220 "$out/bench.log" \
   "$PYTHON" -m tgt_fast.cli bench --device cuda --json "$out/bench.json" --plot "$out/roofline.png"
 stage profile 20 "$out/bench.log" "$PYTHON" -m tgt_fast.cli profile --device cuda --out "$scratch/profile"
