@@ -13,8 +13,10 @@
 #define TGT_HD __host__ __device__ __forceinline__
 #define TGT_UNROLL _Pragma("unroll")
 #define TGT_UNROLL4 _Pragma("unroll 4")
+#define TGT_NO_UNROLL _Pragma("unroll 1")
 #else
 #define TGT_HD inline __attribute__((always_inline))
 #define TGT_UNROLL _Pragma("GCC unroll 16")
 #define TGT_UNROLL4 _Pragma("GCC unroll 4")
+#define TGT_NO_UNROLL
 #endif

@@ -198,39 +198,32 @@ __global__ void TGT_BOUNDS(Team::kIsWarp ? kWarpTeamThreads : on_chip_threads(kT
   const int64_t rest = call.classes - row.first * kVector;
   const int64_t here = rest < 0 ? 0 : rest < row.count * kVector ? rest : row.count * kVector;
 
-  Extremes<Real> mine;
-  bool scanned = false;
+  // Whole vectors may arrive in chunks by bulk copies, the rest is copied by threads.
+  const bool by_bulk = !Team::kIsWarp && bulk;
+  const int whole = by_bulk ? static_cast<int>(here / kVector) : 0;
+  const int chunks = by_bulk ? kChunks : 1;
+  const int chunk = (count + chunks * team.size - 1) / (chunks * team.size) * team.size;  // same threads later
 #if defined(TGT_BULK_COPIES)
-  if constexpr (!Team::kIsWarp) {
-    if (bulk) {
-      const int whole = static_cast<int>(here / kVector);
-      const int chunk = (count + kChunks * team.size - 1) / (kChunks * team.size) * team.size;  // same threads later
-      if (team.thread == 0) {
-        for (int c = 0; c < kChunks; ++c) copy_barrier_init(barriers + c);
-        copy_barriers_ready();
-        start_copies(row, student, teacher, whole, chunk, barriers);
-      }
-      copy_side(row.student, student, row.student_type(), here, row.count * kVector, int64_t(whole) * kVector, false,
-                team.thread, team.size);
-      copy_side(row.teacher, teacher, row.teacher_type(), here, row.count * kVector, int64_t(whole) * kVector, false,
-                team.thread, team.size);
-      block_barrier();  // the barriers are ready, and so is the tail that threads copied
-      for (int c = 0; c < kChunks; ++c) {
-        copy_wait(barriers + c);
-        const int end = (c + 1) * chunk < count ? (c + 1) * chunk : count;
-        scan_chunk<kTypes>(row, call.classes, c * chunk + team.thread, end, team.size, mine);
-      }
-      scanned = true;
-    }
+  if (by_bulk && team.thread == 0) {
+    for (int c = 0; c < kChunks; ++c) copy_barrier_init(barriers + c);
+    copy_barriers_ready();
+    start_copies(row, student, teacher, whole, chunk, barriers);
   }
 #endif
-  if (!scanned) {
-    copy_side(row.student, student, row.student_type(), here, row.count * kVector, 0, d.student_aligned, team.thread,
-              team.size);
-    copy_side(row.teacher, teacher, row.teacher_type(), here, row.count * kVector, 0, d.teacher_aligned, team.thread,
-              team.size);
-    team.barrier();
-    scan_chunk<kTypes>(row, call.classes, team.thread, count, team.size, mine);
+  const int64_t bulk_classes = int64_t(whole) * kVector;
+  copy_side(row.student, student, row.student_type(), here, row.count * kVector, bulk_classes, d.student_aligned,
+            team.thread, team.size);
+  copy_side(row.teacher, teacher, row.teacher_type(), here, row.count * kVector, bulk_classes, d.teacher_aligned,
+            team.thread, team.size);
+  team.barrier();  // what threads copied is there, and so are the barriers of the rest
+  Extremes<Real> mine;
+  TGT_NO_UNROLL
+  for (int c = 0; c < chunks; ++c) {
+#if defined(TGT_BULK_COPIES)
+    if (by_bulk) copy_wait(barriers + c);
+#endif
+    const int end = (c + 1) * chunk < count ? (c + 1) * chunk : count;
+    scan_chunk<kTypes>(row, call.classes, c * chunk + team.thread, end, team.size, mine);
   }
   // Read while others wait, and before the first reduction: after it another block may write a gradient over it.
   const double of_label =
