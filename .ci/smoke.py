@@ -14,11 +14,32 @@ from pathlib import Path
 import torch
 
 import tgt_fast as tgt
+from tgt_fast.kernels.native import core as load_core
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from cuda_report import find_tool
 
 
 def check(condition: bool, message: str) -> None:
     if not condition:
         sys.exit(f"smoke test: {message}")
+
+
+def check_device_code(library: Path) -> str:
+    """That the library holds code for the architectures it says; what that is."""
+    info = load_core().build_info()
+    if not info["cuda"]:
+        return "no CUDA"
+    entries = [entry.partition("-") for entry in info["cuda_architectures"].split(";")]
+    cuobjdump = find_tool("cuobjdump")
+    if cuobjdump is None:
+        return f"CUDA {info['cuda']} for {info['cuda_architectures']} (no cuobjdump to look)"
+    for option, absent in (("--list-elf", "virtual"), ("--list-ptx", "real")):
+        listed = subprocess.run([cuobjdump, option, str(library)], capture_output=True, text=True).stdout
+        found = set(re.findall(r"\.sm_(\w+)\.", listed))
+        wanted = {number for number, _, kind in entries if kind != absent}
+        check(found == wanted, f"{option} finds {sorted(found)}, the core was built for {sorted(wanted)}")
+    return f"CUDA {info['cuda']} for {info['cuda_architectures']}"
 
 
 def main() -> None:
@@ -37,6 +58,7 @@ def main() -> None:
     symbols = {line.split()[-1] for line in exported.splitlines()}
     check(symbols == {"PyInit__core"} or not symbols, f"the core exports {sorted(symbols)}")
 
+    device_code = check_device_code(site / core)
     native = tgt.backends()[0]
     check(native.available, native.reason)
     student = torch.nn.Linear(8, 3)
@@ -48,7 +70,7 @@ def main() -> None:
     loss = loss_fn(student(x), teacher.label(x), y) + loss_fn.soft(student(synth.x), synth.teacher_logits)
     loss.backward()
     check(bool(torch.isfinite(loss)) and student.weight.grad is not None, "the training step failed")
-    print(f"wheel {wheel.name}: {wheel.stat().st_size / 2**10:.0f} KiB, {native.detail}")
+    print(f"wheel {wheel.name}: {wheel.stat().st_size / 2**10:.0f} KiB, device code: {device_code}; {native.detail}")
 
 
 if __name__ == "__main__":

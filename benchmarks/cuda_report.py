@@ -1,15 +1,18 @@
 """What the compiler made of the CUDA kernels: registers, shared memory, stack frames and spills, a row a kernel.
 
-    python benchmarks/cuda_report.py                       # sm_90
-    python benchmarks/cuda_report.py --full                # sm_80, sm_90, sm_100, sm_120
+    python benchmarks/cuda_report.py LIBRARY.so            # of a library that is built: nothing is compiled
+    python benchmarks/cuda_report.py                       # compiles for sm_90
+    python benchmarks/cuda_report.py --full                # compiles for sm_80, sm_90, sm_100, sm_120
     python benchmarks/cuda_report.py --json report.json
 
-Needs nvcc, no GPU. Exits with 1 when a hot kernel has a stack frame or spills.
+Needs cuobjdump or nvcc, no GPU. Exits with 1 when a hot kernel has a stack frame or spills, with 2 where a tool is
+missing, with 3 when the library holds no device code.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import shutil
@@ -24,8 +27,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DEFAULT = ("90",)
 FULL = ("80", "90", "100", "120")
-# As in CMakeLists.txt.
-FLAGS = ("-std=c++17", "-O3", "-DTGT_ISA=device", "--fmad=false", "--prec-sqrt=false", f"-I{ROOT / 'csrc'}")
 
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\S+)'.*?"
@@ -33,6 +34,7 @@ _ENTRY = re.compile(
     r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
 )
+_USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 # float64 is for checking, not for speed: its kernels are reported and may spill.
 _COLD = re.compile(r"<double|kernel<double")
 
@@ -45,8 +47,8 @@ class Kernel:
     name: str
     registers: int
     shared_bytes: int
-    stack_bytes: int
-    spill_bytes: int
+    stack_bytes: int  # spilled registers lie there too
+    spill_bytes: int  # stored and loaded, by the compiler's own count; 0 when the kernel was read from a library
     hot: bool
 
     @property
@@ -54,11 +56,17 @@ class Kernel:
         return self.hot and (self.stack_bytes > 0 or self.spill_bytes > 0)
 
 
-def compile_report(source: Path, architecture: str) -> str:
+def flags() -> list[str]:
+    """The flags of the build."""
+    lines = (ROOT / "cmake" / "cuda_flags.txt").read_text().splitlines()
+    return ["-std=c++17", "-O3", *(line for line in lines if line.startswith("-"))]
+
+
+def compile_report(nvcc: str, source: Path, architecture: str) -> str:
     """The assembler's report on a source file."""
     with tempfile.TemporaryDirectory() as folder:
         target = f"arch=compute_{architecture},code=sm_{architecture}"
-        command = ["nvcc", *FLAGS, f"-gencode={target}", "-Xptxas=-v", "-cubin", str(source), "-o", f"{folder}/out"]
+        command = [nvcc, *flags(), f"-gencode={target}", "-Xptxas=-v", "-cubin", str(source), "-o", f"{folder}/out"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
@@ -66,7 +74,7 @@ def compile_report(source: Path, architecture: str) -> str:
 
 
 def parse(report: str) -> Iterator[Kernel]:
-    """The kernels of a report."""
+    """The kernels of a compiler's report."""
     found = list(_ENTRY.finditer(report))
     for match, name in zip(found, demangle([m["name"] for m in found]), strict=True):
         shared = re.search(r"(\d+) bytes smem", match["rest"])
@@ -81,9 +89,27 @@ def parse(report: str) -> Iterator[Kernel]:
         )
 
 
+def parse_usage(usage: str) -> Iterator[Kernel]:
+    """The kernels of ``cuobjdump --dump-resource-usage``, which prints an ``arch =`` line a device file."""
+    for part in re.split(r"\n(?=Fatbin elf code:)", usage):
+        architecture = re.search(r"arch = (\S+)", part)
+        found = [match.groups() for match in _USAGE.finditer(part)]
+        for (_, *numbers), name in zip(found, demangle([each[0] for each in found]), strict=True):
+            registers, stack, shared, local = map(int, numbers)
+            yield Kernel(
+                architecture=architecture[1] if architecture else "",
+                name=name,
+                registers=registers,
+                shared_bytes=shared,
+                stack_bytes=max(stack, local),
+                spill_bytes=0,
+                hot=_COLD.search(name) is None,
+            )
+
+
 def demangle(names: list[str]) -> list[str]:
     """Readable names, without namespaces and arguments; as they are where no demangler is installed."""
-    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    tool = find_tool("cu++filt") or shutil.which("c++filt")
     if tool is None or not names:
         return names
     plain = subprocess.run([tool, *names], capture_output=True, text=True, check=True).stdout.splitlines()
@@ -91,32 +117,73 @@ def demangle(names: list[str]) -> list[str]:
     return [re.sub(r"^void ", "", name).split("(")[0] for name in short]
 
 
+def find_tool(name: str) -> str | None:
+    """A tool of the CUDA toolkit: on the PATH, where toolkits are installed, or in Triton's package."""
+    folders = ["/usr/local/cuda/bin"]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin:
+        folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    return shutil.which(name) or next(filter(None, (shutil.which(name, path=folder) for folder in folders)), None)
+
+
+def of_library(library: Path, jobs: int) -> list[Kernel]:
+    """The kernels of a built library."""
+    cuobjdump = find_tool("cuobjdump")
+    if cuobjdump is None:
+        print("no cuobjdump: the sources are compiled instead", file=sys.stderr)
+        return of_sources(DEFAULT, jobs)
+    done = subprocess.run([cuobjdump, "--dump-resource-usage", str(library)], capture_output=True, text=True)
+    return list(parse_usage(done.stdout))
+
+
+def of_sources(architectures: tuple[str, ...], jobs: int) -> list[Kernel]:
+    """The kernels of csrc/cuda, compiled for each architecture."""
+    nvcc = find_tool("nvcc")
+    if nvcc is None:
+        raise SystemExit(_missing("nvcc"))
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    work = [(source, architecture) for architecture in architectures for source in sources]
+    with ThreadPoolExecutor(jobs) as pool:
+        reports = pool.map(lambda one: compile_report(nvcc, *one), work)
+        return [kernel for report in reports for kernel in parse(report)]
+
+
+def _missing(tool: str) -> int:
+    print(f"no {tool} on the PATH", file=sys.stderr)
+    return 2
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("library", type=Path, nargs="?", help="read this library instead of compiling")
     parser.add_argument("--full", action="store_true", help=f"sm_{', sm_'.join(FULL)} instead of sm_{DEFAULT[0]}")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once")
+    parser.add_argument("--quiet", action="store_true", help="only the bad rows and the counts")
     args = parser.parse_args()
-    if shutil.which("nvcc") is None:
-        print("no nvcc on the PATH", file=sys.stderr)
-        return 2
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    work = [(source, architecture) for architecture in (FULL if args.full else DEFAULT) for source in sources]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        reports = pool.map(lambda one: compile_report(*one), work)
-        rows = sorted((k for report in reports for k in parse(report)), key=lambda k: (k.architecture, k.name))
+    rows = (
+        of_library(args.library, args.jobs) if args.library else of_sources(FULL if args.full else DEFAULT, args.jobs)
+    )
+    rows.sort(key=lambda k: (k.architecture, k.name))
+    if not rows:
+        print(f"{args.library or 'csrc/cuda'} holds no device code", file=sys.stderr)
+        return 3
     print(f"{'arch':7} {'registers':>9} {'shared':>7} {'stack':>6} {'spills':>6}  kernel")
     for row in rows:
         mark = " <-- " if row.bad else ""
-        print(
-            f"{row.architecture:7} {row.registers:9} {row.shared_bytes:7} {row.stack_bytes:6} {row.spill_bytes:6}"
-            f"  {row.name}{mark}"
-        )
+        if row.bad or not args.quiet:
+            print(
+                f"{row.architecture:7} {row.registers:9} {row.shared_bytes:7} {row.stack_bytes:6} {row.spill_bytes:6}"
+                f"  {row.name}{mark}"
+            )
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     bad = [row for row in rows if row.bad]
+    for architecture in sorted({row.architecture for row in rows}):
+        hot = [row.registers for row in rows if row.architecture == architecture and row.hot]
+        print(f"{architecture}: {len(hot)} hot kernels, at most {max(hot, default=0)} registers")
     print(f"{len(rows)} kernels, {len(bad)} hot ones with a stack frame or spills")
-    return 1 if bad or not rows else 0
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from types import ModuleType
 import emulated_gpu
 import hypothesis
 import pytest
+import real_gpu
 import torch
 
 import tgt_fast
@@ -106,22 +107,34 @@ def emulated(request: pytest.FixtureRequest, native: str) -> ModuleType:
     return emulated_gpu.build(request.config.cache.mkdir("emulated_gpu"))  # type: ignore[union-attr]
 
 
-@pytest.fixture(scope="session", params=["reference", "native", "emulated"])
+@pytest.fixture(
+    scope="session", params=["reference", "native", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that can run here; "emulated" is the native one with its CUDA kernels on an emulated device."""
+    """Every backend that can run here.
+
+    "emulated" is the native one with its CUDA kernels on an emulated device, "cuda" the native one on a real device,
+    where the kernels' tensors are sent to and brought back from.
+    """
     if request.param == "reference":
         return "reference"
+    if request.param == "cuda":
+        request.getfixturevalue("gpu")
     return str(request.getfixturevalue("native"))
 
 
 @pytest.fixture(autouse=True)
-def _emulation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The emulated device, for the duration of a test that asks for it."""
+def _device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The emulated or the real device, for the duration of a test that asks for it."""
     callspec = getattr(request.node, "callspec", None)
-    if callspec is None or callspec.params.get("backend") != "emulated":
-        yield
-        return
-    with emulated_gpu.tensors_on_an_emulated_gpu(request.getfixturevalue("emulated")):
+    where = None if callspec is None else callspec.params.get("backend")
+    if where == "emulated":
+        with emulated_gpu.tensors_on_an_emulated_gpu(request.getfixturevalue("emulated")):
+            yield
+    elif where == "cuda":
+        with real_gpu.tensors_moved_to(torch.device(request.getfixturevalue("gpu"))):
+            yield
+    else:
         yield
 
 

@@ -1,29 +1,31 @@
 """On a real GPU: the native backend against the float64 truth, and what only a device can show.
 
-Streams, graph capture, autograd's threads, repeatability, more than 2^31 elements. Skipped without a GPU, unless
-TGT_FAST_REQUIRE_CUDA=1 turns that into a failure.
+Streams, graph capture, autograd's threads, repeatability, memory, more than 2^31 elements. Skipped without a GPU,
+unless TGT_FAST_REQUIRE_CUDA=1 turns that into a failure. The tests of the ``backend`` fixture and test_cuda_kernels.py
+run on a GPU too.
 """
 
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from cuda_calls import PLANS, Plan, every_kernel_once, planned
 from hypothesis import given, settings
 from numerics import Result, assert_matches_truth, distillation_loss, logits, targets, truth
 from strategies import DTYPES, AscendCase, DistillCase, ascend_cases, distill_cases
 from torch import Tensor
 
 import tgt_fast as tgt
-from tgt_fast.kernels.native import cuda, cuda_distill
+from tgt_fast.kernels.native import core, cuda_distill
+from tgt_fast.kernels.native.distill_calls import core_options
 from tgt_fast.kernels.options import DIVERGENCES, DistillOptions, Forward
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
-
-# As in test_cuda_kernels.py: (path, blocks a row, bulk copies).
-PLANS = [(1, 0, True), (2, 1, False), (2, 1, True), (2, 2, True), (2, 4, False), (2, 8, True), (3, 0, True)]
 
 
 def on_gpu(value: Any) -> Any:
@@ -99,28 +101,43 @@ def test_noise_is_that_of_the_cpu(size: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(got.cpu(), want, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_every_kernel_once() -> None:
+    """What compute-sanitizer looks at."""
+    assert all(not out.isnan().any() for out in every_kernel_once(torch.device("cuda")))
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_every_layout_gives_the_same_and_repeats_its_bits(dtype: torch.dtype, plan: tuple[int, int, bool]) -> None:
-    student, teacher = (logits(9, 3089, seed, dtype=dtype).cuda() for seed in (0, 1))
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_layout_repeats_its_bits(divergence: str, dtype: torch.dtype, plan: Plan) -> None:
+    """Enough rows that blocks of several rows run on a multiprocessor at a time, in another order each time."""
+    student, teacher = (logits(1500, 3089, seed, dtype=dtype).cuda() for seed in (0, 1))
     student[1, 3000:] = teacher[1, 3000:] = -math.inf
-    target = targets(9, 3089, 2).cuda()
-    options = DistillOptions(divergence="jsd", hard_weight=1.0, label_smoothing=0.1)
-    engine = cuda.engine(student)
-    assert engine is not None
+    target = targets(1500, 3089, 2).cuda()
+    options = DistillOptions(divergence=divergence, hard_weight=1.0, label_smoothing=0.1)
 
-    def once(how: tuple[int, int, bool]) -> Forward:
-        return cuda_distill.forward(
-            engine, student, teacher, target, None, None, options, wanted=(True, True), plan=how
-        )  # fmt: skip
+    def once() -> Forward:
+        return planned(student, teacher, target, None, None, options, wanted=(True, True), plan=plan)
 
-    first = once(plan)
+    first = once()
     for _ in range(20):
-        again = once(plan)
+        again = once()
         assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3], strict=True))  # type: ignore[arg-type]
-    streamed = once((3, 0, True))
-    torch.testing.assert_close(first.loss, streamed.loss, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(first.d_student, streamed.d_student, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [64, 2000, 150001])
+def test_latents_repeat_their_bits(size: int) -> None:
+    z, grad = torch.randn(300, size, device="cuda"), torch.randn(300, size, device="cuda")
+
+    def once() -> tuple[Tensor, Tensor]:
+        ball = tgt.perturb_latents(z, 1.0, seed=5, sphere_radius=3.0, backend="native")
+        return ball, tgt.ascend_latents(
+            z, grad, step_size=1.0, sigma=0.1, anchor=ball, radius=0.5, seed=5, backend="native"
+        )
+
+    first = once()
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))
 
 
 @pytest.fixture
@@ -134,41 +151,177 @@ def loss_and_gradients(student: Tensor, teacher: Tensor, target: Tensor) -> tupl
     return (loss.detach(), *torch.autograd.grad(3 * loss, leaves))
 
 
-def test_capture_and_replay_with_changed_inputs(problem: tuple[Tensor, Tensor, Tensor]) -> None:
-    student, teacher, target = problem
-    z, step = torch.zeros(8, 2000, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
+def captured(step: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    """A graph of the step, and the tensors that a replay fills."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            loss_and_gradients(student, teacher, target)
-            tgt.perturb_latents(z, 1.0, step=step, backend="native")
+            step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = loss_and_gradients(student, teacher, target)
-        moved = tgt.perturb_latents(z, 1.0, step=step, backend="native")
-        uphill = tgt.ascend_latents(z, moved, step_size=1.0, anchor=z, radius=0.5, step=step, backend="native")
-        step += 1
-    for seed in (5, 6):
-        student.copy_(logits(64, 32000, seed))
-        before = int(step)
+        out = step()
+    return graph, out
+
+
+# 10: a warp a row; 4000: a block; 32000: a cluster
+@pytest.mark.parametrize("classes", [10, 4000, 32000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_captured_loss_replays_with_changed_inputs(divergence: str, dtype: torch.dtype, classes: int) -> None:
+    """Forward and backward: float16 makes its gradients in backward, the others scale them there."""
+    student, teacher = logits(64, classes, 0, dtype=dtype).cuda(), logits(64, classes, 1, dtype=dtype).cuda()
+    target, upstream = targets(64, classes, 2).cuda(), torch.tensor(1.0, device="cuda")
+
+    def step() -> tuple[Tensor, ...]:
+        leaves = [student.detach().requires_grad_(), teacher.detach().requires_grad_()]
+        loss = distillation_loss(*leaves, target, divergence=divergence, hard_weight=1.0, backend="native")
+        return (loss.detach(), *torch.autograd.grad(loss, leaves, upstream))
+
+    graph, out = captured(step)
+    for seed, factor in ((5, 1.0), (6, 3.0)):  # a factor of 1 is recognised on the device
+        student.copy_(logits(64, classes, seed, dtype=dtype))
+        target.copy_(targets(64, classes, seed))
+        upstream.fill_(factor)
         graph.replay()
-        torch.cuda.synchronize()
-        for got, want in zip(captured, loss_and_gradients(student, teacher, target), strict=True):
+        for got, want in zip(out, step(), strict=True):
             assert torch.equal(got, want)
-        assert torch.equal(moved, tgt.perturb_latents(z, 1.0, step=before, backend="native"))
-        assert uphill.isfinite().all()
 
 
-def test_a_side_stream_and_autograds_threads(problem: tuple[Tensor, Tensor, Tensor]) -> None:
-    want = loss_and_gradients(*problem)
+@pytest.mark.parametrize("size", [64, 2000, 150001])
+def test_captured_latents_draw_fresh_noise_at_each_replay(size: int) -> None:
+    z, seed = torch.randn(8, size, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
+    counter = torch.zeros((), dtype=torch.int64, device="cuda")
+
+    def step() -> tuple[Tensor, ...]:
+        moved = tgt.perturb_latents(z, 1.0, seed=seed, step=counter, backend="native")
+        uphill = tgt.ascend_latents(
+            z, moved, step_size=1.0, sigma=0.1, anchor=z, radius=0.5, seed=seed, step=counter, backend="native"
+        )
+        return moved, uphill
+
+    def advancing() -> tuple[Tensor, ...]:
+        out = step()
+        counter.add_(1)
+        return out
+
+    graph, out = captured(advancing)
+    seen: list[Tensor] = []
+    for fresh in (3, 3, 2**40):
+        seed.fill_(fresh)
+        before = int(counter)
+        graph.replay()
+        assert int(counter) == before + 1
+        now = [each.clone() for each in out]
+        assert not any(torch.equal(now[0], other) for other in seen)
+        seen.append(now[0])
+        counter.fill_(before)
+        for got, want in zip(now, step(), strict=True):
+            assert torch.equal(got, want)
+        counter.fill_(before + 1)
+
+
+def test_work_waits_for_its_stream_alone(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    """What the stream is about to write is read after it has been written; no other stream would wait for it."""
+    student, teacher, target = problem
+    fresh = logits(64, 32000, 9).cuda()
+    want = loss_and_gradients(fresh, teacher, target)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        got = loss_and_gradients(*problem)
+        torch.cuda._sleep(50_000_000)
+        student.copy_(fresh)
+        got = loss_and_gradients(student, teacher, target)
     side.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_thread_of_its_own(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    want = loss_and_gradients(*problem)
+    torch.cuda.synchronize()
+    got: list[tuple[Tensor, ...]] = []
+    thread = threading.Thread(target=lambda: got.append(loss_and_gradients(*problem)))
+    thread.start()
+    thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(got[0], want, strict=True))
+
+
+def test_autograds_own_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """backward() runs in a thread of autograd's; on a side stream it uses the stream of the forward pass."""
+    threads: list[int] = []
+    plain = cuda_distill.backward
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        threads.append(threading.get_ident())
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(cuda_distill, "backward", noted)
+    student, teacher = (logits(64, 4000, seed, dtype=torch.float16).cuda() for seed in (0, 1))
+    grads: list[Tensor] = []
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            leaf = student.detach().requires_grad_()
+            distillation_loss(leaf, teacher, backend="native").backward()
+        torch.cuda.synchronize()
+        assert leaf.grad is not None
+        grads.append(leaf.grad)
+    assert threads
+    assert threading.get_ident() not in threads
+    assert torch.equal(grads[0], grads[1])
+
+
+def test_beside_torchs_own_kernels(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Two CUDA runtimes in a process: their kernels alternate on a stream, and neither sees the other's errors."""
+    student, teacher, target = problem
+    want = loss_and_gradients(student, teacher, target)
+    weight = torch.randn(32000, 32000 // 8, device="cuda")
+    for _ in range(3):
+        product = student @ weight
+        got = loss_and_gradients(student, teacher, target)
+        assert torch.equal(product, student @ weight)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    options, nothing = core_options(core(), DistillOptions(reduction="none")), (0, 0, 0)
+    with pytest.raises(RuntimeError, match="distill_fwd_kernel"):  # more rows than a grid has blocks
+        core().cuda_distill_forward(
+            options, 2**31, 1, nothing, nothing, 0, 0, 0, -1.0, 0, 0, 0, nothing, nothing, 0, 0, (3, 0, True), 0
+        )
+    assert torch.equal(student @ weight, product)
+    assert torch.equal(loss_and_gradients(student, teacher, target)[0], want[0])
+
+
+def test_a_second_device(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Tensors decide where kernels run, whatever device is current; and that stays as it was."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two devices")
+    want = loss_and_gradients(*problem)
+    there = [x.to("cuda:1") for x in problem]
+    assert torch.cuda.current_device() == 0
+    got = loss_and_gradients(*there)  # type: ignore[arg-type]
+    z = torch.zeros(4, 2000, device="cuda:1")
+    moved = tgt.perturb_latents(z, 1.0, seed=1, backend="native")
+    assert torch.cuda.current_device() == 0
+    assert {x.device.index for x in (*got, moved)} == {1}
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, want, strict=True))
+    assert torch.equal(moved.cpu(), tgt.perturb_latents(z.to("cuda:0"), 1.0, seed=1, backend="native").cpu())
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_memory_beyond_the_gradients_is_small(problem: tuple[Tensor, Tensor, Tensor], both: bool) -> None:
+    student, teacher, target = problem
+    leaves = [student.requires_grad_(), teacher.requires_grad_(both)][: 1 + both]
+    distillation_loss(student, teacher, target, hard_weight=1.0, backend="native").backward()
+    for leaf in leaves:
+        leaf.grad = None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss = distillation_loss(student, teacher, target, hard_weight=1.0, backend="native")
+    (2 * loss).backward()
+    extra = torch.cuda.max_memory_allocated() - before
+    gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    assert gradients <= extra < gradients + (1 << 20)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -208,3 +361,18 @@ def test_more_than_two_to_the_31_elements() -> None:
     (grad,) = torch.autograd.grad(loss, student, torch.ones_like(loss))
     assert torch.equal(loss[tail].detach().cpu(), want.loss)
     assert torch.equal(grad[tail].cpu(), want.d_student)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [1000, 100_000])
+def test_more_than_two_to_the_31_latents(size: int) -> None:
+    """The last samples equal the same samples alone. About 9 GB."""
+    samples = 2**31 // size + 10
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GB of free device memory")
+    z = torch.zeros(samples, size, dtype=torch.bfloat16, device="cuda")
+    ids = torch.arange(samples, device="cuda")
+    tail = slice(samples - 3, samples)
+    for options in ({}, {"sphere_radius": 2.0}):
+        moved = tgt.perturb_latents(z, 1.0, seed=1, sample_ids=ids, backend="native", **options)  # type: ignore[arg-type]
+        want = tgt.perturb_latents(z[tail], 1.0, seed=1, sample_ids=ids[tail], backend="native", **options)  # type: ignore[arg-type]
+        assert torch.equal(moved[tail], want)

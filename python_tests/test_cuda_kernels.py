@@ -1,6 +1,6 @@
-"""The CUDA kernels on an emulated device: every way to lay a row on the chip, against the float64 truth.
+"""The CUDA kernels, emulated and on a GPU where there is one: every way to lay a row on the chip, against the truth.
 
-The other tests run them too, as the ``emulated`` backend; there a call's size chooses the way.
+The other tests run them too, as the backends ``emulated`` and ``cuda``; there a call's size chooses the way.
 """
 
 from __future__ import annotations
@@ -11,58 +11,32 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_calls import PLANS, Kernels, Plan, every_kernel_once
 from emulated_gpu import tensors_on_an_emulated_gpu
 from numerics import Result, assert_matches_truth, logits, targets, truth
 from strategies import DTYPES, lay_out
 from torch import Tensor
 
 import tgt_fast as tgt
-from tgt_fast.kernels.native import cuda, cuda_distill
+from tgt_fast.kernels.native import cuda
 from tgt_fast.kernels.native.distill_calls import core_options
 from tgt_fast.kernels.options import DIVERGENCES, DistillOptions, Forward
 
-# (path, blocks a row, bulk copies) of csrc/cuda/distill.h
-PLANS = {
-    "a warp": (1, 0, True),
-    "a block": (2, 1, False),
-    "a block, bulk copies": (2, 1, True),
-    "2 blocks, bulk copies": (2, 2, True),
-    "4 blocks": (2, 4, False),
-    "8 blocks, bulk copies": (2, 8, True),
-    "streamed": (3, 0, True),
-}
 plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 
 
-def run(
-    module: ModuleType,
-    plan: tuple[int, int, bool],
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None = None,
-    *,
-    weight: Tensor | None = None,
-    normalizer: float | Tensor | None = None,
-    wanted: tuple[bool, bool] = (True, True),
-    inplace: bool = False,
-    **options: Any,
-) -> Forward:
-    with tensors_on_an_emulated_gpu(module):
-        engine = cuda.engine(student)
-        assert engine is not None
-        options.setdefault("teacher_temperature", options.get("temperature", 1.0))
-        return cuda_distill.forward(
-            engine, student, teacher, target, weight, normalizer, DistillOptions(**options),
-            wanted=wanted, keep_rows=True, inplace=inplace, plan=plan,
-        )  # fmt: skip
+@pytest.fixture(scope="module", params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    if request.param == "cuda":
+        return Kernels.on(torch.device(request.getfixturevalue("gpu")))
+    return Kernels.emulated(request.getfixturevalue("emulated"))
 
 
 def check(
-    module: ModuleType, plan: tuple[int, int, bool], student: Tensor, teacher: Tensor, target: Tensor | None = None,
-    **options: Any,
-) -> Forward:  # fmt: skip
+    kernels: Kernels, plan: Plan, student: Tensor, teacher: Tensor, target: Tensor | None = None, **options: Any
+) -> Forward:
     options = {"reduction": "none", **options}
-    out = run(module, plan, student, teacher, target, **options)
+    out = kernels.forward(plan, student, teacher, target, **options)
     assert_matches_truth(
         Result(out.loss, out.d_student, out.d_teacher),
         truth(student, teacher, target, **options),
@@ -81,33 +55,29 @@ def check(
 # 1: seven blocks of eight have nothing; 67: a tail; 1000: whole vectors; 3089: blocks of unequal shares
 @pytest.mark.parametrize("classes", [1, 67, 1000, 3089])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_layout(
-    emulated: ModuleType, plan: tuple[int, int, bool], divergence: str, classes: int, dtype: torch.dtype
-) -> None:
+def test_every_layout(kernels: Kernels, plan: Plan, divergence: str, classes: int, dtype: torch.dtype) -> None:
     student, teacher = logits(3, classes, 0, dtype=dtype), logits(3, classes, 1, dtype=dtype)
     target = torch.tensor([0, classes // 2, classes - 1])
     options: dict[str, Any] = {"divergence": divergence, "temperature": 2.0, "teacher_temperature": 3.0}
-    check(emulated, plan, student, teacher, target, hard_weight=0.7, label_smoothing=0.1, **options)
+    check(kernels, plan, student, teacher, target, hard_weight=0.7, label_smoothing=0.1, **options)
     options = {"divergence": divergence, "hard_weight": 1.0}
-    check(emulated, plan, student, teacher, target, **options)
+    check(kernels, plan, student, teacher, target, **options)
 
 
 @plans
-def test_the_label_may_be_anywhere(emulated: ModuleType, plan: tuple[int, int, bool]) -> None:
+def test_the_label_may_be_anywhere(kernels: Kernels, plan: Plan) -> None:
     """Each row its own class: the first and last of every share and of every vector."""
     classes = 67
     student, teacher = logits(1, classes, 0).repeat(classes, 1), logits(1, classes, 1).repeat(classes, 1)
-    check(emulated, plan, student, teacher, torch.arange(classes), hard_weight=5.0)
+    check(kernels, plan, student, teacher, torch.arange(classes), hard_weight=5.0)
 
 
 @plans
 @pytest.mark.parametrize("pair", [(a, b) for a in DTYPES for b in DTYPES if torch.float64 not in (a, b)], ids=str)
-def test_mixed_dtypes_on_sliced_rows(
-    emulated: ModuleType, plan: tuple[int, int, bool], pair: tuple[torch.dtype, torch.dtype]
-) -> None:
+def test_mixed_dtypes_on_sliced_rows(kernels: Kernels, plan: Plan, pair: tuple[torch.dtype, torch.dtype]) -> None:
     student, teacher = logits(4, 301, 0, dtype=pair[0]), logits(4, 301, 1, dtype=pair[1])
-    dense = check(emulated, plan, student, teacher)
-    sliced = check(emulated, plan, lay_out(student, "row-strided"), lay_out(teacher, "row-strided"))
+    dense = check(kernels, plan, student, teacher)
+    sliced = check(kernels, plan, lay_out(student, "row-strided"), lay_out(teacher, "row-strided"))
     for got, want in zip(sliced[:3], dense[:3], strict=True):
         assert torch.equal(got, want)  # type: ignore[arg-type]
 
@@ -116,52 +86,52 @@ def test_mixed_dtypes_on_sliced_rows(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_masks_and_rows_that_are_no_distribution(
-    emulated: ModuleType, plan: tuple[int, int, bool], divergence: str, dtype: torch.dtype
+    kernels: Kernels, plan: Plan, divergence: str, dtype: torch.dtype
 ) -> None:
     student, teacher = logits(8, 203, 0, dtype=dtype), logits(8, 203, 1, dtype=dtype)
     student[1, 190:] = teacher[1, 190:] = -math.inf
     student[2, 5] = teacher[3, 200] = -math.inf
     student[4, 202], teacher[5, 0] = math.nan, math.inf
     student[6] = -math.inf
-    out = check(emulated, plan, student, teacher, divergence=divergence)
+    out = check(kernels, plan, student, teacher, divergence=divergence)
     assert out.loss.isnan().tolist() == [False] * 4 + [True] * 3 + [False]
-    check(emulated, plan, student, teacher, targets(8, 203, 3), divergence=divergence, hard_weight=0.5)
+    check(kernels, plan, student, teacher, targets(8, 203, 3), divergence=divergence, hard_weight=0.5)
 
 
 @plans
-def test_in_place_gradients_equal_separate_ones(emulated: ModuleType, plan: tuple[int, int, bool]) -> None:
+def test_in_place_gradients_equal_separate_ones(kernels: Kernels, plan: Plan) -> None:
     student, teacher, target = logits(3, 1003, 0), logits(3, 1003, 1), targets(3, 1003, 2)
-    plain = run(emulated, plan, student, teacher, target, hard_weight=1.0)
+    plain = kernels.forward(plan, student, teacher, target, hard_weight=1.0)
     copy = student.clone()
-    placed = run(emulated, plan, copy, teacher, target, hard_weight=1.0, inplace=True)
+    placed = kernels.forward(plan, copy, teacher, target, hard_weight=1.0, inplace=True)
     assert torch.equal(placed.loss, plain.loss)
     assert torch.equal(copy, plain.d_student)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("classes", [5, 1003])
-def test_out_of_range_labels_and_weights_behave_as_dropped(emulated: ModuleType, classes: int) -> None:
+def test_out_of_range_labels_and_weights_behave_as_dropped(kernels: Kernels, classes: int) -> None:
     student, teacher = logits(6, classes, 0), logits(6, classes, 1)
     bad = torch.tensor([1, classes, 2, -7, 2**40, 3])
     dropped = torch.where((bad < 0) | (bad >= classes), -100, bad)
     weight = torch.tensor([1.0, 1.0, 2.0, 1.0, 1.0, 0.5])
     for reduction in ("mean", "sum", "none"):
         options: dict[str, Any] = {"hard_weight": 1.0, "reduction": reduction}
-        got = run(emulated, (0, 0, True), student, teacher, bad, weight=weight, **options)
-        want = run(emulated, (0, 0, True), student, teacher, dropped, weight=weight, **options)
+        got = kernels.forward((0, 0, True), student, teacher, bad, weight=weight, **options)
+        want = kernels.forward((0, 0, True), student, teacher, dropped, weight=weight, **options)
         for a, b in zip(got[:3], want[:3], strict=True):
             assert torch.equal(a, b)  # type: ignore[arg-type]
     weight = torch.tensor([1.0, -1.0, math.nan, math.inf, 0.0, 2.0])
     counted = torch.where((weight > 0) & weight.isfinite(), weight, 0.0)
-    got, want = (run(emulated, (0, 0, True), student, teacher, weight=w) for w in (weight, counted))
+    got, want = (kernels.forward((0, 0, True), student, teacher, weight=w) for w in (weight, counted))
     assert torch.equal(got.loss, want.loss)
     assert torch.equal(got.d_student, want.d_student)  # type: ignore[arg-type]
 
 
-def test_a_normalizer_on_the_device_is_one_on_the_host(emulated: ModuleType) -> None:
+def test_a_normalizer_on_the_device_is_one_on_the_host(kernels: Kernels) -> None:
     student, teacher = logits(6, 33, 0), logits(6, 33, 1)
     for value in (0.0, 7.5):
-        got = run(emulated, (0, 0, True), student, teacher, normalizer=torch.tensor(value))
-        want = run(emulated, (0, 0, True), student, teacher, normalizer=value)
+        got = kernels.forward((0, 0, True), student, teacher, normalizer=torch.tensor(value))
+        want = kernels.forward((0, 0, True), student, teacher, normalizer=value)
         assert torch.equal(got.loss, want.loss)
         assert torch.equal(got.d_student, want.d_student)  # type: ignore[arg-type]
 
@@ -177,7 +147,7 @@ def test_a_failed_launch_names_its_kernel(emulated: ModuleType) -> None:
 
 @pytest.mark.parametrize("size", [5, 1024, 1032, 40000, 150001])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_latents_of_every_size_equal_the_cpu(emulated: ModuleType, size: int, dtype: torch.dtype) -> None:
+def test_latents_of_every_size_equal_the_cpu(kernels: Kernels, size: int, dtype: torch.dtype) -> None:
     """A warp, a block, and clusters of 4 and 8 blocks a sample. The generator's integers are the same."""
     generator = torch.Generator().manual_seed(0)
     z, grad, anchor = (torch.randn(3, size, generator=generator).to(dtype) for _ in range(3))
@@ -191,7 +161,7 @@ def test_latents_of_every_size_equal_the_cpu(emulated: ModuleType, size: int, dt
     tolerance = 4 * torch.finfo(dtype).eps + 4e-6
     for call in calls:
         want = call()
-        with tensors_on_an_emulated_gpu(emulated):
+        with kernels.within():
             got = call()
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
@@ -208,3 +178,9 @@ def test_seed_and_step_may_live_on_the_device(emulated: ModuleType) -> None:
             (seed.data_ptr(), step.data_ptr()), 0.0, 0.0, 0,
         )  # fmt: skip
     assert torch.equal(out, want)
+
+
+def test_every_kernel_once(emulated: ModuleType) -> None:
+    """What the tools of test_cuda.py's twin look at, with the emulation's own checks of alignment and barriers."""
+    with tensors_on_an_emulated_gpu(emulated):
+        assert all(not out.isnan().any() for out in every_kernel_once(torch.device("cpu")))

@@ -124,23 +124,33 @@ struct NormalisedSums {
   static TGT_HD void finish(const OnlineSums&, double, double, double&, double&) {}
 };
 
+// The elementary functions of jsd. A device has instructions for them and replaces these (cuda/distill_row.h).
+template <class V>
+struct RatioMath {
+  static TGT_HD V exponential(V x) { return exp_nonpositive(x); }
+  static TGT_HD V logarithm(V x) { return log_positive(x); }         // for sums
+  static TGT_HD V coarse_logarithm(V x) { return log_positive(x); }  // for gradients
+};
+
 struct Jsd : NormalisedSums {  // x = KL(p, m), y = KL(q, m), m = beta p + (1 - beta) q, from logarithms alone
   static constexpr bool kProbabilities = true;
   // log(p / m) and log(q / m) from d = log(p / q) alone: with w the weight of the larger of p and q, log(larger / m) =
   // -log(w + (1 - w) exp(-|d|)) and the other is |d| less. A rounding error that all d share, that of the normalisers,
   // then cancels between x and y to first order; through log m it would be the error of the loss.
-  template <class V, class R>
+  template <bool kCoarse, class V, class R>
   static TGT_HD void log_ratios(const Class<V>& c, const Mixture<R>& m, V& of_teacher, V& of_student) {
+    using Math = RatioMath<V>;
     const V d = c.a - c.b;
     const V other = d < 0 ? splat<V>(m.teacher) : splat<V>(m.student);  // 1 - w
-    const V of_larger = -log_positive(fused(other, exp_nonpositive(-absolute(d)) - 1, splat<V>(1)));
+    const V of_mixture = fused(other, Math::exponential(-absolute(d)) - 1, splat<V>(1));
+    const V of_larger = -(kCoarse ? Math::coarse_logarithm(of_mixture) : Math::logarithm(of_mixture));
     of_teacher = d < 0 ? of_larger + d : of_larger;
     of_student = d < 0 ? of_larger : of_larger - d;
   }
   template <class V, class R>
   static TGT_HD void add(const Class<V>& c, const Mixture<R>& m, V& x, V& y) {
     V of_teacher, of_student;
-    log_ratios(c, m, of_teacher, of_student);
+    log_ratios<false>(c, m, of_teacher, of_student);
     x = fused(c.p, of_teacher, x);
     y = fused(c.q, of_student, y);
   }
@@ -148,13 +158,13 @@ struct Jsd : NormalisedSums {  // x = KL(p, m), y = KL(q, m), m = beta p + (1 - 
   template <class V, class R>
   static TGT_HD V d_student(const Class<V>& c, const Mixture<R>& m, R, R y) {
     V of_teacher, of_student;
-    log_ratios(c, m, of_teacher, of_student);
+    log_ratios<true>(c, m, of_teacher, of_student);
     return (c.q * m.student) * (of_student - y);
   }
   template <class V, class R>
   static TGT_HD V d_teacher(const Class<V>& c, const Mixture<R>& m, R x, R) {
     V of_teacher, of_student;
-    log_ratios(c, m, of_teacher, of_student);
+    log_ratios<true>(c, m, of_teacher, of_student);
     return (c.p * m.teacher) * (of_teacher - x);
   }
 };

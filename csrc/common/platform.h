@@ -11,10 +11,16 @@
 
 #if defined(__CUDACC__)
 #define TGT_HD __host__ __device__ __forceinline__
+#if defined(TGT_SHORT_CODE)  // for what is there to check others, not to be fast
+#define TGT_UNROLL _Pragma("unroll 1")
+#else
 #define TGT_UNROLL _Pragma("unroll")
+#endif
 #define TGT_UNROLL4 _Pragma("unroll 4")
+#define TGT_NO_UNROLL _Pragma("unroll 1")
 #else
 #define TGT_HD inline __attribute__((always_inline))
 #define TGT_UNROLL _Pragma("GCC unroll 16")
 #define TGT_UNROLL4 _Pragma("GCC unroll 4")
+#define TGT_NO_UNROLL
 #endif

@@ -54,6 +54,13 @@ TGT_DEVICE float exp2_fast(float x) {
   return y;
 }
 
+// log2 of a normal number, to 2^-22 between 1/2 and 2 and to 2 units in the last place beyond; 0 at 1.
+TGT_DEVICE float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Largest and smallest of two pairs of 16-bit numbers; a NaN wins.
 #if __CUDA_ARCH__ >= 800
 #define TGT_PACKED_EXTREMES 1
@@ -121,7 +128,10 @@ TGT_DEVICE void cluster_arrive() {
   __syncwarp();  // the instruction is for warps whose lanes arrive together
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
-TGT_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+TGT_DEVICE void cluster_wait() {
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 TGT_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 // Stores 8 bytes at the place of `here` in the shared memory of block `rank` of the cluster.
 TGT_DEVICE void store_remote(void* here, int rank, uint64_t value) {
@@ -136,7 +146,10 @@ TGT_DEVICE void store_remote(void* here, int rank, uint64_t value) {
 TGT_DEVICE void copy_barrier_init(uint64_t* barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
 }
-TGT_DEVICE void copy_barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+TGT_DEVICE void copy_barriers_ready() {  // for the copy engine, which is not ordered with a thread's own accesses
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 TGT_DEVICE void copy_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
@@ -176,6 +189,12 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
+    // Room for as many blocks as registers allow, where the default may be room for one. A hint: if it cannot be taken,
+    // that is no error of the launch.
+    if (cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared) != cudaSuccess) {
+      cudaGetLastError();
+    }
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));

@@ -1,23 +1,11 @@
 // The distill ops on a device: which kernels a call takes, in which order.
+#include "chip.h"
 #include "distill.h"
 #include "distill_on_chip.h"
 #include "distill_small.h"
 
 namespace tgt::cuda {
 namespace {
-
-struct Chip {
-  int major = 0;
-  int shared_bytes = 0;  // a block may ask for
-};
-
-cudaError_t find_chip(Chip& chip) {
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&chip.major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(&chip.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-}
 
 DeviceCall device_call(const DistillCall& call) {
   DeviceCall d;
@@ -63,7 +51,7 @@ Layout layout_of(const DistillCall& call, const Plan& plan, const Chip& chip) {
 
 cudaError_t forward_rows(DeviceCall d, const Plan& plan, cudaStream_t stream) {
   Chip chip;
-  const cudaError_t error = find_chip(chip);
+  const cudaError_t error = find_chip(reinterpret_cast<const void*>(&distill_count_kernel), chip);
   if (error != cudaSuccess) return error;
   const Layout layout = layout_of(d.call, plan, chip);
   d.vectors_per_block = layout.vectors;
@@ -140,13 +128,15 @@ Failure distill_backward(const DistillCall& call, cudaStream_t stream) {
 Failure distill_scale(int64_t rows, int64_t classes, const Matrix& grad, const void* factor, bool factor_per_row,
                       cudaStream_t stream) {
   if (rows == 0) return {};
-  if (!factor_per_row && grad.stride == classes) {  // one factor, dense rows: one long row
+  Matrix all = grad;
+  if (!factor_per_row && grad.stride == classes) {  // one factor, dense rows: one long row, aligned where it starts
     classes *= rows;
     rows = 1;
+    all.stride = 0;
   }
   const cudaError_t error = grad.type == DType::kFloat64
-                                ? launch_distill_scale<double>(rows, classes, grad, factor, factor_per_row, stream)
-                                : launch_distill_scale<float>(rows, classes, grad, factor, factor_per_row, stream);
+                                ? launch_distill_scale<double>(rows, classes, all, factor, factor_per_row, stream)
+                                : launch_distill_scale<float>(rows, classes, all, factor, factor_per_row, stream);
   return {error, "distill_scale_kernel"};
 }
 

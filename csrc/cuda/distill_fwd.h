@@ -12,7 +12,7 @@ inline namespace TGT_ISA {
 
 constexpr int kChunks = 4;         // pieces in which a row arrives
 constexpr int kBarrierBytes = 64;  // of their barriers
-constexpr int kOnChipThreads = 384, kWarpTeamThreads = 256, kStreamThreads = 512;
+constexpr int kWarpTeamThreads = 256, kStreamThreads = 512;
 
 struct RowHead {
   int64_t label;
@@ -41,23 +41,43 @@ TGT_DEVICE const Matrix& partner(const DistillCall& call) {
   return call.options.soft_weight == 0 ? call.student : call.teacher;
 }
 
-template <class Real>
+// Writes 0 or NaN to the vectors of a row. Rows that do not count are few or cheap: short code, not fast code.
 TGT_DEVICE void fill(const Matrix& matrix, bool aligned, int64_t i, int64_t classes, int64_t begin, int64_t end,
-                     int64_t step, Real value) {
+                     int64_t step, bool nan) {
   if (!matrix.data) return;
   char* row = matrix.row(i);
-  Eight<Real> values;
-  TGT_UNROLL
-  for (int j = 0; j < kVector; ++j) values.v[j] = value;
-  for (int64_t k = begin; k < end; k += step) store_padded(row, matrix.type, k * kVector, classes, aligned, values);
+  const int bytes = static_cast<int>(element_size(matrix.type));
+  const uint32_t pattern = !nan                              ? 0
+                           : matrix.type == DType::kBFloat16 ? 0x7fc07fc0u
+                           : matrix.type == DType::kFloat16  ? 0x7e007e00u
+                           : matrix.type == DType::kFloat32  ? 0x7fc00000u
+                                                             : 0xffffffffu;  // of a double: any NaN
+  TGT_NO_UNROLL
+  for (int64_t k = begin; k < end; k += step) {
+    const int64_t first = k * kVector * bytes, left = (classes - k * kVector) * bytes;
+    const int room = left < kVector * bytes ? static_cast<int>(left) : kVector * bytes;
+    if (aligned && room == kVector * bytes) {
+      TGT_NO_UNROLL
+      for (int at = 0; at < room; at += 16) {
+        store16_streaming(row + first + at, {{pattern, pattern, pattern, pattern}});
+      }
+    } else {
+      TGT_NO_UNROLL
+      for (int at = 0; at < room; at += 2) {  // a wider element is a repetition of halves, or starts with zeros
+        const bool upper = bytes > 2 && at % 4 != 0;
+        *reinterpret_cast<uint16_t*>(row + first + at) = static_cast<uint16_t>(upper ? pattern >> 16 : pattern);
+      }
+    }
+  }
 }
 
 template <class Real, class Team>
 TGT_DEVICE void fill_gradients(const DeviceCall& d, const Team& team, int64_t i, int64_t first, int64_t count,
                                Real value) {
+  const bool nan = value != 0;
   const DistillCall& call = d.call;
-  fill(call.d_student, d.d_student_aligned, i, call.classes, first + team.thread, first + count, team.size, value);
-  fill(call.d_teacher, d.d_teacher_aligned, i, call.classes, first + team.thread, first + count, team.size, value);
+  fill(call.d_student, d.d_student_aligned, i, call.classes, first + team.thread, first + count, team.size, nan);
+  fill(call.d_teacher, d.d_teacher_aligned, i, call.classes, first + team.thread, first + count, team.size, nan);
 }
 
 template <class Real>
@@ -165,7 +185,7 @@ TGT_DEVICE void finish_row(const DeviceCall& d, const Team& team, const Source& 
       source.load(k, s, t);
       TGT_UNROLL
       for (int j = 0; j < kVector; ++j) {
-        D::add(normalised<D>(shifted<D>(s.v[j], t.v[j], row), row), row.mixture, mine.x, mine.y);
+        D::add(normalised<D>(s.v[j], t.v[j], row), row.mixture, mine.x, mine.y);
       }
     }
     const Sums<double> all = add_all(team, mine, 2);

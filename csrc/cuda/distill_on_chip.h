@@ -9,6 +9,9 @@ inline namespace TGT_ISA {
 // The element types of a row pair, when they are known to the compiler.
 enum Types : int { kAnyTypes, kBothBFloat16 };
 
+// Two blocks to a multiprocessor. What any type takes does not fit into the 80 registers that 384 threads leave.
+constexpr int on_chip_threads(int types) { return types == kBothBFloat16 ? 384 : 320; }
+
 template <class Real, int kTypes>
 struct OnChipRow {
   using Index = int;       // what fits in shared memory is few
@@ -153,7 +156,7 @@ TGT_DEVICE void scan_chunk(const Row& row, int64_t classes, int begin, int end, 
 }
 
 template <class D, class Team, int kTypes>
-__global__ void TGT_BOUNDS(Team::kIsWarp ? kWarpTeamThreads : kOnChipThreads, 2)
+__global__ void TGT_BOUNDS(Team::kIsWarp ? kWarpTeamThreads : on_chip_threads(kTypes), 2)
     distill_fwd_kernel(const TGT_GRID_CONSTANT DeviceCall d, const TGT_GRID_CONSTANT int bulk) {
   using Real = float;
   const DistillCall& call = d.call;
@@ -190,46 +193,41 @@ __global__ void TGT_BOUNDS(Team::kIsWarp ? kWarpTeamThreads : kOnChipThreads, 2)
   row.teacher = row.student + room * kVector * student_bytes;
   const char* student = call.student.row(i);
   const char* teacher = other.row(i);
-  const double of_label = head.flags & kHard ? load_one<double>(student, row.student_type(), head.label) : 0;
   student += row.first * kVector * student_bytes;
   teacher += row.first * kVector * teacher_bytes;
   const int64_t rest = call.classes - row.first * kVector;
   const int64_t here = rest < 0 ? 0 : rest < row.count * kVector ? rest : row.count * kVector;
 
-  Extremes<Real> mine;
-  bool scanned = false;
+  // Whole vectors may arrive in chunks by bulk copies, the rest is copied by threads.
+  const bool by_bulk = !Team::kIsWarp && bulk;
+  const int whole = by_bulk ? static_cast<int>(here / kVector) : 0;
+  const int chunks = by_bulk ? kChunks : 1;
+  const int chunk = (count + chunks * team.size - 1) / (chunks * team.size) * team.size;  // same threads later
 #if defined(TGT_BULK_COPIES)
-  if constexpr (!Team::kIsWarp) {
-    if (bulk) {
-      const int whole = static_cast<int>(here / kVector);
-      const int chunk = (count + kChunks * team.size - 1) / (kChunks * team.size) * team.size;  // same threads later
-      if (team.thread == 0) {
-        for (int c = 0; c < kChunks; ++c) copy_barrier_init(barriers + c);
-        copy_barriers_ready();
-        start_copies(row, student, teacher, whole, chunk, barriers);
-      }
-      copy_side(row.student, student, row.student_type(), here, row.count * kVector, int64_t(whole) * kVector, false,
-                team.thread, team.size);
-      copy_side(row.teacher, teacher, row.teacher_type(), here, row.count * kVector, int64_t(whole) * kVector, false,
-                team.thread, team.size);
-      block_barrier();  // the barriers are ready, and so is the tail that threads copied
-      for (int c = 0; c < kChunks; ++c) {
-        copy_wait(barriers + c);
-        const int end = (c + 1) * chunk < count ? (c + 1) * chunk : count;
-        scan_chunk<kTypes>(row, call.classes, c * chunk + team.thread, end, team.size, mine);
-      }
-      scanned = true;
-    }
+  if (by_bulk && team.thread == 0) {
+    for (int c = 0; c < kChunks; ++c) copy_barrier_init(barriers + c);
+    copy_barriers_ready();
+    start_copies(row, student, teacher, whole, chunk, barriers);
   }
 #endif
-  if (!scanned) {
-    copy_side(row.student, student, row.student_type(), here, row.count * kVector, 0, d.student_aligned, team.thread,
-              team.size);
-    copy_side(row.teacher, teacher, row.teacher_type(), here, row.count * kVector, 0, d.teacher_aligned, team.thread,
-              team.size);
-    team.barrier();
-    scan_chunk<kTypes>(row, call.classes, team.thread, count, team.size, mine);
+  const int64_t bulk_classes = int64_t(whole) * kVector;
+  copy_side(row.student, student, row.student_type(), here, row.count * kVector, bulk_classes, d.student_aligned,
+            team.thread, team.size);
+  copy_side(row.teacher, teacher, row.teacher_type(), here, row.count * kVector, bulk_classes, d.teacher_aligned,
+            team.thread, team.size);
+  team.barrier();  // what threads copied is there, and so are the barriers of the rest
+  Extremes<Real> mine;
+  TGT_NO_UNROLL
+  for (int c = 0; c < chunks; ++c) {
+#if defined(TGT_BULK_COPIES)
+    if (by_bulk) copy_wait(barriers + c);
+#endif
+    const int end = (c + 1) * chunk < count ? (c + 1) * chunk : count;
+    scan_chunk<kTypes>(row, call.classes, c * chunk + team.thread, end, team.size, mine);
   }
+  // Read while others wait, and before the first reduction: after it another block may write a gradient over it.
+  const double of_label =
+      head.flags & kHard ? load_one<double>(call.student.row(i), row.student_type(), head.label) : 0;
   const Extremes<Real> extremes = merge_all(team, mine, 0, MergeExtremes<Real>());
   if (is_invalid(extremes)) {
     spoil_row<Real>(d, team, i, head, row.first, row.count);

@@ -9,6 +9,20 @@
 #include "team.h"
 #include "vectors.h"
 
+namespace tgt {
+inline namespace TGT_ISA {
+
+// An error of 2^-22 in a logarithm is nothing to a gradient, but can be all of a small loss.
+template <>
+struct RatioMath<float> {
+  static TGT_DEVICE float exponential(float x) { return cuda::exp2_fast(x * 1.44269504f); }
+  static TGT_DEVICE float logarithm(float x) { return log_positive(x); }
+  static TGT_DEVICE float coarse_logarithm(float x) { return cuda::log2_fast(larger(x, FLT_MIN)) * 0.693147181f; }
+};
+
+}  // namespace TGT_ISA
+}  // namespace tgt
+
 namespace tgt::cuda {
 
 // A call as the kernels read it. Every pointer is to memory of the device.
@@ -22,11 +36,14 @@ struct DeviceCall {
 
 inline namespace TGT_ISA {
 
+constexpr double kLog2E = 1.4426950408889634;
+
 template <class Real>
 struct Constants {
   Real student_max, teacher_max, inverse_ts, inverse_tt;
   Real binary_ts, binary_tt;  // log2(e) / T
   Real log_student, log_teacher, inverse_student, inverse_teacher;
+  Real binary_log_student, binary_log_teacher;  // log2 of the sums
   Mixture<Real> mixture;
 };
 
@@ -53,13 +70,30 @@ TGT_DEVICE Class<Real> shifted(Real s, Real t, const Constants<Real>& row) {
   return c;
 }
 
+// exp(shifted / T) / sum. In float the division is part of the exponent.
+TGT_DEVICE float probability(float shifted, float, float binary, float binary_log, float) {
+  return exp2_fast(fused(shifted, binary, -binary_log));
+}
+TGT_DEVICE double probability(double shifted, double inverse, double binary, double, double inverse_sum) {
+  return exp_scaled(shifted, inverse, binary) * inverse_sum;
+}
+
+// A class of the row's distributions, for sums and gradients that need the normalisers.
 template <class D, class Real>
-TGT_DEVICE Class<Real> normalised(Class<Real> c, const Constants<Real>& row) {
+TGT_DEVICE Class<Real> normalised(Real s, Real t, const Constants<Real>& row) {
+  Class<Real> c = shifted<D>(s, t, row);
   if constexpr (D::kProbabilities) {
     c.a = c.a - row.log_teacher;
     c.b = c.b - row.log_student;
-    c.p = c.p * row.inverse_teacher;
-    c.q = c.q * row.inverse_student;
+    if constexpr (D::kShiftedSums) {
+      c.p =
+          probability(t - row.teacher_max, row.inverse_tt, row.binary_tt, row.binary_log_teacher, row.inverse_teacher);
+      c.q =
+          probability(s - row.student_max, row.inverse_ts, row.binary_ts, row.binary_log_student, row.inverse_student);
+    } else {  // these take sums of small differences from p and q, which must not share an error
+      c.p = c.p * row.inverse_teacher;
+      c.q = c.q * row.inverse_student;
+    }
   }
   return c;
 }
@@ -67,7 +101,7 @@ TGT_DEVICE Class<Real> normalised(Class<Real> c, const Constants<Real>& row) {
 // exp(s - max), which the hard term sums at temperature 1.
 template <class Real>
 TGT_DEVICE Real hard_exponential(Real s, const Constants<Real>& row) {
-  return exp_scaled(s - row.student_max, Real(1), Real(1.4426950408889634));
+  return exp_scaled(s - row.student_max, Real(1), Real(kLog2E));
 }
 
 // What the threads of a row find in its logits.
@@ -185,7 +219,6 @@ TGT_DEVICE void add_sums(const Eight<Real>& s, const Eight<Real>& t, const Const
 
 template <class Real>
 TGT_DEVICE Constants<Real> constants_of(const DistillOptions& options, double student_max, double teacher_max) {
-  constexpr double kLog2E = 1.4426950408889634;
   Constants<Real> row{};
   row.student_max = Real(student_max);
   row.teacher_max = Real(teacher_max);
@@ -221,16 +254,17 @@ TGT_DEVICE void settle(Constants<Real>& row, const Normalisers& n) {
   row.log_teacher = Real(n.log_teacher);
   row.inverse_student = Real(n.inverse_student);
   row.inverse_teacher = Real(n.inverse_teacher);
+  row.binary_log_student = Real(n.log_student * kLog2E);
+  row.binary_log_teacher = Real(n.log_teacher * kLog2E);
 }
 
-// The factors of a row's gradients.
+// The factors of a row's gradients. Those of a term that the row has not are 0.
 template <class Real>
 struct Factors {
-  bool soft;              // a soft gradient
   bool hard;              // a hard gradient that `same` does not cover
   Real x, y;              // the divergence's normalised sums
   Real student, teacher;  // of the soft term
-  Real same;              // of exp((s - max) / Ts), where that is the hard term's exponential too; or 0
+  Real same;              // of q, where that is the hard term's probability too
   Real hard_factor, inverse_hard, smoothed;
   Real label;  // what the label's own class loses
 };
@@ -241,11 +275,10 @@ TGT_DEVICE Factors<Real> factors_of(const DistillOptions& options, const RowStat
   const int flags = static_cast<int>(state.flags);
   const bool hard = (flags & kHard) && !(flags & kInfiniteHard);
   const double squared = D::kProbabilities ? options.temperature * options.temperature : 1;
-  const double soft = upstream * state.coefficient * options.soft_weight * squared;
+  const double soft = flags & kInfiniteSoft ? 0 : upstream * state.coefficient * options.soft_weight * squared;
   const double hard_factor = hard ? upstream * state.coefficient * options.hard_weight : 0;
   const bool same = terms.same && !terms.smoothed;
   Factors<Real> f;
-  f.soft = !(flags & kInfiniteSoft) && !std::is_same<D, NoDivergence>::value;
   f.hard = hard && !same;
   f.x = Real(state.x);
   f.y = Real(state.y);
@@ -253,10 +286,18 @@ TGT_DEVICE Factors<Real> factors_of(const DistillOptions& options, const RowStat
   f.teacher = Real(soft / options.teacher_temperature);
   f.hard_factor = Real(hard_factor);
   f.inverse_hard = hard ? Real(1 / state.hard_sum) : Real(0);
-  f.same = same ? f.hard_factor * f.inverse_hard : Real(0);
+  f.same = same ? f.hard_factor : Real(0);
   f.smoothed = hard ? Real(options.label_smoothing / state.finite) : Real(0);
   f.label = Real(hard_factor * (1 - options.label_smoothing));
   return f;
+}
+
+// What a divergence of probabilities gives is finite, so that a factor of 0 is enough to leave it out. The difference
+// of two logits may not be.
+template <class D, class Real>
+TGT_DEVICE Real soft_gradient(Real of_class, Real factor) {
+  if constexpr (D::kProbabilities) return of_class * factor;
+  return factor == 0 ? Real(0) : of_class * factor;
 }
 
 template <class D, class Real>
@@ -265,8 +306,7 @@ TGT_DEVICE Eight<Real> teacher_gradient(const Eight<Real>& s, const Eight<Real>&
   Eight<Real> grad;
   TGT_UNROLL
   for (int i = 0; i < kVector; ++i) {
-    const Class<Real> c = normalised<D>(shifted<D>(s.v[i], t.v[i], row), row);
-    grad.v[i] = f.soft ? D::d_teacher(c, row.mixture, f.x, f.y) * f.teacher : Real(0);
+    grad.v[i] = soft_gradient<D>(D::d_teacher(normalised<D>(s.v[i], t.v[i], row), row.mixture, f.x, f.y), f.teacher);
   }
   return grad;
 }
@@ -278,9 +318,9 @@ TGT_DEVICE Eight<Real> student_gradient(const Eight<Real>& s, const Eight<Real>&
   Eight<Real> grad;
   TGT_UNROLL
   for (int i = 0; i < kVector; ++i) {
-    const Class<Real> raw = shifted<D>(s.v[i], t.v[i], row);
-    grad.v[i] = f.soft ? D::d_student(normalised<D>(raw, row), row.mixture, f.x, f.y) * f.student : Real(0);
-    if constexpr (D::kProbabilities) grad.v[i] = fused(raw.q, f.same, grad.v[i]);
+    const Class<Real> c = normalised<D>(s.v[i], t.v[i], row);
+    grad.v[i] = soft_gradient<D>(D::d_student(c, row.mixture, f.x, f.y), f.student);
+    if constexpr (D::kProbabilities) grad.v[i] = fused(c.q, f.same, grad.v[i]);
   }
   if (f.hard) {
     constexpr Real kLowest = sizeof(Real) == 8 ? Real(-DBL_MAX) : Real(-FLT_MAX);

@@ -1,3 +1,4 @@
+#define TGT_SHORT_CODE  // fully unrolled, float64 alone would be a quarter of all device code
 #include "launch_stream.h"
 
 namespace tgt::cuda {

@@ -1,4 +1,5 @@
 // The latent kernels: seeded noise, steps up a gradient, and projections, one launch an op.
+#include "chip.h"
 #include "latent_sample.h"
 
 namespace tgt::cuda {
@@ -228,12 +229,11 @@ constexpr int64_t kWarpNumbers = 1024;      // a warp a sample up to here
 constexpr int64_t kBlockNumbers = 1 << 14;  // a block of a cluster takes as many, or more where a cluster is full
 
 // The largest cluster that the chip has and the size deserves.
-cudaError_t cluster_for(int64_t size, int& cluster) {
-  int device = 0, major = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+cudaError_t cluster_for(const void* kernel, int64_t size, int& cluster) {
+  Chip chip;
+  const cudaError_t error = find_chip(kernel, chip);
   cluster = 1;
-  while (major >= 9 && cluster < kMostBlocks && size > cluster * kBlockNumbers) cluster *= 2;
+  while (chip.major >= 9 && cluster < kMostBlocks && size > cluster * kBlockNumbers) cluster *= 2;
   return error;
 }
 
@@ -246,7 +246,7 @@ cudaError_t launch_samples(Warps a_warp, Blocks a_block, int64_t samples, int64_
     return launch(a_warp, (samples + kSamples - 1) / kSamples, kThreads, 0, 1, stream, arguments...);
   }
   int cluster = 1;
-  const cudaError_t error = cluster_for(size, cluster);
+  const cudaError_t error = cluster_for(reinterpret_cast<const void*>(a_block), size, cluster);
   if (error != cudaSuccess) return error;
   return launch(a_block, samples * cluster, kThreads, kTeamBytes, cluster, stream, arguments...);
 }

@@ -21,7 +21,8 @@ cudaError_t launch_distill_fwd(const DeviceCall& d, Path path, int cluster, bool
   }
   const auto kernel =
       halves ? distill_fwd_kernel<D, BlockTeam, kBothBFloat16> : distill_fwd_kernel<D, BlockTeam, kAnyTypes>;
-  return launch(kernel, d.call.rows * cluster, kOnChipThreads, shared, cluster, stream, d, bulk ? 1 : 0);
+  const int threads = on_chip_threads(halves ? kBothBFloat16 : kAnyTypes);
+  return launch(kernel, d.call.rows * cluster, threads, shared, cluster, stream, d, bulk ? 1 : 0);
 }
 
 }  // namespace tgt::cuda

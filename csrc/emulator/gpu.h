@@ -62,7 +62,15 @@ T shuffle_xor(const T& value, int mask) {
   return other;
 }
 
-inline float exp2_fast(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
+// With errors as large as a chip's may be: -2 to 2, by the bits of the argument.
+inline int approximation_error(float x) { return static_cast<int>(bit_cast<uint32_t>(x) * 2654435761u >> 29) % 5 - 2; }
+inline float exp2_fast(float x) {
+  if (x == 0 || !(x >= -126.0f)) return x < -126.0f ? 0.0f : exp2f(x);
+  return bit_cast<float>(bit_cast<int32_t>(exp2f(x)) + approximation_error(x));
+}
+inline float log2_fast(float x) {
+  return x == 1 ? 0.0f : log2f(x) + static_cast<float>(approximation_error(x)) * 0x1p-23f;
+}
 
 template <class Stored, class Choose>
 uint32_t by_halves(uint32_t a, uint32_t b, Choose choose) {
@@ -143,3 +151,10 @@ inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSucce
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "too many blocks, or threads that wait for ever"; }
 cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int device);
+
+struct cudaFuncAttributes {
+  int ptxVersion = 90;
+};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  return *attributes = {}, cudaSuccess;
+}

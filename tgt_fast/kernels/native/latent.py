@@ -50,7 +50,7 @@ def _on(device: torch.device, value: int | Tensor) -> int | Tensor:
     """A 0-d integer tensor as int64 on the device; a tensor of the host's as the number that it is."""
     if not isinstance(value, Tensor):
         return value
-    return int(value) if value.device.type == "cpu" != device.type else value.detach().to(torch.int64)
+    return int(value) if value.device.type == "cpu" != device.type else value.detach().to(device, torch.int64)
 
 
 def _wide(*tensors: Tensor) -> torch.dtype:
