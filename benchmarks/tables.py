@@ -104,10 +104,27 @@ def latent(record: dict[str, Any]) -> str:
         for row in _measured(record)
     ]
     return (
-        _grid(["latent op, 16 MiB of float32", "ms", "over eager", "over torch.compile"], rows)
+        _grid(["latent op, float32", "ms", "over eager", "over torch.compile"], rows)
         + "\n\n"
         + _source(record)
     )
+
+
+def explore(record: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{row['op']}, batch {row['batch']}",
+            f"{row['milliseconds']['ours']:.3g}",
+            f"{row['milliseconds']['eager']:.3g}",
+            _times(row["over_eager"]),
+        ]
+        for row in _measured(record)
+    ]
+    caption = (
+        "Gradient exploration with a convolutional decoder, labeler and student: encode, climb one step, decode, label. "
+        "Eager: the same written with `loss.backward()`. "
+    )
+    return _grid(["exploration", "ms", "eager ms", "over eager"], rows) + "\n\n" + caption + _source(record)
 
 
 def cuda(record: dict[str, Any]) -> str:
@@ -150,6 +167,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "digits": digits,
     "distill-cpu": distill,
     "latent-cpu": latent,
+    "explore-cpu": explore,
     "distill-cuda": cuda,
     "latent-cuda": cuda,
 }

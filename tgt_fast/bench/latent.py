@@ -53,7 +53,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         specs = [_on_cuda(op, size, dtype, quick) for op in OPS for dtype in _CUDA_SIZES for size in _CUDA_SIZES[dtype]]
         specs = [spec for spec in specs if not quick or spec.size == _COMPILED_SIZE]
     else:
-        shapes = ((16, 1000),) if quick else ((1024, 4096), (128, 32768))
+        shapes = ((16, 1000),) if quick else ((1024, 4096), (128, 32768), (128, 10))
         specs = [Spec(op, samples, size, torch.float32) for op in OPS for samples, size in shapes]
     return [case(spec, device) for spec in specs]
 
