@@ -11,6 +11,7 @@ from tgt_fast.kernels import select
 from tgt_fast.kernels.native import distill as native_distill
 from tgt_fast.kernels.options import DistillOptions, DistillStats
 from tgt_fast.kernels.reference import distill as reference_distill
+from tgt_fast.kernels.triton import distill as triton_distill
 from tgt_fast.ops import _checks
 from tgt_fast.ops._distill_arguments import OP, check_inplace, check_tensors, check_values, make_options
 
@@ -137,7 +138,7 @@ def distillation_loss(
         inplace: write the gradient over ``student_logits``, which saves one buffer of their size. They must not be used
             afterwards, and backward runs once.
         return_stats: also return a :class:`DistillStats` from the same pass.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``.
+        backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         The loss, float32 (float64 when an input is float64): 0-d, or ``(...)`` for ``"none"``. With ``return_stats``
@@ -179,7 +180,8 @@ def distillation_loss(
     if inplace:
         check_inplace(student_logits, student)
 
-    if select.choose("distill", backend, (student, teacher)) == "reference":
+    chosen = select.choose("distill", backend, (student, teacher))
+    if chosen == "reference":
         if _checks.on_plain_cpu(student):
             check_values(student, target, sample_weight, options)
         loss, stats = reference_distill.distillation_loss(
@@ -187,11 +189,12 @@ def distillation_loss(
         )
     else:
         needs_graph = torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)
-        call = _Call(options, native_distill, inplace and needs_graph and student.requires_grad, return_stats)
+        kernel: Any = triton_distill if chosen == "triton" else native_distill
+        call = _Call(options, kernel, inplace and needs_graph and student.requires_grad, return_stats)
         if needs_graph:
             loss, *rest = _Distill.apply(student, teacher, target, sample_weight, normalizer, call)
         else:
-            out = native_distill.forward(
+            out = kernel.forward(
                 student, teacher, target, sample_weight, normalizer, options, want_stats=return_stats
             )
             loss, rest = out.loss, list(out.stats or ())
