@@ -15,6 +15,8 @@ from tgt_fast.kernels.triton import distill as triton_distill
 from tgt_fast.ops import _checks
 from tgt_fast.ops._distill_arguments import OP, check_inplace, check_tensors, check_values, make_options
 
+_COMPILED: dict[str, Any] = {"native": native_distill, "triton": triton_distill}
+
 
 @overload
 def distillation_loss(
@@ -189,7 +191,7 @@ def distillation_loss(
         )
     else:
         needs_graph = torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)
-        kernel: Any = triton_distill if chosen == "triton" else native_distill
+        kernel = _COMPILED[chosen]
         call = _Call(options, kernel, inplace and needs_graph and student.requires_grad, return_stats)
         if needs_graph:
             loss, *rest = _Distill.apply(student, teacher, target, sample_weight, normalizer, call)

@@ -21,8 +21,10 @@ from tgt_fast.kernels.options import (
     STEP_NORMS,
 )
 from tgt_fast.kernels.reference import latent as reference_latent
+from tgt_fast.kernels.triton import latent as triton_latent
 from tgt_fast.ops import _checks
 
+_COMPILED: dict[str, Any] = {"native": native_latent, "triton": triton_latent}
 _STREAMS = {"perturb": OP_PERTURB, "restart": OP_RESTART}
 _LARGE = 1e30
 
@@ -57,7 +59,7 @@ def perturb_latents(
             function; one random word a number, so other numbers than without), in standard deviations, > 0.
         sphere_radius: rescale each result to this l2 norm; ``"keep"`` keeps the norm of its ``z``.
         op: the random stream, ``"perturb"`` or ``"restart"``.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``.
+        backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         A tensor like ``z``.
@@ -87,13 +89,14 @@ def perturb_latents(
 
     rows = _rows(z)
     tensors = [rows, *(f for f in (per_sample, per_coordinate) if isinstance(f, Tensor))]
-    if select.choose("latent", backend, tensors) == "reference":
+    chosen = select.choose("latent", backend, tensors)
+    if chosen == "reference":
         factor = _product(per_sample, per_coordinate)
         out = reference_latent.perturb(
             rows, factor, **key, truncation=truncation, sphere_radius=sphere_radius
         )  # fmt: skip
     else:
-        call = (native_latent, per_sample, per_coordinate, key, truncation, sphere_radius)
+        call = (_COMPILED[chosen], per_sample, per_coordinate, key, truncation, sphere_radius)
         needs_graph = torch.is_grad_enabled() and z.requires_grad
         out = _Perturb.apply(rows, call) if needs_graph else _run_perturb(rows, call)
     return out.reshape(z.shape)
@@ -180,7 +183,7 @@ def ascend_latents(
         sigma: noise of the step, >= 0, in units of ``scale``, keyed as in :func:`perturb_latents` but of a stream of
             its own: a number, or a tensor a sample, ``(B,)``.
         seed, sample_ids, step, replica: the key of the noise, see :func:`perturb_latents`.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``.
+        backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         A tensor like ``z``, detached. A sample whose gradient is 0 or not finite takes no step (its noise and
@@ -220,7 +223,8 @@ def ascend_latents(
     rows, slope = _rows(z), _rows(grad)
     centre = None if anchor is None else _rows(anchor)
     tensors = [t for t in (rows, slope, centre, steps, sigmas, radii, per_coordinate) if isinstance(t, Tensor)]
-    kernel: Any = reference_latent if select.choose("latent", backend, tensors) == "reference" else native_latent
+    chosen = select.choose("latent", backend, tensors)
+    kernel: Any = reference_latent if chosen == "reference" else _COMPILED[chosen]
     out: Tensor = kernel.ascend(
         rows, slope, step_size=_column(steps), scale=per_coordinate, anchor=centre, radius=_column(radii), norm=norm,
         radius_norm=radius_norm, sigma=_column(sigmas), **key,

@@ -117,3 +117,16 @@ def plan_of(rows: int, classes: int, wide: bool, device: torch.device | None) ->
         if classes <= limit.classes:
             return limit.plan
     return interpreted_plan(rows, classes) if device is None else shipped_plan(classes, wide)
+
+
+def latent_plan(samples: int, size: int, *, alone: bool, device: torch.device | None) -> Plan:
+    """How to cut ``[samples, size]`` latents. ``alone``: no coordinate needs to know of another.
+
+    A sample within a tile takes one launch: 8 coordinates a thread, for a step keeps half a dozen numbers of each.
+    """
+    block = max(16, power_of_two(size))
+    if device is None:
+        block = min(block, 8192)
+        return Plan("rows", max(1, min(power_of_two(samples), (1 << 17) // block)), block, 1)
+    block = min(block, 1024 if alone else 4096 if size <= 4096 else 2048)
+    return Plan("rows", max(1, min(64, 1024 // block)), block, max(4, block // 256))
