@@ -11,7 +11,7 @@ from torch import Tensor
 from tgt_fast.kernels.native.distill_calls import Forward, accumulate_dtype, named_stats
 from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.kernels.triton import Kernels, kernels, launch, planning_device, running_on, two_floats
-from tgt_fast.kernels.triton.tuning import Plan, elementwise_plan, plan_of
+from tgt_fast.kernels.triton.tuning import Plan, elementwise_plan, plan_of, stages_of
 
 _REDUCE_BLOCK = 2048
 
@@ -95,12 +95,14 @@ def forward(
             _statistics(loaded, student, teacher, target, sample_weight, stats, numbers, options, wide, plan)
         partner = teacher if numbers.divergence != "none" else None  # else the teacher may hold anything
         module = loaded.distill
-        kernel = module.distill_fwd_kernel if plan.kernel == "rows" else module.distill_fwd_stream_kernel
+        kernel, constants = module.distill_fwd_kernel, dict(numbers.constants)
+        if plan.kernel == "stream":
+            kernel, constants["STAGES"] = module.distill_fwd_stream_kernel, stages_of(numbers.divergence)
         launch(
             kernel, -(-rows // plan.rows), student, partner, target, sample_weight, divisor_at, row_loss,
             d_student, d_teacher, state, rows, classes, _stride(student), _stride(partner), _stride(d_student),
             _stride(d_teacher), options.ignore_index, options.unlabeled_index, *numbers.shape, *numbers.temperature,
-            *numbers.factors, *two_floats(divisor), **numbers.constants, WIDE=wide, ROWS=plan.rows, BLOCK=plan.block,
+            *numbers.factors, *two_floats(divisor), **constants, WIDE=wide, ROWS=plan.rows, BLOCK=plan.block,
             warps=plan.warps,
         )  # fmt: skip
         if options.reduction != "none":

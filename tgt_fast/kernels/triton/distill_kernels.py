@@ -131,7 +131,7 @@ def distill_fwd_stream_kernel(
     soft_student_, soft_student_low, soft_teacher_, soft_teacher_low,
     hard_weight_, hard_weight_low, smoothing_, smoothing_low, divisor_, divisor_low,
     DIVERGENCE: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every lane of the tile keeps its own sums, relative to the row's maxima so far; they meet at the row's end."""
     LABELS: tl.constexpr = target is not None
@@ -161,7 +161,7 @@ def distill_fwd_stream_kernel(
     problems = tl.zeros([1, BLOCK], tl.int32)
     s_max = as_real(tl.full([1, 1], -INFINITY, tl.float32), WIDE)
     t_max = s_max
-    for start in range(0, classes, BLOCK):
+    for start in tl.range(0, classes, BLOCK, num_stages=STAGES):
         col = start + lane
         s = load_tile(student, row, live, student_stride, col, classes, WIDE)
         t = s
@@ -212,7 +212,7 @@ def distill_fwd_stream_kernel(
         teacher_sum = tl.sum(p_sums, 1, keep_dims=True)
     if DIVERGENCE == "jsd" or DIVERGENCE == "tvd":
         log_ratio = tl.log(teacher_sum / student_sum)
-        for start in range(0, classes, BLOCK):
+        for start in tl.range(0, classes, BLOCK, num_stages=STAGES):
             col = start + lane
             s = load_tile(student, row, live, student_stride, col, classes, WIDE)
             t = load_tile(teacher, row, live, teacher_stride, col, classes, WIDE)
@@ -254,7 +254,7 @@ def distill_fwd_stream_kernel(
         )
     if (d_student is not None) or (d_teacher is not None):
         label = tl.where(hard != 0, label, -1)
-        for start in range(0, classes, BLOCK):
+        for start in tl.range(0, classes, BLOCK, num_stages=STAGES):
             col = start + lane
             s = load_tile(student, row, live, student_stride, col, classes, WIDE)
             t = s
