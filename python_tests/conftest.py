@@ -14,7 +14,12 @@ import hypothesis
 import pytest
 import torch
 
+# Triton decides when it is imported whether its kernels run on a GPU or, interpreted, on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import tgt_fast
+from tgt_fast.kernels import triton as triton_backend
 from tgt_fast.kernels.native import cuda
 
 REQUIRE_NATIVE = os.environ.get("TGT_FAST_REQUIRE_NATIVE") == "1"
@@ -106,12 +111,24 @@ def emulated(request: pytest.FixtureRequest, native: str) -> ModuleType:
     return emulated_gpu.build(request.config.cache.mkdir("emulated_gpu"))  # type: ignore[union-attr]
 
 
-@pytest.fixture(scope="session", params=["reference", "native", "emulated"])
+@pytest.fixture(scope="session")
+def interpreted() -> str:
+    """The name of the Triton backend, in its interpreter on CPU tensors."""
+    reason = triton_backend.refusal("distill", (torch.empty(0),))
+    if reason:
+        pytest.skip(f"no interpreted Triton: {reason}")
+    return "triton"
+
+
+@pytest.fixture(scope="session", params=["reference", "native", "emulated", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that can run here; "emulated" is the native one with its CUDA kernels on an emulated device."""
+    """Every backend that can run here.
+
+    "emulated" is the native one with its CUDA kernels on an emulated device; "triton" runs in its interpreter.
+    """
     if request.param == "reference":
         return "reference"
-    return str(request.getfixturevalue("native"))
+    return str(request.getfixturevalue("interpreted" if request.param == "triton" else "native"))
 
 
 @pytest.fixture(autouse=True)

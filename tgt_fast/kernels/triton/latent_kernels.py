@@ -19,6 +19,11 @@ def load_rows(base, row, col, inside, size, WIDE: tl.constexpr):
 
 
 @triton.jit
+def ones(ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    return as_real(tl.full([ROWS, BLOCK], 1.0, tl.float32), WIDE)
+
+
+@triton.jit
 def a_sample(values, number, number_low, row, live, WIDE: tl.constexpr):
     """A factor that is one a sample, or one for all.  -> [R, 1] or [1, 1]"""
     if values is not None:
@@ -90,13 +95,13 @@ def latent_perturb_kernel(
             squares = gathered(after, row, live, samples, tiles, False)
         else:
             moved = tl.where(inside, moved, 0.0)
-            squares = sum_of_squares(moved, start * 0.0 + 1.0, live, WIDE)
+            squares = sum_of_squares(moved, ones(ROWS, BLOCK, WIDE), live, WIDE)
         norm = squares * 0.0 + real(radius_, radius_low, True)
         if SPHERE == "keep":
             if PHASE == "write":
                 norm = tl.sqrt(gathered(before, row, live, samples, tiles, False))
             else:
-                squares_before = sum_of_squares(start, start * 0.0 + 1.0, live, WIDE)
+                squares_before = sum_of_squares(start, ones(ROWS, BLOCK, WIDE), live, WIDE)
                 norm = tl.sqrt(squares_before)
                 if PHASE == "measure":
                     tl.store(before + tile.to(tl.int64) * samples + row, squares_before, mask=live)
@@ -126,9 +131,9 @@ def latent_ascend_kernel(
     live = row < samples
     inside = live & (col < size)
     slope = load_rows(grad, row, col, inside, size, WIDE)
-    unit = slope * 0.0 + 1.0
+    unit = ones(ROWS, BLOCK, WIDE)
     if scale is not None:
-        unit = tl.load(scale + col, mask=col < size, other=1.0) + tl.zeros([ROWS, 1], scale.dtype.element_ty)
+        unit = unit * tl.load(scale + col, mask=col < size, other=1.0)
     if PHASE == "norm":
         total = sum_of_squares(slope, unit, live, WIDE)
         tl.store(squares + tile.to(tl.int64) * samples + row, total, mask=live)
@@ -168,7 +173,7 @@ def latent_ascend_kernel(
                 if RADIUS_NORM == "linf":
                     distance = tl.max(tl.abs(offset), 1, keep_dims=True).to(tl.float64)
                 else:
-                    distance = sum_of_squares(offset, offset * 0.0 + 1.0, live, WIDE)
+                    distance = sum_of_squares(offset, ones(ROWS, BLOCK, WIDE), live, WIDE)
             if PHASE == "distance":
                 tl.store(distances + tile.to(tl.int64) * samples + row, distance, mask=live)
             if RADIUS_NORM == "l2":
