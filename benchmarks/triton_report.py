@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tgt_fast.kernels.options import DIVERGENCES
-from tgt_fast.kernels.triton.tuning import elementwise_plan, latent_plan, shipped_plan, stages_of
+from tgt_fast.kernels.triton.tuning import elementwise_plan, latent_plan, shipped_plan, streaming_of
 
 DEFAULT = ("sm_90",)
 FULL = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -47,6 +47,7 @@ class Job:
     constants: dict[str, Any]
     warps: int
     hot: bool = True
+    registers: int | None = None  # a thread may have
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,12 @@ def _distill(architecture: str, classes: int, divergence: str, kind: str, wide: 
     if not whole:
         constants |= {"target": None, "divisor_at": None, "d_teacher": None}
     cut = {"ROWS": plan.rows, "BLOCK": plan.block}
+    registers = None
     name, label = "distill_fwd_kernel", f"{divergence} {kind} {classes}" + (", all options" if whole else "")
     if plan.kernel == "stream":
-        name, cut["STAGES"] = "distill_fwd_stream_kernel", stages_of(divergence)
-    yield Job("distill_kernels", name, architecture, label, pointers, constants | cut, plan.warps, not wide)
+        name = "distill_fwd_stream_kernel"
+        cut["STAGES"], registers = streaming_of(divergence)
+    yield Job("distill_kernels", name, architecture, label, pointers, constants | cut, plan.warps, not wide, registers)
     tile = elementwise_plan(plan)
     cut = {"ROWS": tile.rows, "BLOCK": tile.block, "UPSTREAM_PER_ROW": whole}
     if classes in (10, 4096):
@@ -170,6 +173,8 @@ def compile_job(job: Job) -> Row:
     nvidia = job.architecture.startswith("sm_")
     target = GPUTarget("cuda", int(job.architecture[3:]), 32) if nvidia else GPUTarget("hip", job.architecture, 64)
     options = {"num_warps": job.warps, "enable_fp_fusion": False}
+    if nvidia and job.registers is not None:
+        options["maxnreg"] = job.registers
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         made = triton.compile(ASTSource(function, signature, constants, attributes), target=target, options=options)

@@ -196,9 +196,7 @@ def distillation_loss(
         if needs_graph:
             loss, *rest = _Distill.apply(student, teacher, target, sample_weight, normalizer, call)
         else:
-            out = kernel.forward(
-                student, teacher, target, sample_weight, normalizer, options, want_stats=return_stats
-            )
+            out = kernel.forward(student, teacher, target, sample_weight, normalizer, options, want_stats=return_stats)
             loss, rest = out.loss, list(out.stats or ())
         stats = DistillStats(*rest) if return_stats else None
 

@@ -11,7 +11,8 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+import struct
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -47,14 +48,14 @@ def load() -> Kernels | str:
     try:
         language = importlib.import_module("triton.language")
         names = ("distill_kernels", "distill_finish", "latent_kernels")
-        modules = [importlib.import_module(f"tgt_fast.kernels.triton.{name}") for name in names]
+        distill, finish, latent = (importlib.import_module(f"tgt_fast.kernels.triton.{name}") for name in names)
     except Exception as error:  # a Triton that is broken, too old or built for another machine
         return f"Triton does not load ({type(error).__name__}: {error})"
     # What Triton's own functions are was settled when Triton was imported, maybe by somebody else.
     interpreted = "Interpreted" in type(language.sum).__name__
-    if interpreted != ("Interpreted" in type(modules[0].distill_fwd_kernel).__name__):
+    if interpreted != ("Interpreted" in type(distill.distill_fwd_kernel).__name__):
         return "TRITON_INTERPRET changed after Triton was imported; set it before, or not at all"
-    return Kernels(*modules, interpreted)
+    return Kernels(distill, finish, latent, interpreted)
 
 
 def kernels() -> Kernels:
@@ -131,8 +132,12 @@ def planning_device(tensor: Tensor) -> torch.device | None:
     return None if kernels().interpreted else tensor.device
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, warps: int, **constants: Any) -> None:
+def launch(
+    kernel: Any, programs: int, *arguments: Any, warps: int, registers: int | None = None, **constants: Any
+) -> None:
     """Starts ``programs`` programs. Products and sums are not contracted: a kernel's variants then give equal bits."""
+    if registers is not None and torch.version.hip is None:
+        constants["maxnreg"] = registers
     kernel[(programs,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
 
 
@@ -143,11 +148,7 @@ def two_floats(value: float) -> tuple[float, float]:
 
 
 def _nearest_float(value: float) -> float:
-    import struct
-
     try:
         return float(struct.unpack("f", struct.pack("f", value))[0])
     except OverflowError:
         return float("inf") if value > 0 else -float("inf")
-
-

@@ -11,9 +11,10 @@ from torch import Tensor
 from tgt_fast.kernels.native.distill_calls import Forward, accumulate_dtype, named_stats
 from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.kernels.triton import Kernels, kernels, launch, planning_device, running_on, two_floats
-from tgt_fast.kernels.triton.tuning import Plan, elementwise_plan, plan_of, stages_of
+from tgt_fast.kernels.triton.tuning import Plan, elementwise_plan, plan_of, streaming_of
 
 _REDUCE_BLOCK = 2048
+_ROW_STATE = 11  # columns, see distill_row.py
 
 
 class _Numbers:
@@ -29,7 +30,7 @@ class _Numbers:
             *two_floats(options.soft_weight * squared / ts), *two_floats(options.soft_weight * squared / tt),
             *two_floats(options.hard_weight), *two_floats(options.label_smoothing),
         )  # fmt: skip
-        self.constants = {
+        self.constants: dict[str, Any] = {
             "DIVERGENCE": self.divergence,
             "SMOOTHED": hard and options.label_smoothing > 0,
             "SAME": ts == 1 and self.divergence not in ("mse", "none"),  # exp((s - max) / Ts) is exp(s - max)
@@ -75,7 +76,7 @@ def forward(
     if wanted[0]:
         d_student = student if inplace else student.new_empty(rows, classes)
     d_teacher = teacher.new_empty(rows, classes) if wanted[1] else None
-    state = student.new_empty(loaded.finish.ROW_STATE, rows, dtype=accumulate) if keep_rows else None
+    state = student.new_empty(_ROW_STATE, rows, dtype=accumulate) if keep_rows else None
     stats = student.new_empty(6, rows, dtype=accumulate) if want_stats else None
     named = None if stats is None else named_stats(stats)
     if rows == 0:
@@ -95,15 +96,16 @@ def forward(
             _statistics(loaded, student, teacher, target, sample_weight, stats, numbers, options, wide, plan)
         partner = teacher if numbers.divergence != "none" else None  # else the teacher may hold anything
         module = loaded.distill
-        kernel, constants = module.distill_fwd_kernel, dict(numbers.constants)
+        kernel, constants, registers = module.distill_fwd_kernel, dict(numbers.constants), None
         if plan.kernel == "stream":
-            kernel, constants["STAGES"] = module.distill_fwd_stream_kernel, stages_of(numbers.divergence)
+            kernel = module.distill_fwd_stream_kernel
+            constants["STAGES"], registers = streaming_of(numbers.divergence)
         launch(
             kernel, -(-rows // plan.rows), student, partner, target, sample_weight, divisor_at, row_loss,
             d_student, d_teacher, state, rows, classes, _stride(student), _stride(partner), _stride(d_student),
             _stride(d_teacher), options.ignore_index, options.unlabeled_index, *numbers.shape, *numbers.temperature,
             *numbers.factors, *two_floats(divisor), **constants, WIDE=wide, ROWS=plan.rows, BLOCK=plan.block,
-            warps=plan.warps,
+            warps=plan.warps, registers=registers,
         )  # fmt: skip
         if options.reduction != "none":
             launch(

@@ -8,7 +8,6 @@ from tgt_fast.kernels.triton.distill_row import (
     HARD,
     HARD_SUM,
     KIND,
-    ROW_STATE,
     SOFT,
     STUDENT_MAX,
     STUDENT_SUM,
@@ -60,9 +59,7 @@ def close_rows(
 
 
 @triton.jit
-def keep_rows(
-    state, rows, row, live, s_max, t_max, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind
-):
+def keep_rows(state, rows, row, live, s_max, t_max, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind):
     """Writes the rows' state, a column a number."""
     at = state + row
     column = rows.to(tl.int64)
@@ -181,8 +178,9 @@ def distill_scale_kernel(
     at = grad + row.to(tl.int64) * stride + col
     if PER_ROW:
         scale = tl.load(factor + row, mask=row < rows, other=1.0)
-        value = tl.load(at, mask=inside & (scale != 1), other=0.0)
-        tl.store(at, narrowed(value.to(factor.dtype.element_ty) * scale, grad.dtype.element_ty), mask=inside & (scale != 1))
+        changes = inside & (scale != 1)
+        value = tl.load(at, mask=changes, other=0.0)
+        tl.store(at, narrowed(value.to(factor.dtype.element_ty) * scale, grad.dtype.element_ty), mask=changes)
     else:
         scale = tl.load(factor)
         if scale != 1:

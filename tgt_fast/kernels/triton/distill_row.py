@@ -28,7 +28,6 @@ Y = tl.constexpr(7)
 SOFT = tl.constexpr(8)  # coefficient of the soft term; 0 where it is infinite
 HARD = tl.constexpr(9)  # coefficient of the hard term; 0 where there is none or it is infinite
 KIND = tl.constexpr(10)  # 1: as above; 0: gradients of 0; NaN: gradients of NaN
-ROW_STATE = 11
 
 
 @triton.jit
@@ -165,7 +164,7 @@ def open_rows(
     unlabeled_index,
     WIDE: tl.constexpr,
 ):
-    """Each row's label (-1: none), weight, coefficient in the reduced loss, whether it counts, whether it has gradients.
+    """Each row's label (-1: none), weight, coefficient in the reduced loss; whether it counts, and has gradients.
 
     A label or a weight that is out of range drops the row: on a device it cannot be an error.
     """

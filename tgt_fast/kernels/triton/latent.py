@@ -40,8 +40,9 @@ def _factor(value: float | Tensor | None, wide: torch.dtype) -> tuple[Tensor | N
     return (None, *two_floats(0.0 if value is None else float(value)))
 
 
-def _cut(samples: int, size: int, plan: Plan) -> tuple[int, int]:
+def _cut(z: Tensor, plan: Plan) -> tuple[int, int]:
     """(programs, tiles a sample)."""
+    samples, size = z.shape
     tiles = -(-size // plan.block)
     return -(-samples // plan.rows) * tiles, tiles
 
@@ -69,7 +70,7 @@ def perturb(
     sphere = "none" if sphere_radius is None else "keep" if sphere_radius == "keep" else "radius"
     radius = float(sphere_radius) if sphere == "radius" else 0.0  # type: ignore[arg-type]
     plan = plan or latent_plan(*z.shape, alone=sphere == "none", device=planning_device(z))
-    programs, tiles = _cut(*z.shape, plan)
+    programs, tiles = _cut(z, plan)
     phases = ("whole",) if tiles == 1 or sphere == "none" else ("measure", "write")
     before = after = None
     if len(phases) > 1:
@@ -116,7 +117,7 @@ def ascend(
         return out
     wide = wide_dtype(z, grad) if anchor is None else wide_dtype(z, grad, anchor)
     plan = plan or latent_plan(*z.shape, alone=False, device=planning_device(z))
-    programs, tiles = _cut(*z.shape, plan)
+    programs, tiles = _cut(z, plan)
     phases: tuple[str, ...] = ("whole",)
     squares = distances = None
     if tiles > 1:

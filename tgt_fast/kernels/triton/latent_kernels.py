@@ -1,8 +1,8 @@
 """The latent kernels in Triton: seeded noise, a step up a gradient, and projections.
 
 A sample that fits a tile takes one launch. A larger one is cut into tiles, and what its coordinates need to know of
-each other is measured first: a launch leaves a number a tile, which the next one adds up in a fixed order. Noise is drawn
-again in each: it is a function of its place.
+each other is measured first: a launch leaves a number a tile, which the next one adds up in a fixed order. Noise is
+drawn again in each: it is a function of its place.
 """
 
 import triton

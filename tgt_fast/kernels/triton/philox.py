@@ -25,7 +25,7 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 def key_of(row, live, ids, seed_at, seed_low, seed_high, step_at, op_step, replica):
     """(c1, c2, c3, k0, k1) of the rows' samples, [R, 1] and [1, 1] uint32.
 
-    ``replica`` comes shifted to its place, ``op_step`` is op << 28 | step; what lives on the device replaces the number.
+    ``replica`` comes shifted to its place, ``op_step`` is op << 28 | step; what lives on the device replaces it.
     """
     one = tl.zeros([1, 1], tl.int32)
     if seed_at is not None:

@@ -4,8 +4,8 @@ Nothing is tuned at a first call. A table of one's own is a JSON file of the for
 
     [{"kernel": "rows", "classes": 4096, "rows": 1, "block": 4096, "warps": 8}, ...]
 
-and its first entry with as many classes as the call, or more, is taken (``kernel``: "rows" or "stream"; ``block`` a power
-of 2, at least the classes for "rows"). It is read once a process, from ``$TGT_FAST_TRITON_PLANS``, or else from
+and its first entry with as many classes as the call, or more, is taken (``kernel``: "rows" or "stream"; ``block`` a
+power of 2, at least the classes for "rows"). It is read once a process, from ``$TGT_FAST_TRITON_PLANS``, or else from
 ``triton-plans-VERSION-DEVICE.json`` in ``$XDG_CACHE_HOME/tgt_fast`` (``~/.cache/tgt_fast``).
 """
 
@@ -61,9 +61,20 @@ def shipped_plan(classes: int, wide: bool) -> Plan:
     return Plan("stream", 1, 2048, 8)
 
 
-def stages_of(divergence: str) -> int:
-    """Tiles of a streamed row that are under way at once. jsd has no registers to spare for it, and the most to do."""
-    return 1 if divergence == "jsd" else 3
+class Streaming(NamedTuple):
+    """How a streamed row is kept in flight."""
+
+    stages: int  # tiles under way at once
+    registers: int | None  # a thread may have; None: as the compiler likes
+
+
+def streaming_of(divergence: str) -> Streaming:
+    """jsd has no registers to spare for tiles to come, and the most to do meanwhile.
+
+    The limit for the others is above what they take: without one the assembler spills a register or two on its way to a
+    rounder number.
+    """
+    return Streaming(1, None) if divergence == "jsd" else Streaming(3, 168)
 
 
 def interpreted_plan(rows: int, classes: int) -> Plan:
