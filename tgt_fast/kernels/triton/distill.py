@@ -78,10 +78,10 @@ def forward(
     d_teacher = teacher.new_empty(rows, classes) if wanted[1] else None
     state = student.new_empty(_ROW_STATE, rows, dtype=accumulate) if keep_rows else None
     stats = student.new_empty(6, rows, dtype=accumulate) if want_stats else None
-    named = None if stats is None else named_stats(stats)
     if rows == 0:
         shape = (0,) if options.reduction == "none" else ()
-        return Forward(student.new_zeros(shape, dtype=accumulate), d_student, d_teacher, state, named)
+        zero = student.new_zeros(shape, dtype=accumulate)
+        return Forward(zero, d_student, d_teacher, state, None if stats is None else named_stats(stats))
     loss = student.new_empty(rows if options.reduction == "none" else (), dtype=accumulate)
     row_loss = loss if options.reduction == "none" else student.new_empty(rows, dtype=accumulate)
     if sample_weight is not None:
@@ -112,7 +112,7 @@ def forward(
                 module.distill_reduce_kernel, 1, row_loss, divisor_at, *two_floats(divisor), loss, rows,
                 BLOCK=_REDUCE_BLOCK, warps=8,
             )  # fmt: skip
-    return Forward(loss, d_student, d_teacher, state, named)
+    return Forward(loss, d_student, d_teacher, state, None if stats is None else named_stats(stats))
 
 
 def _divisor(

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from tgt_fast.kernels.triton.distill_finish import close_rows, keep_rows, write_tile
 from tgt_fast.kernels.triton.distill_row import (
+    centred_terms,
     classes_of,
     exponential,
     finite_maximum,
@@ -82,6 +83,12 @@ def distill_fwd_kernel(
             x = tl.sum(x_terms, 1, keep_dims=True) / teacher_sum
         if DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric":
             y = tl.sum(y_terms, 1, keep_dims=True) / student_sum
+        if DIVERGENCE != "mse":
+            x_terms, y_terms = centred_terms(a, b, p, q, x, y, DIVERGENCE)
+            if DIVERGENCE != "reverse_kl":
+                x += tl.sum(x_terms, 1, keep_dims=True) / teacher_sum
+            if DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric":
+                y += tl.sum(y_terms, 1, keep_dims=True) / student_sum
 
     hard_sum = student_sum
     linear = s_peak * 0.0
@@ -121,6 +128,12 @@ def rise_of(old, new, inverse, WIDE: tl.constexpr):
     """How much a side's values fall when its maximum rises; 0 for the first maximum, before which there is nothing."""
     most = 1e300 if WIDE else 1e30
     return tl.minimum(tl.where(old == -INFINITY, 0.0, (finite_maximum(new) - finite_maximum(old)) * inverse), most)
+
+
+@triton.jit
+def wide_sum(lanes):
+    """What the lanes of a row add up to, in float64: the gradients are made of differences from such means."""
+    return tl.sum(lanes.to(tl.float64), 1, keep_dims=True)
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index", "unlabeled_index"])
@@ -225,10 +238,12 @@ def distill_fwd_stream_kernel(
         x = tl.sum(x_sums, 1, keep_dims=True)
         y = tl.sum(y_sums, 1, keep_dims=True)
     elif DIVERGENCE != "none":
-        if DIVERGENCE != "reverse_kl":
-            x = tl.sum(x_sums, 1, keep_dims=True) / teacher_sum
+        if DIVERGENCE == "mse":
+            x = tl.sum(x_sums, 1, keep_dims=True)
+        elif DIVERGENCE != "reverse_kl":
+            x = as_real(wide_sum(x_sums) / wide_sum(p_sums), WIDE)
         if DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric":
-            y = tl.sum(y_sums, 1, keep_dims=True) / student_sum
+            y = as_real(wide_sum(y_sums) / wide_sum(q_sums), WIDE)
 
     hard_sum = student_sum
     linear = s_peak * 0.0

@@ -139,6 +139,23 @@ def shifted_terms(a, b, p, q, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
+def centred_terms(a, b, p, q, x, y, DIVERGENCE: tl.constexpr):
+    """The same about the means x and y that they gave: their sums are what rounding left of them.
+
+    The gradients are made of such differences, so a mean is to be right relative to them, not to its own size.
+    """
+    x_terms = p * 0.0
+    y_terms = x_terms
+    if DIVERGENCE == "forward_kl" or DIVERGENCE == "symmetric":
+        x_terms = p * ((a - b) - x)
+    if DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric":
+        y_terms = q * ((b - a) - y)
+    if DIVERGENCE == "cross_entropy":
+        x_terms = p * (-b - x)
+    return x_terms, y_terms
+
+
+@triton.jit
 def normalised_terms(a, b, p, q, inverse_s, inverse_t, log_ratio, beta, DIVERGENCE: tl.constexpr):
     """What a class adds to the sums of jsd and tvd, which need the normalisers."""
     p = p * inverse_t
