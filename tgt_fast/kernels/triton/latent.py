@@ -11,7 +11,7 @@ from torch import Tensor
 from tgt_fast.kernels.native.latent import on_device, vector, wide_dtype
 from tgt_fast.kernels.options import OP_ASCEND
 from tgt_fast.kernels.triton import kernels, launch, planning_device, running_on, two_floats
-from tgt_fast.kernels.triton.tuning import Plan, latent_plan
+from tgt_fast.kernels.triton.tuning import LATENT_REGISTERS, Plan, latent_plan
 
 
 def _signed(word: int) -> int:
@@ -88,6 +88,7 @@ def perturb(
             launch(
                 kernels().latent.latent_perturb_kernel, programs, *arguments, PHASE=phase, SPHERE=sphere,
                 TRUNCATED=bound > 0, WIDE=wide == torch.float64, ROWS=plan.rows, BLOCK=plan.block, warps=plan.warps,
+                registers=LATENT_REGISTERS,
             )  # fmt: skip
     return out
 
@@ -135,5 +136,6 @@ def ascend(
                 kernels().latent.latent_ascend_kernel, programs, *arguments, PHASE=phase, NORM=norm,
                 RADIUS_NORM=radius_norm, NOISE=noise, WIDE=wide == torch.float64, ROWS=plan.rows, BLOCK=plan.block,
                 warps=plan.warps,
+                registers=LATENT_REGISTERS,
             )  # fmt: skip
     return out

@@ -26,6 +26,9 @@ PLANS_VARIABLE = "TGT_FAST_TRITON_PLANS"
 MOST_CLASSES = 1 << 30  # of a row: beyond, a column's number would not fit 32 bits
 
 
+LATENT_REGISTERS = 112  # a thread may have: above what the kernels take, see streaming_of
+
+
 class Plan(NamedTuple):
     """How the rows of a call are handled."""
 
