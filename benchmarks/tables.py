@@ -103,11 +103,7 @@ def latent(record: dict[str, Any]) -> str:
         ]
         for row in _measured(record)
     ]
-    return (
-        _grid(["latent op, float32", "ms", "over eager", "over torch.compile"], rows)
-        + "\n\n"
-        + _source(record)
-    )
+    return _grid(["latent op, float32", "ms", "over eager", "over torch.compile"], rows) + "\n\n" + _source(record)
 
 
 def explore(record: dict[str, Any]) -> str:
@@ -121,7 +117,7 @@ def explore(record: dict[str, Any]) -> str:
         for row in _measured(record)
     ]
     caption = (
-        "Gradient exploration with a convolutional decoder, labeler and student: encode, climb one step, decode, label. "
+        "Gradient exploration, convolutional decoder, labeler and student: encode, climb one step, decode, label. "
         "Eager: the same written with `loss.backward()`. "
     )
     return _grid(["exploration", "ms", "eager ms", "over eager"], rows) + "\n\n" + caption + _source(record)

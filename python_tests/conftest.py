@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -15,11 +17,19 @@ import pytest
 import real_gpu
 import torch
 
+# Triton decides when it is imported whether its kernels run on a GPU or, interpreted, on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import tgt_fast
+from tgt_fast.kernels import triton as triton_backend
 from tgt_fast.kernels.native import cuda
 
 REQUIRE_NATIVE = os.environ.get("TGT_FAST_REQUIRE_NATIVE") == "1"
 REQUIRE_CUDA = os.environ.get("TGT_FAST_REQUIRE_CUDA") == "1"
+
+# They test formulas of autograd that all compiled backends share, by hundreds of calls.
+OF_THE_OPS_ALONE = {"test_gradcheck_in_float64", "test_the_sphere_can_be_differentiated_twice"}
 
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
@@ -65,6 +75,35 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"TGT_FAST_REQUIRE_CUDA=1, but {tested} cannot run on a GPU: {_cuda_reason()}")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Triton's interpreter takes milliseconds for what takes microseconds: of large grids it runs a part.
+
+    A test with many parameters keeps a quarter of them, those whose names have a suitable checksum. The variable
+    TGT_FAST_TRITON_GRID=full keeps all.
+    """
+    if os.environ.get("TGT_FAST_TRITON_GRID") == "full":
+        return
+    sets = Counter(item.nodeid.partition("[")[0] for item in items if _interprets(item))
+    dropped = [
+        item
+        for item in items
+        if _interprets(item)
+        and (
+            item.name.partition("[")[0] in OF_THE_OPS_ALONE
+            or (sets[item.nodeid.partition("[")[0]] > 8 and zlib.crc32(item.nodeid.partition("[")[2].encode()) % 4)
+        )
+    ]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        gone = set(dropped)
+        items[:] = [item for item in items if item not in gone]
+
+
+def _interprets(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and callspec.params.get("backend") == "triton"
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
     reason = _native_reason()
     return [
@@ -107,20 +146,30 @@ def emulated(request: pytest.FixtureRequest, native: str) -> ModuleType:
     return emulated_gpu.build(request.config.cache.mkdir("emulated_gpu"))  # type: ignore[union-attr]
 
 
+@pytest.fixture(scope="session")
+def interpreted() -> str:
+    """The name of the Triton backend, in its interpreter on CPU tensors."""
+    reason = triton_backend.refusal("distill", (torch.empty(0),))
+    if reason:
+        pytest.skip(f"no interpreted Triton: {reason}")
+    return "triton"
+
+
 @pytest.fixture(
-    scope="session", params=["reference", "native", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
+    scope="session",
+    params=["reference", "native", "emulated", "triton", pytest.param("cuda", marks=pytest.mark.gpu)],
 )
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that can run here.
 
     "emulated" is the native one with its CUDA kernels on an emulated device, "cuda" the native one on a real device,
-    where the kernels' tensors are sent to and brought back from.
+    where the kernels' tensors are sent to and brought back from; "triton" runs in its interpreter.
     """
     if request.param == "reference":
         return "reference"
     if request.param == "cuda":
         request.getfixturevalue("gpu")
-    return str(request.getfixturevalue("native"))
+    return str(request.getfixturevalue("interpreted" if request.param == "triton" else "native"))
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,7 @@ OP_TOKENS: Final = 2
 OP_GUMBEL: Final = 3
 OP_RESTART: Final = 4
 
-ROW_STATE: Final = 10  # numbers of float64 that a distill kernel keeps of a row (csrc/common/row_stats.h)
-ROW_COEFFICIENT: Final = 7  # the place among them of the row's weight in the reduced loss
+ROW_STATE: Final = 11  # numbers that a distill kernel keeps of a row, at most
 
 MAX_SAMPLE_ID: Final = 1 << 48
 MAX_STEP: Final = 1 << 28
@@ -69,5 +68,5 @@ class Forward(NamedTuple):
     loss: Tensor  # 0-d, or [N]
     d_student: Tensor | None  # [N, C] like the student, for an upstream gradient of 1
     d_teacher: Tensor | None  # [N, C] like the teacher
-    rows: Tensor | None  # [N, ROW_STATE] float64, a row's statistics: enough to make its gradients again
+    rows: Tensor | None  # a row's statistics, in the kernel's own form: enough to make its gradients again
     stats: Tensor | None  # [6, N], the fields of DistillStats in their order

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, BackendError
-from tgt_fast.kernels import native, reference
+from tgt_fast.kernels import native, reference, triton
 
 OPS: Final = ("distill", "latent")
-BACKENDS: Final[dict[str, ModuleType]] = {"native": native, "reference": reference}
+BACKENDS: Final[dict[str, ModuleType]] = {"native": native, "triton": triton, "reference": reference}
 DEFAULT_VARIABLE: Final = "TGT_FAST_BACKEND"
 
 # Fastest first; the reference runs everywhere and comes last.
-_ORDER: Final[dict[str, tuple[str, ...]]] = {"cpu": ("native", "reference"), "cuda": ("native", "reference")}
+_ORDER: Final[dict[str, tuple[str, ...]]] = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,18 @@ def _kernel(backend: str, student: Tensor, teacher: Tensor) -> Any:
     return select.kernel("distill", select.choose("distill", backend, (student, teacher)))
 
 
+def _as_rows(state: Tensor, count: int) -> Tensor:
+    """A kernel's own statistics in the form that all kernels' fit into, [N, ROW_STATE] float64."""
+    rows = state.new_zeros(count, ROW_STATE, dtype=torch.float64)
+    rows.view(-1)[: state.numel()] = state.reshape(-1)
+    return rows
+
+
+def _as_state(rows: Tensor, like: Tensor) -> Tensor:
+    """And back, bit for bit."""
+    return like.copy_(rows.reshape(-1)[: like.numel()].view(like.shape))
+
+
 def _or_nothing(tensor: Tensor | None, like: Tensor) -> Tensor:
     """An op returns tensors, all of them: one of no elements stands for none."""
     return like.new_empty(0) if tensor is None else tensor
@@ -58,16 +70,17 @@ def _forward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     options, (want_stats, backend, d_student, d_teacher, keep_rows) = DistillOptions(*rest[:_COUNT]), rest[_COUNT:]
     student, teacher = dense_rows(student), dense_rows(teacher)
-    kernel = _kernel(backend, student, teacher)
-    if _checks.on_plain_cpu(student) and kernel.__name__.endswith("reference.distill"):
+    chosen = select.choose("distill", backend, (student, teacher))
+    if chosen == "reference" and _checks.on_plain_cpu(student):
         check_values(student, target, sample_weight, options)
-    out = kernel.forward(
+    out = select.kernel("distill", chosen).forward(
         student, teacher, target, sample_weight, divisor if normalizer is None else normalizer, options,
         wanted=(d_student, d_teacher), keep_rows=keep_rows, want_stats=want_stats,
     )  # fmt: skip
     return (
         out.loss, _or_nothing(out.stats, out.loss), _or_nothing(out.d_student, student),
-        _or_nothing(out.d_teacher, teacher), _or_nothing(out.rows, out.loss),
+        _or_nothing(out.d_teacher, teacher),
+        _or_nothing(out.rows if out.rows is None else _as_rows(out.rows, student.shape[0]), out.loss),
     )  # fmt: skip
 
 
@@ -92,8 +105,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     options, (backend, want_student, want_teacher) = DistillOptions(*rest[:_COUNT]), rest[_COUNT:]
     student, teacher = dense_rows(student), dense_rows(teacher)
-    d_student, d_teacher = _kernel(backend, student, teacher).backward(
-        student, teacher, target, rows.contiguous(), d_loss, options, wanted=(want_student, want_teacher)
+    kernel = _kernel(backend, student, teacher)
+    state = _as_state(rows, kernel.empty_state(student, teacher))
+    d_student, d_teacher = kernel.backward(
+        student, teacher, target, state, d_loss, options, wanted=(want_student, want_teacher)
     )
     return _or_nothing(d_student, student), _or_nothing(d_teacher, teacher)
 

@@ -18,11 +18,11 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from tgt_fast.errors import BackendError
+from tgt_fast.kernels.plain import PLAIN
 
 LIBRARY: Final = torch.library.Library("tgt_fast", "DEF")
 NAMES: Final[list[str]] = []  # of the registered ops, in the order of their definition
 
-_PLAIN: Final = (Tensor, torch.nn.Parameter)
 _TRACED: Final = (FakeTensor, FunctionalTensor)
 _AUTOCAST: Final = DispatchKeySet(DispatchKey.AutocastCPU) | DispatchKeySet(DispatchKey.AutocastCUDA)
 
@@ -38,7 +38,7 @@ def seen_by_dispatcher(*tensors: Any) -> bool:
     if torch._C._are_functorch_transforms_active():
         return False  # no compiled kernel serves them: the reference does, in plain PyTorch
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return all(type(t) in _PLAIN or isinstance(t, _TRACED) for t in tensors if isinstance(t, Tensor))
+        return all(type(t) in PLAIN or isinstance(t, _TRACED) for t in tensors if isinstance(t, Tensor))
     for tensor in tensors:  # noqa: SIM110, a loop costs a third of any(), and this runs at every call
         if isinstance(tensor, _TRACED):
             return True

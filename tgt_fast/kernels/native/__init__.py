@@ -14,14 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from tgt_fast.errors import BackendError
+from tgt_fast.kernels.plain import not_plain
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/common/dtype.h
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
 
 _in_forked_child = False
 
@@ -72,21 +69,16 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
     module = load()
     if isinstance(module, str):
         return module
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func transforms (vmap, jvp, ...) do not reach compiled code; backend='reference' works under them"
-    if forward_ad._current_level >= 0:
-        return "forward-mode derivatives do not reach compiled code; backend='reference' carries them"
+    reason = not_plain(tensors)
+    if reason is not None:
+        return reason
     for tensor in tensors:
-        if type(tensor) not in _PLAIN:
-            return f"{type(tensor).__name__} is a tensor subclass; pass a plain tensor, or use backend='reference'"
         if tensor.device.type == "cuda":
             reason = cuda.refusal(tensor.device)
             if reason is not None:
                 return reason
         elif tensor.device.type != "cpu":
             return f"the core serves CPU and CUDA tensors, these are on {tensor.device}"
-        if tensor.layout != torch.strided:
-            return f"tensors of layout {tensor.layout} are not dense"
     return None
 
 

@@ -38,6 +38,11 @@ def _gradient_like(logits: Tensor) -> Tensor:
     return torch.frombuffer(core().Buffer(bytes_needed), dtype=logits.dtype).view(logits.shape)
 
 
+def empty_state(student: Tensor, teacher: Tensor) -> Tensor:
+    """Room for what :func:`backward` needs of the rows (csrc/common/row_stats.h)."""
+    return student.new_empty(student.shape[0], core().ROW_STATE, dtype=torch.float64)
+
+
 def forward(
     student: Tensor,  # [N, C] dense rows
     teacher: Tensor,  # [N, C] dense rows
@@ -71,7 +76,7 @@ def forward(
         d_student = student.detach() if inplace else _gradient_like(student)
     d_teacher = _gradient_like(teacher) if wanted[1] else None
     compiled = core()
-    state = torch.empty(rows, compiled.ROW_STATE, dtype=torch.float64) if keep_rows else None
+    state = empty_state(student, teacher) if keep_rows else None
     stats = torch.empty(6, rows, dtype=accumulate) if want_stats else None
     status, row = compiled.distill_forward(
         core_options(compiled, options), rows, classes, matrix(student), matrix(teacher), pointer(target),

@@ -15,14 +15,15 @@ class _Factor:
     """A number for all samples or one a sample, as the core takes it; keeps the tensor alive for the call."""
 
     def __init__(self, value: float | Tensor | None, wide: torch.dtype) -> None:
-        self.tensor = _vector(value, wide) if isinstance(value, Tensor) else None
+        self.tensor = vector(value, wide) if isinstance(value, Tensor) else None
         self.number = float(value) if isinstance(value, (int, float)) else 0.0
 
     def packed(self) -> tuple[float, int]:
         return self.number, _pointer(self.tensor)
 
 
-def _vector(value: Tensor, wide: torch.dtype) -> Tensor:
+def vector(value: Tensor, wide: torch.dtype) -> Tensor:
+    """Factors as a dense vector in the type of the arithmetic."""
     return value.detach().reshape(-1).to(wide).contiguous()
 
 
@@ -46,14 +47,15 @@ def _device_noise(
     return _noise(seed_number, sample_ids, step_number, replica, op), (seed_at, step_at)
 
 
-def _on(device: torch.device, value: int | Tensor) -> int | Tensor:
+def on_device(device: torch.device, value: int | Tensor) -> int | Tensor:
     """A 0-d integer tensor as int64 on the device; a tensor of the host's as the number that it is."""
     if not isinstance(value, Tensor):
         return value
     return int(value) if value.device.type == "cpu" != device.type else value.detach().to(device, torch.int64)
 
 
-def _wide(*tensors: Tensor) -> torch.dtype:
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """The type of the arithmetic: float64 as soon as a tensor is."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -73,14 +75,14 @@ def perturb(
     """z + per_sample * per_coordinate * noise, optionally rescaled onto a sphere."""
     z = z.detach().contiguous()
     sample_ids = sample_ids.contiguous()
-    wide = _wide(z)
+    wide = wide_dtype(z)
     sigma = _Factor(per_sample, wide)
-    scale = None if per_coordinate is None else _vector(per_coordinate, wide)
+    scale = None if per_coordinate is None else vector(per_coordinate, wide)
     out = torch.empty_like(z)
     radius = -1.0 if sphere_radius == "keep" else 0.0 if sphere_radius is None else float(sphere_radius)
     engine = cuda.engine(z)
     if engine is not None:
-        seed, step = _on(z.device, seed), _on(z.device, step)
+        seed, step = on_device(z.device, seed), on_device(z.device, step)
         key = _device_noise(seed, sample_ids, step, int(replica), op)
         with engine.current(z) as stream:
             engine.core.cuda_latent_perturb(
@@ -115,14 +117,14 @@ def ascend(
     z, grad = z.detach().contiguous(), grad.detach().contiguous()
     anchor = None if anchor is None else anchor.detach().contiguous()
     sample_ids = sample_ids.contiguous()
-    wide = _wide(z, grad) if anchor is None else _wide(z, grad, anchor)
+    wide = wide_dtype(z, grad) if anchor is None else wide_dtype(z, grad, anchor)
     steps, sigmas, radii = _Factor(step_size, wide), _Factor(sigma, wide), _Factor(radius, wide)
-    unit = None if scale is None else _vector(scale, wide)
+    unit = None if scale is None else vector(scale, wide)
     out = torch.empty_like(z)
     types = tuple(DTYPES[tensor.dtype] for tensor in (z, grad, z if anchor is None else anchor))
     engine = cuda.engine(z)
     if engine is not None:
-        seed, step = _on(z.device, seed), _on(z.device, step)
+        seed, step = on_device(z.device, seed), on_device(z.device, step)
         key = _device_noise(seed, sample_ids, step, int(replica), OP_ASCEND)
         with engine.current(z) as stream:
             engine.core.cuda_latent_ascend(

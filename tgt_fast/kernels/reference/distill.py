@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tgt_fast.kernels.options import ROW_COEFFICIENT, ROW_STATE, DistillOptions, DistillStats, Forward
+from tgt_fast.kernels.options import DistillOptions, DistillStats, Forward
 
-__all__ = ["backward", "distillation_loss", "forward", "scale_"]
+__all__ = ["backward", "distillation_loss", "empty_state", "forward", "scale_"]
 
 # Lower is as good as this; it keeps 0 * log q finite when float64 logits span their whole range.
 _LOWEST_SHIFTED = -1e300
@@ -246,6 +246,11 @@ def distillation_loss(
 # The same in the form of the compiled kernels, for calls that arrive through the dispatcher
 
 
+def empty_state(student: Tensor, teacher: Tensor) -> Tensor:
+    """Room for what :func:`backward` needs of the rows."""
+    return student.new_empty(student.shape[0], dtype=torch.float64)
+
+
 def forward(
     student: Tensor,  # [N, C]
     teacher: Tensor,  # [N, C]
@@ -268,8 +273,7 @@ def forward(
     if keep_rows:
         counted, _, weight, divisor = _counts(student, target, sample_weight, normalizer, options)
         divisor = divisor if options.reduction == "mean" else torch.ones_like(divisor)
-        rows = torch.zeros(student.shape[0], ROW_STATE, dtype=torch.float64, device=student.device)
-        rows[:, ROW_COEFFICIENT] = torch.where(counted, weight / divisor, 0.0)
+        rows = torch.where(counted, weight / divisor, 0.0)
     stacked = None if stats is None else torch.stack([value.to(loss.dtype) for value in stats])
     if inplace and d_student is not None:
         d_student = student.detach().copy_(d_student)
@@ -280,7 +284,7 @@ def backward(
     student: Tensor,
     teacher: Tensor,
     target: Tensor | None,
-    state: Tensor,  # [N, ROW_STATE] from forward
+    state: Tensor,  # [N] from forward: the weights of the rows in the reduced loss
     d_loss: Tensor,  # 0-d, or [N]
     options: DistillOptions,
     *,
@@ -291,7 +295,7 @@ def backward(
     with _recording():
         s, t = (x.detach().requires_grad_(w) for x, w in zip((student, teacher), wanted, strict=True))
         a_row = replace(options, reduction="none")
-        loss, _ = distillation_loss(s, t, target, state[:, ROW_COEFFICIENT], None, a_row)
+        loss, _ = distillation_loss(s, t, target, state, None, a_row)
         d_student, d_teacher = _gradients(loss, s, t, d_loss.detach().to(loss.dtype).expand_as(loss))
     if inplace and d_student is not None:
         d_student = student.detach().copy_(d_student)

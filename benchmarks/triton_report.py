@@ -1,0 +1,255 @@
+"""What the compiler made of the Triton kernels: registers, shared memory and spills, a row a kernel and configuration.
+
+    python benchmarks/triton_report.py                     # sm_90
+    python benchmarks/triton_report.py --full              # sm_80, sm_90, sm_100 and gfx942
+    python benchmarks/triton_report.py --json report.json
+
+Needs Triton, no GPU: everything is compiled ahead of time. Exits with 1 when a hot kernel spills, or when one asks for
+more shared memory than the chip has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tgt_fast.kernels.options import DIVERGENCES
+from tgt_fast.kernels.triton.tuning import LATENT_REGISTERS, elementwise_plan, latent_plan, shipped_plan, streaming_of
+
+DEFAULT = ("sm_90",)
+FULL = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Bytes of shared memory that a block may ask for; the LDS of a workgroup.
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+CLASSES = (10, 4096, 128256)  # a row of every kind of plan
+POINTERS = {"target": "i64", "weight": "fp64", "divisor_at": "fp64", "ids": "i64", "seed_at": "i64", "step_at": "i64"}
+INTEGERS = re.compile(r"rows|classes|tiles|samples|size|replica|op_step|seed_(low|high)|\w+_index|\w*stride")
+ALIGNED = re.compile(r"classes|size|\w*stride")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel with its constants."""
+
+    module: str
+    kernel: str
+    architecture: str
+    label: str
+    types: dict[str, str]  # of what is not in POINTERS
+    constants: dict[str, Any]
+    warps: int
+    hot: bool = True
+    registers: int | None = None  # a thread may have
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of it."""
+
+    architecture: str
+    kernel: str
+    label: str
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+    hot: bool
+    problems: list[str] = field(default_factory=list)
+
+
+def distill_jobs(architecture: str) -> Iterator[Job]:
+    """The least and the most that a forward and a backward do, for every divergence and kind of plan."""
+    for classes in CLASSES:
+        for number, divergence in enumerate((*DIVERGENCES, "none")):
+            for kind in ("bf16", "fp32", "fp64"):
+                wide = kind == "fp64"
+                if wide and number % 4:
+                    continue  # it is for checking, not for speed
+                for whole in (False, True):
+                    yield from _distill(architecture, classes, divergence, kind, wide, whole)
+
+
+def _distill(architecture: str, classes: int, divergence: str, kind: str, wide: bool, whole: bool) -> Iterator[Job]:
+    plan, real = shipped_plan(classes, wide), "fp64" if wide else "fp32"
+    pointers = dict.fromkeys(("student", "teacher", "d_student", "d_teacher"), kind)
+    pointers |= dict.fromkeys(("row_loss", "state", "upstream"), real)
+    constants: dict[str, Any] = {
+        "DIVERGENCE": divergence, "SMOOTHED": whole, "SAME": not whole and divergence not in ("mse", "none"),
+        "WIDE": wide, "weight": None,
+    }  # fmt: skip
+    if divergence == "none":
+        constants["teacher"] = None
+    if not whole:
+        constants |= {"target": None, "divisor_at": None, "d_teacher": None}
+    cut = {"ROWS": plan.rows, "BLOCK": plan.block}
+    registers = None
+    name, label = "distill_fwd_kernel", f"{divergence} {kind} {classes}" + (", all options" if whole else "")
+    if plan.kernel == "stream":
+        name = "distill_fwd_stream_kernel"
+        cut["STAGES"], registers = streaming_of(divergence)
+    yield Job("distill_kernels", name, architecture, label, pointers, constants | cut, plan.warps, not wide, registers)
+    tile = elementwise_plan(plan)
+    cut = {"ROWS": tile.rows, "BLOCK": tile.block, "UPSTREAM_PER_ROW": whole}
+    if classes in (10, 4096):
+        yield Job(
+            "distill_finish", "distill_bwd_kernel", architecture, label, pointers, constants | cut, tile.warps, not wide
+        )
+
+
+def small_jobs(architecture: str) -> Iterator[Job]:
+    """The kernels round the rows."""
+    tile = elementwise_plan(shipped_plan(128256, False))
+    pointers = {"student": "bf16", "teacher": "bf16", "stats": "fp32", "row_loss": "fp32", "loss": "fp32"}
+    constants: dict[str, Any] = {"WIDE": False, "BLOCK": tile.block}
+    yield Job("distill_kernels", "distill_stats_kernel", architecture, "bf16", pointers, constants, tile.warps)
+    pointers["divisor"] = "fp64"
+    for name in ("distill_count_kernel", "distill_reduce_kernel"):
+        yield Job("distill_kernels", name, architecture, "", pointers, {"BLOCK": 2048}, 8)
+    constants = {"PER_ROW": False, "ROWS": 1, "BLOCK": tile.block}
+    pointers = {"grad": "bf16", "factor": "fp32"}
+    yield Job("distill_finish", "distill_scale_kernel", architecture, "bf16", pointers, constants, tile.warps)
+
+
+def latent_jobs(architecture: str) -> Iterator[Job]:
+    """Every phase of perturb and ascend, with and without what can be left out."""
+    import torch
+
+    device = torch.device("cuda")  # only tells the GPU's table from the interpreter's
+    names = ("z", "out", "grad", "anchor", "scale", "sigma_at", "step_at_", "radius_at")
+    pointers = {**dict.fromkeys(names, "fp32"), **dict.fromkeys(("before", "after", "squares", "distances"), "fp64")}
+    for size, phases in ((64, ("whole",)), (4096, ("whole",)), (1 << 20, ("measure", "write"))):
+        plan = latent_plan(128, size, alone=False, device=device)
+        cut = {"WIDE": False, "ROWS": plan.rows, "BLOCK": plan.block}
+        for phase in phases:
+            for truncated in (False, True):
+                constants = {"PHASE": phase, "SPHERE": "keep", "TRUNCATED": truncated, **cut}
+                label = f"{phase} {size}" + (" truncated" if truncated else "")
+                yield Job(
+                    "latent_kernels", "latent_perturb_kernel", architecture, label, pointers, constants, plan.warps,
+                    not truncated, LATENT_REGISTERS,
+                )  # fmt: skip
+        for phase in ("norm", "distance", "write") if len(phases) > 1 else phases:
+            for norm, radius_norm in (("l2", "l2"), ("linf", "linf"), ("raw", "l2")):
+                constants = {"PHASE": phase, "NORM": norm, "RADIUS_NORM": radius_norm, "NOISE": True, **cut}
+                yield Job(
+                    "latent_kernels", "latent_ascend_kernel", architecture, f"{phase} {norm} {size}", pointers,
+                    constants, plan.warps, registers=LATENT_REGISTERS,
+                )  # fmt: skip
+    plan = latent_plan(128, 1 << 20, alone=True, device=device)
+    constants = {"PHASE": "whole", "SPHERE": "none", "TRUNCATED": False, "WIDE": False}
+    constants |= {"ROWS": plan.rows, "BLOCK": plan.block}
+    yield Job(
+        "latent_kernels",
+        "latent_perturb_kernel",
+        architecture,
+        "no sphere",
+        pointers,
+        constants,
+        plan.warps,
+        registers=LATENT_REGISTERS,
+    )
+
+
+def compile_job(job: Job) -> Row:
+    """Compiles it, in a process of its own pool, and reads the machine code's resources."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(importlib.import_module(f"tgt_fast.kernels.triton.{job.module}"), job.kernel)
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for place, name in enumerate(function.arg_names):
+        pointer = job.types.get(name) or POINTERS.get(name)
+        if name in job.constants:
+            signature[name], constants[(place,)] = "constexpr", job.constants[name]
+        elif pointer is not None:
+            signature[name] = f"*{pointer}"
+        else:
+            signature[name] = "i32" if INTEGERS.fullmatch(name) else "fp32"
+        if signature[name].startswith("*") or (signature[name] == "i32" and ALIGNED.fullmatch(name)):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    nvidia = job.architecture.startswith("sm_")
+    target = GPUTarget("cuda", int(job.architecture[3:]), 32) if nvidia else GPUTarget("hip", job.architecture, 64)
+    options = {"num_warps": job.warps, "enable_fp_fusion": False}
+    if nvidia and job.registers is not None:
+        options["maxnreg"] = job.registers
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        made = triton.compile(ASTSource(function, signature, constants, attributes), target=target, options=options)
+        registers, spills = _nvidia(made.asm["cubin"], folder) if nvidia else _amd(made.asm["amdgcn"])
+    problems = []
+    if job.hot and spills:
+        problems.append("spills")
+    if made.metadata.shared > SHARED[job.architecture]:
+        problems.append(f"more than {SHARED[job.architecture]} bytes of shared memory")
+    return Row(job.architecture, job.kernel, job.label, registers, made.metadata.shared, spills, job.hot, problems)
+
+
+def _nvidia(cubin: bytes, folder: str) -> tuple[int, int]:
+    """(registers, bytes of stack) of a cubin. These kernels hold no arrays: their stack is what the registers left."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    path = Path(folder) / "kernel.cubin"
+    path.write_bytes(cubin)
+    report = subprocess.run(
+        [str(tool), "--dump-resource-usage", str(path)], capture_output=True, text=True, check=True
+    ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    if found is None:
+        raise SystemExit(f"cuobjdump reports no resources:\n{report}")
+    return int(found[1]), int(found[2])
+
+
+def _amd(assembly: str) -> tuple[int, int]:
+    """(vector registers, bytes of them that were spilled). Scalar ones spill into vector registers, not to memory."""
+    registers, spills = (
+        int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])  # type: ignore[index]
+        for name in ("vgpr_count", "vgpr_spill_count")
+    )
+    return registers, 4 * spills
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--full", action="store_true", help=f"{', '.join(FULL)} instead of {DEFAULT[0]}")
+    parser.add_argument("--arch", action="append", choices=FULL, help="only this one; may be repeated")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at once")
+    args = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)
+    jobs = [
+        job
+        for architecture in args.arch or (FULL if args.full else DEFAULT)
+        for source in (distill_jobs, small_jobs, latent_jobs)
+        for job in source(architecture)
+    ]
+    with ProcessPoolExecutor(args.jobs) as pool:
+        rows = list(pool.map(compile_job, jobs, chunksize=4))
+    print(f"{'arch':7} {'registers':>9} {'shared':>7} {'spills':>6}  kernel")
+    for row in rows:
+        mark = f" <-- {', '.join(row.problems)}" if row.problems else ""
+        print(
+            f"{row.architecture:7} {row.registers:9} {row.shared_bytes:7} {row.spill_bytes:6}"
+            f"  {row.kernel} {row.label}{mark}"
+        )
+    if args.json:
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    bad = [row for row in rows if row.problems]
+    print(f"{len(rows)} kernels, {len(bad)} with spills or too much shared memory")
+    return 1 if bad or not rows else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,361 @@
+"""The Triton backend: what it refuses, how it cuts calls, and every way to cut one, in Triton's interpreter.
+
+The other tests run it too, as the backend "triton"; there a call's size chooses the way. On a GPU the tests at the end
+run the compiled kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from numerics import Result, assert_matches_truth, evaluate, logits, targets, truth
+from strategies import DTYPES
+from torch import Tensor
+
+import tgt_fast as tgt
+from tgt_fast.errors import BackendError
+from tgt_fast.kernels import select
+from tgt_fast.kernels import triton as backend_module
+from tgt_fast.kernels.native import latent as native_latent
+from tgt_fast.kernels.options import DIVERGENCES, OP_PERTURB, DistillOptions
+from tgt_fast.kernels.reference import philox4x32
+from tgt_fast.kernels.triton import distill, latent, tuning
+from tgt_fast.kernels.triton.tuning import Plan
+
+# Ways to cut rows of 100 classes.
+PLANS = {
+    "a row a program": Plan("rows", 1, 128, 1),
+    "rows that do not fill a program": Plan("rows", 4, 128, 1),
+    "streamed": Plan("stream", 1, 32, 1),
+}
+plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+
+
+def check(plan: Plan, student: Tensor, teacher: Tensor, target: Tensor | None = None, **options: Any) -> None:
+    """A call cut by ``plan``, and the gradients made again from its state, against the truth."""
+    options = {"reduction": "none", **options}
+    made = DistillOptions(**{"teacher_temperature": options.get("temperature", 1.0), **options})
+    out = distill.forward(
+        student, teacher, target, None, None, made, wanted=(True, True), keep_rows=True, plan=plan
+    )  # fmt: skip
+    assert out.rows is not None
+    again = distill.backward(
+        student, teacher, target, out.rows, torch.ones_like(out.loss), made, wanted=(True, True), plan=plan
+    )
+    expected = truth(student, teacher, target, **options)
+    for d_student, d_teacher in ((out.d_student, out.d_teacher), again):
+        assert_matches_truth(
+            Result(out.loss, d_student, d_teacher),
+            expected,
+            student,
+            teacher,
+            divergence=made.divergence,
+            temperature=made.temperature,
+            teacher_temperature=made.teacher_temperature,
+            hard=target is not None,
+        )
+
+
+@plans
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_way_to_cut_a_call(interpreted: str, divergence: str, plan: Plan) -> None:
+    student, teacher, target = logits(3, 100, 0), logits(3, 100, 1), targets(3, 100, 2)
+    check(plan, student, teacher, divergence=divergence, beta=0.3, temperature=2.0)
+    options: dict[str, Any] = {"divergence": divergence, "hard_weight": 0.7, "label_smoothing": 0.1}
+    check(plan, student.bfloat16(), teacher.double(), target, temperature=0.5, **options)
+
+
+@plans
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_way_to_cut_masked_rows(interpreted: str, divergence: str, plan: Plan) -> None:
+    """Masks on either side, on both, whole tiles of them, and rows of NaN, +inf and nothing but -inf."""
+    student, teacher, target = logits(9, 100, 0), logits(9, 100, 1), targets(9, 100, 2)
+    for side, row in ((student, 0), (teacher, 1), (student, 2), (teacher, 2)):
+        side[row, 7:41] = -math.inf
+    student[3, 0:64] = teacher[3, 0:64] = -math.inf  # the first tiles hold nothing
+    student[4, 64:] = teacher[4, 64:] = -math.inf  # the last ones
+    student[5, 99] = math.nan
+    teacher[6, 50] = math.inf
+    student[7] = -math.inf
+    options: dict[str, Any] = {"divergence": divergence, "hard_weight": 0.7, "label_smoothing": 0.1}
+    check(plan, student, teacher, target, **options)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_maxima_that_rise_from_tile_to_tile(interpreted: str, divergence: str) -> None:
+    """A streamed row restates its sums whenever a side's maximum rises: here at every tile, by much and by little."""
+    ramp = torch.linspace(-30, 30, 100)
+    student = torch.stack([ramp, ramp.flip(0), 0.1 * ramp, ramp])
+    teacher = torch.stack([0.5 * ramp, ramp, ramp.flip(0), 1.01 * ramp])
+    check(PLANS["streamed"], student, teacher, divergence=divergence)
+    check(PLANS["streamed"], student, teacher, targets(4, 100, 2), divergence=divergence, hard_weight=1.0,
+          label_smoothing=0.2, temperature=3.0)  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", [PLANS["streamed"], PLANS["a row a program"]], ids=["streamed", "rows"])
+def test_gradients_over_the_logits(interpreted: str, plan: Plan) -> None:
+    student, teacher = logits(5, 100, 0), logits(5, 100, 1)
+    options = DistillOptions(divergence="symmetric")
+    apart = distill.forward(student, teacher, None, None, None, options, wanted=(True, True), plan=plan)
+    over = student.clone()
+    inside = distill.forward(over, teacher, None, None, None, options, wanted=(True, True), plan=plan, inplace=True)
+    assert inside.d_student is not None
+    assert inside.d_student.data_ptr() == over.data_ptr()
+    assert torch.equal(over, apart.d_student)  # type: ignore[arg-type]
+    assert torch.equal(inside.d_teacher, apart.d_teacher)  # type: ignore[arg-type]
+
+
+def test_labels_and_weights_out_of_range_drop_their_rows(interpreted: str) -> None:
+    """As on any device: they cannot be an error there."""
+    student, teacher = logits(6, 10, 0), logits(6, 10, 1)
+    target = torch.tensor([3, 10, -7, 2**40, 4, -100])
+    weight = torch.tensor([1.0, 1.0, 1.0, 1.0, math.nan, 1.0])
+    options = DistillOptions(hard_weight=1.0, reduction="mean")
+    out = distill.forward(student, teacher, target, weight, None, options, wanted=(True, True))
+    alone = distill.forward(student[:1], teacher[:1], target[:1], None, None, options, wanted=(True, True))
+    assert torch.equal(out.loss, alone.loss)
+    for got, want in ((out.d_student, alone.d_student), (out.d_teacher, alone.d_teacher)):
+        assert got is not None
+        assert torch.equal(got[:1], want)  # type: ignore[arg-type]
+        assert not got[1:].any()
+
+
+def test_a_factor_that_leaves_float32_is_carried_in_two(interpreted: str) -> None:
+    for value in (0.3, 1e-30, 1e30, 1 / 3, 0.0):
+        high, low = backend_module.two_floats(value)
+        assert high == torch.tensor(value, dtype=torch.float32).item()
+        assert abs(high + low - value) <= 2.0**-46 * abs(value)
+
+
+# Latents
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"truncation": 2.0}, {"sphere_radius": "keep"}, {"sphere_radius": 3.0}])
+def test_perturb_in_tiles(interpreted: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    z = torch.randn(3, 601, generator=torch.Generator().manual_seed(0)).to(dtype)
+    key: dict[str, Any] = {"seed": -5, "sample_ids": torch.tensor([0, 2**40 + 3, 2**48 - 1]), "step": 7, "replica": 9}
+    rest = {"truncation": None, "sphere_radius": None, **options}
+    whole = native_latent.perturb(z, 0.7, None, op=OP_PERTURB, **key, **rest)
+    tiled = latent.perturb(z, 0.7, None, op=OP_PERTURB, **key, **rest, plan=Plan("rows", 2, 64, 1))
+    close = {"rtol": 1e-2, "atol": 1e-2} if dtype.itemsize == 2 else {"rtol": 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(tiled, whole, **close)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf", "raw"])
+@pytest.mark.parametrize("radius_norm", [None, "l2", "linf"])
+def test_ascend_in_tiles(interpreted: str, norm: str, radius_norm: str | None) -> None:
+    z, grad, anchor = torch.randn(3, 3, 601, generator=torch.Generator().manual_seed(0))
+    grad[1] = 0
+    options: dict[str, Any] = {
+        "step_size": 0.7, "scale": torch.linspace(0, 1, 601), "anchor": anchor if radius_norm else None,
+        "radius": torch.tensor([0.1, 20.0, 1e9]) if radius_norm else None, "norm": norm,
+        "radius_norm": radius_norm or "l2", "sigma": 0.3, "seed": torch.tensor(2**63 - 5),
+        "sample_ids": torch.arange(3), "step": torch.tensor(3), "replica": 0,
+    }  # fmt: skip
+    whole = native_latent.ascend(z, grad, **options)
+    tiled = latent.ascend(z, grad, **options, plan=Plan("rows", 2, 64, 1))
+    torch.testing.assert_close(tiled, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_the_words_of_the_stream_are_those_of_the_reference(interpreted: str) -> None:
+    from triton_words import words_kernel
+
+    generator = torch.Generator().manual_seed(0)
+    counters, keys = (torch.randint(0, 2**32, (n, 64), generator=generator) for n in (4, 2))
+    counters[:, 0] = keys[:, 0] = 2**32 - 1
+    out = torch.empty(4, 64, dtype=torch.int64)
+    words_kernel[(1,)](counters, keys, out)
+    assert torch.equal(out, torch.stack(philox4x32(tuple(counters), tuple(keys))))  # type: ignore[arg-type]
+
+
+# The choice of the backend
+
+
+def test_cpu_tensors_are_served_by_name_alone(interpreted: str) -> None:
+    student = torch.zeros(2, 3)
+    assert select.choose("distill", "triton", (student,)) == "triton"
+    assert select.choose("distill", "auto", (student,)) != "triton"
+    (row,) = (row for row in tgt.backends() if row.name == "triton")
+    assert row.available
+    assert row.devices == ("cpu",)
+
+
+def run_python(code: str, **environment: str) -> str:
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    kept["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**kept, **environment}, check=True
+    )
+    return run.stdout.strip()
+
+
+def test_without_a_gpu_and_the_interpreter_it_says_so_and_triton_is_not_imported(interpreted: str) -> None:
+    code = """
+import sys, torch, tgt_fast as tgt
+for call in (lambda: tgt.distillation_loss(torch.zeros(2, 3), torch.zeros(2, 3), backend="triton"),
+             lambda: tgt.perturb_latents(torch.zeros(2, 3), 1.0, backend="triton")):
+    try:
+        call()
+    except tgt.errors.BackendError as error:
+        print(error)
+print([row.reason for row in tgt.backends() if row.name == "triton"], "triton" in sys.modules)
+"""
+    first, second, last = run_python(code).splitlines()
+    for line in (first, second):
+        assert "TRITON_INTERPRET=1" in line
+    assert "no GPU" in last
+    assert last.endswith("False")
+
+
+def test_a_triton_that_is_missing_or_broken_is_refused_with_its_reason(
+    interpreted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend_module, "load", lambda: "Triton does not load (ImportError: no such library)")
+    (row,) = (row for row in tgt.backends() if row.name == "triton")
+    assert not row.available
+    assert "no such library" in row.reason
+    with pytest.raises(BackendError, match="no such library"):
+        tgt.distillation_loss(torch.zeros(2, 3), torch.zeros(2, 3), backend="triton")
+    with pytest.raises(BackendError, match="no such library"):
+        backend_module.kernels()
+
+
+def test_interpreter_switched_on_too_late_is_refused() -> None:
+    if backend_module.importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    code = """
+import os, triton
+os.environ["TRITON_INTERPRET"] = "1"
+import torch, tgt_fast
+print(tgt_fast.kernels.triton.refusal("distill", (torch.zeros(2, 3),)))
+"""
+    assert "before" in run_python(code)
+
+
+# Plans
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 1000, 1024, 1025, 4096, 4097, 128256, 2**30])
+@pytest.mark.parametrize("wide", [False, True])
+def test_shipped_plans_cover_a_row(classes: int, wide: bool) -> None:
+    plan = tuning.shipped_plan(classes, wide)
+    assert plan.kernel == "stream" or plan.block >= classes
+    assert plan.rows * plan.block <= 4096
+    tile = tuning.elementwise_plan(plan)
+    assert tile.rows * tile.block <= 4096
+    for number in (*plan[1:], *tile[1:]):
+        assert number & (number - 1) == 0
+
+
+@pytest.fixture
+def plans_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A file of plans, in force for a test."""
+    tuning.own_plans.cache_clear()
+    path = tmp_path / "plans.json"
+    monkeypatch.setenv(tuning.PLANS_VARIABLE, str(path))
+    yield path
+    tuning.own_plans.cache_clear()
+
+
+def test_a_table_of_ones_own_comes_first(interpreted: str, plans_file: Path) -> None:
+    own = {"kernel": "stream", "classes": 50, "rows": 1, "block": 16, "warps": 2}
+    plans_file.write_text(json.dumps([own]))
+    assert tuning.plan_of(4, 33, False, None) == Plan("stream", 1, 16, 2)
+    assert tuning.plan_of(4, 51, False, None) == tuning.interpreted_plan(4, 51)
+    student, teacher = logits(4, 33, 0), logits(4, 33, 1)
+    best = truth(student, teacher, reduction="none")
+    assert_matches_truth(
+        evaluate(student, teacher, backend=interpreted, reduction="none"), best, student, teacher
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not json",
+        '{"kernel": "rows"}',
+        '[{"kernel": "rows", "classes": 64, "rows": 1, "block": 32, "warps": 4}]',  # a row would not fit
+        '[{"kernel": "stream", "classes": 64, "rows": 1, "block": 48, "warps": 4}]',  # no power of 2
+        '[{"kernel": "stream", "classes": "64", "rows": 1, "block": 32, "warps": 4}]',
+        '[{"kernel": "exec", "classes": 64, "rows": 1, "block": 64, "warps": 4}]',
+    ],
+)
+def test_an_unreadable_table_is_ignored_with_a_warning(plans_file: Path, text: str) -> None:
+    plans_file.write_text(text)
+    with pytest.warns(UserWarning, match="plans.json is ignored"):
+        assert tuning.own_plans(None) == ()
+
+
+def test_no_table_is_no_warning(plans_file: Path, recwarn: pytest.WarningsRecorder) -> None:
+    assert tuning.own_plans(None) == ()
+    assert not recwarn
+
+
+# On a GPU
+
+
+@pytest.fixture(scope="module")
+def compiled() -> str:
+    """The device of tests of the compiled kernels."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    reason = backend_module.refusal("distill", (torch.empty(0, device="cuda"),))
+    if reason:
+        pytest.skip(f"no Triton on this GPU: {reason}")
+    return "cuda"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("classes", [10, 1000, 4096, 33001])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_on_a_gpu_the_loss_agrees_with_the_truth(
+    compiled: str, divergence: str, dtype: torch.dtype, classes: int
+) -> None:
+    student, teacher = logits(9, classes, 0, dtype=dtype), logits(9, classes, 1, dtype=dtype)
+    target = targets(9, classes, 2)
+    options: dict[str, Any] = {
+        "divergence": divergence, "hard_weight": 0.7, "label_smoothing": 0.1, "reduction": "none",
+    }  # fmt: skip
+    runs = [
+        evaluate(student.to(compiled), teacher.to(compiled), target.to(compiled), backend="triton", **options)
+        for _ in range(2)
+    ]
+    one, two = (Result(*(None if x is None else x.cpu() for x in run[:3])) for run in map(_fields, runs))
+    expected = truth(student, teacher, target, **options)
+    assert_matches_truth(one, expected, student, teacher, divergence=divergence, hard=True)
+    assert torch.equal(one.loss, two.loss)
+    assert torch.equal(one.d_student, two.d_student)  # type: ignore[arg-type]
+    assert torch.equal(one.d_teacher, two.d_teacher)  # type: ignore[arg-type]
+
+
+def _fields(result: Result) -> tuple[Any, ...]:
+    return (result.loss, result.d_student, result.d_teacher)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [7, 4096, 20001])
+def test_on_a_gpu_latents_agree_with_the_reference(compiled: str, size: int) -> None:
+    z, grad = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(0))
+    seed, step = torch.tensor(7), torch.tensor(5)
+    for options in ({}, {"truncation": 2.0}, {"sphere_radius": "keep"}):
+        best = tgt.perturb_latents(z, 0.7, seed=seed, step=step, backend="reference", **options)  # type: ignore[arg-type]
+        got = tgt.perturb_latents(
+            z.to(compiled), 0.7, seed=seed.to(compiled), step=step.to(compiled), backend="triton",
+            **options,  # type: ignore[arg-type]
+        )  # fmt: skip
+        torch.testing.assert_close(got.cpu(), best, rtol=1e-5, atol=1e-5)
+    move: dict[str, Any] = {"step_size": 0.7, "radius": 0.5, "sigma": 0.1, "seed": 7}
+    best = tgt.ascend_latents(z, grad, anchor=z, backend="reference", **move)
+    there = z.to(compiled)
+    got = tgt.ascend_latents(there, grad.to(compiled), anchor=there, backend="triton", **move)
+    torch.testing.assert_close(got.cpu(), best, rtol=1e-5, atol=1e-5)

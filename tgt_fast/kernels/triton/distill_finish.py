@@ -1,0 +1,188 @@
+"""What follows a row's sums, in Triton: its loss, its state, and the gradients of a tile from a state."""
+
+import triton
+import triton.language as tl
+
+from tgt_fast.kernels.triton.distill_row import (
+    FINITE,
+    HARD,
+    HARD_SUM,
+    KIND,
+    SOFT,
+    STUDENT_MAX,
+    STUDENT_SUM,
+    TEACHER_MAX,
+    TEACHER_SUM,
+    X,
+    Y,
+    hard_value,
+    soft_value,
+    store_tile,
+    student_tile,
+    teacher_tile,
+)
+from tgt_fast.kernels.triton.numbers import INFINITY, NAN, narrowed, real
+
+
+@triton.jit
+def close_rows(
+    row, live, label, a_weight, coefficient, counts, active,  # from open_rows
+    of_label,  # the label's logit
+    s_max, t_max, student_sum, teacher_sum, hard_sum, linear, finite, x, y,
+    problem,  # the largest of problems_of
+    beta, soft_loss, temperature, hard_weight, smoothing,
+    row_loss,
+    DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr,
+):  # fmt: skip
+    """Writes the rows' losses; returns x, y, the terms' coefficients and the kind of the rows' gradients."""
+    if DIVERGENCE == "mse" or DIVERGENCE == "none":
+        invalid = (problem == 2) | (s_max == -INFINITY) | (t_max == -INFINITY)
+    else:  # an exponential that is not a number shows in the sum
+        invalid = (problem == 2) | ~(student_sum < INFINITY) | ~(teacher_sum < INFINITY)
+        invalid = invalid | (s_max == -INFINITY) | (t_max == -INFINITY)
+    infinite = problem == 1
+    x = tl.where(infinite, 0.0, x)
+    y = tl.where(infinite, 0.0, y)
+    # In two steps: a squared temperature may leave the range that the term itself stays in.
+    soft = soft_value(x, y, student_sum, teacher_sum, beta, DIVERGENCE) * temperature * soft_loss
+    loss = tl.where(infinite, INFINITY, soft)
+    soft_coefficient = tl.where(infinite, 0.0, coefficient)
+    hard_coefficient = coefficient * 0.0
+    if LABELS:
+        hard, missing = hard_value(of_label - s_max, hard_sum, linear, finite, smoothing, SMOOTHED)
+        loss += tl.where(label >= 0, hard_weight * hard, 0.0)
+        hard_coefficient = tl.where((label >= 0) & ~missing, coefficient, 0.0)
+    loss = (a_weight * tl.where(invalid, NAN, loss)).to(row_loss.dtype.element_ty)
+    tl.store(row_loss + row, tl.where(counts, loss, 0.0), mask=live)
+    kind = tl.where(active, tl.where(invalid, NAN, 1.0), 0.0)
+    return x, y, soft_coefficient, hard_coefficient, kind
+
+
+@triton.jit
+def keep_rows(state, rows, row, live, s_max, t_max, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind):
+    """Writes the rows' state, a column a number."""
+    at = state + row
+    column = rows.to(tl.int64)
+    tl.store(at + STUDENT_MAX * column, s_max, mask=live)
+    tl.store(at + TEACHER_MAX * column, t_max, mask=live)
+    tl.store(at + STUDENT_SUM * column, student_sum, mask=live)
+    tl.store(at + TEACHER_SUM * column, teacher_sum, mask=live)
+    tl.store(at + HARD_SUM * column, hard_sum, mask=live)
+    tl.store(at + FINITE * column, finite, mask=live)
+    tl.store(at + X * column, x, mask=live)
+    tl.store(at + Y * column, y, mask=live)
+    tl.store(at + SOFT * column, soft, mask=live)
+    tl.store(at + HARD * column, hard, mask=live)
+    tl.store(at + KIND * column, kind, mask=live)
+
+
+@triton.jit
+def write_tile(
+    s, t, row, live, col, classes, label,
+    d_student, d_teacher, d_student_stride, d_teacher_stride,
+    s_max, t_max, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
+    inverse_ts, inverse_tt, beta, soft_student, soft_teacher, hard_weight, smoothing,
+    DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Writes the wanted gradients of a tile. The student's may overwrite its logits: both sides are read by now."""
+    inverse_s = 1.0 / student_sum
+    inverse_t = 1.0 / teacher_sum
+    log_ratio = x * 0.0
+    if DIVERGENCE == "jsd":
+        log_ratio = tl.log(teacher_sum * inverse_s)
+    usual = kind == 1.0
+    if d_teacher is not None:
+        grad = teacher_tile(
+            s, t, s_max, t_max, inverse_ts, inverse_tt, inverse_s, inverse_t, log_ratio, x, y, beta,
+            soft * soft_teacher, DIVERGENCE, WIDE,
+        )  # fmt: skip
+        store_tile(d_teacher, row, live, d_teacher_stride, col, classes, tl.where(usual, grad, kind))
+    if d_student is not None:
+        inverse_h = inverse_s
+        floor = x * 0.0
+        hard = hard * hard_weight
+        if LABELS:
+            inverse_h = 1.0 / hard_sum
+        if SMOOTHED:
+            floor = smoothing / finite
+        grad = student_tile(
+            s, t, col, label, s_max, t_max, inverse_ts, inverse_tt, inverse_s, inverse_t, log_ratio, x, y, beta,
+            soft * soft_student, hard, inverse_h, floor, hard * (1 - smoothing),
+            DIVERGENCE, LABELS, SMOOTHED, SAME, WIDE,
+        )  # fmt: skip
+        store_tile(d_student, row, live, d_student_stride, col, classes, tl.where(usual, grad, kind))
+
+
+@triton.jit(do_not_specialize=["rows", "tiles"])
+def distill_bwd_kernel(
+    student, teacher, target, state, upstream, d_student, d_teacher,
+    rows, classes, student_stride, teacher_stride, d_student_stride, d_teacher_stride, tiles,
+    inverse_ts_, inverse_ts_low, inverse_tt_, inverse_tt_low, beta_, beta_low,
+    soft_student_, soft_student_low, soft_teacher_, soft_teacher_low,
+    hard_weight_, hard_weight_low, smoothing_, smoothing_low,
+    UPSTREAM_PER_ROW: tl.constexpr,
+    DIVERGENCE: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradients from logits and states, a tile a program; the upstream gradient is applied before rounding."""
+    program = tl.program_id(0)
+    row = (program // tiles) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = (program % tiles) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    live = row < rows
+    inside = live & (col < classes)
+    s = tl.load(student + row.to(tl.int64) * student_stride + col, mask=inside, other=-INFINITY)
+    s = s.to(state.dtype.element_ty)
+    t = s
+    if teacher is not None:
+        t = tl.load(teacher + row.to(tl.int64) * teacher_stride + col, mask=inside, other=-INFINITY)
+        t = t.to(state.dtype.element_ty)
+    at = state + row
+    column = rows.to(tl.int64)
+    soft = tl.load(at + SOFT * column, mask=live, other=0.0)
+    hard = tl.load(at + HARD * column, mask=live, other=0.0)
+    if UPSTREAM_PER_ROW:
+        factor = tl.load(upstream + row, mask=live, other=0.0)
+    else:
+        factor = tl.load(upstream)
+    label = tl.full([ROWS, 1], -1, tl.int64)
+    if target is not None:
+        label = tl.where(hard != 0, tl.load(target + row, mask=live, other=-1), -1)
+    write_tile(
+        s, t, row, live, col, classes, label, d_student, d_teacher, d_student_stride, d_teacher_stride,
+        tl.load(at + STUDENT_MAX * column, mask=live, other=0.0),
+        tl.load(at + TEACHER_MAX * column, mask=live, other=0.0),
+        tl.load(at + STUDENT_SUM * column, mask=live, other=1.0),
+        tl.load(at + TEACHER_SUM * column, mask=live, other=1.0),
+        tl.load(at + HARD_SUM * column, mask=live, other=1.0),
+        tl.load(at + FINITE * column, mask=live, other=1.0),
+        tl.load(at + X * column, mask=live, other=0.0),
+        tl.load(at + Y * column, mask=live, other=0.0),
+        soft * factor, hard * factor,
+        tl.load(at + KIND * column, mask=live, other=0.0),
+        real(inverse_ts_, inverse_ts_low, WIDE), real(inverse_tt_, inverse_tt_low, WIDE), real(beta_, beta_low, WIDE),
+        real(soft_student_, soft_student_low, WIDE), real(soft_teacher_, soft_teacher_low, WIDE),
+        real(hard_weight_, hard_weight_low, WIDE), real(smoothing_, smoothing_low, WIDE),
+        DIVERGENCE, target is not None, SMOOTHED, SAME, WIDE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "tiles"])
+def distill_scale_kernel(
+    grad, factor, rows, classes, stride, tiles, PER_ROW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """grad *= factor, a tile a program. Reads nothing but the factor where that is 1."""
+    program = tl.program_id(0)
+    row = (program // tiles) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = (program % tiles) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (col < classes)
+    at = grad + row.to(tl.int64) * stride + col
+    if PER_ROW:
+        scale = tl.load(factor + row, mask=row < rows, other=1.0)
+        changes = inside & (scale != 1)
+        value = tl.load(at, mask=changes, other=0.0)
+        tl.store(at, narrowed(value.to(factor.dtype.element_ty) * scale, grad.dtype.element_ty), mask=changes)
+    else:
+        scale = tl.load(factor)
+        if scale != 1:
+            value = tl.load(at, mask=inside, other=0.0)
+            tl.store(at, narrowed(value.to(factor.dtype.element_ty) * scale, grad.dtype.element_ty), mask=inside)

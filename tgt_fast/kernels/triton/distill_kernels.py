@@ -1,0 +1,400 @@
+"""The kernels of the soft-label loss in Triton.
+
+    distill_fwd_kernel          rows whose classes fit a tile: each logit is read from memory once
+    distill_fwd_stream_kernel   a program a row, tile by tile: the row pair is read again for the gradients
+    distill_count_kernel        the divisor of the mean
+    distill_reduce_kernel       the reduced loss
+    distill_stats_kernel        entropies, KL, agreement and log-sum-exps of the rows
+
+Nothing is added atomically and every sum has one order, so the same inputs give the same bits.
+"""
+
+import triton
+import triton.language as tl
+
+from tgt_fast.kernels.triton.distill_finish import close_rows, keep_rows, write_tile
+from tgt_fast.kernels.triton.distill_row import (
+    centred_terms,
+    classes_of,
+    exponential,
+    finite_maximum,
+    load_tile,
+    normalised_terms,
+    open_rows,
+    problems_of,
+    shifted_terms,
+)
+from tgt_fast.kernels.triton.numbers import INFINITY, NAN, as_real, real
+
+
+@triton.jit(do_not_specialize=["rows", "ignore_index", "unlabeled_index"])
+def distill_fwd_kernel(
+    student, teacher, target, weight, divisor_at, row_loss, d_student, d_teacher, state,
+    rows, classes, student_stride, teacher_stride, d_student_stride, d_teacher_stride, ignore_index, unlabeled_index,
+    inverse_ts_, inverse_ts_low, inverse_tt_, inverse_tt_low, beta_, beta_low, temperature_, temperature_low,
+    soft_student_, soft_student_low, soft_teacher_, soft_teacher_low,
+    hard_weight_, hard_weight_low, smoothing_, smoothing_low, divisor_, divisor_low,
+    DIVERGENCE: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    LABELS: tl.constexpr = target is not None
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    live = row < rows
+    inverse_ts = real(inverse_ts_, inverse_ts_low, WIDE)
+    inverse_tt = real(inverse_tt_, inverse_tt_low, WIDE)
+    beta = real(beta_, beta_low, WIDE)
+    soft_student = real(soft_student_, soft_student_low, WIDE)
+    hard_weight = real(hard_weight_, hard_weight_low, WIDE)
+    smoothing = real(smoothing_, smoothing_low, WIDE)
+    label, a_weight, coefficient, counts, active = open_rows(
+        row, live, target, weight, divisor_at, real(divisor_, divisor_low, WIDE), classes,
+        ignore_index, unlabeled_index, WIDE,
+    )  # fmt: skip
+
+    s = load_tile(student, row, live, student_stride, col, classes, WIDE)
+    t = s
+    if teacher is not None:
+        t = load_tile(teacher, row, live, teacher_stride, col, classes, WIDE)
+    s_max = tl.max(s, 1, keep_dims=True)
+    t_max = tl.max(t, 1, keep_dims=True)
+    problem = tl.max(problems_of(s, t, DIVERGENCE), 1, keep_dims=True)
+    s_peak = finite_maximum(s_max)
+    t_peak = finite_maximum(t_max)
+    a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, DIVERGENCE, WIDE)
+    if DIVERGENCE == "mse" or DIVERGENCE == "none":
+        student_sum = s_peak * 0.0 + 1.0
+        teacher_sum = student_sum
+    else:
+        student_sum = tl.sum(q, 1, keep_dims=True)
+        teacher_sum = tl.sum(p, 1, keep_dims=True)
+    x = s_peak * 0.0
+    y = x
+    if DIVERGENCE == "jsd" or DIVERGENCE == "tvd":
+        log_ratio = tl.log(teacher_sum / student_sum)
+        x_terms, y_terms = normalised_terms(
+            a, b, p, q, 1.0 / student_sum, 1.0 / teacher_sum, log_ratio, beta, DIVERGENCE
+        )  # fmt: skip
+        x = tl.sum(x_terms, 1, keep_dims=True)
+        y = tl.sum(y_terms, 1, keep_dims=True)
+    elif DIVERGENCE != "none":
+        x_terms, y_terms = shifted_terms(a, b, p, q, DIVERGENCE)
+        if DIVERGENCE != "reverse_kl":
+            x = tl.sum(x_terms, 1, keep_dims=True) / teacher_sum
+        if DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric":
+            y = tl.sum(y_terms, 1, keep_dims=True) / student_sum
+        if DIVERGENCE != "mse":
+            x_terms, y_terms = centred_terms(a, b, p, q, x, y, DIVERGENCE)
+            if DIVERGENCE != "reverse_kl":
+                x += tl.sum(x_terms, 1, keep_dims=True) / teacher_sum
+            if DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric":
+                y += tl.sum(y_terms, 1, keep_dims=True) / student_sum
+
+    hard_sum = student_sum
+    linear = s_peak * 0.0
+    finite = linear
+    of_label = linear
+    if LABELS:
+        if not SAME:
+            hard_sum = tl.sum(exponential(s - s_peak, 1.0, WIDE), 1, keep_dims=True)
+        if SMOOTHED:
+            exists = s > -INFINITY
+            linear = tl.sum(tl.where(exists, s - s_peak, 0.0), 1, keep_dims=True)
+            finite = as_real(tl.sum(exists.to(tl.int32), 1, keep_dims=True), WIDE)
+        at = student + row.to(tl.int64) * student_stride + label
+        of_label = as_real(tl.load(at, mask=label >= 0, other=0.0), WIDE)
+    x, y, soft, hard, kind = close_rows(
+        row, live, label, a_weight, coefficient, counts, active, of_label,
+        s_max, t_max, student_sum, teacher_sum, hard_sum, linear, finite, x, y, problem,
+        beta, soft_student, real(temperature_, temperature_low, WIDE), hard_weight, smoothing, row_loss,
+        DIVERGENCE, LABELS, SMOOTHED,
+    )  # fmt: skip
+    if state is not None:
+        keep_rows(
+            state, rows, row, live, s_peak, t_peak, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind
+        )
+    if (d_student is not None) or (d_teacher is not None):
+        write_tile(
+            s, t, row, live, col, classes, tl.where(hard != 0, label, -1),
+            d_student, d_teacher, d_student_stride, d_teacher_stride,
+            s_peak, t_peak, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
+            inverse_ts, inverse_tt, beta, soft_student, real(soft_teacher_, soft_teacher_low, WIDE),
+            hard_weight, smoothing, DIVERGENCE, LABELS, SMOOTHED, SAME, WIDE,
+        )  # fmt: skip
+
+
+@triton.jit
+def rise_of(old, new, inverse, WIDE: tl.constexpr):
+    """How much a side's values fall when its maximum rises; 0 for the first maximum, before which there is nothing."""
+    most = 1e300 if WIDE else 1e30
+    return tl.minimum(tl.where(old == -INFINITY, 0.0, (finite_maximum(new) - finite_maximum(old)) * inverse), most)
+
+
+@triton.jit
+def wide_sum(lanes):
+    """What the lanes of a row add up to, in float64: the gradients are made of differences from such means."""
+    return tl.sum(lanes.to(tl.float64), 1, keep_dims=True)
+
+
+@triton.jit(do_not_specialize=["rows", "ignore_index", "unlabeled_index"])
+def distill_fwd_stream_kernel(
+    student, teacher, target, weight, divisor_at, row_loss, d_student, d_teacher, state,
+    rows, classes, student_stride, teacher_stride, d_student_stride, d_teacher_stride, ignore_index, unlabeled_index,
+    inverse_ts_, inverse_ts_low, inverse_tt_, inverse_tt_low, beta_, beta_low, temperature_, temperature_low,
+    soft_student_, soft_student_low, soft_teacher_, soft_teacher_low,
+    hard_weight_, hard_weight_low, smoothing_, smoothing_low, divisor_, divisor_low,
+    DIVERGENCE: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Every lane of the tile keeps its own sums, relative to the row's maxima so far; they meet at the row's end."""
+    LABELS: tl.constexpr = target is not None
+    PROBABILITIES: tl.constexpr = DIVERGENCE != "mse" and DIVERGENCE != "none"
+    row = tl.program_id(0) + tl.zeros([1, 1], tl.int32)
+    lane = tl.arange(0, BLOCK)[None, :]
+    live = row < rows
+    inverse_ts = real(inverse_ts_, inverse_ts_low, WIDE)
+    inverse_tt = real(inverse_tt_, inverse_tt_low, WIDE)
+    beta = real(beta_, beta_low, WIDE)
+    soft_student = real(soft_student_, soft_student_low, WIDE)
+    hard_weight = real(hard_weight_, hard_weight_low, WIDE)
+    smoothing = real(smoothing_, smoothing_low, WIDE)
+    label, a_weight, coefficient, counts, active = open_rows(
+        row, live, target, weight, divisor_at, real(divisor_, divisor_low, WIDE), classes,
+        ignore_index, unlabeled_index, WIDE,
+    )  # fmt: skip
+
+    nothing = as_real(tl.zeros([1, BLOCK], tl.float32), WIDE)
+    q_sums = nothing
+    p_sums = nothing
+    x_sums = nothing
+    y_sums = nothing
+    hard_sums = nothing
+    linear_sums = nothing
+    counted = tl.zeros([1, BLOCK], tl.int32)
+    problems = tl.zeros([1, BLOCK], tl.int32)
+    s_max = as_real(tl.full([1, 1], -INFINITY, tl.float32), WIDE)
+    t_max = s_max
+    for start in tl.range(0, classes, BLOCK, num_stages=STAGES):
+        col = start + lane
+        s = load_tile(student, row, live, student_stride, col, classes, WIDE)
+        t = s
+        if teacher is not None:
+            t = load_tile(teacher, row, live, teacher_stride, col, classes, WIDE)
+        problems = tl.maximum(problems, problems_of(s, t, DIVERGENCE))
+        s_new = tl.maximum(s_max, tl.max(s, 1, keep_dims=True))
+        t_new = tl.maximum(t_max, tl.max(t, 1, keep_dims=True))
+        s_peak = finite_maximum(s_new)
+        t_peak = finite_maximum(t_new)
+        a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, DIVERGENCE, WIDE)
+        x_terms, y_terms = shifted_terms(a, b, p, q, DIVERGENCE)
+        if PROBABILITIES:
+            ds = rise_of(s_max, s_new, inverse_ts, WIDE)
+            dt = rise_of(t_max, t_new, inverse_tt, WIDE)
+            shrink_s = tl.exp(-ds)
+            shrink_t = tl.exp(-dt)
+            if DIVERGENCE == "forward_kl" or DIVERGENCE == "symmetric":
+                x_sums = (x_sums + (ds - dt) * p_sums) * shrink_t + x_terms
+            if DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric":
+                y_sums = (y_sums + (dt - ds) * q_sums) * shrink_s + y_terms
+            if DIVERGENCE == "cross_entropy":
+                x_sums = (x_sums + ds * p_sums) * shrink_t + x_terms
+            q_sums = q_sums * shrink_s + q
+            p_sums = p_sums * shrink_t + p
+        if DIVERGENCE == "mse":
+            x_sums += x_terms
+        if LABELS:
+            rise = rise_of(s_max, s_new, 1.0, WIDE)
+            if not SAME:
+                hard_sums = hard_sums * tl.exp(-rise) + exponential(s - s_peak, 1.0, WIDE)
+            if SMOOTHED:
+                exists = s > -INFINITY
+                linear_sums += tl.where(exists, s - s_peak, 0.0) - as_real(counted, WIDE) * rise
+                counted += exists.to(tl.int32)
+        s_max = s_new
+        t_max = t_new
+
+    s_peak = finite_maximum(s_max)
+    t_peak = finite_maximum(t_max)
+    problem = tl.max(problems, 1, keep_dims=True)
+    student_sum = s_peak * 0.0 + 1.0
+    teacher_sum = student_sum
+    x = s_peak * 0.0
+    y = x
+    if PROBABILITIES:
+        student_sum = tl.sum(q_sums, 1, keep_dims=True)
+        teacher_sum = tl.sum(p_sums, 1, keep_dims=True)
+    if DIVERGENCE == "jsd" or DIVERGENCE == "tvd":
+        log_ratio = tl.log(teacher_sum / student_sum)
+        for start in tl.range(0, classes, BLOCK, num_stages=STAGES):
+            col = start + lane
+            s = load_tile(student, row, live, student_stride, col, classes, WIDE)
+            t = load_tile(teacher, row, live, teacher_stride, col, classes, WIDE)
+            a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, DIVERGENCE, WIDE)
+            x_terms, y_terms = normalised_terms(
+                a, b, p, q, 1.0 / student_sum, 1.0 / teacher_sum, log_ratio, beta, DIVERGENCE
+            )  # fmt: skip
+            x_sums += x_terms
+            y_sums += y_terms
+        x = tl.sum(x_sums, 1, keep_dims=True)
+        y = tl.sum(y_sums, 1, keep_dims=True)
+    elif DIVERGENCE != "none":
+        if DIVERGENCE == "mse":
+            x = tl.sum(x_sums, 1, keep_dims=True)
+        elif DIVERGENCE != "reverse_kl":
+            x = as_real(wide_sum(x_sums) / wide_sum(p_sums), WIDE)
+        if DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric":
+            y = as_real(wide_sum(y_sums) / wide_sum(q_sums), WIDE)
+
+    hard_sum = student_sum
+    linear = s_peak * 0.0
+    finite = linear
+    of_label = linear
+    if LABELS:
+        if not SAME:
+            hard_sum = tl.sum(hard_sums, 1, keep_dims=True)
+        if SMOOTHED:
+            linear = tl.sum(linear_sums, 1, keep_dims=True)
+            finite = as_real(tl.sum(counted, 1, keep_dims=True), WIDE)
+        at = student + row.to(tl.int64) * student_stride + label
+        of_label = as_real(tl.load(at, mask=label >= 0, other=0.0), WIDE)
+    x, y, soft, hard, kind = close_rows(
+        row, live, label, a_weight, coefficient, counts, active, of_label,
+        s_max, t_max, student_sum, teacher_sum, hard_sum, linear, finite, x, y, problem,
+        beta, soft_student, real(temperature_, temperature_low, WIDE), hard_weight, smoothing, row_loss,
+        DIVERGENCE, LABELS, SMOOTHED,
+    )  # fmt: skip
+    if state is not None:
+        keep_rows(
+            state, rows, row, live, s_peak, t_peak, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind
+        )
+    if (d_student is not None) or (d_teacher is not None):
+        label = tl.where(hard != 0, label, -1)
+        for start in tl.range(0, classes, BLOCK, num_stages=STAGES):
+            col = start + lane
+            s = load_tile(student, row, live, student_stride, col, classes, WIDE)
+            t = s
+            if teacher is not None:
+                t = load_tile(teacher, row, live, teacher_stride, col, classes, WIDE)
+            write_tile(
+                s, t, row, live, col, classes, label, d_student, d_teacher, d_student_stride, d_teacher_stride,
+                s_peak, t_peak, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
+                inverse_ts, inverse_tt, beta, soft_student, real(soft_teacher_, soft_teacher_low, WIDE),
+                hard_weight, smoothing, DIVERGENCE, LABELS, SMOOTHED, SAME, WIDE,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "ignore_index", "unlabeled_index"])
+def distill_count_kernel(
+    target, weight, divisor, rows, classes, ignore_index, unlabeled_index, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The counted rows, or their weights. One program, so that the order is fixed."""
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, rows, BLOCK):
+        row = start + lane
+        label, a_weight, coefficient, counts, active = open_rows(
+            row, row < rows, target, weight, None, tl.full([1], 1.0, tl.float64), classes,
+            ignore_index, unlabeled_index, True,
+        )  # fmt: skip
+        total += tl.where(counts, a_weight, 0.0)
+    tl.store(divisor, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def distill_reduce_kernel(
+    row_loss, divisor_at, divisor_, divisor_low, loss, rows, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The sum of the rows' losses over the divisor, 0 where that is 0."""
+    lane = tl.arange(0, BLOCK)[None, :]
+    total = tl.zeros([1, BLOCK], tl.float64)
+    for start in range(0, rows, BLOCK):
+        row = start + lane
+        total += tl.load(row_loss + row, mask=row < rows, other=0.0).to(tl.float64)
+    divisor = real(divisor_, divisor_low, True)
+    if divisor_at is not None:
+        divisor = divisor * 0.0 + tl.load(divisor_at)
+    result = tl.sum(total, 1, keep_dims=True) / tl.where(divisor == 0, 1.0, divisor)
+    result = tl.where(divisor == 0, 0.0, result)
+    tl.store(loss + tl.zeros([1, 1], tl.int32), result.to(loss.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["rows", "ignore_index", "unlabeled_index"])
+def distill_stats_kernel(
+    student, teacher, target, weight, stats,
+    rows, classes, student_stride, teacher_stride, ignore_index, unlabeled_index,
+    inverse_ts_, inverse_ts_low, inverse_tt_, inverse_tt_low,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Whatever the loss; zeros for a dropped row, NaN for what is no distribution."""
+    row = tl.program_id(0) + tl.zeros([1, 1], tl.int32)
+    lane = tl.arange(0, BLOCK)[None, :]
+    live = row < rows
+    inverse_ts = real(inverse_ts_, inverse_ts_low, WIDE)
+    inverse_tt = real(inverse_tt_, inverse_tt_low, WIDE)
+    one = as_real(tl.full([1, 1], 1.0, tl.float32), WIDE)
+    label, a_weight, coefficient, counts, active = open_rows(
+        row, live, target, weight, None, one, classes, ignore_index, unlabeled_index, WIDE
+    )
+    s_max = one * -INFINITY
+    t_max = s_max
+    s_best = tl.zeros([1, 1], tl.int32)
+    t_best = s_best
+    problems = tl.zeros([1, BLOCK], tl.int32)
+    for start in range(0, classes, BLOCK):
+        col = start + lane
+        s = load_tile(student, row, live, student_stride, col, classes, WIDE)
+        t = load_tile(teacher, row, live, teacher_stride, col, classes, WIDE)
+        problems = tl.maximum(problems, problems_of(s, t, "forward_kl"))
+        s_here = tl.max(s, 1, keep_dims=True)
+        t_here = tl.max(t, 1, keep_dims=True)
+        s_at = tl.min(tl.where(s == s_here, col, 2147483647), 1, keep_dims=True)
+        t_at = tl.min(tl.where(t == t_here, col, 2147483647), 1, keep_dims=True)
+        s_best = tl.where(s_here > s_max, s_at, s_best)
+        t_best = tl.where(t_here > t_max, t_at, t_best)
+        s_max = tl.maximum(s_max, s_here)
+        t_max = tl.maximum(t_max, t_here)
+    s_peak = finite_maximum(s_max)
+    t_peak = finite_maximum(t_max)
+    nothing = as_real(tl.zeros([1, BLOCK], tl.float32), WIDE)
+    q_sums = nothing
+    p_sums = nothing
+    qb_sums = nothing
+    pa_sums = nothing
+    kl_sums = nothing
+    for start in range(0, classes, BLOCK):
+        col = start + lane
+        s = load_tile(student, row, live, student_stride, col, classes, WIDE)
+        t = load_tile(teacher, row, live, teacher_stride, col, classes, WIDE)
+        a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, "forward_kl", WIDE)
+        q_sums += q
+        p_sums += p
+        qb_sums += q * b
+        pa_sums += p * a
+        kl_sums += p * (a - b)
+    student_sum = tl.sum(q_sums, 1, keep_dims=True)
+    teacher_sum = tl.sum(p_sums, 1, keep_dims=True)
+    log_student = tl.log(student_sum)
+    log_teacher = tl.log(teacher_sum)
+    kl = tl.sum(kl_sums, 1, keep_dims=True) / teacher_sum - tl.log(teacher_sum / student_sum)
+    student_entropy = log_student - tl.sum(qb_sums, 1, keep_dims=True) / student_sum
+    teacher_entropy = log_teacher - tl.sum(pa_sums, 1, keep_dims=True) / teacher_sum
+    problem = tl.max(problems, 1, keep_dims=True)
+    bad_student = ~(student_sum < INFINITY) | (s_max == -INFINITY)
+    bad_teacher = ~(teacher_sum < INFINITY) | (t_max == -INFINITY)
+    undefined = (problem == 2) | bad_student | bad_teacher
+    kl = tl.where(problem == 1, INFINITY, tl.where(kl < 0, 0.0, kl))
+    agreement = as_real((s_best == t_best).to(tl.int32), WIDE)
+    at = stats + row
+    invalid = tl.where(undefined, NAN, 0.0)
+    zero = one * 0.0
+    tl.store(at, tl.where(counts, tl.where(student_entropy < 0, 0.0, student_entropy) + invalid, zero), mask=live)
+    at += rows
+    tl.store(at, tl.where(counts, tl.where(teacher_entropy < 0, 0.0, teacher_entropy) + invalid, zero), mask=live)
+    at += rows
+    tl.store(at, tl.where(counts, kl + invalid, zero), mask=live)
+    at += rows
+    tl.store(at, tl.where(counts & ~undefined, agreement, zero), mask=live)
+    at += rows
+    tl.store(at, tl.where(counts, s_peak * inverse_ts + log_student + invalid, zero), mask=live)
+    at += rows
+    tl.store(at, tl.where(counts, t_peak * inverse_tt + log_teacher + invalid, zero), mask=live)
