@@ -117,6 +117,11 @@ class Step:
         self.sampler = tgt.LatentSampler(self.teacher, mode, units="absolute", **options)
         self.loss = tgt.DistillationLoss(temperature=2.0, hard_weight=1.0)
 
+    def to(self, device: str) -> Step:
+        self.teacher.to(device)
+        self.student.to(device)
+        return self
+
     def __call__(self, ids: Tensor | None, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         made = self.sampler(x, sample_ids=ids, student=self.student)
         loss = self.loss(self.student(x), self.teacher.label(x), y)
@@ -127,7 +132,8 @@ class Step:
         for rows in (4, 4, 6, 7):
             torch.manual_seed(rows)
             ids = torch.arange(rows) + 3 if ids_given else None
-            loss, made = forward(ids, torch.randn(rows, 12), torch.randint(0, 5, (rows,)))
+            device = next(self.student.parameters()).device
+            loss, made = forward(ids, torch.randn(rows, 12).to(device), torch.randint(0, 5, (rows,)).to(device))
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -242,3 +248,45 @@ def test_exploration_computes_no_parameter_gradients() -> None:
     # of the student's, or of all, weights would be 1 or 3 more.
     assert products.count == 1 + 3 + 3 + 2
     assert all(p.grad is None for p in step.student.parameters())
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["random", "gradient"])
+def test_a_training_step_on_a_gpu(gpu: str, mode: str) -> None:
+    eager, traced = Step(mode).to(gpu), Step(mode).to(gpu)
+    expected, found = eager.train(eager), traced.train(compiled(traced.__call__, backend="inductor"))
+    for (loss, made), (other_loss, other_made) in zip(expected, found, strict=True):
+        torch.testing.assert_close(loss, other_loss)
+        torch.testing.assert_close(made, other_made)
+
+
+@pytest.mark.gpu
+def test_a_compiled_exploration_on_a_gpu_replays_with_fresh_noise(gpu: str) -> None:
+    plain, fast = Step("gradient", steps=2).to(gpu), Step("gradient", steps=2, compile=True).to(gpu)
+    x, found = torch.linspace(-1, 1, 48, device=gpu).reshape(4, 12), []
+    for _ in range(4):
+        a, b = (step.sampler(x, student=step.student) for step in (plain, fast))
+        torch.testing.assert_close(a.latents.z, b.latents.z)
+        found.append(b.latents.z)
+    assert all(not torch.equal(found[i], found[j]) for i in range(4) for j in range(i))
+
+
+@pytest.mark.gpu
+def test_a_captured_sampler_draws_fresh_noise_at_each_replay(gpu: str) -> None:
+    step = Step("random").to(gpu)
+    x = torch.zeros(4, 12, device=gpu)
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        step.sampler(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = step.sampler(x)
+    found = []
+    for _ in range(3):
+        graph.replay()
+        found.append(made.latents.z.clone())
+    assert all(not torch.equal(found[i], found[j]) for i in range(3) for j in range(i))

@@ -35,6 +35,13 @@ def test_opcheck(sample: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> None:
     torch.library.opcheck(op, args, kwargs)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_opcheck_on_a_gpu(gpu: str, name: str) -> None:
+    for op, args, kwargs in tgt_fast.testing.op_samples(gpu, backend=name):
+        torch.library.opcheck(op, args, kwargs)
+
+
 @pytest.mark.parametrize("name", ["reference", "triton"])
 @pytest.mark.parametrize("sample", SAMPLES, ids=_name)
 def test_another_backend_serves_every_call_the_same(
