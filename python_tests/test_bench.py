@@ -124,7 +124,7 @@ def test_a_wrong_loss_or_gradient_is_reported_and_not_timed(
         assert ("ours" in row["milliseconds"]) == (row["noun"] != "distill")
     out = capsys.readouterr().out
     assert "WRONG" in out
-    assert "2 of 5 rows are wrong or failed" in out
+    assert f"2 of {len(record['rows'])} rows are wrong or failed" in out
 
 
 def test_an_op_that_does_nothing_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ def test_ours_that_raises_fails_alone(
     monkeypatch.setattr(latent, "our_op", stumble)
     status, record = bench(tmp_path, "--rivals", "none")
     assert status == 1
-    assert [row["status"] for row in record["rows"]] == ["ok"] * 2 + ["failed"] * 3
+    assert all(row["status"] == ("failed" if row["noun"] == "latent" else "ok") for row in record["rows"])
     assert record["rows"][-1]["reason"] == "RuntimeError: no such kernel"
     assert "RuntimeError: no such kernel" in capsys.readouterr().out
 

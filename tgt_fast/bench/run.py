@@ -17,7 +17,7 @@ from tgt_fast.bench.nouns import NOUNS
 from tgt_fast.bench.row import DIFFERS, FAILED, OK, SKIPPED, WRONG, Row, Standing
 from tgt_fast.bench.timing import Timing, medians
 from tgt_fast.errors import ArgumentError
-from tgt_fast.kernels.select import BACKENDS
+from tgt_fast.kernels.select import BACKENDS, ORDER
 
 AVAILABLE: Final = "available"
 OURS: Final = "ours:"  # and the backend: a contender's name
@@ -147,7 +147,8 @@ def _backends(case: Case, work: Work, plan: Plan) -> list[str]:
         if name != AVAILABLE:
             found.append(name)
             continue
-        able = [n for n in BACKENDS if n != "reference" and BACKENDS[n].refusal(case.noun, work.operands) is None]
+        order = ORDER.get(case.device.type, ())  # without an interpreted backend, whose time says nothing
+        able = [n for n in order if n != "reference" and BACKENDS[n].refusal(case.noun, work.operands) is None]
         found += able or ["reference"]
     return list(dict.fromkeys(found))
 

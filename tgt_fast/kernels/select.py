@@ -26,7 +26,7 @@ BACKENDS: Final[dict[str, ModuleType]] = {"native": native, "triton": triton, "r
 DEFAULT_VARIABLE: Final = "TGT_FAST_BACKEND"
 
 # Fastest first; the reference runs everywhere and comes last.
-_ORDER: Final[dict[str, tuple[str, ...]]] = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
+ORDER: Final[dict[str, tuple[str, ...]]] = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def choose(op: str, requested: str, tensors: Sequence[Tensor]) -> str:
         if reason is not None:
             raise BackendError(f"{op}: backend {name!r} cannot run this call: {reason}")
         return name
-    for candidate in _ORDER.get(tensors[0].device.type, ("reference",)):
+    for candidate in ORDER.get(tensors[0].device.type, ("reference",)):
         if BACKENDS[candidate].refusal(op, tensors) is None:
             return candidate
     reasons = "; ".join(f"{row.backend}: {row.reason}" for row in explain(op, *tensors))
@@ -99,7 +99,7 @@ def explain(op: str, *tensors: Tensor) -> list[Verdict]:
     default = _resolve("auto")
     rows: list[Verdict] = []
     taken = False
-    order = _ORDER.get(tensors[0].device.type, ("reference",))
+    order = ORDER.get(tensors[0].device.type, ("reference",))
     for name in order:
         reason = BACKENDS[name].refusal(op, tensors)
         if reason is None and default not in ("auto", name):
