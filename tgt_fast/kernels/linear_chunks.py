@@ -18,14 +18,15 @@ from torch import Tensor
 from tgt_fast.kernels.linear_heads import Given, Head, Mapped
 from tgt_fast.kernels.options import (
     DIFFERENTIABLE,
+    ROW_COEFFICIENT,
     DistillOptions,
     Forward,
     LinearForward,
     LinearOptions,
     LinearTensors,
 )
-from tgt_fast.kernels.reference.linear import result_dtype
-from tgt_fast.kernels.vocabulary import shared
+from tgt_fast.kernels.reference.linear import result_dtype, row_weights, vocabulary_of
+from tgt_fast.kernels.vocabulary import Vocabulary
 
 CPU_BUDGET: Final = 64 << 20  # bytes
 DEVICE_BUDGET: Final = 2 << 30
@@ -46,9 +47,13 @@ def forward(
     want_stats: bool = False,
 ) -> LinearForward:
     """Row losses, their reduction and the wanted gradients, for an upstream gradient of 1."""
-    job = _Job(tensors, heads, options, kernel, wanted)
-    target, weight = job.target, tensors.sample_weight
-    divisor = _divisor(tensors, target, job.classes, normalizer, options)
+    vocabulary = vocabulary_of(tensors, heads)
+    target, weight = vocabulary.without_missing(tensors.target, options.ignore_index), tensors.sample_weight
+    weights = row_weights(tensors, target, vocabulary.classes, normalizer, options)
+    job = _Job(tensors, vocabulary, None if weights is None else weights != 0, heads, kernel, wanted)
+    divisor = normalizer
+    if options.reduction == "mean" and normalizer is None:  # that of all rows, not of a chunk's
+        divisor = float(tensors.student_hidden.shape[0]) if weights is None else weights.sum()
     parts: list[Forward] = []
     for chunk in job.chunks():
         made = kernel.forward(
@@ -80,10 +85,16 @@ def backward(
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """The gradients from hidden states and saved row statistics, with the upstream gradient applied first."""
-    job = _Job(tensors, heads, options, kernel, wanted)
+    vocabulary = vocabulary_of(tensors, heads)
+    target = vocabulary.without_missing(tensors.target, options.ignore_index)
+    counted = rows[:, ROW_COEFFICIENT] != 0  # not where a normalizer was 0
+    weights = row_weights(tensors, target, vocabulary.classes, None, options)
+    if weights is not None:
+        counted = counted & (weights != 0)
+    job = _Job(tensors, vocabulary, counted, heads, kernel, wanted)
     for chunk in job.chunks():
         d_student, d_teacher = kernel.backward(
-            chunk.student, chunk.teacher, None if job.target is None else job.target[chunk.at], rows[chunk.at],
+            chunk.student, chunk.teacher, None if target is None else target[chunk.at], rows[chunk.at],
             d_loss[chunk.at] if d_loss.dim() else d_loss, options, wanted=job.wanted_logits, inplace=job.inplace,
         )  # fmt: skip
         job.give_back(chunk, d_student, d_teacher)
@@ -101,19 +112,17 @@ class _Job:
     """Both sides of a call, its chunks, and the gradients it gathers."""
 
     def __init__(
-        self, t: LinearTensors, heads: LinearOptions, options: DistillOptions, kernel: Any, wanted: tuple[bool, ...]
+        self, t: LinearTensors, vocabulary: Vocabulary, counted: Tensor | None, heads: LinearOptions, kernel: Any,
+        wanted: tuple[bool, ...],
     ) -> None:  # fmt: skip
         self._device = t.student_hidden.device
         self._dtype = result_dtype(t)
         self._count = t.student_hidden.shape[0]
         self._workspace = getattr(kernel, "workspace", None)
-        teacher_classes = t.teacher.shape[1] if t.teacher_weight is None else t.teacher_weight.shape[0]
-        vocabulary = shared(t.student_weight.shape[0], teacher_classes, heads.vocab_size, t.vocab_map, t.vocab_mask)
-        self.classes, self._missing = vocabulary.classes, vocabulary.missing
-        self.target = vocabulary.without_missing(t.target, options.ignore_index)
+        self._classes, self._missing = vocabulary.classes, vocabulary.missing
         self._student = Head(
             t.student_hidden, t.student_weight, t.student_bias, heads.student_scale, heads.student_softcap,
-            vocabulary.classes, self._dtype, wanted[:3], self._empty,
+            vocabulary.classes, counted, self._dtype, wanted[:3], self._empty,
         )  # fmt: skip
         self._teacher: Head | Given | Mapped
         if t.teacher_weight is None:
@@ -121,7 +130,7 @@ class _Job:
         else:
             self._teacher = Head(
                 t.teacher, t.teacher_weight, t.teacher_bias, heads.teacher_scale, heads.teacher_softcap,
-                vocabulary.teacher_classes, self._dtype, wanted[3:], self._empty,
+                vocabulary.teacher_classes, counted, self._dtype, wanted[3:], self._empty,
             )  # fmt: skip
         self._own_teacher = t.teacher_weight is not None or vocabulary.source is not None
         if vocabulary.source is not None and vocabulary.back is not None and vocabulary.unused is not None:
@@ -143,7 +152,7 @@ class _Job:
     def chunks(self) -> Iterator[_Chunk]:
         """The chunks in order, of equal length but for the last; a chunk's memory is the next one's."""
         width = self._dtype.itemsize
-        beside = width * self.classes * self._teacher.wanted  # the kernel's gradient of the teacher's logits
+        beside = width * self._classes * self._teacher.wanted  # the kernel's gradient of the teacher's logits
         a_row = self._student.bytes_a_row(width) + self._teacher.bytes_a_row(width) + beside
         overlapped = OVERLAP and self._device.type == "cuda"
         slots = 2 if overlapped else 1
@@ -207,22 +216,3 @@ class _Job:
 
     def grads(self) -> tuple[Tensor | None, ...]:
         return (*self._student.grads(), *self._teacher.grads())
-
-
-def _divisor(
-    t: LinearTensors, target: Tensor | None, classes: int, normalizer: float | Tensor | None, options: DistillOptions
-) -> float | Tensor | None:
-    """What a mean divides by: all rows that count, or their weights, not a chunk's."""
-    if options.reduction != "mean" or normalizer is not None:
-        return normalizer
-    rows = t.student_hidden.shape[0]
-    if target is None and t.sample_weight is None:
-        return float(rows)
-    weight = torch.ones(rows, dtype=torch.float64, device=t.student_hidden.device)
-    if t.sample_weight is not None:
-        weight = t.sample_weight.detach().to(torch.float64)
-        weight = torch.where((weight > 0) & (weight < math.inf), weight, 0.0)
-    if target is not None:
-        named = ((target >= 0) & (target < classes)) | (target == options.unlabeled_index)
-        weight = torch.where(named & (target != options.ignore_index), weight, 0.0)
-    return weight.sum()

@@ -37,7 +37,8 @@ class Given:
         return None
 
     def logits(self, at: slice, slot: int) -> Tensor:
-        return self._logits[at]
+        rows = self._logits[at]
+        return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
     def give_back(self, at: slice, slot: int, d_logits: Tensor, missing: Tensor | None) -> None:
         if self._d_logits is not None:
@@ -52,9 +53,10 @@ class Head:
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, classes: int,
-        dtype: torch.dtype, wanted: tuple[bool, ...], empty: Empty,
+        counted: Tensor | None, dtype: torch.dtype, wanted: tuple[bool, ...], empty: Empty,
     ) -> None:  # fmt: skip
         self._hidden = hidden  # [N, H]
+        self._counted = counted  # [N] bool
         self._whole = weight  # [C, H], of which the first classes count
         self._weight = weight[:classes]
         self._scale = scale
@@ -90,7 +92,7 @@ class Head:
     def logits(self, at: slice, slot: int) -> Tensor:
         out: Tensor = self._slots[slot, : at.stop - at.start]
         if self._widening:
-            torch.mm(self._hidden[at], self._weight.t(), out_dtype=torch.float32, out=out)
+            torch.mm(self._rows(at), self._weight.t(), out_dtype=torch.float32, out=out)
             if self._factor != 1.0:
                 out.mul_(self._factor)
         else:
@@ -126,8 +128,13 @@ class Head:
             d_weight = d_weight.to(self._whole.dtype)
         return self._d_hidden, d_weight, None if d_bias is None else d_bias.to(self._bias_dtype)
 
+    def _rows(self, at: slice) -> Tensor:
+        """The hidden states, 0 in dropped rows: their gradient, 0, times NaN would spoil a sum over rows."""
+        rows = self._hidden[at]
+        return rows if self._counted is None else torch.where(self._counted[at, None], rows, 0.0)
+
     def _scaled(self, at: slice) -> Tensor:
-        hidden = self._hidden[at].to(self._dtype)
+        hidden = self._rows(at).to(self._dtype)
         return hidden if self._factor == 1.0 else hidden * self._factor
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -166,7 +173,7 @@ class Head:
         if self._d_hidden is not None:
             self._d_hidden[at] = torch.mm(d_logits, self._weight, **wide)
         if self._d_weight is not None:
-            total, hidden = self._d_weight[: d_logits.shape[1]], self._hidden[at]
+            total, hidden = self._d_weight[: d_logits.shape[1]], self._rows(at)
             if not self._started:
                 torch.mm(d_logits.t(), hidden, out=total, **wide)
             elif _ADDMM_WIDENS:

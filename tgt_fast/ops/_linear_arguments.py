@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.kernels.options import DistillOptions, LinearOptions, LinearTensors
-from tgt_fast.kernels.vocabulary import shared
+from tgt_fast.kernels.reference.linear import vocabulary_of
 from tgt_fast.ops import _checks
 from tgt_fast.ops._distill_arguments import check_row_values, check_rows
 from tgt_fast.ops.vocabulary import check_labels_exist, check_vocabulary, check_vocabulary_values
@@ -115,6 +115,4 @@ def check_values(t: LinearTensors, heads: LinearOptions, options: DistillOptions
     check_row_values(OP, classes, t.target, t.sample_weight, options)
     check_vocabulary_values(OP, student_classes, t.vocab_map, t.student_hidden)
     if t.target is not None and (t.vocab_map is not None or t.vocab_mask is not None):
-        teacher_classes = t.teacher.shape[1] if t.teacher_weight is None else t.teacher_weight.shape[0]
-        vocabulary = shared(student_classes, teacher_classes, heads.vocab_size, t.vocab_map, t.vocab_mask)
-        check_labels_exist(OP, t.target, vocabulary.missing, t.student_hidden, options)
+        check_labels_exist(OP, t.target, vocabulary_of(t, heads).missing, t.student_hidden, options)

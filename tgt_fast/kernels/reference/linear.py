@@ -5,14 +5,16 @@ Differentiable any number of times. It keeps N x C logits in float64, which is w
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from tgt_fast.kernels.options import DistillOptions, DistillStats, LinearOptions, LinearTensors
 from tgt_fast.kernels.reference import distill
-from tgt_fast.kernels.vocabulary import shared
+from tgt_fast.kernels.vocabulary import Vocabulary, shared
 
-__all__ = ["linear_distillation_loss", "logits"]
+__all__ = ["linear_distillation_loss", "logits", "result_dtype", "row_weights", "vocabulary_of"]
 
 
 def logits(
@@ -39,11 +41,16 @@ def linear_distillation_loss(
 ) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
     """The loss, 0-d or [N], in float32 (float64 if an input is), and the statistics of each row if wanted."""
     t = tensors
-    student = logits(t.student_hidden, t.student_weight, t.student_bias, heads.student_scale, heads.student_softcap)
-    teacher = logits(t.teacher, t.teacher_weight, t.teacher_bias, heads.teacher_scale, heads.teacher_softcap)
-    vocabulary = shared(student.shape[1], teacher.shape[1], heads.vocab_size, t.vocab_map, t.vocab_mask)
-    student, teacher = vocabulary.align(student, teacher)
+    vocabulary = vocabulary_of(tensors, heads)
     target = vocabulary.without_missing(t.target, options.ignore_index)
+    weights = row_weights(t, target, vocabulary.classes, normalizer, options)
+    student_hidden, teacher = t.student_hidden, t.teacher
+    if weights is not None:  # a gradient of 0 times what a dropped row holds would be NaN in a weight, if that is NaN
+        counted = (weights != 0)[:, None]
+        student_hidden, teacher = torch.where(counted, student_hidden, 0.0), torch.where(counted, teacher, 0.0)
+    student = logits(student_hidden, t.student_weight, t.student_bias, heads.student_scale, heads.student_softcap)
+    teacher = logits(teacher, t.teacher_weight, t.teacher_bias, heads.teacher_scale, heads.teacher_softcap)
+    student, teacher = vocabulary.align(student, teacher)
     loss, stats = distill.distillation_loss(
         student, teacher, target, t.sample_weight, normalizer, options, want_stats=want_stats
     )
@@ -51,6 +58,28 @@ def linear_distillation_loss(
     if stats is not None:
         stats = DistillStats(*(v if v.dtype == torch.bool else v.to(dtype) for v in stats))
     return loss.to(dtype), stats
+
+
+def vocabulary_of(t: LinearTensors, heads: LinearOptions) -> Vocabulary:
+    """The classes that both sides share."""
+    teacher_classes = t.teacher.shape[1] if t.teacher_weight is None else t.teacher_weight.shape[0]
+    return shared(t.student_weight.shape[0], teacher_classes, heads.vocab_size, t.vocab_map, t.vocab_mask)
+
+
+def row_weights(
+    t: LinearTensors, target: Tensor | None, classes: int, normalizer: float | Tensor | None, options: DistillOptions
+) -> Tensor | None:
+    """The weight of each row in the sum, 0 for rows that are dropped; None: all count alike.  -> [N] float64"""
+    if target is None and t.sample_weight is None and normalizer is None:
+        return None
+    weight = torch.ones(t.student_hidden.shape[0], dtype=torch.float64, device=t.student_hidden.device)
+    if t.sample_weight is not None:
+        weight = t.sample_weight.detach().to(torch.float64)
+        weight = torch.where((weight > 0) & (weight < math.inf), weight, 0.0)
+    if target is not None:
+        named = ((target >= 0) & (target < classes)) | (target == options.unlabeled_index)
+        weight = torch.where(named & (target != options.ignore_index), weight, 0.0)
+    return weight if normalizer is None else weight * (normalizer != 0)
 
 
 def result_dtype(tensors: LinearTensors) -> torch.dtype:
