@@ -35,6 +35,10 @@ DEVICE_BUDGET: Final = 2 << 30
 OVERLAP = False
 
 
+def overlaps(device: torch.device) -> bool:
+    return OVERLAP and device.type == "cuda"
+
+
 def forward(
     kernel: Any,
     tensors: LinearTensors,
@@ -154,8 +158,7 @@ class _Job:
         width = self._dtype.itemsize
         beside = width * self._classes * self._teacher.wanted  # the kernel's gradient of the teacher's logits
         a_row = self._student.bytes_a_row(width) + self._teacher.bytes_a_row(width) + beside
-        overlapped = OVERLAP and self._device.type == "cuda"
-        slots = 2 if overlapped else 1
+        slots = 2 if overlaps(self._device) else 1
         most = max(1, self._budget // (a_row * slots))
         pieces = max(1, -(-self._count // most))  # also of no rows at all
         rows = max(1, -(-self._count // pieces))
