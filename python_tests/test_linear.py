@@ -98,6 +98,44 @@ def test_bf16_logits_are_not_rounded(native: str) -> None:
         found.grads[name] = kept
 
 
+@pytest.mark.parametrize("shifted", [None, "student_weight", "student_hidden"])
+@pytest.mark.parametrize("options", [{}, {"student": (1.5, 30.0)}], ids=["plain", "scaled and capped"])
+def test_products_of_bf16_on_a_device(
+    native: str, options: dict[str, Any], shifted: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of a device, on a CPU: gradients of logits rounded before the products keep the bar all the same.
+
+    Also where weights or hidden states have a mean that the exact gradients nearly cancel.
+    """
+    monkeypatch.setattr(linear_heads, "widens", lambda device: True)
+    case = heads(256, (2000, 2000), (128, 128), dtypes=(torch.bfloat16, torch.bfloat16), **options)
+    if shifted is not None:
+        tensor = case.tensors[shifted]
+        assert tensor is not None
+        tensor += 1.0
+    for budget in (1 << 20, 1 << 30):
+        check(case, backend=native, memory_budget=budget)
+
+
+def test_products_of_bf16_with_weights_and_any_upstream_gradient(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_heads, "widens", lambda device: True)
+    case = heads(64, (300, 320), (32, 16), dtypes=(torch.bfloat16,) * 2, labeled=True, vocabulary={"vocab_size": 300})
+    assert case.target is not None
+    case.target[3], case.target[9] = -100, -1
+    weight = torch.rand(64, generator=torch.Generator().manual_seed(1)) * 50
+    weight[5] = 0.0
+    upstream = torch.linspace(-1.0, 1.0, 65)[:64].square()
+    for options in ({"normalizer": 1e4, "upstream": 2.0**10}, {"reduction": "none", "upstream": upstream}):
+        check(case, backend=native, hard_weight=1.0, sample_weight=weight, memory_budget=1 << 18, **options)
+    assert not run(case, backend=native, hard_weight=1.0, upstream=0.0).grads["student_weight"].any()
+
+
+def test_products_of_fp16_on_a_device(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_heads, "widens", lambda device: True)
+    case = heads(dtypes=(torch.float16, torch.float16), student=(2.0, 9.0), labeled=True)
+    check(case, backend=native, hard_weight=0.5, memory_budget=BUDGETS["three rows"])
+
+
 def test_the_comparison_fails_for_wrong_gradients(native: str) -> None:
     case = heads(labeled=True)
     found, expected = run(case, backend=native, hard_weight=1.0), truth(case, hard_weight=1.0)

@@ -58,6 +58,11 @@ def forward(
     divisor = normalizer
     if options.reduction == "mean" and normalizer is None:  # that of all rows, not of a chunk's
         divisor = float(tensors.student_hidden.shape[0]) if weights is None else weights.sum()
+    if job.narrow:
+        coefficient = (
+            torch.ones((), device=job.device).expand(len(tensors.student_hidden)) if weights is None else weights
+        )
+        job.expect(coefficient if divisor is None else coefficient / divisor, options)
     parts: list[Forward] = []
     for chunk in job.chunks():
         made = kernel.forward(
@@ -96,6 +101,8 @@ def backward(
     if weights is not None:
         counted = counted & (weights != 0)
     job = _Job(tensors, vocabulary, counted, heads, kernel, wanted)
+    if job.narrow:
+        job.expect(rows[:, ROW_COEFFICIENT] * d_loss, options)
     for chunk in job.chunks():
         d_student, d_teacher = kernel.backward(
             chunk.student, chunk.teacher, None if target is None else target[chunk.at], rows[chunk.at],
@@ -119,7 +126,7 @@ class _Job:
         self, t: LinearTensors, vocabulary: Vocabulary, counted: Tensor | None, heads: LinearOptions, kernel: Any,
         wanted: tuple[bool, ...],
     ) -> None:  # fmt: skip
-        self._device = t.student_hidden.device
+        self.device = t.student_hidden.device
         self._dtype = result_dtype(t)
         self._count = t.student_hidden.shape[0]
         self._workspace = getattr(kernel, "workspace", None)
@@ -142,15 +149,15 @@ class _Job:
         self.wanted_logits = (self._student.wanted, self._teacher.wanted)
         # A softcap's derivative is made from the logits, so the gradient goes elsewhere.
         self.inplace = self._student.wanted and self._student.softcap is None
-        default = CPU_BUDGET if self._device.type == "cpu" else DEVICE_BUDGET
+        default = CPU_BUDGET if self.device.type == "cpu" else DEVICE_BUDGET
         self._budget = default if heads.memory_budget is None else heads.memory_budget
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         made: Tensor
-        if self._workspace is not None and self._device.type == "cpu":
+        if self._workspace is not None and self.device.type == "cpu":
             made = self._workspace(shape, dtype)
         else:
-            made = torch.empty(shape, dtype=dtype, device=self._device)
+            made = torch.empty(shape, dtype=dtype, device=self.device)
         return made
 
     def chunks(self) -> Iterator[_Chunk]:
@@ -158,7 +165,7 @@ class _Job:
         width = self._dtype.itemsize
         beside = width * self._classes * self._teacher.wanted  # the kernel's gradient of the teacher's logits
         a_row = self._student.bytes_a_row(width) + self._teacher.bytes_a_row(width) + beside
-        slots = 2 if overlaps(self._device) else 1
+        slots = 2 if overlaps(self.device) else 1
         most = max(1, self._budget // (a_row * slots))
         pieces = max(1, -(-self._count // most))  # also of no rows at all
         rows = max(1, -(-self._count // pieces))
@@ -186,7 +193,7 @@ class _Job:
         Fork and join by events alone, which a graph capture records too. Since the call's own stream waits for the
         second one at the end, memory that the call frees is not used again before the second stream is done with it.
         """
-        main, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        main, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         made, read = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))  # type: ignore[no-untyped-call]
 
         def make(number: int) -> _Chunk:
@@ -211,6 +218,17 @@ class _Job:
                 read[chunk.slot].record(main)
         finally:
             main.wait_stream(side)
+
+    @property
+    def narrow(self) -> bool:
+        return self._student.narrow or self._teacher.narrow
+
+    def expect(self, coefficient: Tensor, options: DistillOptions) -> None:
+        """Each row's weight in the result, before the first chunk: with it, how large its gradients can be."""
+        squared = 1.0 if options.divergence == "mse" else options.temperature**2
+        soft = options.soft_weight * squared
+        self._student.expect(coefficient, soft / options.temperature + options.hard_weight)
+        self._teacher.expect(coefficient, soft / options.teacher_temperature)
 
     def give_back(self, chunk: _Chunk, d_student: Tensor | None, d_teacher: Tensor | None) -> None:
         for side, grad in ((self._student, d_student), (self._teacher, d_teacher)):

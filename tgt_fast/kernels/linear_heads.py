@@ -7,7 +7,7 @@ float16 gives float32 where PyTorch has such a product (CUDA), else its operands
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -15,14 +15,34 @@ from torch import Tensor
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]  # memory for (shape, dtype), on the call's device
 
 _HALVES: Final = (torch.bfloat16, torch.float16)
+_TINY: Final = 1e-37
 _BLOCK: Final = 1 << 23  # bytes of widened weights at a time
 _VERSION: Final = tuple(int(part) for part in torch.__version__.split(".")[:2])
 _MM_WIDENS: Final = _VERSION >= (2, 8)  # torch.mm(..., out_dtype=)
 _ADDMM_WIDENS: Final = _VERSION >= (2, 11)  # torch.addmm(..., out_dtype=) onto a sum of that dtype
 
 
+def widens(device: torch.device) -> bool:
+    """Whether PyTorch multiplies bfloat16 or float16 into float32 there."""
+    return _MM_WIDENS and device.type == "cuda"
+
+
+def _product_of_halves(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b, in float32. Not yet run on a GPU."""
+    if not a.is_cuda:  # the same numbers, for tests
+        torch.addmm(out, a.float(), b.float(), beta=float(add), out=out)
+    elif not add:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif _ADDMM_WIDENS:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        out.add_(torch.mm(a, b, out_dtype=torch.float32))
+
+
 class Given:
     """A teacher whose logits are at hand: a chunk is a slice of them."""
+
+    narrow = False
 
     def __init__(self, logits: Tensor, classes: int, wanted: bool) -> None:
         self._logits = logits[:, :classes]
@@ -39,6 +59,9 @@ class Given:
     def logits(self, at: slice, slot: int) -> Tensor:
         rows = self._logits[at]
         return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+    def expect(self, coefficient: Tensor, bound: float) -> None:
+        return None
 
     def give_back(self, at: slice, slot: int, d_logits: Tensor, missing: Tensor | None) -> None:
         if self._d_logits is not None:
@@ -68,10 +91,10 @@ class Head:
         self._bias_dtype = dtype if bias is None else bias.dtype
         self._wants_hidden, self._wants_weight, self._wants_bias = wanted
         self.wanted = any(wanted)
-        same = hidden.dtype == weight.dtype and dtype == torch.float32 and hidden.is_cuda
-        self._widening = _MM_WIDENS and same and hidden.dtype in _HALVES
-        # Gradients of float16 would underflow if they were rounded before the product; bfloat16 has float32's range.
-        self._narrow = self._widening and hidden.dtype == torch.bfloat16
+        same = hidden.dtype == weight.dtype and dtype == torch.float32
+        self._widening = same and hidden.dtype in _HALVES and widens(hidden.device)
+        # Gradients of float16 are held to float16's precision: their products take float32.
+        self.narrow = self._widening and hidden.dtype == torch.bfloat16 and any(wanted)
         self._d_hidden = hidden.new_empty(hidden.shape) if self._wants_hidden else None
         self._d_weight = empty(tuple(weight.shape), dtype) if self._wants_weight else None
         self._d_bias = hidden.new_zeros(weight.shape[0], dtype=dtype) if self._wants_bias else None
@@ -79,20 +102,20 @@ class Head:
 
     def bytes_a_row(self, width: int) -> int:
         """Of a chunk: the logits, and what stands beside them on the way back."""
-        beside = width * (self.softcap is not None) + 2 * self._narrow
+        beside = width * (self.softcap is not None) + 2 * self.narrow
         return self._weight.shape[0] * (width + beside * self.wanted)
 
     def allocate(self, rows: int, slots: int, empty: Empty) -> None:
         """Memory for the logits of a chunk, or of one chunk while another is in use."""
         classes = self._weight.shape[0]
         self._slots = empty((slots, rows, classes), self._dtype)
-        if self._narrow and self.wanted:
-            self._rounded = self._hidden.new_empty(rows, classes)
+        if self.narrow:
+            self._rounded = self._hidden.new_empty(rows, classes, dtype=torch.float16)
 
     def logits(self, at: slice, slot: int) -> Tensor:
         out: Tensor = self._slots[slot, : at.stop - at.start]
         if self._widening:
-            torch.mm(self._rows(at), self._weight.t(), out_dtype=torch.float32, out=out)
+            _product_of_halves(self._rows(at), self._weight.t(), out)
             if self._factor != 1.0:
                 out.mul_(self._factor)
         else:
@@ -114,8 +137,8 @@ class Head:
                 d_logits.masked_fill_(missing, 0.0)
         if self._d_bias is not None:
             self._d_bias[: d_logits.shape[1]].add_(d_logits.sum(dim=0), alpha=self._scale)
-        if self._narrow:
-            self._products_of_halves(at, torch.mul(d_logits, self._scale, out=self._rounded[: d_logits.shape[0]]))
+        if self.narrow:
+            self._products_of_halves(at, d_logits)
         else:
             self._products(at, d_logits)
         self._started = True
@@ -125,6 +148,8 @@ class Head:
         if d_weight is not None:
             rest = d_weight[self._weight.shape[0] if self._started else 0 :]
             rest.zero_()
+            if self.narrow:
+                d_weight = torch.mul(d_weight, self._peak * self._scale, out=torch.empty_like(self._whole))
             d_weight = d_weight.to(self._whole.dtype)
         return self._d_hidden, d_weight, None if d_bias is None else d_bias.to(self._bias_dtype)
 
@@ -167,19 +192,35 @@ class Head:
             beta = 1.0 if self._started else 0.0
             torch.addmm(total, d_logits.t(), self._scaled(at), beta=beta, alpha=alpha, out=total)
 
+    def expect(self, coefficient: Tensor, bound: float) -> None:
+        """What the products of halves need: each row's weight in the result, [N], and a size that gradients have."""
+        if self.narrow:
+            self._unit = coefficient.abs().to(torch.float32) * bound
+            self._peak = self._unit.amax().clamp_min(_TINY) if len(self._unit) else self._unit.new_ones(())
+            self._inverse = torch.where(self._unit > _TINY, 1.0 / self._unit, 0.0)
+            if self._wants_hidden:
+                self._mean_weight = self._weight.mean(dim=0, dtype=torch.float32)
+                self._centred = torch.empty_like(self._weight, dtype=torch.float16)
+                torch.sub(self._weight, self._mean_weight, out=self._centred)
+
     def _products_of_halves(self, at: slice, d_logits: Tensor) -> None:
-        """The same for bfloat16 on a device: rounded gradients of logits, sums in float32. Not yet run on a GPU."""
-        wide: dict[str, Any] = {"out_dtype": torch.float32}
+        """The same for bfloat16 on a device. Not yet run on a GPU.
+
+        Gradients of logits are rounded to float16, each row in units of its weight in the result. Thus they are about
+        1 at most, nothing underflows that counts, and rounding costs an eighth of what it would in bfloat16. Those of
+        a row (nearly) sum to 0, so the mean weight, which may be large, is kept out of the rounded product.
+        """
+        count = d_logits.shape[0]
+        rounded = torch.mul(d_logits, self._inverse[at, None], out=self._rounded[:count])
         if self._d_hidden is not None:
-            self._d_hidden[at] = torch.mm(d_logits, self._weight, **wide)
+            made = d_logits.new_empty(count, self._weight.shape[1])
+            _product_of_halves(rounded, self._centred, made)
+            made.mul_(self._unit[at, None]).addr_(d_logits.sum(dim=1), self._mean_weight)
+            self._d_hidden[at] = made.mul_(self._scale)
         if self._d_weight is not None:
-            total, hidden = self._d_weight[: d_logits.shape[1]], self._rows(at)
-            if not self._started:
-                torch.mm(d_logits.t(), hidden, out=total, **wide)
-            elif _ADDMM_WIDENS:
-                torch.addmm(total, d_logits.t(), hidden, out=total, **wide)
-            else:
-                total.add_(torch.mm(d_logits.t(), hidden, **wide))
+            hidden = torch.mul(self._rows(at), (self._unit[at] / self._peak)[:, None]).to(torch.float16)
+            total = self._d_weight[: d_logits.shape[1]]
+            _product_of_halves(rounded.t(), hidden, total, add=self._started)
 
 
 class Mapped:
@@ -189,6 +230,7 @@ class Mapped:
         self._side = side
         self._source, self._back, self._unused = source, back, unused  # see Vocabulary
         self.wanted = side.wanted
+        self.narrow = side.narrow
 
     def bytes_a_row(self, width: int) -> int:
         return self._side.bytes_a_row(width) + width * (self._source.numel() + self._back.numel() * self.wanted)
@@ -198,6 +240,9 @@ class Mapped:
 
     def logits(self, at: slice, slot: int) -> Tensor:
         return self._side.logits(at, slot).index_select(1, self._source)
+
+    def expect(self, coefficient: Tensor, bound: float) -> None:
+        self._side.expect(coefficient, bound)
 
     def give_back(self, at: slice, slot: int, d_logits: Tensor, missing: Tensor | None) -> None:
         made = d_logits.index_select(1, self._back).masked_fill_(self._unused, 0.0)

@@ -197,9 +197,10 @@ def linear_distillation_loss(
 
     Gradients are made together with the loss, those that are asked for, and scaled in backward. In float16, and for
     ``"none"`` with a gradient to a weight or bias, backward makes them, from logits computed again; so does a second
-    backward over the same graph. Sums over rows are kept in float32. On a device, bfloat16 gradients of the logits are
-    rounded before the products (not yet run on a GPU). Deterministic as far as PyTorch's matrix product is. Second
-    derivatives need ``backend="reference"``. Under autocast the arguments are taken in the precision they come in.
+    backward over the same graph. Sums over rows are kept in float32. Deterministic as far as PyTorch's matrix product
+    is. Second derivatives need ``backend="reference"``. Under autocast the arguments are taken in the precision they
+    come in. On a device (not yet run on a GPU) bfloat16 heads multiply in half precision with sums in float32: logits
+    unrounded, their gradients rounded to float16 in units of the row's weight. Other dtypes multiply in float32.
 
     Raises:
         ShapeError, DTypeError, DeviceError, ArgumentError: before anything runs, with the offending values.
