@@ -18,7 +18,6 @@ from torch import Tensor
 from tgt_fast.kernels.linear_heads import Given, Head, Mapped
 from tgt_fast.kernels.options import (
     DIFFERENTIABLE,
-    ROW_COEFFICIENT,
     DistillOptions,
     Forward,
     LinearForward,
@@ -47,69 +46,55 @@ def forward(
     options: DistillOptions,
     *,
     wanted: tuple[bool, ...] = (False,) * DIFFERENTIABLE,  # gradients to the first of the tensors
-    keep_rows: bool = False,
     want_stats: bool = False,
+    upstream: Tensor | None = None,  # 0-d, or [N]; None: 1
 ) -> LinearForward:
-    """Row losses, their reduction and the wanted gradients, for an upstream gradient of 1."""
+    """Row losses, their reduction and the wanted gradients."""
     vocabulary = vocabulary_of(tensors, heads)
     target, weight = vocabulary.without_missing(tensors.target, options.ignore_index), tensors.sample_weight
     weights = row_weights(tensors, target, vocabulary.classes, normalizer, options)
-    job = _Job(tensors, vocabulary, None if weights is None else weights != 0, heads, kernel, wanted)
     divisor = normalizer
     if options.reduction == "mean" and normalizer is None:  # that of all rows, not of a chunk's
         divisor = float(tensors.student_hidden.shape[0]) if weights is None else weights.sum()
+    job = _Job(tensors, vocabulary, None if weights is None else weights != 0, heads, kernel, wanted)
+    if upstream is not None:
+        upstream = upstream.detach().to(job.dtype).expand(tensors.student_hidden.shape[0])[:, None]
     if job.narrow:
-        coefficient = (
-            torch.ones((), device=job.device).expand(len(tensors.student_hidden)) if weights is None else weights
-        )
-        job.expect(coefficient if divisor is None else coefficient / divisor, options)
+        coefficient = weights
+        if coefficient is None:
+            coefficient = torch.ones((), device=job.device).expand(tensors.student_hidden.shape[0])
+        coefficient = coefficient if divisor is None else coefficient / divisor
+        job.expect(coefficient if upstream is None else coefficient * upstream[:, 0], options)
     parts: list[Forward] = []
     for chunk in job.chunks():
         made = kernel.forward(
             chunk.student, chunk.teacher, None if target is None else target[chunk.at],
             None if weight is None else weight[chunk.at], divisor, options,
-            wanted=job.wanted_logits, keep_rows=keep_rows, inplace=job.inplace, want_stats=want_stats,
+            wanted=job.wanted_logits, inplace=job.inplace, want_stats=want_stats,
         )  # fmt: skip
+        for grad in (made.d_student, made.d_teacher):
+            if grad is not None and upstream is not None:
+                grad.mul_(upstream[chunk.at])
         job.give_back(chunk, made.d_student, made.d_teacher)
-        parts.append(Forward(made.loss, None, None, made.rows, made.stats))
-    dtype = result_dtype(tensors)
+        parts.append(Forward(made.loss, None, None, None, made.stats))
     losses = [part.loss for part in parts]
     loss = torch.cat(losses) if options.reduction == "none" else torch.stack(losses).sum(dtype=torch.float64)
-    return LinearForward(
-        loss.to(dtype),
-        job.grads(),
-        torch.cat([part.rows for part in parts if part.rows is not None]) if keep_rows else None,
-        torch.cat([part.stats for part in parts if part.stats is not None], dim=1) if want_stats else None,
-    )
+    stats = torch.cat([part.stats for part in parts if part.stats is not None], dim=1) if want_stats else None
+    return LinearForward(loss.to(job.dtype), job.grads(), stats)
 
 
 def backward(
     kernel: Any,
     tensors: LinearTensors,
-    rows: Tensor,  # [N, ROW_STATE] from forward
+    normalizer: float | Tensor | None,
     d_loss: Tensor,  # 0-d, or [N]
     heads: LinearOptions,
     options: DistillOptions,
     *,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients from hidden states and saved row statistics, with the upstream gradient applied first."""
-    vocabulary = vocabulary_of(tensors, heads)
-    target = vocabulary.without_missing(tensors.target, options.ignore_index)
-    counted = rows[:, ROW_COEFFICIENT] != 0  # not where a normalizer was 0
-    weights = row_weights(tensors, target, vocabulary.classes, None, options)
-    if weights is not None:
-        counted = counted & (weights != 0)
-    job = _Job(tensors, vocabulary, counted, heads, kernel, wanted)
-    if job.narrow:
-        job.expect(rows[:, ROW_COEFFICIENT] * d_loss, options)
-    for chunk in job.chunks():
-        d_student, d_teacher = kernel.backward(
-            chunk.student, chunk.teacher, None if target is None else target[chunk.at], rows[chunk.at],
-            d_loss[chunk.at] if d_loss.dim() else d_loss, options, wanted=job.wanted_logits, inplace=job.inplace,
-        )  # fmt: skip
-        job.give_back(chunk, d_student, d_teacher)
-    return job.grads()
+    """The gradients anew, with the upstream gradient applied to those of the logits, before any rounding."""
+    return forward(kernel, tensors, normalizer, heads, options, wanted=wanted, upstream=d_loss).grads
 
 
 class _Chunk(NamedTuple):
@@ -127,13 +112,13 @@ class _Job:
         wanted: tuple[bool, ...],
     ) -> None:  # fmt: skip
         self.device = t.student_hidden.device
-        self._dtype = result_dtype(t)
+        self.dtype = result_dtype(t)
         self._count = t.student_hidden.shape[0]
         self._workspace = getattr(kernel, "workspace", None)
         self._classes, self._missing = vocabulary.classes, vocabulary.missing
         self._student = Head(
             t.student_hidden, t.student_weight, t.student_bias, heads.student_scale, heads.student_softcap,
-            vocabulary.classes, counted, self._dtype, wanted[:3], self._empty,
+            vocabulary.classes, counted, self.dtype, wanted[:3], self._empty,
         )  # fmt: skip
         self._teacher: Head | Given | Mapped
         if t.teacher_weight is None:
@@ -141,7 +126,7 @@ class _Job:
         else:
             self._teacher = Head(
                 t.teacher, t.teacher_weight, t.teacher_bias, heads.teacher_scale, heads.teacher_softcap,
-                vocabulary.teacher_classes, counted, self._dtype, wanted[3:], self._empty,
+                vocabulary.teacher_classes, counted, self.dtype, wanted[3:], self._empty,
             )  # fmt: skip
         self._own_teacher = t.teacher_weight is not None or vocabulary.source is not None
         if vocabulary.source is not None and vocabulary.back is not None and vocabulary.unused is not None:
@@ -162,7 +147,7 @@ class _Job:
 
     def chunks(self) -> Iterator[_Chunk]:
         """The chunks in order, of equal length but for the last; a chunk's memory is the next one's."""
-        width = self._dtype.itemsize
+        width = self.dtype.itemsize
         beside = width * self._classes * self._teacher.wanted  # the kernel's gradient of the teacher's logits
         a_row = self._student.bytes_a_row(width) + self._teacher.bytes_a_row(width) + beside
         slots = 2 if overlaps(self.device) else 1

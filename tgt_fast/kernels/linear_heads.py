@@ -58,6 +58,8 @@ class Given:
 
     def logits(self, at: slice, slot: int) -> Tensor:
         rows = self._logits[at]
+        if self.wanted and rows.dtype == torch.float16:  # its gradient must not be rounded before it is scaled
+            return rows.to(torch.float32, memory_format=torch.contiguous_format)
         return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
     def expect(self, coefficient: Tensor, bound: float) -> None:

@@ -101,7 +101,6 @@ class LinearForward(NamedTuple):
 
     loss: Tensor  # 0-d, or [N]
     grads: tuple[Tensor | None, ...]  # of the first six of LinearTensors, for an upstream gradient of 1
-    rows: Tensor | None  # [N, ROW_STATE] float64
     stats: Tensor | None  # [6, N]
 
 

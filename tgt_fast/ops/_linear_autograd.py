@@ -42,12 +42,13 @@ class Linear(torch.autograd.Function):
         half = any(w and x is not None and x.dtype == torch.float16 for w, x in zip(wanted, t, strict=False))
         deferred = half or (call.options.reduction == "none" and any(wanted[i] for i in _HEADS))
         out = call.kernel.forward(
-            t, normalizer, call.heads, call.options, keep_rows=True, want_stats=call.want_stats,
+            t, normalizer, call.heads, call.options, want_stats=call.want_stats,
             wanted=(False,) * DIFFERENTIABLE if deferred else wanted,
         )  # fmt: skip
         ctx.ready = None if deferred else out.grads
         # save_for_backward refuses what was made in inference mode, such as a teacher's hidden states: that is held.
-        kept = (*tensors, out.rows)
+        ctx.divisor, on_device = (None, normalizer) if isinstance(normalizer, Tensor) else (normalizer, None)
+        kept = (*tensors, on_device)
         ctx.held = tuple(x if x is not None and x.is_inference() else None for x in kept)
         ctx.save_for_backward(*(None if h is not None else x for x, h in zip(kept, ctx.held, strict=True)))
         if out.stats is not None:
@@ -65,17 +66,17 @@ class Linear(torch.autograd.Function):
                 if grad is not None:
                     call.kernel.scale_(grad if grad.dim() == 2 else grad[None], d_loss)
         else:
-            t, rows = _saved(ctx)
-            grads = call.kernel.backward(t, rows, d_loss, call.heads, call.options, wanted=ctx.wanted)
+            t, normalizer = _saved(ctx)
+            grads = call.kernel.backward(t, normalizer, d_loss, call.heads, call.options, wanted=ctx.wanted)
         if torch.is_grad_enabled():
             inputs = [x for x in _saved(ctx)[0][:DIFFERENTIABLE] if x is not None]
             grads = tuple(None if grad is None else library.apply(_Once, grad, *inputs) for grad in grads)
         return (None, None, *grads, *(None,) * (len(LinearTensors._fields) - DIFFERENTIABLE))
 
 
-def _saved(ctx: Any) -> tuple[LinearTensors, Tensor]:
-    *tensors, rows = (x if h is None else h for x, h in zip(ctx.saved_tensors, ctx.held, strict=True))
-    return LinearTensors(*tensors), rows
+def _saved(ctx: Any) -> tuple[LinearTensors, float | Tensor | None]:
+    *tensors, on_device = (x if h is None else h for x, h in zip(ctx.saved_tensors, ctx.held, strict=True))
+    return LinearTensors(*tensors), ctx.divisor if on_device is None else on_device
 
 
 class _Once(torch.autograd.Function):

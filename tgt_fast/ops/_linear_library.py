@@ -10,7 +10,6 @@ from torch import Tensor
 from tgt_fast.kernels import linear_chunks, select
 from tgt_fast.kernels.options import (
     DIFFERENTIABLE,
-    ROW_STATE,
     DistillOptions,
     LinearForward,
     LinearOptions,
@@ -80,38 +79,38 @@ def _direct(backend: str, t: LinearTensors) -> Direct:
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     t, (normalizer, divisor, *packed_options) = LinearTensors(*arguments[:_MANY]), arguments[_MANY:]
-    heads, options, (want_stats, backend, *wanted, keep_rows) = _unpacked(tuple(packed_options))
+    heads, options, (want_stats, backend, *wanted) = _unpacked(tuple(packed_options))
     check_values(t, heads, options)
     out = _direct(backend, t).forward(
         t, divisor if normalizer is None else normalizer, heads, options,
-        wanted=tuple(wanted), keep_rows=keep_rows, want_stats=want_stats,
+        wanted=tuple(wanted), want_stats=want_stats,
     )  # fmt: skip
-    return (out.loss, _or_nothing(out.stats, out.loss), _or_nothing(out.rows, out.loss), *_filled(t, out.grads))
+    return (out.loss, _or_nothing(out.stats, out.loss), *_filled(t, out.grads))
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     t = LinearTensors(*arguments[:_MANY])
-    _, options, (want_stats, _, *wanted, keep_rows) = _unpacked(arguments[_MANY + 2 :])
+    _, options, (want_stats, _, *wanted) = _unpacked(arguments[_MANY + 2 :])
     rows = t.student_hidden.shape[0]
     loss = t.student_hidden.new_empty(rows if options.reduction == "none" else (), dtype=result_dtype(t))
     return (
         loss,
         loss.new_empty((6, rows) if want_stats else 0),
-        loss.new_empty(rows, ROW_STATE, dtype=torch.float64) if keep_rows else loss.new_empty(0),
         *_empty_gradients(t, wanted),
     )
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    t, (rows, d_loss, *packed_options) = LinearTensors(*arguments[:_MANY]), arguments[_MANY:]
+    t, (normalizer, divisor, d_loss, *packed_options) = LinearTensors(*arguments[:_MANY]), arguments[_MANY:]
     heads, options, (backend, *wanted) = _unpacked(tuple(packed_options))
-    grads = _direct(backend, t).backward(t, rows, d_loss, heads, options, wanted=tuple(wanted))
+    divide_by = divisor if normalizer is None else normalizer
+    grads = _direct(backend, t).backward(t, divide_by, d_loss, heads, options, wanted=tuple(wanted))
     return _filled(t, grads)
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     t = LinearTensors(*arguments[:_MANY])
-    _, _, (_, *wanted) = _unpacked(arguments[_MANY + 2 :])
+    _, _, (_, *wanted) = _unpacked(arguments[_MANY + 3 :])
     return _empty_gradients(t, wanted)
 
 
@@ -138,12 +137,12 @@ def _empty_gradients(t: LinearTensors, wanted: list[bool]) -> tuple[Tensor, ...]
 
 
 def _loss(*arguments: Any) -> tuple[Tensor, Tensor]:
-    loss, stats, *_ = _forward(*arguments, *(False,) * DIFFERENTIABLE, False)
+    loss, stats, *_ = _forward(*arguments, *(False,) * DIFFERENTIABLE)
     return loss, stats
 
 
 def _loss_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    loss, stats, *_ = _forward_fake(*arguments, *(False,) * DIFFERENTIABLE, False)
+    loss, stats, *_ = _forward_fake(*arguments, *(False,) * DIFFERENTIABLE)
     return loss, stats
 
 
@@ -167,25 +166,26 @@ class _Dispatched:
 
     def forward(
         self, t: LinearTensors, normalizer: float | Tensor | None, heads: LinearOptions, options: DistillOptions, *,
-        wanted: tuple[bool, ...], keep_rows: bool, want_stats: bool,
+        wanted: tuple[bool, ...], want_stats: bool,
     ) -> LinearForward:  # fmt: skip
         on_device = normalizer if isinstance(normalizer, Tensor) else None
         divisor = None if on_device is not None else normalizer
         with torch._C._AutoDispatchBelowAutograd():
-            loss, stats, rows, *grads = _linear_distill_forward(
-                *t, on_device, divisor, *packed_heads(heads), *packed(options), want_stats, self.backend, *wanted,
-                keep_rows,
-            )  # fmt: skip
+            loss, stats, *grads = _linear_distill_forward(
+                *t, on_device, divisor, *packed_heads(heads), *packed(options), want_stats, self.backend, *wanted
+            )
         made = tuple(grad if w else None for grad, w in zip(grads, wanted, strict=True))
-        return LinearForward(loss, made, rows if keep_rows else None, stats if want_stats else None)
+        return LinearForward(loss, made, stats if want_stats else None)
 
     def backward(
-        self, t: LinearTensors, rows: Tensor, d_loss: Tensor, heads: LinearOptions, options: DistillOptions, *,
-        wanted: tuple[bool, ...],
+        self, t: LinearTensors, normalizer: float | Tensor | None, d_loss: Tensor, heads: LinearOptions,
+        options: DistillOptions, *, wanted: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        on_device = normalizer if isinstance(normalizer, Tensor) else None
+        divisor = None if on_device is not None else normalizer
         with torch._C._AutoDispatchBelowAutograd():
             grads = _linear_distill_backward(
-                *t, rows, d_loss, *packed_heads(heads), *packed(options), self.backend, *wanted
+                *t, on_device, divisor, d_loss, *packed_heads(heads), *packed(options), self.backend, *wanted
             )
         return tuple(grad if w else None for grad, w in zip(grads, wanted, strict=True))
 
@@ -203,13 +203,13 @@ linear_distillation_loss = library.define(
     _loss_autograd,
 )
 _linear_distill_forward = library.define(
-    f"linear_distill_forward({_TENSORS}, {_DIVISOR}, {_HEADS}, {_OPTIONS}, bool want_stats, str backend, {_WANTED}, "
-    f"bool keep_rows) -> (Tensor, Tensor, Tensor, {_GRADIENTS})",
+    f"linear_distill_forward({_TENSORS}, {_DIVISOR}, {_HEADS}, {_OPTIONS}, bool want_stats, str backend, {_WANTED}) "
+    f"-> (Tensor, Tensor, {_GRADIENTS})",
     _forward,
     _forward_fake,
 )
 _linear_distill_backward = library.define(
-    f"linear_distill_backward({_TENSORS}, Tensor rows, Tensor d_loss, {_HEADS}, {_OPTIONS}, str backend, {_WANTED}) "
+    f"linear_distill_backward({_TENSORS}, {_DIVISOR}, Tensor d_loss, {_HEADS}, {_OPTIONS}, str backend, {_WANTED}) "
     f"-> ({_GRADIENTS})",
     _backward,
     _backward_fake,
