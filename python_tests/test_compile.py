@@ -85,6 +85,44 @@ def test_the_loss_in_other_precisions(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {"vocab_size": 17},
+    "rows": {"vocab_size": 16, "reduction": "none"},
+    "softcap, small chunks": {
+        "vocab_size": 17,
+        "student_softcap": 3.0,
+        "teacher_scale": 2.0,
+        "memory_budget": 9,
+    },
+    "map and mask": {"vocab_map": torch.arange(19) - 1, "vocab_mask": torch.arange(18) != 17},
+    "normalizer on the device": {"vocab_size": 17, "normalizer": torch.tensor(7.0)},
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+def test_the_loss_from_hidden_states(options: dict[str, Any], dynamic: bool) -> None:
+    def loss(*tensors: Tensor) -> tuple[Tensor, ...]:
+        hidden, weight, teacher, teacher_weight, bias, target = tensors
+        value, stats = tgt.linear_distillation_loss(
+            hidden * 1.0, weight, teacher, teacher_weight, target, student_bias=bias, hard_weight=0.5,
+            return_stats=True, **options,
+        )  # fmt: skip
+        return value, *stats
+
+    def run(function: Any, rows: int) -> list[Tensor]:
+        inputs = [*values(1, rows, 3, 6), *values(1, 18, 6), *values(1, rows, 3, 5), *values(1, 19, 5), *values(1, 18)]
+        out = function(*inputs, torch.arange(3 * rows).reshape(rows, 3) % 16)
+        upstream = torch.linspace(0.5, 2.0, out[0].numel()).reshape(out[0].shape)
+        return [*out, *torch.autograd.grad(out[0], inputs, upstream)]
+
+    function = compiled(loss, dynamic=dynamic)
+    for rows in (4, 6) if dynamic else (4,):
+        for mine, theirs in zip(run(function, rows), run(loss, rows), strict=True):
+            assert mine.dtype == theirs.dtype
+            assert torch.equal(mine, theirs)
+
+
 LATENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "perturb": lambda z: tgt.perturb_latents(z, 0.5, seed=3, sample_ids=torch.arange(z.shape[0]) + 5),
     "perturb by coordinate": lambda z: tgt.perturb_latents(z, torch.ones(3, 4), seed=2**63 + 5, step=7, replica=3),

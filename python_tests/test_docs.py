@@ -42,6 +42,9 @@ def test_the_main_docstrings_hold_examples() -> None:
     for thing in (
         tgt_fast.distillation_loss,
         tgt_fast.DistillationLoss,
+        tgt_fast.linear_distillation_loss,
+        tgt_fast.LinearDistillationLoss,
+        tgt_fast.align_logits,
         tgt_fast.perturb_latents,
         tgt_fast.ascend_latents,
         tgt_fast.Teacher,

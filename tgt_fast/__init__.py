@@ -12,8 +12,11 @@ from tgt_fast.kernels.native import release_buffers
 from tgt_fast.kernels.options import DistillStats
 from tgt_fast.kernels.select import backends, explain
 from tgt_fast.losses.distill import DistillationLoss
+from tgt_fast.losses.linear import LinearDistillationLoss
 from tgt_fast.ops.distill import distillation_loss
 from tgt_fast.ops.latent import ascend_latents, perturb_latents
+from tgt_fast.ops.linear import linear_distillation_loss
+from tgt_fast.ops.vocabulary import align_logits
 from tgt_fast.teacher import Latents, Teacher
 from tgt_fast.train import TGTObjective, fit
 
@@ -24,15 +27,18 @@ __all__ = [
     "DistillationLoss",
     "LatentSampler",
     "Latents",
+    "LinearDistillationLoss",
     "Synthetic",
     "TGTObjective",
     "Teacher",
     "__version__",
+    "align_logits",
     "ascend_latents",
     "backends",
     "distillation_loss",
     "explain",
     "fit",
+    "linear_distillation_loss",
     "perturb_latents",
     "release_buffers",
 ]

@@ -9,9 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgt_fast.kernels.options import DIVERGENCES, OP_PERTURB, ROW_STATE, DistillOptions
+from tgt_fast.kernels.options import (
+    DIFFERENTIABLE,
+    DIVERGENCES,
+    OP_PERTURB,
+    ROW_STATE,
+    DistillOptions,
+    LinearOptions,
+    LinearTensors,
+)
 from tgt_fast.ops import _distill_library as distill
 from tgt_fast.ops import _latent_library as latent
+from tgt_fast.ops import _linear_library as linear
 
 __all__ = ["op_samples"]
 
@@ -38,6 +47,7 @@ def op_samples(device: torch.device | str = "cpu", *, backend: str = "auto") -> 
     yield from _distill(make, backend)
     yield from _perturb(make, backend)
     yield from _ascend(make, backend)
+    yield from _linear(make, backend)
 
 
 class _Maker:
@@ -162,3 +172,58 @@ def _ascend(make: _Maker, backend: str) -> Iterator[Sample]:
     for dtype, norm in zip((torch.float64, torch.bfloat16, torch.float16), ("l2", "linf", "raw"), strict=True):
         yield call(4, dtype=dtype, norm=norm, ball=True)
     yield call(4, columns=True, ball=True, sigma=0.1)
+
+
+def _linear(make: _Maker, backend: str) -> Iterator[Sample]:
+    student_classes, teacher_classes, hidden = 13, 15, (6, 5)
+    both = DistillOptions(hard_weight=0.5, label_smoothing=0.1)
+    padded, one_row = LinearOptions(vocab_size=12), LinearOptions(vocab_size=13, memory_budget=1)
+    capped = LinearOptions(2.0, 3.0, 0.5, 4.0, vocab_size=13)
+
+    def tensors(
+        count: int, *, grads: tuple[bool, ...] = (True,) * DIFFERENTIABLE, layout: str = "dense", biased: bool = True,
+        dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32), given: bool = False,
+        extra: bool = False,
+    ) -> LinearTensors:  # fmt: skip
+        sides: list[Tensor | None] = []
+        for classes, width, dtype in zip((student_classes, teacher_classes), hidden, dtypes, strict=True):
+            sides.append(make.normal(count, width, dtype=dtype, layout=layout))
+            sides.append(make.normal(classes, width, dtype=dtype, layout=layout))
+            sides.append(make.normal(classes, dtype=dtype) if biased else None)
+        if given:
+            sides[3:] = [make.normal(count, teacher_classes, dtype=dtypes[1], layout=layout), None, None]
+        made: list[Any] = [x if x is None else x.requires_grad_(g) for x, g in zip(sides, grads, strict=True)]
+        made.append(make.integers(5, count))
+        if extra:
+            ids = torch.arange(teacher_classes, device=made[0].device) - 2
+            made += [make.uniform(count), ids.clamp_min(-1), ids[2:] != 5]
+        return LinearTensors(*made)
+
+    def call(
+        t: LinearTensors, heads: LinearOptions = padded, options: DistillOptions = both, stats: bool = False,
+        divide_by: tuple[Tensor | None, float | None] = (None, None),
+    ) -> Sample:  # fmt: skip
+        args = (*t, *divide_by, *linear.packed_heads(heads), *distill.packed(options), stats, backend)
+        return linear.linear_distillation_loss, args, {}
+
+    some = [tuple(i in wanted for i in range(DIFFERENTIABLE)) for wanted in ((), (0,), (3,), (0, 1), (1, 2, 4, 5))]
+    for count, grads in itertools.product((0, 4), [*some, (True,) * DIFFERENTIABLE]):
+        yield call(tensors(count, grads=grads), stats=True)
+    for heads in (one_row, capped):
+        yield call(tensors(4), heads, DistillOptions(reduction="none", hard_weight=1.0), stats=True)
+    for layout in ("sliced", "transposed", "every-other"):
+        yield call(tensors(4, layout=layout))
+    halves = (torch.float16, torch.float16)
+    for dtypes in (halves, (torch.bfloat16, torch.float32), (torch.float64, torch.bfloat16)):
+        yield call(tensors(4, dtypes=dtypes, biased=False), one_row)
+    yield call(tensors(4, extra=True), LinearOptions(), DistillOptions(hard_weight=1.0, reduction="sum"))
+    without = (True,) * 4 + (False,) * 2
+    yield call(tensors(4, given=True, grads=without))
+    yield call(tensors(4, given=True, grads=without, extra=True), LinearOptions())
+    for divide_by in ((make.uniform(1).reshape(()), None), (None, 7.0)):
+        yield call(tensors(4), divide_by=divide_by)
+    for wanted in [*some, (True,) * DIFFERENTIABLE]:
+        t = tensors(4, grads=(False,) * DIFFERENTIABLE)
+        options = (*linear.packed_heads(padded), *distill.packed(both))
+        yield linear._linear_distill_forward, (*t, None, None, *options, False, backend, *wanted), {}
+        yield linear._linear_distill_backward, (*t, None, 5.0, make.uniform(4), *options, backend, *wanted), {}

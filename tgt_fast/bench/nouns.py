@@ -7,11 +7,12 @@ from typing import Final
 
 import torch
 
-from tgt_fast.bench import distill, explore, latent
+from tgt_fast.bench import distill, explore, latent, linear
 from tgt_fast.bench.case import Case
 
 NOUNS: Final[dict[str, Callable[[torch.device, bool], list[Case]]]] = {
     "distill": distill.cases,
     "latent": latent.cases,
     "explore": explore.cases,
+    "linear": linear.cases,
 }

@@ -62,6 +62,47 @@ class DistillStats(NamedTuple):
         return cls(student_entropy, teacher_entropy, kl, agreement != 0, student_lse, teacher_lse)
 
 
+@dataclass(frozen=True)
+class LinearOptions:
+    """How logits come from hidden states, and which of them count, validated by ``tgt_fast.ops.linear``.
+
+    A side's logits are ``scale * (hidden @ weight.T + bias)``, then ``softcap * tanh(logits / softcap)``.
+    """
+
+    student_scale: float = 1.0
+    student_softcap: float | None = None
+    teacher_scale: float = 1.0
+    teacher_softcap: float | None = None
+    vocab_size: int | None = None  # the classes from it on are padding
+    memory_budget: int | None = None  # bytes of a chunk's logits
+
+
+class LinearTensors(NamedTuple):
+    """The tensors of a loss from hidden states. A teacher without a weight gives its logits themselves."""
+
+    student_hidden: Tensor  # [N, Hs]
+    student_weight: Tensor  # [Cs, Hs]
+    student_bias: Tensor | None  # [Cs]
+    teacher: Tensor  # [N, Ht], or [N, Ct] logits
+    teacher_weight: Tensor | None  # [Ct, Ht]
+    teacher_bias: Tensor | None  # [Ct]
+    target: Tensor | None = None  # [N] int64
+    sample_weight: Tensor | None = None  # [N]
+    vocab_map: Tensor | None = None  # [Ct] the student's class of each of the teacher's, -1 for none
+    vocab_mask: Tensor | None = None  # [Cs] bool, False: the class does not exist
+
+
+DIFFERENTIABLE: Final = 6  # of the LinearTensors, the first
+
+
+class LinearForward(NamedTuple):
+    """What one pass over the rows of a loss from hidden states returns."""
+
+    loss: Tensor  # 0-d, or [N]
+    grads: tuple[Tensor | None, ...]  # of the first six of LinearTensors, for an upstream gradient of 1
+    stats: Tensor | None  # [6, N]
+
+
 class Forward(NamedTuple):
     """What one pass of a distill kernel over the logits returns."""
 

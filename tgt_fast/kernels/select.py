@@ -21,7 +21,7 @@ from torch import Tensor
 from tgt_fast.errors import ArgumentError, BackendError
 from tgt_fast.kernels import native, reference, triton
 
-OPS: Final = ("distill", "latent")
+OPS: Final = ("distill", "latent", "linear")
 BACKENDS: Final[dict[str, ModuleType]] = {"native": native, "triton": triton, "reference": reference}
 DEFAULT_VARIABLE: Final = "TGT_FAST_BACKEND"
 
@@ -49,24 +49,24 @@ class Verdict:
     reason: str
 
 
-def _resolve(requested: str) -> str:
+def requested(backend: str) -> str:
     """The name asked for, where ``"auto"`` gives way to the environment's default, read at call time."""
     asked = "backend"
-    if requested == "auto":
-        asked, requested = f"the environment variable {DEFAULT_VARIABLE}", os.environ.get(DEFAULT_VARIABLE, "auto")
-    if requested != "auto" and requested not in BACKENDS:
-        raise ArgumentError(f"{asked} must be 'auto' or one of {sorted(BACKENDS)}, got {requested!r}")
-    return requested
+    if backend == "auto":
+        asked, backend = f"the environment variable {DEFAULT_VARIABLE}", os.environ.get(DEFAULT_VARIABLE, "auto")
+    if backend != "auto" and backend not in BACKENDS:
+        raise ArgumentError(f"{asked} must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
+    return backend
 
 
-def choose(op: str, requested: str, tensors: Sequence[Tensor]) -> str:
+def choose(op: str, backend: str, tensors: Sequence[Tensor]) -> str:
     """The name of the backend that runs ``op`` on ``tensors``.
 
     Raises:
         ArgumentError: an unknown backend name.
         BackendError: the backend asked for by name cannot run this call.
     """
-    name = _resolve(requested)
+    name = requested(backend)
     if name != "auto":
         reason = BACKENDS[name].refusal(op, tensors)
         if reason is not None:
@@ -86,7 +86,7 @@ def kernel(op: str, backend: str) -> Any:
 
 
 def explain(op: str, *tensors: Tensor) -> list[Verdict]:
-    """Which backend ``backend="auto"`` takes for ``op`` ("distill" or "latent") on ``tensors``, and why not the others.
+    """Which backend ``backend="auto"`` takes for ``op`` ("distill", ...) on ``tensors``, and why not the others.
 
     >>> import torch, tgt_fast as tgt
     >>> [row.backend for row in tgt.explain("distill", torch.zeros(2, 3)) if row.chosen]
@@ -96,7 +96,7 @@ def explain(op: str, *tensors: Tensor) -> list[Verdict]:
         raise ArgumentError(f"op must be one of {OPS}, got {op!r}")
     if not tensors:
         tensors = (torch.empty(0),)
-    default = _resolve("auto")
+    default = requested("auto")
     rows: list[Verdict] = []
     taken = False
     order = ORDER.get(tensors[0].device.type, ("reference",))

@@ -18,7 +18,7 @@ _SMALL, _LARGE = 1e-30, 1e30  # of a temperature: its inverse is a finite float3
 
 
 def make_options(*values: Any) -> DistillOptions:
-    """The validated options of one loss, in the order of the fields."""
+    """The validated options of one loss, in the order of the fields; after them the op's name, if it is another."""
     if torch.compiler.is_compiling():  # a compiler looks through a cache, and warns of it
         return _checked_options(*values)
     try:
@@ -38,28 +38,29 @@ def _checked_options(
     ignore_index: int,
     unlabeled_index: int,
     reduction: str,
+    op: str = OP,
 ) -> DistillOptions:
-    _checks.choice(OP, "divergence", divergence, DIVERGENCES)
-    beta = _checks.number(OP, "beta", beta, 0, 1)
+    _checks.choice(op, "divergence", divergence, DIVERGENCES)
+    beta = _checks.number(op, "beta", beta, 0, 1)
     if divergence == "jsd" and not 0 < beta < 1:
         raise ArgumentError(
-            f"{OP}: jsd needs 0 < beta < 1, got {beta!r}: it tends to 0 at both ends; "
+            f"{op}: jsd needs 0 < beta < 1, got {beta!r}: it tends to 0 at both ends; "
             "the limits of jsd / beta and jsd / (1 - beta) are divergence='forward_kl' and 'reverse_kl'"
         )
-    temperature = _checks.number(OP, "temperature", temperature, _SMALL, _LARGE)
+    temperature = _checks.number(op, "temperature", temperature, _SMALL, _LARGE)
     if teacher_temperature is None:
         teacher_temperature = temperature
     return DistillOptions(
         divergence=divergence,
         beta=beta,
         temperature=temperature,
-        teacher_temperature=_checks.number(OP, "teacher_temperature", teacher_temperature, _SMALL, _LARGE),
-        soft_weight=_checks.number(OP, "soft_weight", soft_weight, 0, _LARGE),
-        hard_weight=_checks.number(OP, "hard_weight", hard_weight, 0, _LARGE),
-        label_smoothing=_checks.number(OP, "label_smoothing", label_smoothing, 0, 1),
-        ignore_index=_checks.integer(OP, "ignore_index", ignore_index, -(2**63), 2**63),
-        unlabeled_index=_checks.integer(OP, "unlabeled_index", unlabeled_index, -(2**63), 2**63),
-        reduction=_checks.choice(OP, "reduction", reduction, REDUCTIONS),
+        teacher_temperature=_checks.number(op, "teacher_temperature", teacher_temperature, _SMALL, _LARGE),
+        soft_weight=_checks.number(op, "soft_weight", soft_weight, 0, _LARGE),
+        hard_weight=_checks.number(op, "hard_weight", hard_weight, 0, _LARGE),
+        label_smoothing=_checks.number(op, "label_smoothing", label_smoothing, 0, 1),
+        ignore_index=_checks.integer(op, "ignore_index", ignore_index, -(2**63), 2**63),
+        unlabeled_index=_checks.integer(op, "unlabeled_index", unlabeled_index, -(2**63), 2**63),
+        reduction=_checks.choice(op, "reduction", reduction, REDUCTIONS),
     )
 
 
@@ -81,8 +82,8 @@ def check_tensors(
         if student.dim() and teacher.dim() and student.shape[-1] != teacher.shape[-1]:
             raise ShapeError(
                 f"{OP}: student_logits have {student.shape[-1]} classes, teacher_logits {teacher.shape[-1]}; "
-                "select or map the classes that both share, or pad the narrower side with logits of -inf "
-                "(a class of probability 0), never with 0"
+                "tgt_fast.align_logits selects (vocab_size=) or maps (vocab_map=) the classes that both share; a class "
+                "that one side lacks is a logit of -inf (probability 0), never of 0"
             )
         raise ShapeError(
             f"{OP}: student_logits {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)} differ"
@@ -90,35 +91,43 @@ def check_tensors(
     if student.dim() == 0 or student.shape[-1] == 0:
         raise ShapeError(f"{OP}: logits must be (..., C) with C >= 1, got {tuple(student.shape)}")
     _checks.same_device(OP, "student_logits", student, "teacher_logits", teacher)
+    check_rows(OP, "student_logits", student, target, sample_weight, normalizer, options)
+
+
+def check_rows(
+    op: str, name: str, student: Tensor, target: Tensor | None, sample_weight: Tensor | None,
+    normalizer: float | Tensor | None, options: DistillOptions,
+) -> None:  # fmt: skip
+    """What comes a number a row, and the divisor; ``student`` is (rows..., whatever)."""
     # Two plain conditions: compared with each other, a compiler would have to solve for hard_weight.
     if target is None and options.hard_weight > 0:
-        raise ArgumentError(f"{OP}: hard_weight is {options.hard_weight:g} but target is missing")
+        raise ArgumentError(f"{op}: hard_weight is {options.hard_weight:g} but target is missing")
     if target is not None and options.hard_weight == 0:
-        raise ArgumentError(f"{OP}: hard_weight is 0 but target is given; pass a target exactly when hard_weight > 0")
-    for name, tensor in (("target", target), ("sample_weight", sample_weight)):
+        raise ArgumentError(f"{op}: hard_weight is 0 but target is given; pass a target exactly when hard_weight > 0")
+    for label, tensor in (("target", target), ("sample_weight", sample_weight)):
         if tensor is None:
             continue
-        _checks.real(OP, name, tensor)
+        _checks.real(op, label, tensor)
         if tensor.shape != student.shape[:-1]:
             found, wanted = tuple(tensor.shape), tuple(student.shape[:-1])
-            raise ShapeError(f"{OP}: {name} {found} does not match the logits' rows {wanted}")
-        _checks.same_device(OP, name, tensor, "student_logits", student)
+            raise ShapeError(f"{op}: {label} {found} does not match the logits' rows {wanted}")
+        _checks.same_device(op, label, tensor, name, student)
     if target is not None and (target.is_floating_point() or target.dtype == torch.bool):
-        raise DTypeError(f"{OP}: target must hold integer class indices, got {target.dtype}")
+        raise DTypeError(f"{op}: target must hold integer class indices, got {target.dtype}")
     if normalizer is not None:
         if options.reduction != "mean":
             raise ArgumentError(
-                f"{OP}: normalizer replaces the divisor of 'mean', but reduction is {options.reduction!r}"
+                f"{op}: normalizer replaces the divisor of 'mean', but reduction is {options.reduction!r}"
             )
         if isinstance(normalizer, Tensor):
             if normalizer.dim() != 0:
                 raise ShapeError(
-                    f"{OP}: normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}"
+                    f"{op}: normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}"
                 )
-            _checks.same_device(OP, "normalizer", normalizer, "student_logits", student)
-            _checks.finite_from(OP, "normalizer", _checks.real(OP, "normalizer", normalizer), 0)
+            _checks.same_device(op, "normalizer", normalizer, name, student)
+            _checks.finite_from(op, "normalizer", _checks.real(op, "normalizer", normalizer), 0)
         else:
-            _checks.number(OP, "normalizer", normalizer, 0, _LARGE)
+            _checks.number(op, "normalizer", normalizer, 0, _LARGE)
 
 
 def check_inplace(student_logits: Tensor, rows: Tensor) -> None:
@@ -135,15 +144,20 @@ def check_inplace(student_logits: Tensor, rows: Tensor) -> None:
 
 def check_values(student: Tensor, target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions) -> None:
     """What the compiled core checks while it runs, for the reference on a CPU."""
+    check_row_values(OP, student.shape[1], target, sample_weight, options)
+
+
+def check_row_values(
+    op: str, classes: int, target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions
+) -> None:
     if sample_weight is not None and not bool(((sample_weight >= 0) & sample_weight.isfinite()).all()):
         row = int((~((sample_weight >= 0) & sample_weight.isfinite())).nonzero()[0])
-        raise ArgumentError(bad_weight(row, float(sample_weight[row])))
+        raise ArgumentError(bad_weight(row, float(sample_weight[row]), op))
     if target is not None:
-        classes = student.shape[1]
         fine = (target >= 0) & (target < classes)
         fine |= (target == options.ignore_index) | (target == options.unlabeled_index)
         if sample_weight is not None:
             fine |= sample_weight == 0
         if not bool(fine.all()):
             row = int((~fine).nonzero()[0])
-            raise ArgumentError(bad_target(row, int(target[row]), classes, options))
+            raise ArgumentError(bad_target(row, int(target[row]), classes, options, op))

@@ -53,6 +53,11 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
         return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
+def without_autocast() -> Any:
+    """A context in which PyTorch's own ops keep their arguments' precision too."""
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)
+
+
 def define(
     schema: str,
     kernel: Callable[..., Any],
@@ -81,8 +86,8 @@ def define(
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 
-    def without_autocast(*arguments: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+    def under_autocast(*arguments: Any) -> Any:
+        with without_autocast():
             return op(*arguments)
 
     def under_vmap(*_: Any) -> Any:
@@ -91,6 +96,6 @@ def define(
     LIBRARY.impl(name, autograd or without_graph, "Autograd")
     torch.library.register_vmap(f"tgt_fast::{name}", under_vmap, lib=LIBRARY)
     for key in ("AutocastCPU", "AutocastCUDA"):
-        LIBRARY.impl(name, without_autocast, key)
+        LIBRARY.impl(name, under_autocast, key)
     NAMES.append(name)
     return op

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,13 +19,13 @@ from tgt_fast.kernels.native.distill_calls import (
 from tgt_fast.kernels.options import DistillOptions, Forward
 
 
-def bad_weight(row: int, value: float) -> str:
-    return f"distillation_loss: sample_weight[{row}] = {value} must be finite and >= 0"
+def bad_weight(row: int, value: float, op: str = "distillation_loss") -> str:
+    return f"{op}: sample_weight[{row}] = {value} must be finite and >= 0"
 
 
-def bad_target(row: int, value: int, classes: int, options: DistillOptions) -> str:
+def bad_target(row: int, value: int, classes: int, options: DistillOptions, op: str = "distillation_loss") -> str:
     return (
-        f"distillation_loss: target[{row}] = {value} is not in [0, {classes}), "
+        f"{op}: target[{row}] = {value} is not in [0, {classes}), "
         f"nor ignore_index ({options.ignore_index}), nor unlabeled_index ({options.unlabeled_index})"
     )
 
@@ -30,12 +33,16 @@ def bad_target(row: int, value: int, classes: int, options: DistillOptions) -> s
 _LARGE = 1 << 20  # bytes: below it the allocator of the C library keeps freed memory by itself
 
 
-def _gradient_like(logits: Tensor) -> Tensor:
-    """[N, C] for a gradient, contiguous. A large one lies in memory that the core uses again from call to call."""
-    bytes_needed = logits.numel() * logits.element_size()
+def workspace(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory on a CPU, contiguous. A large piece of it the core uses again from call to call."""
+    bytes_needed = math.prod(shape) * dtype.itemsize
     if bytes_needed < _LARGE:
-        return torch.empty(logits.shape, dtype=logits.dtype)
-    return torch.frombuffer(core().Buffer(bytes_needed), dtype=logits.dtype).view(logits.shape)
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(core().Buffer(bytes_needed), dtype=dtype).view(shape)
+
+
+def _gradient_like(logits: Tensor) -> Tensor:  # [N, C]
+    return workspace(logits.shape, logits.dtype)
 
 
 def empty_state(student: Tensor, teacher: Tensor) -> Tensor:

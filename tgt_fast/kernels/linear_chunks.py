@@ -1,0 +1,224 @@
+"""The distillation loss from hidden states, a chunk of rows at a time: no N x C logits, whatever N.
+
+A chunk's logits are made by PyTorch's matrix product, its row losses and the gradients of its logits by the distill
+kernel of a backend (in place, where the logits are not needed any more), the gradients of hidden states and heads by
+products again. The kernel is a module of the form of ``kernels.native.distill``: what it takes for a teacher's chunk is
+what the teacher's side gives, so that a side of another kind comes with a kernel of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tgt_fast.kernels.linear_heads import Given, Head, Mapped
+from tgt_fast.kernels.options import (
+    DIFFERENTIABLE,
+    DistillOptions,
+    Forward,
+    LinearForward,
+    LinearOptions,
+    LinearTensors,
+)
+from tgt_fast.kernels.reference.linear import result_dtype, row_weights, vocabulary_of
+from tgt_fast.kernels.vocabulary import Vocabulary
+
+CPU_BUDGET: Final = 64 << 20  # bytes
+DEVICE_BUDGET: Final = 2 << 30
+
+# The next chunk's product beside this chunk's row kernel, on a second stream. Not yet run on a GPU, so it is off.
+OVERLAP = False
+
+
+def overlaps(device: torch.device) -> bool:
+    return OVERLAP and device.type == "cuda"
+
+
+def forward(
+    kernel: Any,
+    tensors: LinearTensors,
+    normalizer: float | Tensor | None,
+    heads: LinearOptions,
+    options: DistillOptions,
+    *,
+    wanted: tuple[bool, ...] = (False,) * DIFFERENTIABLE,  # gradients to the first of the tensors
+    want_stats: bool = False,
+    upstream: Tensor | None = None,  # 0-d, or [N]; None: 1
+) -> LinearForward:
+    """Row losses, their reduction and the wanted gradients."""
+    vocabulary = vocabulary_of(tensors, heads)
+    target, weight = vocabulary.without_missing(tensors.target, options.ignore_index), tensors.sample_weight
+    weights = row_weights(tensors, target, vocabulary.classes, normalizer, options)
+    divisor = normalizer
+    if options.reduction == "mean" and normalizer is None:  # that of all rows, not of a chunk's
+        divisor = float(tensors.student_hidden.shape[0]) if weights is None else weights.sum()
+    job = _Job(tensors, vocabulary, None if weights is None else weights != 0, heads, kernel, wanted)
+    if upstream is not None:
+        upstream = upstream.detach().to(job.dtype).expand(tensors.student_hidden.shape[0])[:, None]
+    if job.narrow:
+        coefficient = weights
+        if coefficient is None:
+            coefficient = torch.ones((), device=job.device).expand(tensors.student_hidden.shape[0])
+        coefficient = coefficient if divisor is None else coefficient / divisor
+        job.expect(coefficient if upstream is None else coefficient * upstream[:, 0], options)
+    parts: list[Forward] = []
+    for chunk in job.chunks():
+        made = kernel.forward(
+            chunk.student, chunk.teacher, None if target is None else target[chunk.at],
+            None if weight is None else weight[chunk.at], divisor, options,
+            wanted=job.wanted_logits, inplace=job.inplace, want_stats=want_stats,
+        )  # fmt: skip
+        for grad in (made.d_student, made.d_teacher):
+            if grad is not None and upstream is not None:
+                grad.mul_(upstream[chunk.at])
+        job.give_back(chunk, made.d_student, made.d_teacher)
+        parts.append(Forward(made.loss, None, None, None, made.stats))
+    losses = [part.loss for part in parts]
+    loss = torch.cat(losses) if options.reduction == "none" else torch.stack(losses).sum(dtype=torch.float64)
+    stats = torch.cat([part.stats for part in parts if part.stats is not None], dim=1) if want_stats else None
+    return LinearForward(loss.to(job.dtype), job.grads(), stats)
+
+
+def backward(
+    kernel: Any,
+    tensors: LinearTensors,
+    normalizer: float | Tensor | None,
+    d_loss: Tensor,  # 0-d, or [N]
+    heads: LinearOptions,
+    options: DistillOptions,
+    *,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients anew, with the upstream gradient applied to those of the logits, before any rounding."""
+    return forward(kernel, tensors, normalizer, heads, options, wanted=wanted, upstream=d_loss).grads
+
+
+class _Chunk(NamedTuple):
+    at: slice
+    slot: int
+    student: Tensor  # [rows, C] our own memory
+    teacher: Tensor  # [rows, C]
+
+
+class _Job:
+    """Both sides of a call, its chunks, and the gradients it gathers."""
+
+    def __init__(
+        self, t: LinearTensors, vocabulary: Vocabulary, counted: Tensor | None, heads: LinearOptions, kernel: Any,
+        wanted: tuple[bool, ...],
+    ) -> None:  # fmt: skip
+        self.device = t.student_hidden.device
+        self.dtype = result_dtype(t)
+        self._count = t.student_hidden.shape[0]
+        self._workspace = getattr(kernel, "workspace", None)
+        self._classes, self._missing = vocabulary.classes, vocabulary.missing
+        self._student = Head(
+            t.student_hidden, t.student_weight, t.student_bias, heads.student_scale, heads.student_softcap,
+            vocabulary.classes, counted, self.dtype, wanted[:3], self._empty,
+        )  # fmt: skip
+        self._teacher: Head | Given | Mapped
+        if t.teacher_weight is None:
+            self._teacher = Given(t.teacher, vocabulary.teacher_classes, wanted[3])
+        else:
+            self._teacher = Head(
+                t.teacher, t.teacher_weight, t.teacher_bias, heads.teacher_scale, heads.teacher_softcap,
+                vocabulary.teacher_classes, counted, self.dtype, wanted[3:], self._empty,
+            )  # fmt: skip
+        self._own_teacher = t.teacher_weight is not None or vocabulary.source is not None
+        if vocabulary.source is not None and vocabulary.back is not None and vocabulary.unused is not None:
+            self._teacher = Mapped(self._teacher, vocabulary.source, vocabulary.back, vocabulary.unused)
+        self.wanted_logits = (self._student.wanted, self._teacher.wanted)
+        # A softcap's derivative is made from the logits, so the gradient goes elsewhere.
+        self.inplace = self._student.wanted and self._student.softcap is None
+        default = CPU_BUDGET if self.device.type == "cpu" else DEVICE_BUDGET
+        self._budget = default if heads.memory_budget is None else heads.memory_budget
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        made: Tensor
+        if self._workspace is not None and self.device.type == "cpu":
+            made = self._workspace(shape, dtype)
+        else:
+            made = torch.empty(shape, dtype=dtype, device=self.device)
+        return made
+
+    def chunks(self) -> Iterator[_Chunk]:
+        """The chunks in order, of equal length but for the last; a chunk's memory is the next one's."""
+        width = self.dtype.itemsize
+        beside = width * self._classes * self._teacher.wanted  # the kernel's gradient of the teacher's logits
+        a_row = self._student.bytes_a_row(width) + self._teacher.bytes_a_row(width) + beside
+        slots = 2 if overlaps(self.device) else 1
+        most = max(1, self._budget // (a_row * slots))
+        pieces = max(1, -(-self._count // most))  # also of no rows at all
+        rows = max(1, -(-self._count // pieces))
+        slots = min(slots, pieces)
+        self._student.allocate(rows, slots, self._empty)
+        self._teacher.allocate(rows, slots, self._empty)
+        ats = [slice(start, min(start + rows, self._count)) for start in range(0, max(1, self._count), rows)]
+        if slots == 1:
+            for at in ats:
+                yield self._chunk(at, 0)
+        else:
+            yield from self._overlapped(ats)
+
+    def _chunk(self, at: slice, slot: int) -> _Chunk:
+        student, teacher = self._student.logits(at, slot), self._teacher.logits(at, slot)
+        if self._missing is not None:
+            student.masked_fill_(self._missing, -math.inf)
+            fill = teacher.masked_fill_ if self._own_teacher else teacher.masked_fill
+            teacher = fill(self._missing, -math.inf)
+        return _Chunk(at, slot, student, teacher)
+
+    def _overlapped(self, ats: list[slice]) -> Iterator[_Chunk]:
+        """The next chunk is made on a second stream while its reader works on this one.
+
+        Fork and join by events alone, which a graph capture records too. Since the call's own stream waits for the
+        second one at the end, memory that the call frees is not used again before the second stream is done with it.
+        """
+        main, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        made, read = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))  # type: ignore[no-untyped-call]
+
+        def make(number: int) -> _Chunk:
+            slot = number % 2
+            if number >= 2:
+                side.wait_event(read[slot])
+            with torch.cuda.stream(side):
+                chunk = self._chunk(ats[number], slot)
+            made[slot].record(side)
+            return chunk
+
+        side.wait_stream(main)
+        try:
+            coming = make(0)
+            for number in range(len(ats)):
+                chunk = coming
+                if number + 1 < len(ats):
+                    coming = make(number + 1)
+                main.wait_event(made[chunk.slot])
+                chunk.teacher.record_stream(main)  # it may be memory of the second stream
+                yield chunk
+                read[chunk.slot].record(main)
+        finally:
+            main.wait_stream(side)
+
+    @property
+    def narrow(self) -> bool:
+        return self._student.narrow or self._teacher.narrow
+
+    def expect(self, coefficient: Tensor, options: DistillOptions) -> None:
+        """Each row's weight in the result, before the first chunk: with it, how large its gradients can be."""
+        squared = 1.0 if options.divergence == "mse" else options.temperature**2
+        soft = options.soft_weight * squared
+        self._student.expect(coefficient, soft / options.temperature + options.hard_weight)
+        self._teacher.expect(coefficient, soft / options.teacher_temperature)
+
+    def give_back(self, chunk: _Chunk, d_student: Tensor | None, d_teacher: Tensor | None) -> None:
+        for side, grad in ((self._student, d_student), (self._teacher, d_teacher)):
+            if grad is not None:
+                side.give_back(chunk.at, chunk.slot, grad, self._missing)
+
+    def grads(self) -> tuple[Tensor | None, ...]:
+        return (*self._student.grads(), *self._teacher.grads())

@@ -1,0 +1,118 @@
+"""What the loss from hidden states accepts: its heads, its tensors, and, on a CPU, their values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
+from tgt_fast.kernels.options import DistillOptions, LinearOptions, LinearTensors
+from tgt_fast.kernels.reference.linear import vocabulary_of
+from tgt_fast.ops import _checks
+from tgt_fast.ops._distill_arguments import check_row_values, check_rows
+from tgt_fast.ops.vocabulary import check_labels_exist, check_vocabulary, check_vocabulary_values
+
+OP = "linear_distillation_loss"
+_LARGE = 1e30
+
+
+def make_heads(
+    student_scale: float, student_softcap: float | None, teacher_scale: float, teacher_softcap: float | None,
+    vocab_size: int | None, memory_budget: int | None,
+) -> LinearOptions:  # fmt: skip
+    def positive(name: str, value: float) -> float:
+        return _checks.number(OP, name, value, 0, _LARGE, open_low=True)
+
+    return LinearOptions(
+        student_scale=positive("student_scale", student_scale),
+        student_softcap=None if student_softcap is None else positive("student_softcap", student_softcap),
+        teacher_scale=positive("teacher_scale", teacher_scale),
+        teacher_softcap=None if teacher_softcap is None else positive("teacher_softcap", teacher_softcap),
+        vocab_size=None if vocab_size is None else _checks.integer(OP, "vocab_size", vocab_size, 1, 2**62),
+        memory_budget=None if memory_budget is None else _checks.integer(OP, "memory_budget", memory_budget, 1, 2**62),
+    )
+
+
+def check_teacher(
+    teacher_hidden: Tensor | None, teacher_weight: Tensor | None, teacher_bias: Tensor | None,
+    teacher_logits: Tensor | None, heads: LinearOptions,
+) -> None:  # fmt: skip
+    """That the teacher is given in one of the two ways."""
+    if teacher_logits is None:
+        if teacher_hidden is None or teacher_weight is None:
+            given = "only one of them" if (teacher_hidden is None) != (teacher_weight is None) else "neither"
+            raise ArgumentError(f"{OP}: pass teacher_hidden and teacher_weight, or teacher_logits; got {given}")
+        return
+    extra = [
+        name
+        for name, given in (
+            ("teacher_hidden", teacher_hidden is not None),
+            ("teacher_weight", teacher_weight is not None),
+            ("teacher_bias", teacher_bias is not None),
+            (f"teacher_scale={heads.teacher_scale:g}", heads.teacher_scale != 1.0),
+            ("teacher_softcap", heads.teacher_softcap is not None),
+        )
+        if given
+    ]
+    if extra:
+        raise ArgumentError(f"{OP}: teacher_logits are taken as they are, but {', '.join(extra)} is given too")
+
+
+def check_tensors(
+    t: LinearTensors, normalizer: float | Tensor | None, heads: LinearOptions, options: DistillOptions
+) -> None:
+    """``t`` as the caller gave it: hidden states (..., H), targets and weights (...)."""
+    linear = t.teacher_weight is not None
+    teacher_name = "teacher_hidden" if linear else "teacher_logits"
+    named = (
+        ("student_hidden", t.student_hidden),
+        ("student_weight", t.student_weight),
+        ("student_bias", t.student_bias),
+        (teacher_name, t.teacher),
+        ("teacher_weight", t.teacher_weight),
+        ("teacher_bias", t.teacher_bias),
+    )
+    for name, tensor in named:
+        if tensor is None:
+            continue
+        _checks.floating(OP, name, tensor)
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else tensor.layout
+            raise DTypeError(f"{OP}: {name} must be a dense tensor, got a {kind} one")
+        _checks.same_device(OP, name, tensor, "student_hidden", t.student_hidden)
+    _check_head("student", t.student_hidden, t.student_weight, t.student_bias)
+    teacher_classes = t.teacher.shape[-1] if t.teacher.dim() else 0
+    if t.teacher_weight is not None:
+        _check_head("teacher", t.teacher, t.teacher_weight, t.teacher_bias)
+        teacher_classes = t.teacher_weight.shape[0]
+    if t.teacher.dim() == 0 or t.student_hidden.shape[:-1] != t.teacher.shape[:-1]:
+        raise ShapeError(
+            f"{OP}: student_hidden {tuple(t.student_hidden.shape)} and {teacher_name} {tuple(t.teacher.shape)} differ "
+            "in their rows"
+        )
+    names = "student_weight", "teacher_weight" if linear else "teacher_logits"
+    counts = t.student_weight.shape[0], teacher_classes
+    check_vocabulary(OP, names, counts, t.student_hidden, heads.vocab_size, t.vocab_map, t.vocab_mask)
+    check_rows(OP, "student_hidden", t.student_hidden, t.target, t.sample_weight, normalizer, options)
+
+
+def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or weight.shape[1] == 0:
+        raise ShapeError(
+            f"{OP}: {side}_hidden {tuple(hidden.shape)} and {side}_weight {tuple(weight.shape)} must be (..., H) and "
+            "(C, H) with H >= 1"
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ShapeError(f"{OP}: {side}_bias {tuple(bias.shape)} must be ({weight.shape[0]},), one a class")
+
+
+def check_values(t: LinearTensors, heads: LinearOptions, options: DistillOptions) -> None:
+    """What needs the data, on a CPU, before anything runs."""
+    if not _checks.on_plain_cpu(t.student_hidden):
+        return
+    student_classes = t.student_weight.shape[0]
+    classes = student_classes if heads.vocab_size is None else heads.vocab_size
+    check_row_values(OP, classes, t.target, t.sample_weight, options)
+    check_vocabulary_values(OP, student_classes, t.vocab_map, t.student_hidden)
+    if t.target is not None and (t.vocab_map is not None or t.vocab_mask is not None):
+        check_labels_exist(OP, t.target, vocabulary_of(t, heads).missing, t.student_hidden, options)

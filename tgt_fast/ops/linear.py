@@ -1,0 +1,297 @@
+"""The soft-label loss from hidden states and heads: arguments, autograd, choice of backend."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from tgt_fast.kernels import select
+from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, DistillStats, LinearOptions, LinearTensors
+from tgt_fast.kernels.reference import linear as reference_linear
+from tgt_fast.ops._distill_arguments import make_options
+from tgt_fast.ops._distill_library import packed
+from tgt_fast.ops._linear_arguments import OP, check_teacher, check_tensors, check_values, make_heads
+from tgt_fast.ops._linear_autograd import Call, Linear
+from tgt_fast.ops._linear_library import Direct, packed_heads
+from tgt_fast.ops._linear_library import linear_distillation_loss as linear_distillation_loss_op
+from tgt_fast.ops.library import seen_by_dispatcher, without_autocast
+
+
+@overload
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None = ...,
+    teacher_weight: Tensor | None = ...,
+    target: Tensor | None = ...,
+    *,
+    student_bias: Tensor | None = ...,
+    teacher_bias: Tensor | None = ...,
+    teacher_logits: Tensor | None = ...,
+    student_scale: float = ...,
+    student_softcap: float | None = ...,
+    teacher_scale: float = ...,
+    teacher_softcap: float | None = ...,
+    vocab_size: int | None = ...,
+    vocab_map: Tensor | None = ...,
+    vocab_mask: Tensor | None = ...,
+    divergence: str = ...,
+    beta: float = ...,
+    temperature: float = ...,
+    teacher_temperature: float | None = ...,
+    soft_weight: float = ...,
+    hard_weight: float = ...,
+    label_smoothing: float = ...,
+    sample_weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    unlabeled_index: int = ...,
+    reduction: str = ...,
+    normalizer: float | Tensor | None = ...,
+    memory_budget: int | None = ...,
+    return_stats: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None = ...,
+    teacher_weight: Tensor | None = ...,
+    target: Tensor | None = ...,
+    *,
+    student_bias: Tensor | None = ...,
+    teacher_bias: Tensor | None = ...,
+    teacher_logits: Tensor | None = ...,
+    student_scale: float = ...,
+    student_softcap: float | None = ...,
+    teacher_scale: float = ...,
+    teacher_softcap: float | None = ...,
+    vocab_size: int | None = ...,
+    vocab_map: Tensor | None = ...,
+    vocab_mask: Tensor | None = ...,
+    divergence: str = ...,
+    beta: float = ...,
+    temperature: float = ...,
+    teacher_temperature: float | None = ...,
+    soft_weight: float = ...,
+    hard_weight: float = ...,
+    label_smoothing: float = ...,
+    sample_weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    unlabeled_index: int = ...,
+    reduction: str = ...,
+    normalizer: float | Tensor | None = ...,
+    memory_budget: int | None = ...,
+    return_stats: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, DistillStats]: ...
+@overload
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None = ...,
+    teacher_weight: Tensor | None = ...,
+    target: Tensor | None = ...,
+    *,
+    student_bias: Tensor | None = ...,
+    teacher_bias: Tensor | None = ...,
+    teacher_logits: Tensor | None = ...,
+    student_scale: float = ...,
+    student_softcap: float | None = ...,
+    teacher_scale: float = ...,
+    teacher_softcap: float | None = ...,
+    vocab_size: int | None = ...,
+    vocab_map: Tensor | None = ...,
+    vocab_mask: Tensor | None = ...,
+    divergence: str = ...,
+    beta: float = ...,
+    temperature: float = ...,
+    teacher_temperature: float | None = ...,
+    soft_weight: float = ...,
+    hard_weight: float = ...,
+    label_smoothing: float = ...,
+    sample_weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    unlabeled_index: int = ...,
+    reduction: str = ...,
+    normalizer: float | Tensor | None = ...,
+    memory_budget: int | None = ...,
+    return_stats: bool = ...,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, DistillStats]: ...
+def linear_distillation_loss(
+    student_hidden: Tensor,  # [..., Hs]
+    student_weight: Tensor,  # [Cs, Hs]
+    teacher_hidden: Tensor | None = None,  # [..., Ht]
+    teacher_weight: Tensor | None = None,  # [Ct, Ht]
+    target: Tensor | None = None,  # [...]
+    *,
+    student_bias: Tensor | None = None,  # [Cs]
+    teacher_bias: Tensor | None = None,  # [Ct]
+    teacher_logits: Tensor | None = None,  # [..., Ct]
+    student_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    vocab_size: int | None = None,
+    vocab_map: Tensor | None = None,  # [Ct]
+    vocab_mask: Tensor | None = None,  # [Cs]
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,  # [...]
+    ignore_index: int = -100,
+    unlabeled_index: int = -1,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    memory_budget: int | None = None,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, DistillStats]:
+    r"""The distillation loss of two linear heads, whose logits are never all in memory.
+
+    The same value and gradients as::
+
+        student = student_scale * (student_hidden @ student_weight.T + student_bias)
+        student = student_softcap * tanh(student / student_softcap)
+        teacher = (likewise, or teacher_logits)
+        distillation_loss(*align_logits(student, teacher, vocab_size=..., vocab_map=..., vocab_mask=...), target, ...)
+
+    but computed a chunk of rows at a time, in float32 from unrounded logits (float64 when an input is float64).
+
+    Args:
+        student_hidden: ``(..., Hs)``, float64, float32, bfloat16 or float16. Differentiable.
+        student_weight: ``(Cs, Hs)``, any of these dtypes. Differentiable. It may be ``teacher_weight`` itself.
+        teacher_hidden: ``(..., Ht)``. Differentiable: with frozen heads a gradient to it, or to ``student_hidden``,
+            costs no product for a weight.
+        teacher_weight: ``(Ct, Ht)``. Differentiable.
+        target: ``(...)`` student's class indices, needed exactly when ``hard_weight > 0``.
+        student_bias, teacher_bias: ``(Cs,)`` and ``(Ct,)``. Differentiable.
+        teacher_logits: ``(..., Ct)`` instead of ``teacher_hidden`` and ``teacher_weight``; taken as they are.
+            Differentiable.
+        student_scale, teacher_scale: factors of the logits, > 0.
+        student_softcap, teacher_softcap: bounds of the logits, > 0.
+        vocab_size: the first so many classes of both sides are the same, the others are padding: they get no
+            probability on either side. Needed when the numbers of classes differ and there is no ``vocab_map``.
+        vocab_map: ``(Ct,)`` integers, the student's class of each of the teacher's, -1 where it has none. A class that
+            one side lacks gets no probability on either side. Not together with ``vocab_size``.
+        vocab_mask: ``(Cs,)`` bool, False for classes to leave out besides.
+        divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing, sample_weight,
+            ignore_index, unlabeled_index, reduction, normalizer: see :func:`tgt_fast.distillation_loss`; the rows are
+            those of ``student_hidden``.
+        memory_budget: bytes of a chunk's logits and of what stands beside them; 64 MiB by default on a CPU, 2 GiB on a
+            device. One row at least. The result hardly depends on it: the sums over rows are rounded in another order.
+        return_stats: also return a :class:`DistillStats` from the same pass.
+        backend: whose row kernel runs on a chunk: ``"auto"`` or ``"native"``. ``"reference"`` is the formula above, in
+            float64, with all logits in memory.
+
+    Returns:
+        The loss, float32 (float64 when an input is float64): 0-d, or ``(...)`` for ``"none"``. With ``return_stats``
+        the pair of it and the statistics.
+
+    Gradients are made together with the loss, those that are asked for, and scaled in backward. In float16, and for
+    ``"none"`` with a gradient to a weight or bias, backward makes them, from logits computed again; so does a second
+    backward over the same graph. Sums over rows are kept in float32. Deterministic as far as PyTorch's matrix product
+    is. Second derivatives need ``backend="reference"``. Under autocast the arguments are taken in the precision they
+    come in. On a device (not yet run on a GPU) bfloat16 heads multiply in half precision with sums in float32: logits
+    unrounded, their gradients rounded to float16 in units of the row's weight. Other dtypes multiply in float32.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, ArgumentError: before anything runs, with the offending values.
+        BackendError: the backend asked for by name cannot run this call.
+
+    >>> import torch, tgt_fast as tgt
+    >>> hidden, weight = torch.ones(2, 3, requires_grad=True), torch.eye(4, 3, requires_grad=True)
+    >>> teacher_hidden, teacher_weight = torch.ones(2, 5), torch.eye(6, 5)
+    >>> loss = tgt.linear_distillation_loss(hidden, weight, teacher_hidden, teacher_weight, vocab_size=4)
+    >>> loss.backward()
+    >>> round(loss.item(), 4), weight.grad.shape
+    (0.078, torch.Size([4, 3]))
+    """
+    options = make_options(
+        divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing,
+        ignore_index, unlabeled_index, reduction, OP,
+    )  # fmt: skip
+    heads = make_heads(student_scale, student_softcap, teacher_scale, teacher_softcap, vocab_size, memory_budget)
+    check_teacher(teacher_hidden, teacher_weight, teacher_bias, teacher_logits, heads)
+    teacher = teacher_hidden if teacher_logits is None else teacher_logits
+    given = LinearTensors(
+        student_hidden, student_weight, student_bias, teacher, teacher_weight, teacher_bias, target,  # type: ignore[arg-type]
+        sample_weight, vocab_map, vocab_mask,
+    )  # fmt: skip
+    check_tensors(given, normalizer, heads, options)
+    shape = student_hidden.shape[:-1]
+    loss: Tensor
+    tensors = given._replace(
+        student_hidden=_rows(given.student_hidden),
+        teacher=_rows(given.teacher),
+        target=None if target is None else target.reshape(-1).to(torch.int64),
+        sample_weight=None if sample_weight is None else sample_weight.reshape(-1),
+    )
+    if backend != "reference" and seen_by_dispatcher(*tensors):
+        on_device, divisor = (normalizer, None) if isinstance(normalizer, Tensor) else (None, normalizer)
+        loss, rows = linear_distillation_loss_op(
+            *tensors, on_device, divisor, *packed_heads(heads), *packed(options), return_stats, backend
+        )
+        stats = DistillStats.from_rows(rows) if return_stats else None
+    else:
+        check_values(tensors, heads, options)
+        run = _run_reference if _all_at_once(tensors, backend) else _run_in_chunks
+        loss, stats = run(tensors, normalizer, heads, options, return_stats, backend)
+
+    if reduction == "none":
+        loss = loss.reshape(shape)
+    if stats is None:
+        return loss
+    return loss, DistillStats(*(value.reshape(shape) for value in stats))
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """(..., H) as (N, H)."""
+    return matrix if matrix.dim() == 2 else matrix.reshape(-1, matrix.shape[-1])
+
+
+def _chosen(tensors: LinearTensors, backend: str) -> str:
+    return select.choose("linear", backend, [x for x in tensors[:DIFFERENTIABLE] if x is not None])
+
+
+def _all_at_once(tensors: LinearTensors, backend: str) -> bool:
+    """Whether the formula itself runs: asked for by name, or for tensors that no compiled kernel takes.
+
+    A device without kernels of its own is served in chunks, too, by the reference's row losses.
+    """
+    if _chosen(tensors, backend) != "reference":
+        return False
+    plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors if x is not None)
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    transformed = torch._C._are_functorch_transforms_active() or forward_mode
+    return not (select.requested(backend) == "auto" and plain and not transformed)
+
+
+def _run_reference(
+    tensors: LinearTensors, normalizer: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
+    want_stats: bool, backend: str,
+) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
+    """Plain PyTorch, which anything can differentiate and transform."""
+    with without_autocast():
+        return reference_linear.linear_distillation_loss(tensors, normalizer, heads, options, want_stats)
+
+
+def _run_in_chunks(
+    tensors: LinearTensors, normalizer: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
+    want_stats: bool, backend: str,
+) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
+    """The direct door to the driver."""
+    kernel = Direct(_chosen(tensors, backend))
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:DIFFERENTIABLE]):
+        loss, rows = Linear.apply(normalizer, Call(heads, options, kernel, want_stats), *tensors)
+    else:
+        out = kernel.forward(tensors, normalizer, heads, options, want_stats=want_stats)
+        loss, rows = out.loss, out.stats
+    return loss, None if rows is None else DistillStats.from_rows(rows)
