@@ -12,8 +12,10 @@ from tgt_fast.kernels.native import release_buffers
 from tgt_fast.kernels.options import DistillStats
 from tgt_fast.kernels.select import backends, explain
 from tgt_fast.losses.distill import DistillationLoss
+from tgt_fast.ops._sparse_record import TeacherTopK
 from tgt_fast.ops.distill import distillation_loss
 from tgt_fast.ops.latent import ascend_latents, perturb_latents
+from tgt_fast.ops.sparse import topk_teacher
 from tgt_fast.teacher import Latents, Teacher
 from tgt_fast.train import TGTObjective, fit
 
@@ -27,6 +29,7 @@ __all__ = [
     "Synthetic",
     "TGTObjective",
     "Teacher",
+    "TeacherTopK",
     "__version__",
     "ascend_latents",
     "backends",
@@ -35,4 +38,5 @@ __all__ = [
     "fit",
     "perturb_latents",
     "release_buffers",
+    "topk_teacher",
 ]

@@ -9,6 +9,8 @@ from torch import Tensor
 
 DIVERGENCES: Final = ("forward_kl", "reverse_kl", "symmetric", "jsd", "tvd", "cross_entropy", "mse")
 REDUCTIONS: Final = ("mean", "sum", "none")
+SPARSE_DIVERGENCES: Final = ("forward_kl", "reverse_kl", "jsd", "cross_entropy")
+TAILS: Final = ("bucket", "renormalize", "uniform")
 STEP_NORMS: Final = ("l2", "linf", "raw")
 RADIUS_NORMS: Final = ("l2", "linf")
 
@@ -20,7 +22,8 @@ OP_GUMBEL: Final = 3
 OP_RESTART: Final = 4
 
 ROW_STATE: Final = 10  # numbers of float64 that a distill kernel keeps of a row (csrc/common/row_stats.h)
-ROW_COEFFICIENT: Final = 7  # the place among them of the row's weight in the reduced loss
+SPARSE_ROW_STATE: Final = 11  # the same of a sparse kernel (csrc/common/sparse.h)
+ROW_COEFFICIENT: Final = 7  # the place among either of the row's weight in the reduced loss
 
 MAX_SAMPLE_ID: Final = 1 << 48
 MAX_STEP: Final = 1 << 28
@@ -61,6 +64,15 @@ class DistillStats(NamedTuple):
         """The statistics from ``[6, N]``, a row a field."""
         student_entropy, teacher_entropy, kl, agreement, student_lse, teacher_lse = rows.unbind(0)
         return cls(student_entropy, teacher_entropy, kl, agreement != 0, student_lse, teacher_lse)
+
+
+class Listed(NamedTuple):
+    """What a teacher's record says, row by row, as the kernels take it. Entries of -inf are padding."""
+
+    ids: Tensor  # [N, k] int64
+    log_probs: Tensor  # [N, k] fp64 | fp32 | bf16 | fp16
+    tail_log_prob: Tensor | None  # [N] fp64 | fp32 | bf16 | fp16; none with "renormalize"
+    tail: str  # one of TAILS
 
 
 class Forward(NamedTuple):

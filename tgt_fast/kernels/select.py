@@ -21,7 +21,7 @@ from torch import Tensor
 from tgt_fast.errors import ArgumentError, BackendError
 from tgt_fast.kernels import native, reference
 
-OPS: Final = ("distill", "latent")
+OPS: Final = ("distill", "latent", "sparse")
 BACKENDS: Final[dict[str, ModuleType]] = {"native": native, "reference": reference}
 DEFAULT_VARIABLE: Final = "TGT_FAST_BACKEND"
 
@@ -86,7 +86,9 @@ def kernel(op: str, backend: str) -> Any:
 
 
 def explain(op: str, *tensors: Tensor) -> list[Verdict]:
-    """Which backend ``backend="auto"`` takes for ``op`` ("distill" or "latent") on ``tensors``, and why not the others.
+    """Which backend ``backend="auto"`` takes for an op on ``tensors``, and why not the others.
+
+    The ops are "distill", "latent" and "sparse".
 
     >>> import torch, tgt_fast as tgt
     >>> [row.backend for row in tgt.explain("distill", torch.zeros(2, 3)) if row.chosen]
