@@ -22,7 +22,7 @@ OP_GUMBEL: Final = 3
 OP_RESTART: Final = 4
 
 ROW_STATE: Final = 10  # numbers of float64 that a distill kernel keeps of a row (csrc/common/row_stats.h)
-SPARSE_ROW_STATE: Final = 11  # the same of a sparse kernel (csrc/common/sparse.h)
+SPARSE_ROW_STATE: Final = 12  # the same of a sparse kernel (csrc/common/sparse.h)
 ROW_COEFFICIENT: Final = 7  # the place among either of the row's weight in the reduced loss
 
 MAX_SAMPLE_ID: Final = 1 << 48

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels import select
+from tgt_fast.kernels.native.sparse import bad_id, find_bad_id
 from tgt_fast.kernels.options import SPARSE_ROW_STATE, DistillOptions, Forward, Listed
 from tgt_fast.ops import _checks, library
 from tgt_fast.ops import _distill_library as distill
 from tgt_fast.ops._distill_arguments import OP
 from tgt_fast.ops._distill_arguments import check_values as check_targets
 from tgt_fast.ops._distill_autograd import Call, Distill
-from tgt_fast.ops._sparse_record import bad_id, find_bad_id
 
 _TENSORS = "Tensor student, Tensor ids, Tensor log_probs, Tensor? tail_log_prob, Tensor? target, Tensor? sample_weight"
 _COUNT = distill._COUNT

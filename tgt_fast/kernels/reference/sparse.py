@@ -79,7 +79,7 @@ def _dense_pair(student: Tensor, entries: _Entries, options: DistillOptions, tai
         of_others = _log_sum_exp(torch.where(others, tempered, 0.0), others)
         return torch.cat([of_listed, of_others], -1), torch.cat([entries.log, rest], -1)
     count = others.sum(dim=-1, keepdim=True)
-    each = torch.where(others, rest - count.clamp_min(1).log(), -math.inf)
+    each = torch.where(others, rest - count.to(torch.float64).clamp_min(1.0).log(), -math.inf)
     teacher = torch.cat([each, torch.zeros_like(rest)], -1)
     place = torch.where(entries.kept, entries.ids, student.shape[1])
     teacher = teacher.scatter(1, place, entries.log)
@@ -109,6 +109,8 @@ def distillation_loss(
     if options.soft_weight != 0.0:
         entries = _entries(record, s.shape[1])
         undefined = undefined | _is_undefined(entries)
+        if record.tail == "renormalize":  # restricted to the listed classes, the student must be a distribution, too
+            undefined = undefined | (~entries.kept | (s.gather(1, entries.ids) == -math.inf)).all(dim=-1)
     undefined = undefined & counted
     defined = counted & ~undefined
     loss = distill._not_a_number(undefined, s)
