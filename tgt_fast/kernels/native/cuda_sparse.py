@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tgt_fast.errors import BackendError
 from tgt_fast.kernels.native.cuda import Engine
 from tgt_fast.kernels.native.distill_calls import accumulate_dtype, core_options, matrix, pointer
 from tgt_fast.kernels.native.sparse_calls import record_of
 from tgt_fast.kernels.options import DistillOptions, Forward, Listed
 
+MOST_ENTRIES = 12288  # of a row (csrc/cuda/sparse_row.h)
 AUTO_PLAN = (0, 0, True)  # path, blocks a row, bulk copies: chosen by size (csrc/cuda/api.h)
 
 
@@ -29,6 +31,11 @@ def forward(
 ) -> Forward:
     """Row losses, their reduction and the wanted gradient."""
     rows, classes = student.shape
+    if record.ids.shape[1] > MOST_ENTRIES:
+        raise BackendError(
+            f"sparse: on a device a row may list up to {MOST_ENTRIES} classes, the record lists {record.ids.shape[1]}; "
+            "pass fewer, or the teacher's logits"
+        )
     accumulate = accumulate_dtype(student, record.log_probs)
     loss = student.new_empty(rows if options.reduction == "none" else (), dtype=accumulate)
     row_loss = loss if options.reduction == "none" else student.new_empty(rows, dtype=accumulate)
