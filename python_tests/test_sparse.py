@@ -69,7 +69,7 @@ def assert_near(
     whole = per_row * math.sqrt(max(1, student.shape[:-1].numel()))
     wide = torch.float64 in (student.dtype, record.log_probs.dtype)
     result = torch.float64 if wide else torch.float32
-    largest = magnitude(student / t, *([student] if hard else []))
+    largest = magnitude(student / t, record.log_probs, *([student] if hard else []))
     assert out[0].dtype == result
     assert out[1].dtype == student.dtype
     assert_close("loss", out[0], truth[0], bar=arithmetic_bar(result, largest), floor=small.loss * whole)

@@ -211,8 +211,9 @@ struct SparseFactors {
   Real smoothed;                    // what every finite class loses
   Real label;                       // what the label loses
   bool spread;                      // with it, of a class of the tail:
-  Real log_u, u;                    // the teacher's log-probability and probability
-  Real log_share, share;            // log q = (s - tail_max) / T + log_share, q = exp((s - tail_max) / T) * share
+  Real u;                           // the teacher's probability, p
+  Real share;                       // q = exp((s - tail_max) / T) * share
+  Real log_ratio;                   // log(q / p) = (s - tail_max) / T + log_ratio; for reverse_kl less y
   Real x, y, factor;                // of d_student
   double soft_factor, hard_factor;  // of a listed class
 };
@@ -239,12 +240,18 @@ TGT_HD SparseFactors<Real> sparse_factors(const SparseState& row, const DistillO
   if (!soft || form == TailForm::kRenormalize || !(row.tail_sum > 0)) return f;
   const TailClass tail = tail_class(row, options, tail_log_prob);
   const double log_share = tail.b - log(row.tail_sum);
-  f.log_share = Real(log_share);
   f.share = Real(exp(log_share));
   if (f.spread) {
     const double log_u = bounded_below(tail.a - log(row.tail_finite));
-    f.log_u = larger(Real(log_u), bounded_below(Real(-HUGE_VAL)));
     f.u = Real(exp(log_u));
+    // One constant in double: its parts may be large where what they leave is small.
+    double log_ratio = log_share - log_u;
+    if (std::is_same<D, ReverseKl>::value) {
+      log_ratio -= row.y;
+      f.y = 0;
+    }
+    constexpr double kLargest = sizeof(Real) == 8 ? 1e300 : 1e37;
+    f.log_ratio = Real(log_ratio > kLargest ? kLargest : log_ratio);
   } else {
     const Mixture<double> mixture{options.beta, 1 - options.beta};
     f.soft = Real(f.soft_factor * D::d_student(tail.bounded(), mixture, row.x, row.y) / row.tail_sum);
@@ -265,12 +272,13 @@ TGT_HD V listed_gradient(V s, V a, const SparseState& row, const DistillOptions&
   return soft + of_hard - smoothed;
 }
 
-// The gradient of a class of a spread tail. V: Real, or lanes of it; e = exp((s - tail_max) / T), b its argument.
+// The gradient of a class of a spread tail. V: Real, or lanes of it; e = exp((s - tail_max) / T), b its argument. No
+// divergence asks for more than log q - log p.
 template <class D, class V, class Real>
 TGT_HD V spread_gradient(V s, V b, V e, const SparseFactors<Real>& f, const Mixture<Real>& mixture) {
   Class<V> c;
-  c.a = splat<V>(f.log_u);
-  c.b = b + f.log_share;
+  c.a = V{};
+  c.b = b + f.log_ratio;
   c.p = splat<V>(f.u);
   c.q = e * f.share;
   const V soft = D::d_student(c, mixture, f.x, f.y) * f.factor;

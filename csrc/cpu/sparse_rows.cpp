@@ -306,8 +306,8 @@ void add_spread(const SparseCall& call, int64_t i, Listed& listed, SparseState& 
     each_of(s, count, [&](V sv, int, int) {
       const V b = bounded_below((sv - f.tail_max) * f.inverse_t);
       Class<V> c;
-      c.a = splat<V>(f.log_u);
-      c.b = b + f.log_share;
+      c.a = V{};
+      c.b = b + f.log_ratio;
       c.p = sv == splat<V>(Real(-HUGE_VAL)) ? V{} : splat<V>(f.u);
       c.q = exp_nonpositive(b) * f.share;
       D::add(c, mixture, x, y);

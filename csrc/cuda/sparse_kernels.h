@@ -57,10 +57,11 @@ TGT_DEVICE void scan_tail(const SparseOnChip<kTypes>& row, int begin, int end, i
       most.most = larger(value, most.most);
       most.number &= value < HUGE_VALF;
     }
-    return;
-  }
+  } else
 #endif
-  for (int k = begin; k < end; k += step) most.add(row.load(k));
+  {
+    for (int k = begin; k < end; k += step) most.add(row.load(k));
+  }
 }
 
 template <int kTypes>

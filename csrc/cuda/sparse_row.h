@@ -353,8 +353,8 @@ TGT_DEVICE void finish_sparse_row(const SparseDeviceCall& d, const Team& team, c
         TGT_UNROLL
         for (int j = 0; j < kVector; ++j) {
           Class<Real> c;
-          c.a = f.log_u;
-          c.b = scale.argument(s.v[j]) + f.log_share;
+          c.a = 0;
+          c.b = scale.argument(s.v[j]) + f.log_ratio;
           c.p = s.v[j] == minus_infinity<Real>() ? Real(0) : f.u;
           c.q = scale.share(s.v[j]) * f.share;
           D::add(c, narrow_mixture, x, y);
