@@ -3,9 +3,8 @@
 from typing import Any
 
 Matrix = tuple[int, int, int]  # pointer, row stride in elements, dtype code (csrc/common/dtype.h)
-Record = tuple[
-    int, int, int, Matrix, Matrix, int
-]  # ids, their row stride, entries a row, log-probabilities, tail, form
+# pointer to ids, their row stride, entries a row, log-probabilities, tail, form
+Record = tuple[int, int, int, Matrix, Matrix, int]
 Factor = tuple[float, int]  # a number, or a pointer to one a sample
 Noise = tuple[int, int, int, int, int]  # seed, pointer to ids, step, replica, op
 

@@ -157,8 +157,8 @@ def distillation_loss(
     :func:`tgt_fast.release_buffers` gives it back.
 
     **A top-k record of the teacher** in the place of its logits: the loss of the classes that it lists and of the rest
-    as its ``tail`` says. With ``"bucket"`` p and q are distributions over k + 1 classes: the loss is 0 exactly where those
-    are equal, never negative, and never above that of the full distributions. The divergence is one of forward_kl,
+    as its ``tail`` says. With ``"bucket"`` p and q are distributions over k + 1 classes: the divergence is 0 exactly
+    where those are equal, never negative, and never above that of the full distributions. It is one of forward_kl,
     reverse_kl, jsd and cross_entropy, ``temperature`` must be the record's, and there are no statistics. The hard term
     sees all classes. On a CPU an id that is out of range or repeated in its row is an error; on a device it is dropped,
     unless the environment variable ``TGT_FAST_CHECK_RECORDS=1`` asks for a check, which waits for the device.

@@ -153,8 +153,8 @@ def _check(student: Tensor, record: TeacherTopK, options: DistillOptions) -> Non
         if getattr(options, name) != record.temperature:
             raise ArgumentError(
                 f"{OP}: {name} is {getattr(options, name):g}, but the record was taken at {record.temperature:g}, and "
-                f"a record cannot be brought to another temperature; pass temperature={record.temperature:g}, or take a "
-                "new record from the teacher's logits"
+                f"a record cannot be brought to another temperature; pass temperature={record.temperature:g}, or take "
+                "a new record from the teacher's logits"
             )
 
 
