@@ -32,10 +32,10 @@ cudaError_t chip(int& major, int& shared_bytes) {
 template <class Kernel>
 cudaError_t launch_stream(Kernel kernel, SparseDeviceCall d, int shared_limit, cudaStream_t stream) {
   const int64_t vectors = (d.base.call.classes + kVector - 1) / kVector;
-  const int64_t bytes = kSparseBytes + (vectors + 15) / 16 * 16;
+  const int64_t without = kSparseBytes + entry_bytes(d), bytes = without + (vectors + 15) / 16 * 16;
   d.map = bytes <= shared_limit;
   return launch(kernel, d.base.call.rows, threads_for(vectors, kSparseStreamThreads),
-                d.map ? static_cast<int>(bytes) : kSparseBytes, 1, stream, d);
+                static_cast<int>(d.map ? bytes : without), 1, stream, d);
 }
 
 cudaError_t forward_rows(SparseDeviceCall d, bool wide, const Plan& plan, cudaStream_t stream) {
@@ -52,7 +52,7 @@ cudaError_t forward_rows(SparseDeviceCall d, bool wide, const Plan& plan, cudaSt
     for (int cluster = 1; cluster <= (major >= 9 ? kMostBlocks : 1) && plan.path != Path::kStream; cluster *= 2) {
       if (plan.cluster > cluster) continue;
       const int64_t share = (vectors + cluster - 1) / cluster;
-      const int64_t bytes = kSparseBytes + share * a_vector;
+      const int64_t bytes = kSparseBytes + entry_bytes(d) + share * a_vector;
       if (bytes > room) continue;
       d.base.vectors_per_block = share;
       const auto kernel =

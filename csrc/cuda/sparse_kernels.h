@@ -34,12 +34,11 @@ struct SparseOnChip {
 
 // Takes the thread's listed classes out of vectors [begin, end) of what is on the chip.
 template <int kTypes>
-TGT_DEVICE void take_listed(const SparseDeviceCall& d, const SparseOnChip<kTypes>& row, const Own<float>& own,
-                            int64_t i, int64_t begin, int64_t end) {
-  for (int n = 0; n < own.count; ++n) {
-    const int64_t at = own.id(d.record, i, n) - row.first * kVector;
+TGT_DEVICE void take_listed(const SparseOnChip<kTypes>& row, const Own<float>& own, int64_t begin, int64_t end) {
+  own.each([&](int64_t id, double, double) {
+    const int64_t at = id - row.first * kVector;
     if (at >= begin * kVector && at < end * kVector) row.take(at);
-  }
+  });
 }
 
 template <int kTypes>
@@ -89,59 +88,43 @@ __global__ void TGT_BOUNDS(kSparseThreads, 2)
   team.begin();
 
   uint64_t* barriers = reinterpret_cast<uint64_t*>(shared_memory() + kTeamBytes);
-  row.student = shared_memory() + kSparseBytes;
+  row.student = shared_memory() + kSparseBytes + entry_bytes(d);
   const int bytes = static_cast<int>(element_size(row.type()));
   const char* student = call.student.row(i) + row.first * kVector * bytes;
   const int64_t rest = call.classes - row.first * kVector;
   const int64_t here = rest < 0 ? 0 : rest < row.count * kVector ? rest : row.count * kVector;
 
-  Own<float> own;
   TailMaximum<float> most;
-  bool scanned = false;
+  const int whole = static_cast<int>(here / kVector), copied = bulk ? whole * kVector : 0;
+  const int chunk = (count + kChunks * team.size - 1) / (kChunks * team.size) * team.size;
 #if defined(TGT_BULK_COPIES)
-  if (bulk) {
-    const int whole = static_cast<int>(here / kVector);
-    const int chunk = (count + kChunks * team.size - 1) / (kChunks * team.size) * team.size;
-    if (team.thread == 0) {
-      for (int c = 0; c < kChunks; ++c) copy_barrier_init(barriers + c);
-      copy_barriers_ready();
-      for (int c = 0; c < kChunks; ++c) {
-        const int from = c * chunk, rest_of = whole - from;
-        const int now = rest_of < 0 ? 0 : rest_of < chunk ? rest_of : chunk;
-        const uint32_t size = static_cast<uint32_t>(now * kVector * bytes);
-        copy_expect(barriers + c, size);
-        if (now > 0) {
-          copy_start(row.student + from * kVector * bytes, student + int64_t(from) * kVector * bytes, size,
-                     barriers + c);
-        }
-      }
-    }
-    copy_side(row.student, student, row.type(), here, row.count * kVector, int64_t(whole) * kVector, false, team.thread,
-              team.size);
-    own.read(d, team, i, row.first * kVector, row.first * kVector + here);
-    block_barrier();  // the barriers are ready, and so is the end that threads copied
+  if (bulk && team.thread == 0) {
+    for (int c = 0; c < kChunks; ++c) copy_barrier_init(barriers + c);
+    copy_barriers_ready();
     for (int c = 0; c < kChunks; ++c) {
-      const int begin = c * chunk, end = begin + chunk < count ? begin + chunk : count;
-      copy_wait(barriers + c);
-      take_listed(d, row, own, i, begin, end);
-      block_barrier();
-      scan_tail(row, begin + team.thread, end, team.size, most);
+      const int from = c * chunk, left_of_row = whole - from;
+      const int now = left_of_row < 0 ? 0 : left_of_row < chunk ? left_of_row : chunk;
+      const uint32_t size = static_cast<uint32_t>(now * kVector * bytes);
+      copy_expect(barriers + c, size);
+      if (now == 0) continue;
+      copy_start(row.student + from * kVector * bytes, student + int64_t(from) * kVector * bytes, size, barriers + c);
     }
-    scanned = true;
   }
 #endif
-  if (!scanned) {
-    copy_side(row.student, student, row.type(), here, row.count * kVector, 0, d.base.student_aligned, team.thread,
-              team.size);
-    own.read(d, team, i, row.first * kVector, row.first * kVector + here);
+  copy_side(row.student, student, row.type(), here, row.count * kVector, copied, !bulk && d.base.student_aligned,
+            team.thread, team.size);
+  const Own<float> own(d, team, i, row.first * kVector, row.first * kVector + here);
+  block_barrier();  // the barriers are ready, and so is what threads copied
+  for (int c = 0; c < kChunks; ++c) {
+    const int begin = c * chunk, end = begin + chunk < count ? begin + chunk : count;
+#if defined(TGT_BULK_COPIES)
+    if (bulk) copy_wait(barriers + c);
+#endif
+    take_listed(row, own, begin, end);
     block_barrier();
-    take_listed(d, row, own, i, 0, row.count);
-    block_barrier();
-    scan_tail(row, team.thread, count, team.size, most);
+    scan_tail(row, begin + team.thread, end, team.size, most);
   }
-  // Before the first reduction: after it another block may write a gradient over it.
-  const double of_label = head.flags & kHard ? load_one<double>(call.student.row(i), row.type(), head.label) : 0;
-  finish_sparse_row(d, team, row, i, head, own, most, of_label);
+  finish_sparse_row(d, team, row, i, head, own, most);
 }
 
 // A row in global memory. Which classes are listed: a byte a vector in shared memory, where there is room for that. A
@@ -159,7 +142,7 @@ struct SparseStream {
     const Record& record = d->record;
     for (int64_t j = 0; j < record.entries; ++j) {
       const int64_t id = record.ids[i * record.id_stride + j];
-      if (id >= k * kVector && id < (k + 1) * kVector && Own<Real>::listed(record, i, j, d->base.call.classes)) {
+      if (id >= k * kVector && id < (k + 1) * kVector && is_listed(record, i, j, d->base.call.classes)) {
         bits |= 1u << (id % kVector);
       }
     }
@@ -170,12 +153,12 @@ struct SparseStream {
     const Record& record = d->record;
     const bool soft = d->base.call.options.soft_weight != 0;
     if (!soft || !d->map) return;
-    map = shared_memory() + kSparseBytes;
+    map = shared_memory() + kSparseBytes + entry_bytes(*d);
     for (int64_t k = team.thread; k < count; k += team.size) map[k] = 0;
     for (int64_t j = 0; j < record.entries; ++j) {
       const int64_t id = record.ids[i * record.id_stride + j], k = id / kVector;
       if (id < 0 || k % team.size != team.thread) continue;
-      if (Own<Real>::listed(record, i, j, d->base.call.classes)) map[k] |= 1u << (id % kVector);
+      if (is_listed(record, i, j, d->base.call.classes)) map[k] |= 1u << (id % kVector);
     }
   }
   TGT_DEVICE Eight<Real> load(int64_t k) const {
@@ -210,12 +193,10 @@ __global__ void TGT_BOUNDS(kSparseStreamThreads, 1)
     return;
   }
   const SparseStream<Real> row = sparse_stream<Real>(d, team, i);
-  Own<Real> own;
-  own.read(d, team, i, 0, call.classes);
+  const Own<Real> own(d, team, i, 0, call.classes);
   TailMaximum<Real> most;
   for (int64_t k = team.thread; k < row.count; k += team.size) most.add(row.load(k));
-  const double of_label = head.flags & kHard ? load_one<double>(call.student.row(i), call.student.type, head.label) : 0;
-  finish_sparse_row(d, team, row, i, head, own, most, of_label);
+  finish_sparse_row(d, team, row, i, head, own, most);
 }
 
 template <class Real>
@@ -230,8 +211,7 @@ __global__ void TGT_BOUNDS(kSparseStreamThreads, 1) sparse_bwd_kernel(const TGT_
     return;
   }
   const SparseStream<Real> row = sparse_stream<Real>(d, team, i);
-  Own<Real> own;
-  own.read(d, team, i, 0, call.classes);
+  const Own<Real> own(d, team, i, 0, call.classes);
   if (team.thread == 0) {
     SparseShared<Real>& shared = row_in_shared<Real>();
     const double upstream = static_cast<const Real*>(call.upstream)[call.upstream_per_row ? i : 0];

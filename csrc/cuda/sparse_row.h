@@ -21,17 +21,18 @@ struct SparseDeviceCall {
 
 inline namespace TGT_ISA {
 
-constexpr int kMostOwn = 32;  // entries of a thread
-constexpr int kSparseThreads = 384, kSparseStreamThreads = 512;
-constexpr int64_t kMostEntries = int64_t{kMostOwn} * kSparseThreads;
+constexpr int kSparseThreads = 320, kSparseStreamThreads = 512;
 
 // What a block's threads tell each other of a row.
 template <class Real>
 struct SparseShared {
   SparseState state;
   SparseFactors<Real> factors;
+  TailSums tail;
+  ListedSums listed;
+  double of_label;  // the label's logit
 };
-constexpr int kSparseSharedBytes = 256;
+constexpr int kSparseSharedBytes = 384;
 constexpr int kSparseBytes = kTeamBytes + kBarrierBytes + kSparseSharedBytes;  // what precedes a row, or its map
 
 template <class Real>
@@ -41,7 +42,7 @@ TGT_DEVICE SparseShared<Real>& row_in_shared() {
 }
 
 template <class Body>
-TGT_DEVICE void with_sparse_divergence(const DistillOptions& options, Body body) {
+TGT_DEVICE auto with_sparse_divergence(const DistillOptions& options, Body body) {
   if (options.soft_weight == 0) return body(NoDivergence{});
   switch (DivergenceKind(options.divergence)) {
     case DivergenceKind::kReverseKl:
@@ -55,41 +56,60 @@ TGT_DEVICE void with_sparse_divergence(const DistillOptions& options, Body body)
   }
 }
 
-// The entries of a thread: those of classes [begin, end) that are neither padding, nor out of range, nor listed before.
+// An entry of the record, in shared memory.
+template <class Real>
+struct Entry {
+  int64_t id;  // -1 where it does not count: padding, out of range, listed before, or another block's
+  Real s;      // the student's logit, which a gradient in place will overwrite
+};
+constexpr int kEntryBytes = 16;
+
+TGT_HD int64_t entry_bytes(const SparseDeviceCall& d) { return d.record.entries * kEntryBytes; }
+
+TGT_DEVICE bool is_listed(const Record& record, int64_t i, int64_t j, int64_t classes) {
+  const int64_t id = record.ids[i * record.id_stride + j];
+  return id >= 0 && id < classes && load_one<double>(record.log_probs.row(i), record.log_probs.type, j) != -HUGE_VAL;
+}
+
+// The entries of a thread: every size-th. No other thread looks at them.
 template <class Real>
 struct Own {
-  int count = 0;
-  int64_t entry[kMostOwn];
-  Real s[kMostOwn];  // the student's logits, which a gradient in place will overwrite
+  static_assert(sizeof(Entry<Real>) == kEntryBytes, "fits its place");
+  Entry<Real>* entries;
+  int begin, end, step;
+  const char* log_probs;
+  DType type;
 
-  TGT_DEVICE static bool listed(const Record& record, int64_t i, int64_t j, int64_t classes) {
-    const int64_t id = record.ids[i * record.id_stride + j];
-    return id >= 0 && id < classes && load_one<double>(record.log_probs.row(i), record.log_probs.type, j) != -HUGE_VAL;
-  }
+  // Those of classes [first, last).
   template <class Team>
-  TGT_DEVICE void read(const SparseDeviceCall& d, const Team& team, int64_t i, int64_t begin, int64_t end) {
+  TGT_DEVICE Own(const SparseDeviceCall& d, const Team& team, int64_t i, int64_t first, int64_t last)
+      : entries(reinterpret_cast<Entry<Real>*>(shared_memory() + kSparseBytes)),
+        begin(team.thread),
+        end(d.base.call.options.soft_weight == 0 ? 0 : static_cast<int>(d.record.entries)),  // it may hold anything
+        step(team.size),
+        log_probs(d.record.log_probs.row(i)),
+        type(d.record.log_probs.type) {
     const DistillCall& call = d.base.call;
-    if (call.options.soft_weight == 0) return;  // the record may hold anything
     const int64_t* ids = d.record.ids + i * d.record.id_stride;
-    for (int64_t j = team.thread; j < d.record.entries; j += team.size) {
+    for (int j = begin; j < end; j += step) {
       const int64_t id = ids[j];
-      if (id < begin || id >= end || !listed(d.record, i, j, call.classes)) continue;
-      bool repeated = false;
-      TGT_UNROLL4
-      for (int64_t m = 0; m < j; ++m) {
-        if (ids[m] == id) repeated |= listed(d.record, i, m, call.classes);
+      bool mine = id >= first && id < last && is_listed(d.record, i, j, call.classes);
+      if (mine) {
+        TGT_UNROLL4
+        for (int m = 0; m < j; ++m) {
+          if (ids[m] == id && is_listed(d.record, i, m, call.classes)) mine = false;
+        }
       }
-      if (repeated) continue;
-      entry[count] = j;
-      s[count] = load_one<Real>(call.student.row(i), call.student.type, id);
-      ++count;
+      entries[j].id = mine ? id : -1;
+      entries[j].s = mine ? load_one<Real>(call.student.row(i), call.student.type, id) : Real(0);
     }
   }
-  TGT_DEVICE int64_t id(const Record& record, int64_t i, int n) const {
-    return record.ids[i * record.id_stride + entry[n]];
-  }
-  TGT_DEVICE double log_prob(const Record& record, int64_t i, int n) const {
-    return load_one<double>(record.log_probs.row(i), record.log_probs.type, entry[n]);
+
+  template <class Body>  // body(id, s, log-probability)
+  TGT_DEVICE void each(Body body) const {
+    for (int j = begin; j < end; j += step) {
+      if (entries[j].id >= 0) body(entries[j].id, double(entries[j].s), load_one<double>(log_probs, type, j));
+    }
   }
 };
 
@@ -216,12 +236,11 @@ TGT_DEVICE void write_sparse_gradient(const SparseDeviceCall& d, const Team& tea
     store_padded(row, type, (source.first + k) * kVector, call.classes, d.base.d_student_aligned, grad);
   }
   team.barrier();
-  for (int n = 0; n < own.count; ++n) {
-    const int64_t id = own.id(d.record, i, n);
-    double grad = listed_gradient<D>(double(own.s[n]), own.log_prob(d.record, i, n), shared.state, options, f);
+  own.each([&](int64_t id, double s, double a) {
+    double grad = listed_gradient<D>(s, a, shared.state, options, f);
     if (id == label) grad -= f.hard_factor * (1 - options.label_smoothing);
     store_one(row, type, id, Real(grad));
-  }
+  });
 }
 
 template <class Real, class Team>
@@ -234,36 +253,73 @@ TGT_DEVICE void end_without_gradient(const SparseDeviceCall& d, const Team& team
   fill_gradients(d.base, team, i, first, count, fill_with);
 }
 
+// The thread's share of x, y, of listed classes and, for jsd, of a spread tail.
+template <class D, class Real, class Team, class Source>
+TGT_DEVICE Pair divergence_sums(const SparseDeviceCall& d, const Team& team, const Source& source,
+                                const Own<Real>& own) {
+  const DistillOptions& options = d.base.call.options;
+  const SparseShared<Real>& shared = row_in_shared<Real>();
+  Pair sum;
+  const Mixture<double> mixture{options.beta, 1 - options.beta};
+  own.each([&](int64_t, double s, double a) {
+    D::add(listed_class(s, a, shared.state, 1 / options.temperature), mixture, sum.x, sum.y);
+  });
+  if constexpr (std::is_same<D, Jsd>::value) {
+    if (!spread(shared.state, d.record.form)) return sum;
+    const TailScale<Real> scale = tail_scale<Real>(options, shared.state.tail_max, shared.state.peak);
+    const SparseFactors<Real> f = shared.factors;
+    const Mixture<Real> narrow_mixture{Real(options.beta), Real(1 - options.beta)};
+    Real x = 0, y = 0;
+    for (int64_t k = team.thread; k < source.count; k += team.size) {
+      const Eight<Real> s = source.load(k);
+      TGT_UNROLL
+      for (int j = 0; j < kVector; ++j) {
+        Class<Real> c;
+        c.a = 0;
+        c.b = scale.argument(s.v[j]) + f.log_ratio;
+        c.p = s.v[j] == minus_infinity<Real>() ? Real(0) : f.u;
+        c.q = scale.share(s.v[j]) * f.share;
+        D::add(c, narrow_mixture, x, y);
+      }
+    }
+    sum.x += x;
+    sum.y += y;
+  }
+  return sum;
+}
+
 // Everything that follows the maxima of the tail.
 template <class Real, class Team, class Source>
 TGT_DEVICE void finish_sparse_row(const SparseDeviceCall& d, const Team& team, const Source& source, int64_t i,
-                                  const RowHead& head, const Own<Real>& own, const TailMaximum<Real>& most,
-                                  double of_label) {
+                                  const RowHead& head, const Own<Real>& own, const TailMaximum<Real>& most) {
   const DistillCall& call = d.base.call;
   const DistillOptions& options = call.options;
   const TailForm form = d.record.form;
   const bool soft = options.soft_weight != 0, restricted = soft && form == TailForm::kRenormalize;
   const double of_tail = tail_log_prob(d, i);
+  SparseShared<Real>& shared = row_in_shared<Real>();
+  // Before the first reduction: after it another block may write a gradient over it.
+  if (team.thread == 0 && (head.flags & kHard)) {
+    shared.of_label = load_one<double>(call.student.row(i), call.student.type, head.label);
+  }
 
   SparseExtremes mine;
   mine.tail = most.most;
   mine.unusual = most.number ? 0 : kNotANumber;
-  for (int n = 0; n < own.count; ++n) {
-    const double s = own.s[n], a = own.log_prob(d.record, i, n);
+  own.each([&](int64_t, double s, double a) {
     mine.listed = larger(s, mine.listed);
     mine.teacher = larger(a, mine.teacher);
     mine.unusual |= s == -HUGE_VAL ? kStudentOnly : 0;
     mine.unusual |= !(s < HUGE_VAL) || !(a < HUGE_VAL) ? kNotANumber : 0;
-  }
+  });
   const SparseExtremes extremes = merge_all(team, mine, 0, MergeSparseExtremes());
-  SparseState state{};
-  state.flags = head.flags;
-  state.coefficient = head.coefficient;
   bool valid = !(extremes.unusual & kNotANumber);
   valid &= extremes.listed > -HUGE_VAL || (!restricted && extremes.tail > -HUGE_VAL);
   valid &= !soft || (of_tail < HUGE_VAL && (extremes.teacher > -HUGE_VAL || of_tail > -HUGE_VAL));
   if (!valid) {
     const bool counts = head.coefficient != 0;  // a divisor of 0 leaves no gradient, not even NaN
+    SparseState state{};
+    state.coefficient = head.coefficient;
     state.flags = counts ? head.flags | kInvalid : kDropped;
     end_without_gradient(d, team, i, state, NAN, source.first, source.count, counts ? Real(NAN) : Real(0));
     return;
@@ -294,38 +350,40 @@ TGT_DEVICE void finish_sparse_row(const SparseDeviceCall& d, const Team& team, c
       for (int j = 0; j < kVector; ++j) sums.hard += scale.hard(s.v[j], scale.peak);
     }
   }
-  for (int n = 0; n < own.count; ++n) {
-    const double s = own.s[n];
-    sums.teacher += exp_nonpositive(bounded_below(own.log_prob(d.record, i, n) - extremes.teacher));
+  own.each([&](int64_t, double s, double a) {
+    sums.teacher += exp_nonpositive(bounded_below(a - extremes.teacher));
     sums.listed += exp_nonpositive(bounded_below((s - listed_max) / options.temperature));
     sums.hard += Real(exp_nonpositive(bounded_below(s - peak)));
-    if (s == -HUGE_VAL) continue;
+    if (s == -HUGE_VAL) return;
     sums.listed_linear += s - listed_max;
     sums.listed_finite += 1;
-  }
+  });
   const SparseSums<Real> of_warp = merge_lanes<kWarp / 2>(sums, AddSparseSums<Real>());
   const SparseSums<double> all = team.merge_warps(of_warp.template as<double>(), 1, AddSparseSums<double>());
 
-  SparseShared<Real>& shared = row_in_shared<Real>();
-  TailSums tail;
-  tail.max = extremes.tail;
-  tail.sum = all.tail;
-  tail.linear = all.linear;
-  tail.entropy = all.entropy;
-  tail.finite = all.tail_finite;
-  ListedSums listed;
-  listed.student_max = extremes.listed;
-  listed.teacher_max = extremes.teacher;
-  listed.student = all.listed;
-  listed.teacher = all.teacher;
-  listed.linear = all.listed_linear;
-  listed.finite = all.listed_finite;
-  listed.missing = extremes.unusual & kStudentOnly;
   if (team.thread == 0) {
+    TailSums& tail = shared.tail;
+    tail.max = extremes.tail;
+    tail.sum = all.tail;
+    tail.hard = 0;  // all of it is in all.hard
+    tail.linear = all.linear;
+    tail.entropy = all.entropy;
+    tail.finite = all.tail_finite;
+    ListedSums& listed = shared.listed;
+    listed.student_max = extremes.listed;
+    listed.teacher_max = extremes.teacher;
+    listed.student = all.listed;
+    listed.hard = 0;
+    listed.teacher = all.teacher;
+    listed.linear = all.listed_linear;
+    listed.finite = all.listed_finite;
+    listed.missing = extremes.unusual & kStudentOnly;
+    SparseState& state = shared.state;
+    state.flags = head.flags;
+    state.coefficient = head.coefficient;
+    state.x = state.y = 0;
     settle_sparse(state, tail, listed, of_tail, options, form);
-    const double of_hard = all.hard + (same && all.tail > 0 ? all.tail * exp(tail_max - peak) : 0);
-    state.hard_lse = log_or_nothing(of_hard);
-    shared.state = state;
+    state.hard_lse = log_or_nothing(all.hard + (same && all.tail > 0 ? all.tail * exp(tail_max - peak) : 0));
     if (form == TailForm::kUniform) {  // jsd reads them before its sums are known
       with_sparse_divergence(options, [&](auto divergence) {
         shared.factors = sparse_factors<decltype(divergence), Real>(state, options, form, of_tail, 1);
@@ -334,54 +392,27 @@ TGT_DEVICE void finish_sparse_row(const SparseDeviceCall& d, const Team& team, c
   }
   team.barrier();
 
-  Pair sum;
-  with_sparse_divergence(options, [&](auto divergence) {
-    using D = decltype(divergence);
-    const Mixture<double> mixture{options.beta, 1 - options.beta};
-    for (int n = 0; n < own.count; ++n) {
-      const Class<double> c =
-          listed_class(double(own.s[n]), own.log_prob(d.record, i, n), shared.state, 1 / options.temperature);
-      D::add(c, mixture, sum.x, sum.y);
-    }
-    if constexpr (std::is_same<D, Jsd>::value) {
-      if (!spread(shared.state, form)) return;
-      const SparseFactors<Real> f = shared.factors;
-      const Mixture<Real> narrow_mixture{Real(options.beta), Real(1 - options.beta)};
-      Real x = 0, y = 0;
-      for (int64_t k = team.thread; k < source.count; k += team.size) {
-        const Eight<Real> s = source.load(k);
-        TGT_UNROLL
-        for (int j = 0; j < kVector; ++j) {
-          Class<Real> c;
-          c.a = 0;
-          c.b = scale.argument(s.v[j]) + f.log_ratio;
-          c.p = s.v[j] == minus_infinity<Real>() ? Real(0) : f.u;
-          c.q = scale.share(s.v[j]) * f.share;
-          D::add(c, narrow_mixture, x, y);
-        }
-      }
-      sum.x += x;
-      sum.y += y;
-    }
-  });
+  Pair sum = with_sparse_divergence(
+      options, [&](auto divergence) { return divergence_sums<decltype(divergence), Real>(d, team, source, own); });
   sum = merge_all(team, sum, 2, AddPairs());
   if (team.thread == 0) {
-    state = shared.state;
     with_sparse_divergence(options, [&](auto divergence) {
       using D = decltype(divergence);
-      const TailClass rest = tail_class(state, options, of_tail);
-      state.x = sum.x;
-      state.y = sum.y;
-      add_tail<D>(rest, tail, state, form, options, state.x, state.y);
-      const double loss = sparse_row_loss<D>(state, rest, tail, listed, form, options, of_label);
-      if (head.coefficient == 0) state.flags = kDropped;  // a divisor of 0
-      shared.factors = sparse_factors<D, Real>(state, options, form, of_tail, 1);
+      SparseState& state = shared.state;
+      const double rest_log_prob = tail_log_prob(d, i);
+      const TailClass rest = tail_class(state, options, rest_log_prob);
+      double x = sum.x, y = sum.y;
+      add_tail<D>(rest, shared.tail, state, form, options, x, y);
+      state.x = x;
+      state.y = y;
+      const double loss = sparse_row_loss<D>(state, rest, shared.tail, shared.listed, form, options, shared.of_label);
+      if (state.coefficient == 0) state.flags = kDropped;  // a divisor of 0
+      shared.factors = sparse_factors<D, Real>(state, options, form, rest_log_prob, 1);
       if (team.leads()) {
         static_cast<Real*>(call.row_loss)[i] = Real(head.weight * loss);
         if (d.state) d.state[i] = state;
       }
     });
-    shared.state = state;
   }
   if (!call.d_student.data) return;
   if (head.coefficient == 0) {

@@ -11,7 +11,7 @@ from tgt_fast.kernels.native.distill_calls import accumulate_dtype, core_options
 from tgt_fast.kernels.native.sparse_calls import record_of
 from tgt_fast.kernels.options import DistillOptions, Forward, Listed
 
-MOST_ENTRIES = 12288  # of a row (csrc/cuda/sparse_row.h)
+MOST_ENTRIES = 2048  # of a row: they lie in shared memory, and 32 KiB of that every chip has to spare
 AUTO_PLAN = (0, 0, True)  # path, blocks a row, bulk copies: chosen by size (csrc/cuda/api.h)
 
 
