@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgt_fast.kernels.native import distill, latent
-from tgt_fast.kernels.options import Forward
+from tgt_fast.kernels.native import distill, latent, sparse
+from tgt_fast.kernels.options import Forward, Listed
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -32,6 +32,8 @@ class Mover:
         self.device = device
 
     def there(self, value: Any) -> Any:
+        if isinstance(value, Listed):
+            return Listed(*map(self.there, value))
         return moved(value, self.device) if isinstance(value, Tensor) else value
 
     def back(self, value: Any) -> Any:
@@ -50,11 +52,13 @@ class Mover:
         def run(student: Tensor, *arguments: Any, inplace: bool = False, **options: Any) -> Any:
             on_device = self.there(student)
             out = function(on_device, *map(self.there, arguments), inplace=inplace, **options)
-            results = [self.back(value) for value in out]
+            results = [self.back(value) for value in (out if isinstance(out, tuple) else (out,))]
             if inplace:
                 student.detach().copy_(on_device)
                 results[1 if isinstance(out, Forward) else 0] = student.detach()
-            return Forward(*results) if isinstance(out, Forward) else tuple(results)
+            if isinstance(out, Forward):
+                return Forward(*results)
+            return tuple(results) if isinstance(out, tuple) else results[0]
 
         return run
 
@@ -77,6 +81,9 @@ def tensors_moved_to(device: torch.device) -> Iterator[None]:
         (distill, "forward", mover.of_student(distill.forward)),
         (distill, "backward", mover.of_student(distill.backward)),
         (distill, "scale_", mover.in_place(distill.scale_)),
+        (sparse, "forward", mover.of_student(sparse.forward)),
+        (sparse, "backward", mover.of_student(sparse.backward)),
+        (sparse, "scale_", mover.in_place(sparse.scale_)),
         (latent, "perturb", mover.plain(latent.perturb)),
         (latent, "ascend", mover.plain(latent.ascend)),
     ]

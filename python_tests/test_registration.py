@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tgt_fast as tgt
 import tgt_fast.testing
 from tgt_fast.errors import ArgumentError, BackendError, DTypeError
-from tgt_fast.kernels.options import DIVERGENCES, ROW_STATE
+from tgt_fast.kernels.options import DIVERGENCES, ROW_STATE, SPARSE_ROW_STATE
 from tgt_fast.ops import library
 
 SAMPLES = list(tgt_fast.testing.op_samples())
@@ -39,7 +39,8 @@ def test_opcheck(sample: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> None:
 @pytest.mark.parametrize("name", ["native", "triton"])
 def test_opcheck_on_a_gpu(gpu: str, name: str) -> None:
     for op, args, kwargs in tgt_fast.testing.op_samples(gpu, backend=name):
-        torch.library.opcheck(op, args, kwargs)
+        if name == "native" or "sparse" not in op.name():
+            torch.library.opcheck(op, args, kwargs)
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])
@@ -51,7 +52,9 @@ def test_another_backend_serves_every_call_the_same(
     op, args, kwargs = sample
     if name == "triton":
         request.getfixturevalue("interpreted")
-    if _name(sample) == "distill_backward":
+        if _name(sample).startswith("sparse"):
+            pytest.skip("Triton has no kernels for records")
+    if _name(sample) in ("distill_backward", "sparse_backward"):
         pytest.skip("takes a row's state, and every backend keeps its own")
     other = tuple(name if isinstance(arg, str) and arg == "auto" else arg for arg in args)
     copies = [tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in each) for each in (args, other)]
@@ -61,7 +64,7 @@ def test_another_backend_serves_every_call_the_same(
         native, other_result = copies[0][0], copies[1][0]
     for a, b in zip(_tensors(native), _tensors(other_result), strict=True):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
-        if a.shape[-1:] == (ROW_STATE,):
+        if a.shape[-1:] in ((ROW_STATE,), (SPARSE_ROW_STATE,)) and a.dtype == torch.float64:
             continue  # every backend keeps its own of a row
         tolerance = 1e-4 if a.dtype in (torch.float32, torch.float64) else 2e-2
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)

@@ -13,9 +13,11 @@ from tgt_fast.kernels.options import DistillStats
 from tgt_fast.kernels.select import backends, explain
 from tgt_fast.losses.distill import DistillationLoss
 from tgt_fast.losses.linear import LinearDistillationLoss
+from tgt_fast.ops._sparse_record import TeacherTopK
 from tgt_fast.ops.distill import distillation_loss
 from tgt_fast.ops.latent import ascend_latents, perturb_latents
 from tgt_fast.ops.linear import linear_distillation_loss
+from tgt_fast.ops.sparse import topk_teacher
 from tgt_fast.ops.vocabulary import align_logits
 from tgt_fast.teacher import Latents, Teacher
 from tgt_fast.train import TGTObjective, fit
@@ -31,6 +33,7 @@ __all__ = [
     "Synthetic",
     "TGTObjective",
     "Teacher",
+    "TeacherTopK",
     "__version__",
     "align_logits",
     "ascend_latents",
@@ -41,4 +44,5 @@ __all__ = [
     "linear_distillation_loss",
     "perturb_latents",
     "release_buffers",
+    "topk_teacher",
 ]

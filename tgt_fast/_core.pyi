@@ -3,12 +3,16 @@
 from typing import Any
 
 Matrix = tuple[int, int, int]  # pointer, row stride in elements, dtype code (csrc/common/dtype.h)
+# pointer to ids, their row stride, entries a row, log-probabilities, tail, form
+Record = tuple[int, int, int, Matrix, Matrix, int]
 Factor = tuple[float, int]  # a number, or a pointer to one a sample
 Noise = tuple[int, int, int, int, int]  # seed, pointer to ids, step, replica, op
 
 ROW_STATE: int
 BAD_TARGET: int
 BAD_WEIGHT: int
+BAD_ID: int
+SPARSE_ROW_STATE: int
 
 class DistillOptions:
     divergence: int
@@ -60,6 +64,34 @@ def distill_backward(
     threads: int,
 ) -> None: ...
 def distill_scale(rows: int, classes: int, grad: Matrix, factors: int, per_row: bool, threads: int) -> None: ...
+def sparse_forward(
+    options: DistillOptions,
+    rows: int,
+    classes: int,
+    student: Matrix,
+    record: Record,
+    target: int,
+    weight: int,
+    normalizer: float,
+    row_loss: int,
+    loss: int,
+    d_student: Matrix,
+    state: int,
+    threads: int,
+) -> tuple[int, int]: ...
+def sparse_backward(
+    options: DistillOptions,
+    rows: int,
+    classes: int,
+    student: Matrix,
+    record: Record,
+    target: int,
+    state: int,
+    upstream: int,
+    upstream_per_row: bool,
+    d_student: Matrix,
+    threads: int,
+) -> None: ...
 def latent_perturb(
     samples: int,
     size: int,

@@ -14,6 +14,8 @@ from tgt_fast.kernels.options import (
     DIVERGENCES,
     OP_PERTURB,
     ROW_STATE,
+    SPARSE_DIVERGENCES,
+    TAILS,
     DistillOptions,
     LinearOptions,
     LinearTensors,
@@ -21,6 +23,8 @@ from tgt_fast.kernels.options import (
 from tgt_fast.ops import _distill_library as distill
 from tgt_fast.ops import _latent_library as latent
 from tgt_fast.ops import _linear_library as linear
+from tgt_fast.ops import _sparse_library as sparse
+from tgt_fast.ops.sparse import topk_teacher
 
 __all__ = ["op_samples"]
 
@@ -48,6 +52,7 @@ def op_samples(device: torch.device | str = "cpu", *, backend: str = "auto") -> 
     yield from _perturb(make, backend)
     yield from _ascend(make, backend)
     yield from _linear(make, backend)
+    yield from _sparse(make, backend)
 
 
 class _Maker:
@@ -227,3 +232,43 @@ def _linear(make: _Maker, backend: str) -> Iterator[Sample]:
         options = (*linear.packed_heads(padded), *distill.packed(both))
         yield linear._linear_distill_forward, (*t, None, None, *options, False, backend, *wanted), {}
         yield linear._linear_distill_backward, (*t, None, 5.0, make.uniform(4), *options, backend, *wanted), {}
+
+
+def _sparse(make: _Maker, backend: str) -> Iterator[Sample]:
+    classes, k = 13, 4
+
+    def tensors(
+        count: int, options: DistillOptions, tail: str = "bucket", *, grad: bool = True, layout: str = "dense",
+        dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32), weighted: bool = False,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        student = make.normal(count, classes, dtype=dtypes[0], layout=layout).requires_grad_(grad)
+        record = topk_teacher(make.normal(count, classes), k, options.temperature, tail=tail)
+        target = make.integers(classes, count) if options.hard_weight > 0 else None
+        weight = make.uniform(count) if weighted else None
+        return student, record.ids, record.log_probs.to(dtypes[1]), record.rest(), target, weight
+
+    both = DistillOptions(hard_weight=0.5, label_smoothing=0.1)
+    for count, grad, options in itertools.product((0, 5), (False, True), (both, DistillOptions(reduction="none"))):
+        args = (*tensors(count, options, grad=grad), None, None, *distill.packed(options), "bucket", backend)
+        yield sparse.sparse_distillation_loss, args, {}
+    for layout in ("sliced", "transposed", "every-other"):
+        args = (*tensors(5, both, layout=layout), None, None, *distill.packed(both), "bucket", backend)
+        yield sparse.sparse_distillation_loss, args, {}
+    for divergence, tail in itertools.product(SPARSE_DIVERGENCES, TAILS):
+        options = DistillOptions(divergence=divergence, temperature=2.0, teacher_temperature=2.0, reduction="sum")
+        args = (*tensors(5, options, tail, weighted=True), None, None, *distill.packed(options), tail, backend)
+        yield sparse.sparse_distillation_loss, args, {}
+    halves = (torch.float16, torch.float16)
+    for dtypes in (halves, (torch.bfloat16, torch.float32), (torch.float64, torch.bfloat16)):
+        args = (*tensors(5, both, dtypes=dtypes), None, None, *distill.packed(both), "bucket", backend)
+        yield sparse.sparse_distillation_loss, args, {}
+    for divide_by in ((make.uniform(1).reshape(()), None), (None, 7.0)):
+        args = (*tensors(5, both), *divide_by, *distill.packed(both), "bucket", backend)
+        yield sparse.sparse_distillation_loss, args, {}
+    for tail, wanted in itertools.product(TAILS, (False, True)):
+        given = tensors(5, both, tail, grad=False)
+        args = (*given, None, None, *distill.packed(both), tail, backend, wanted, True)
+        yield sparse._sparse_forward, args, {}
+        state = sparse._sparse_forward(*args)[-1]
+        args = (*given[:5], state, make.uniform(5), *distill.packed(both), tail, backend)
+        yield sparse._sparse_backward, args, {}

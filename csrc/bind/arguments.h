@@ -6,6 +6,7 @@
 
 #include "../common/distill.h"
 #include "../common/latent.h"
+#include "../common/sparse.h"
 
 namespace tgt::bind {
 
@@ -19,6 +20,14 @@ using MatrixTuple = std::tuple<uintptr_t, int64_t, int>;
 
 inline Matrix matrix(const MatrixTuple& from) {
   return {pointer<void>(std::get<0>(from)), std::get<1>(from), static_cast<DType>(std::get<2>(from))};
+}
+
+// (pointer to ids, their row stride, entries a row, log-probabilities, tail or zeros, its form)
+using RecordTuple = std::tuple<uintptr_t, int64_t, int64_t, MatrixTuple, MatrixTuple, int>;
+
+inline Record record(const RecordTuple& from) {
+  return {pointer<int64_t>(std::get<0>(from)), std::get<1>(from),         std::get<2>(from),
+          matrix(std::get<3>(from)),           matrix(std::get<4>(from)), static_cast<TailForm>(std::get<5>(from))};
 }
 
 // (number, pointer to one a sample or 0)

@@ -7,6 +7,7 @@
 #include "../cpu/distill.h"
 #include "../cpu/isa.h"
 #include "../cpu/latent.h"
+#include "../cpu/sparse.h"
 #include "../cpu/thread_pool.h"
 #include "arguments.h"
 #include "options.h"
@@ -26,6 +27,7 @@ using tgt::bind::MatrixTuple;
 using tgt::bind::noise;
 using tgt::bind::NoiseTuple;
 using tgt::bind::pointer;
+using tgt::bind::RecordTuple;
 
 std::tuple<int, int64_t> distill_forward(const tgt::DistillOptions& options, int64_t rows, int64_t classes,
                                          const MatrixTuple& student, const MatrixTuple& teacher, uintptr_t target,
@@ -70,6 +72,42 @@ void distill_backward(const tgt::DistillOptions& options, int64_t rows, int64_t 
 void distill_scale(int64_t rows, int64_t classes, const MatrixTuple& grad, uintptr_t factors, bool per_row,
                    int threads) {
   tgt::cpu::distill_scale({rows, classes, matrix(grad), pointer<void>(factors), per_row}, threads);
+}
+
+std::tuple<int, int64_t> sparse_forward(const tgt::DistillOptions& options, int64_t rows, int64_t classes,
+                                        const MatrixTuple& student, const RecordTuple& record, uintptr_t target,
+                                        uintptr_t weight, double normalizer, uintptr_t row_loss, uintptr_t loss,
+                                        const MatrixTuple& d_student, uintptr_t state, int threads) {
+  tgt::SparseCall call;
+  call.base.options = options;
+  call.base.rows = rows;
+  call.base.classes = classes;
+  call.base.student = matrix(student);
+  call.base.target = pointer<int64_t>(target);
+  call.base.weight = pointer<double>(weight);
+  call.base.row_loss = pointer<void>(row_loss);
+  call.base.d_student = matrix(d_student);
+  call.record = tgt::bind::record(record);
+  call.state = pointer<tgt::SparseState>(state);
+  const tgt::StatusAt status = tgt::cpu::sparse_forward(call, normalizer, pointer<void>(loss), threads);
+  return {static_cast<int>(status.status), status.row};
+}
+
+void sparse_backward(const tgt::DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
+                     const RecordTuple& record, uintptr_t target, uintptr_t state, uintptr_t upstream,
+                     bool upstream_per_row, const MatrixTuple& d_student, int threads) {
+  tgt::SparseCall call;
+  call.base.options = options;
+  call.base.rows = rows;
+  call.base.classes = classes;
+  call.base.student = matrix(student);
+  call.base.target = pointer<int64_t>(target);
+  call.base.upstream = pointer<void>(upstream);
+  call.base.upstream_per_row = upstream_per_row;
+  call.base.d_student = matrix(d_student);
+  call.record = tgt::bind::record(record);
+  call.state = pointer<tgt::SparseState>(state);
+  tgt::cpu::sparse_backward(call, threads);
 }
 
 void perturb(int64_t samples, int64_t size, int type, uintptr_t z, uintptr_t out, const FactorTuple& sigma,
@@ -133,6 +171,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   tgt::cpu::watch_forks();
   m.def("avoid_openmp", &tgt::cpu::avoid_openmp);
   m.attr("ROW_STATE") = tgt::kRowState;
+  m.attr("SPARSE_ROW_STATE") = tgt::kSparseState;
+  m.attr("BAD_ID") = static_cast<int>(tgt::Status::kBadId);
   m.attr("BAD_TARGET") = static_cast<int>(tgt::Status::kBadTarget);
   m.attr("BAD_WEIGHT") = static_cast<int>(tgt::Status::kBadWeight);
 
@@ -147,6 +187,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("distill_forward", &distill_forward, release);
   m.def("distill_backward", &distill_backward, release);
   m.def("distill_scale", &distill_scale, release);
+  m.def("sparse_forward", &sparse_forward, release);
+  m.def("sparse_backward", &sparse_backward, release);
   m.def("latent_perturb", &perturb, release);
   m.def("latent_ascend", &ascend, release);
   m.def("build_info", &build_info);

@@ -51,7 +51,7 @@ struct DistillCall {
   TGT_HD bool wide() const { return student.type == DType::kFloat64 || teacher.type == DType::kFloat64; }
 };
 
-enum class Status : int { kOk = 0, kBadTarget = 1, kBadWeight = 2 };
+enum class Status : int { kOk = 0, kBadTarget = 1, kBadWeight = 2, kBadId = 3 };
 
 struct StatusAt {
   Status status = Status::kOk;

@@ -2,43 +2,11 @@
 #include "distill.h"
 
 #include "isa.h"
+#include "rows.h"
 #include "thread_pool.h"
 
 namespace tgt::cpu {
 namespace {
-
-constexpr int64_t kElementsPerThread = 1 << 15;  // below it a thread costs more than it brings
-
-int64_t row_grain(int64_t classes) { return kElementsPerThread / (classes + 1) + 1; }
-
-bool counts(const DistillCall& call, int64_t i) {
-  return !(call.weight && call.weight[i] == 0) && !(call.target && call.target[i] == call.options.ignore_index);
-}
-
-StatusAt check(const DistillCall& call) {
-  for (int64_t i = 0; i < call.rows; ++i) {
-    if (call.weight && !(call.weight[i] >= 0 && call.weight[i] < HUGE_VAL)) return {Status::kBadWeight, i};
-    if (!call.target || !counts(call, i) || call.target[i] == call.options.unlabeled_index) continue;
-    if (call.target[i] < 0 || call.target[i] >= call.classes) return {Status::kBadTarget, i};
-  }
-  return {};
-}
-
-// The divisor of the mean: the counted rows, or their weights.
-double counted(const DistillCall& call) {
-  double sum = 0;
-  for (int64_t i = 0; i < call.rows; ++i) {
-    if (counts(call, i)) sum += call.weight ? call.weight[i] : 1;
-  }
-  return sum;
-}
-
-template <class Real>
-void reduce(const DistillCall& call, void* loss) {
-  double sum = 0;
-  for (int64_t i = 0; i < call.rows; ++i) sum += static_cast<const Real*>(call.row_loss)[i];
-  *static_cast<Real*>(loss) = Real(call.divisor == 0 ? 0 : sum / call.divisor);
-}
 
 template <class Real>
 bool all_ones(const void* values, int64_t count) {
@@ -61,7 +29,7 @@ void scale_rows(const ScaleCall& call, int64_t begin, int64_t end) {
 }  // namespace
 
 StatusAt distill_forward(DistillCall call, double normalizer, void* loss, int threads) {
-  const StatusAt status = check(call);
+  const StatusAt status = check_rows(call);
   if (status.status != Status::kOk) return status;
   const auto reduction = static_cast<Reduction>(call.options.reduction);
   if (reduction == Reduction::kMean) call.divisor = normalizer >= 0 ? normalizer : counted(call);

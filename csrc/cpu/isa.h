@@ -3,6 +3,7 @@
 
 #include "../common/distill.h"
 #include "../common/latent.h"
+#include "../common/sparse.h"
 
 namespace tgt::cpu {
 
@@ -13,6 +14,8 @@ struct Kernels {
   void (*distill_backward)(const DistillCall&, int64_t begin, int64_t end);
   void (*perturb)(const PerturbCall&, int64_t begin, int64_t end);
   void (*ascend)(const AscendCall&, int64_t begin, int64_t end);
+  void (*sparse_forward)(const SparseCall&, int64_t begin, int64_t end);
+  void (*sparse_backward)(const SparseCall&, int64_t begin, int64_t end);
 };
 
 // The widest set that was built and that this CPU has.

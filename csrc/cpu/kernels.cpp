@@ -1,4 +1,4 @@
-// The table of one instruction set's kernels. Compiled once per set, beside distill_rows.cpp and latent_rows.cpp.
+// The table of one instruction set's kernels. Compiled once per set, beside *_rows.cpp.
 #include "isa.h"
 
 #define TGT_NAME_(x) #x
@@ -11,10 +11,12 @@ void distill_forward_rows(const DistillCall& call, int64_t begin, int64_t end);
 void distill_backward_rows(const DistillCall& call, int64_t begin, int64_t end);
 void perturb_rows(const PerturbCall& call, int64_t begin, int64_t end);
 void ascend_rows(const AscendCall& call, int64_t begin, int64_t end);
+void sparse_forward_rows(const SparseCall& call, int64_t begin, int64_t end);
+void sparse_backward_rows(const SparseCall& call, int64_t begin, int64_t end);
 
 extern const cpu::Kernels kKernels;
 const cpu::Kernels kKernels = {TGT_NAME(TGT_ISA), distill_forward_rows, distill_backward_rows, perturb_rows,
-                               ascend_rows};
+                               ascend_rows,       sparse_forward_rows,  sparse_backward_rows};
 
 }  // namespace TGT_ISA
 }  // namespace tgt

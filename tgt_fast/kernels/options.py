@@ -9,6 +9,8 @@ from torch import Tensor
 
 DIVERGENCES: Final = ("forward_kl", "reverse_kl", "symmetric", "jsd", "tvd", "cross_entropy", "mse")
 REDUCTIONS: Final = ("mean", "sum", "none")
+SPARSE_DIVERGENCES: Final = ("forward_kl", "reverse_kl", "jsd", "cross_entropy")
+TAILS: Final = ("bucket", "renormalize", "uniform")
 STEP_NORMS: Final = ("l2", "linf", "raw")
 RADIUS_NORMS: Final = ("l2", "linf")
 
@@ -20,6 +22,8 @@ OP_GUMBEL: Final = 3
 OP_RESTART: Final = 4
 
 ROW_STATE: Final = 11  # numbers that a distill kernel keeps of a row, at most
+SPARSE_ROW_STATE: Final = 12  # numbers of float64 that a sparse kernel keeps of a row (csrc/common/sparse.h)
+ROW_COEFFICIENT: Final = 7  # the place among those of the row's weight in the reduced loss
 
 MAX_SAMPLE_ID: Final = 1 << 48
 MAX_STEP: Final = 1 << 28
@@ -101,6 +105,15 @@ class LinearForward(NamedTuple):
     loss: Tensor  # 0-d, or [N]
     grads: tuple[Tensor | None, ...]  # of the first six of LinearTensors, for an upstream gradient of 1
     stats: Tensor | None  # [6, N]
+
+
+class Listed(NamedTuple):
+    """What a teacher's record says, row by row, as the kernels take it. Entries of -inf are padding."""
+
+    ids: Tensor  # [N, k] int64
+    log_probs: Tensor  # [N, k] fp64 | fp32 | bf16 | fp16
+    tail_log_prob: Tensor | None  # [N] fp64 | fp32 | bf16 | fp16; none with "renormalize"
+    tail: str  # one of TAILS
 
 
 class Forward(NamedTuple):

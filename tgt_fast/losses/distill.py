@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tgt_fast.kernels.options import DistillOptions, DistillStats
 from tgt_fast.ops._distill_arguments import make_options
+from tgt_fast.ops._sparse_record import TeacherTopK
 from tgt_fast.ops.distill import distillation_loss
 
 
@@ -57,7 +58,7 @@ class DistillationLoss(nn.Module):
     def forward(
         self,
         student_logits: Tensor,  # [..., C]
-        teacher_logits: Tensor,  # [..., C]
+        teacher_logits: Tensor | TeacherTopK,  # [..., C]
         target: Tensor | None = None,  # [...]
         *,
         sample_weight: Tensor | None = None,  # [...]
@@ -69,7 +70,7 @@ class DistillationLoss(nn.Module):
     def soft(
         self,
         student_logits: Tensor,  # [..., C]
-        teacher_logits: Tensor,  # [..., C]
+        teacher_logits: Tensor | TeacherTopK,  # [..., C]
         *,
         sample_weight: Tensor | None = None,  # [...]
         normalizer: float | Tensor | None = None,
@@ -79,8 +80,8 @@ class DistillationLoss(nn.Module):
         return self._call(student_logits, teacher_logits, None, sample_weight, normalizer, keywords)
 
     def _call(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, sample_weight: Tensor | None,
-        normalizer: float | Tensor | None, keywords: dict[str, Any],
+        self, student_logits: Tensor, teacher_logits: Tensor | TeacherTopK, target: Tensor | None,
+        sample_weight: Tensor | None, normalizer: float | Tensor | None, keywords: dict[str, Any],
     ) -> Tensor | tuple[Tensor, DistillStats]:  # fmt: skip
         return distillation_loss(
             student_logits, teacher_logits, target, sample_weight=sample_weight, normalizer=normalizer,

@@ -74,10 +74,8 @@ def check_tensors(
 ) -> None:  # fmt: skip
     _checks.floating(OP, "student_logits", student)
     _checks.floating(OP, "teacher_logits", teacher)
-    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if logits.layout != torch.strided or logits.is_nested:
-            kind = "nested" if logits.is_nested else logits.layout
-            raise DTypeError(f"{OP}: {name} must be a dense tensor, got a {kind} one")
+    _check_dense("student_logits", student)
+    _check_dense("teacher_logits", teacher)
     if student.shape != teacher.shape:
         if student.dim() and teacher.dim() and student.shape[-1] != teacher.shape[-1]:
             raise ShapeError(
@@ -92,6 +90,18 @@ def check_tensors(
         raise ShapeError(f"{OP}: logits must be (..., C) with C >= 1, got {tuple(student.shape)}")
     _checks.same_device(OP, "student_logits", student, "teacher_logits", teacher)
     check_rows(OP, "student_logits", student, target, sample_weight, normalizer, options)
+
+
+def check_student(student: Tensor) -> None:
+    """The student's logits by themselves."""
+    _checks.floating(OP, "student_logits", student)
+    _check_dense("student_logits", student)
+
+
+def _check_dense(name: str, logits: Tensor) -> None:
+    if logits.layout != torch.strided or logits.is_nested:
+        kind = "nested" if logits.is_nested else logits.layout
+        raise DTypeError(f"{OP}: {name} must be a dense tensor, got a {kind} one")
 
 
 def check_rows(

@@ -15,13 +15,21 @@ from tgt_fast.ops._distill_arguments import OP
 class Call:
     """What travels through autograd beside the tensors."""
 
-    __slots__ = ("inplace", "kernel", "options", "want_stats")
+    __slots__ = ("data", "inplace", "kernel", "options", "want_stats")
 
-    def __init__(self, options: DistillOptions, kernel: Any, inplace: bool, want_stats: bool) -> None:
+    def __init__(
+        self,
+        options: DistillOptions,
+        kernel: Any,
+        inplace: bool,
+        want_stats: bool,
+        data: tuple[Tensor | None, ...] = (),  # what else the kernel reads, which must not change before backward
+    ) -> None:
         self.options = options
         self.kernel = kernel
         self.inplace = inplace
         self.want_stats = want_stats
+        self.data = data
 
 
 class Distill(torch.autograd.Function):
@@ -55,13 +63,13 @@ class Distill(torch.autograd.Function):
             # The student's logits hold its gradient now: there is nothing left to compute a second one from.
             torch.autograd.graph.increment_version(student)
         else:
-            _save(ctx, student, teacher, target, out.rows)
+            _save(ctx, student, teacher, target, out.rows, *call.data)
         if out.stats is not None:
             ctx.mark_non_differentiable(out.stats)
         return out.loss, out.stats
 
     @staticmethod
-    def backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, d_loss: Tensor | None, *unused: Any) -> Any:  # type: ignore[override]
         if d_loss is None:
             return (None,) * 6
         call = ctx.call
@@ -79,7 +87,7 @@ class Distill(torch.autograd.Function):
                 if grad is not None:
                     call.kernel.scale_(grad, d_loss)
         else:
-            student, teacher, target, rows = _saved(ctx)
+            student, teacher, target, rows, *_ = _saved(ctx)
             grads = call.kernel.backward(
                 student, teacher, target, rows, d_loss, call.options, wanted=ctx.wanted, inplace=call.inplace
             )

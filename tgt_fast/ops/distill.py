@@ -7,21 +7,24 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels import select
 from tgt_fast.kernels.options import DistillOptions, DistillStats
 from tgt_fast.kernels.reference import distill as reference_distill
 from tgt_fast.ops import _checks
-from tgt_fast.ops._distill_arguments import check_inplace, check_tensors, check_values, make_options
+from tgt_fast.ops._distill_arguments import OP, check_inplace, check_tensors, check_values, make_options
 from tgt_fast.ops._distill_autograd import Call, Distill
 from tgt_fast.ops._distill_library import dense_rows, packed
 from tgt_fast.ops._distill_library import distillation_loss as distillation_loss_op
+from tgt_fast.ops._sparse_record import TeacherTopK
 from tgt_fast.ops.library import seen_by_dispatcher
+from tgt_fast.ops.sparse import sparse_distillation_loss
 
 
 @overload
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | TeacherTopK,
     target: Tensor | None = ...,
     *,
     divergence: str = ...,
@@ -43,7 +46,7 @@ def distillation_loss(
 @overload
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | TeacherTopK,
     target: Tensor | None = ...,
     *,
     divergence: str = ...,
@@ -65,7 +68,7 @@ def distillation_loss(
 @overload
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | TeacherTopK,
     target: Tensor | None = ...,
     *,
     divergence: str = ...,
@@ -86,7 +89,7 @@ def distillation_loss(
 ) -> Tensor | tuple[Tensor, DistillStats]: ...
 def distillation_loss(
     student_logits: Tensor,  # [..., C]
-    teacher_logits: Tensor,  # [..., C]
+    teacher_logits: Tensor | TeacherTopK,  # [..., C]
     target: Tensor | None = None,  # [...]
     *,
     divergence: str = "forward_kl",
@@ -122,6 +125,7 @@ def distillation_loss(
     Args:
         student_logits: ``(..., C)``, float64, float32, bfloat16 or float16. Differentiable.
         teacher_logits: ``(..., C)``, any of these dtypes. Differentiable: its gradient is made when it requires one.
+            Or a :class:`TeacherTopK`, see below.
         target: ``(...)`` class indices, needed exactly when ``hard_weight > 0``. ``ignore_index`` drops the row,
             ``unlabeled_index`` drops its hard term alone.
         divergence: one of the names above.
@@ -152,6 +156,13 @@ def distillation_loss(
     ``backend="reference"``. On a CPU the memory of a large gradient is kept, once it is freed, for the next call;
     :func:`tgt_fast.release_buffers` gives it back.
 
+    **A top-k record of the teacher** in the place of its logits: the loss of the classes that it lists and of the rest
+    as its ``tail`` says. With ``"bucket"`` p and q are distributions over k + 1 classes: the divergence is 0 exactly
+    where those are equal, never negative, and never above that of the full distributions. It is one of forward_kl,
+    reverse_kl, jsd and cross_entropy, ``temperature`` must be the record's, and there are no statistics. The hard term
+    sees all classes. On a CPU an id that is out of range or repeated in its row is an error; on a device it is dropped,
+    unless the environment variable ``TGT_FAST_CHECK_RECORDS=1`` asks for a check, which waits for the device.
+
     Raises:
         ShapeError, DTypeError, DeviceError, ArgumentError: before anything runs, with the offending values.
         BackendError: the backend asked for by name cannot run this call.
@@ -171,6 +182,12 @@ def distillation_loss(
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing,
         ignore_index, unlabeled_index, reduction,
     )  # fmt: skip
+    if isinstance(teacher_logits, TeacherTopK):
+        if return_stats:
+            raise ArgumentError(f"{OP}: return_stats=True needs the teacher's logits, got a top-k record")
+        return sparse_distillation_loss(
+            student_logits, teacher_logits, target, sample_weight, normalizer, options, inplace=inplace, backend=backend
+        )  # fmt: skip
     check_tensors(student_logits, teacher_logits, target, sample_weight, normalizer, options)
     shape = student_logits.shape
     loss: Tensor

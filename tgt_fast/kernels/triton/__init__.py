@@ -71,6 +71,8 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
     reason = not_plain(tensors)
     if reason is not None:
         return reason
+    if op == "sparse":
+        return "there are no Triton kernels for top-k records"
     device = tensors[0].device
     if device.type not in ("cuda", "cpu"):
         return f"Triton's kernels serve CUDA tensors, these are on {device}"

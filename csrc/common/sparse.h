@@ -1,0 +1,289 @@
+// The loss against a teacher's top-k record: its call, what is kept of a row, and the mathematics of a row.
+//
+// The classes of a row are those that the record lists and the others, its tail. The tail is summed relative to its own
+// maximum, so that it is exact however little of the row it is. With kBucket the divergence is that of k + 1 classes,
+// of which the tail is one; its gradient reaches a class of the tail by the class's share of it.
+#pragma once
+
+#include <cstddef>
+#include <type_traits>
+
+#include "distill.h"
+
+namespace tgt {
+
+enum class TailForm : int { kBucket, kRenormalize, kUniform };
+
+// Entries of -inf are padding.
+struct Record {
+  const int64_t* ids = nullptr;  // [rows, entries]
+  int64_t id_stride = 0;
+  int64_t entries = 0;
+  Matrix log_probs;      // [rows, entries]
+  Matrix tail_log_prob;  // [rows, 1], or none
+  TailForm form = TailForm::kBucket;
+};
+
+// A row as backward needs it, in double; logits are raw ones. The coefficient lies where a RowState has it.
+struct SparseState {
+  double tail_max;     // of the logits of the tail
+  double tail_sum;     // sum exp((s - tail_max) / T) over the tail, 0 if it is empty
+  double tail_finite;  // number of its classes whose logit is not -inf
+  double peak;         // of all logits
+  double student_lse;  // log-sum-exp of (s - peak) / T over what the soft term sees
+  double teacher_lse;  // log-sum-exp of the record
+  double hard_lse;     // log-sum-exp of s - peak over all classes
+  double coefficient;
+  double x, y;    // the divergence's normalised sums
+  double finite;  // number of all classes whose logit is not -inf
+  double flags;
+};
+constexpr int kSparseState = sizeof(SparseState) / sizeof(double);
+static_assert(offsetof(SparseState, coefficient) == offsetof(RowState, coefficient), "found at one place");
+
+struct SparseCall {
+  DistillCall base;  // its teacher, teacher's gradient, state and statistics are not set
+  Record record;
+  SparseState* state = nullptr;  // [rows]
+
+  TGT_HD bool wide() const { return base.student.type == DType::kFloat64 || record.log_probs.type == DType::kFloat64; }
+};
+
+inline namespace TGT_ISA {
+
+// Sums over the classes of the tail seen so far, relative to their maximum: b = (s - max) / T.
+struct TailSums {
+  double max = -HUGE_VAL;
+  double sum = 0;      // sum exp(b)
+  double hard = 0;     // sum exp(s - max)
+  double linear = 0;   // sum of s - max over the finite ones
+  double entropy = 0;  // sum exp(b) b
+  double finite = 0;   // how many those are
+
+  TGT_HD void raise(double new_max, double inverse_t) {
+    const double rise = max == -HUGE_VAL ? 0 : new_max - max;
+    if (rise != 0) {
+      const double shrink = exp(-rise * inverse_t);
+      entropy = (entropy - rise * inverse_t * sum) * shrink;
+      sum *= shrink;
+      hard *= exp(-rise);
+      linear -= rise * finite;
+    }
+    max = new_max;
+  }
+};
+
+// Sums over the listed classes, relative to maxima that are known.
+struct ListedSums {
+  double student_max = -HUGE_VAL;  // of their logits
+  double teacher_max = -HUGE_VAL;  // of their log-probabilities
+  double student = 0;              // sum exp((s - student_max) / T)
+  double hard = 0;                 // sum exp(s - student_max)
+  double linear = 0;               // sum of s - student_max over the finite ones
+  double teacher = 0;              // sum exp(a - teacher_max)
+  double finite = 0;
+  bool missing = false;  // somewhere the student's logit is -inf
+};
+
+TGT_HD double log_or_nothing(double x) { return x > 0 ? log(x) : -HUGE_VAL; }
+TGT_HD double log_add_exp(double a, double b) {
+  const double most = a > b ? a : b, least = a > b ? b : a;
+  return least == -HUGE_VAL ? most : most + log1p(exp(least - most));
+}
+
+// The tail as one class, after normalisation: log-probabilities of teacher and student, -inf where one has none of it.
+struct TailClass {
+  double a, b;
+
+  TGT_HD bool student_is_empty() const { return b == -HUGE_VAL; }
+  TGT_HD bool teacher_is_empty() const { return a == -HUGE_VAL; }
+  TGT_HD Class<double> bounded() const {
+    Class<double> c;
+    c.a = bounded_below(a);
+    c.b = bounded_below(b);
+    c.p = exp(c.a);
+    c.q = exp(c.b);
+    return c;
+  }
+};
+
+TGT_HD TailClass tail_class(const SparseState& row, const DistillOptions& options, double tail_log_prob) {
+  return {tail_log_prob - row.teacher_lse,
+          row.tail_sum > 0 ? (row.tail_max - row.peak) / options.temperature + log(row.tail_sum) - row.student_lse
+                           : -HUGE_VAL};
+}
+
+// Everything of the state that follows from the sums but x, y, coefficient and flags.
+TGT_HD void settle_sparse(SparseState& row, const TailSums& tail, const ListedSums& listed, double tail_log_prob,
+                          const DistillOptions& options, TailForm form) {
+  const double inverse_t = 1 / options.temperature;
+  row.tail_max = tail.max == -HUGE_VAL ? 0 : tail.max;
+  row.tail_sum = tail.sum;
+  row.tail_finite = tail.finite;
+  row.finite = tail.finite + listed.finite;
+  row.peak = tail.max > listed.student_max ? tail.max : listed.student_max;
+  const double of_tail = tail.sum > 0 ? (tail.max - row.peak) * inverse_t + log(tail.sum) : -HUGE_VAL;
+  const double of_listed =
+      listed.student > 0 ? (listed.student_max - row.peak) * inverse_t + log(listed.student) : -HUGE_VAL;
+  const bool restricted = form == TailForm::kRenormalize;
+  row.student_lse = restricted ? of_listed : log_add_exp(of_tail, of_listed);
+  const double of_teacher = listed.teacher > 0 ? listed.teacher_max + log(listed.teacher) : -HUGE_VAL;
+  row.teacher_lse = restricted ? of_teacher : log_add_exp(of_teacher, tail_log_prob);
+  row.hard_lse = log_add_exp(tail.hard > 0 ? tail.max - row.peak + log(tail.hard) : -HUGE_VAL,
+                             listed.hard > 0 ? listed.student_max - row.peak + log(listed.hard) : -HUGE_VAL);
+}
+
+// A listed class after normalisation. V: double, or lanes of it.
+template <class V>
+TGT_HD Class<V> listed_class(V s, V a, const SparseState& row, double inverse_t) {
+  Class<V> c;
+  c.a = bounded_below(a - row.teacher_lse);
+  c.b = bounded_below((s - row.peak) * inverse_t - row.student_lse);
+  c.p = exp_nonpositive(c.a);
+  c.q = exp_nonpositive(c.b);
+  return c;
+}
+
+template <class D>
+TGT_HD bool soft_is_infinite(const TailClass& tail, TailForm form, bool listed_missing) {
+  if (std::is_same<D, Jsd>::value || std::is_same<D, NoDivergence>::value) return false;
+  const bool both = form != TailForm::kRenormalize;
+  if (std::is_same<D, ReverseKl>::value) return both && tail.teacher_is_empty() && !tail.student_is_empty();
+  return listed_missing || (both && tail.student_is_empty() && !tail.teacher_is_empty());
+}
+
+// Whether the classes of the tail are told apart: the teacher's share of it is spread over them.
+TGT_HD bool spread(const SparseState& row, TailForm form) { return form == TailForm::kUniform && row.tail_sum > 0; }
+
+// What the tail adds to x, y. Where it is spread, a divergence of the buckets and one within them add up; jsd alone
+// does not fall apart like that: its sums over the tail come from a pass over its classes.
+template <class D>
+TGT_HD void add_tail(const TailClass& tail, const TailSums& sums, const SparseState& row, TailForm form,
+                     const DistillOptions& options, double& x, double& y) {
+  if (form == TailForm::kRenormalize || std::is_same<D, NoDivergence>::value) return;
+  if (std::is_same<D, Jsd>::value && spread(row, form)) return;
+  const Class<double> c = tail.bounded();
+  D::add(c, Mixture<double>{options.beta, 1 - options.beta}, x, y);
+  if (!spread(row, form)) return;
+  const double log_sum = log(row.tail_sum), count = log(row.tail_finite);
+  const double mean_log = sums.linear / (row.tail_finite * options.temperature) - log_sum;  // of the shares in the tail
+  if (std::is_same<D, ForwardKl>::value) x -= c.p * (mean_log + count);
+  if (std::is_same<D, CrossEntropy>::value) x -= c.p * mean_log;
+  if (std::is_same<D, ReverseKl>::value) y += c.q * (sums.entropy / row.tail_sum - log_sum + count);
+}
+
+// The unweighted loss of a row whose sums are complete. of_label: the label's logit.
+template <class D>
+TGT_HD double sparse_row_loss(SparseState& row, const TailClass& tail, const TailSums& sums, const ListedSums& listed,
+                              TailForm form, const DistillOptions& options, double of_label) {
+  double loss = 0;
+  if (soft_is_infinite<D>(tail, form, listed.missing)) {
+    row.flags += kInfiniteSoft;
+    row.x = row.y = 0;
+    loss = HUGE_VAL;
+  } else if (!std::is_same<D, NoDivergence>::value) {
+    const double value = D::value(row.x, row.y, options.beta);
+    loss = options.soft_weight * options.temperature * options.temperature * (value < 0 ? 0 : value);
+  }
+  if (!(static_cast<int>(row.flags) & kHard)) return loss;
+  const double smoothing = options.label_smoothing;
+  double hard = row.hard_lse;
+  if (smoothing < 1) hard -= (1 - smoothing) * (of_label - row.peak);
+  if (smoothing > 0) {
+    double linear = 0;
+    if (sums.finite > 0) linear += sums.linear + sums.finite * (sums.max - row.peak);
+    if (listed.finite > 0) linear += listed.linear + listed.finite * (listed.student_max - row.peak);
+    hard -= smoothing / row.finite * linear;
+  }
+  if (of_label == -HUGE_VAL && smoothing < 1) {
+    row.flags += kInfiniteHard;
+    hard = HUGE_VAL;
+  }
+  return loss + options.hard_weight * (hard < 0 ? 0 : hard);
+}
+
+// What turns a row's classes into gradients.
+template <class Real>
+struct SparseFactors {
+  Real tail_max, inverse_t;
+  Real soft;                        // of exp((s - tail_max) / T), unless the tail is spread
+  Real hard;                        // of exp(s - tail_max)
+  Real smoothed;                    // what every finite class loses
+  Real label;                       // what the label loses
+  bool spread;                      // with it, of a class of the tail:
+  Real u;                           // the teacher's probability, p
+  Real share;                       // q = exp((s - tail_max) / T) * share
+  Real log_ratio;                   // log(q / p) = (s - tail_max) / T + log_ratio; for reverse_kl less y
+  Real x, y, factor;                // of d_student
+  double soft_factor, hard_factor;  // of a listed class
+};
+
+template <class D, class Real>
+TGT_HD SparseFactors<Real> sparse_factors(const SparseState& row, const DistillOptions& options, TailForm form,
+                                          double tail_log_prob, double upstream) {
+  const int flags = static_cast<int>(row.flags);
+  const bool hard = (flags & kHard) && !(flags & kInfiniteHard);
+  const bool soft = !(flags & kInfiniteSoft) && !std::is_same<D, NoDivergence>::value;
+  const double smoothing = options.label_smoothing;
+  SparseFactors<Real> f{};
+  f.soft_factor = soft ? upstream * row.coefficient * options.soft_weight * options.temperature : 0;
+  f.hard_factor = hard ? upstream * row.coefficient * options.hard_weight : 0;
+  f.tail_max = Real(row.tail_max);
+  f.inverse_t = Real(1 / options.temperature);
+  f.hard = hard ? Real(f.hard_factor * exp(row.tail_max - row.peak - row.hard_lse)) : Real(0);
+  f.smoothed = hard && smoothing > 0 ? Real(f.hard_factor * smoothing / row.finite) : Real(0);
+  f.label = Real(f.hard_factor * (1 - smoothing));
+  f.spread = soft && spread(row, form);
+  f.x = Real(row.x);
+  f.y = Real(row.y);
+  f.factor = Real(f.soft_factor);
+  if (!soft || form == TailForm::kRenormalize || !(row.tail_sum > 0)) return f;
+  const TailClass tail = tail_class(row, options, tail_log_prob);
+  const double log_share = tail.b - log(row.tail_sum);
+  f.share = Real(exp(log_share));
+  if (f.spread) {
+    const double log_u = bounded_below(tail.a - log(row.tail_finite));
+    f.u = Real(exp(log_u));
+    // One constant in double: its parts may be large where what they leave is small.
+    double log_ratio = log_share - log_u;
+    if (std::is_same<D, ReverseKl>::value) {
+      log_ratio -= row.y;
+      f.y = 0;
+    }
+    constexpr double kLargest = sizeof(Real) == 8 ? 1e300 : 1e37;
+    f.log_ratio = Real(log_ratio > kLargest ? kLargest : log_ratio);
+  } else {
+    const Mixture<double> mixture{options.beta, 1 - options.beta};
+    f.soft = Real(f.soft_factor * D::d_student(tail.bounded(), mixture, row.x, row.y) / row.tail_sum);
+  }
+  return f;
+}
+
+// The gradient of a listed class, without what the label loses.
+template <class D, class V, class Real>
+TGT_HD V listed_gradient(V s, V a, const SparseState& row, const DistillOptions& options,
+                         const SparseFactors<Real>& f) {
+  const Class<V> c = listed_class(s, a, row, 1 / options.temperature);
+  const Mixture<double> mixture{options.beta, 1 - options.beta};
+  const V soft = D::d_student(c, mixture, row.x, row.y) * f.soft_factor;
+  if (f.hard_factor == 0) return soft;
+  const V of_hard = exp_nonpositive(bounded_below(s - row.peak - row.hard_lse)) * f.hard_factor;
+  const V smoothed = s < -DBL_MAX ? V{} : splat<V>(double(f.smoothed));
+  return soft + of_hard - smoothed;
+}
+
+// The gradient of a class of a spread tail. V: Real, or lanes of it; e = exp((s - tail_max) / T), b its argument. No
+// divergence asks for more than log q - log p.
+template <class D, class V, class Real>
+TGT_HD V spread_gradient(V s, V b, V e, const SparseFactors<Real>& f, const Mixture<Real>& mixture) {
+  Class<V> c;
+  c.a = V{};
+  c.b = b + f.log_ratio;
+  c.p = splat<V>(f.u);
+  c.q = e * f.share;
+  const V soft = D::d_student(c, mixture, f.x, f.y) * f.factor;
+  return s < splat<V>(sizeof(Real) == 8 ? Real(-DBL_MAX) : Real(-FLT_MAX)) ? V{} : soft;
+}
+
+}  // namespace TGT_ISA
+}  // namespace tgt

@@ -1,0 +1,67 @@
+// The loss against a top-k record on a CPU: checks what needs the data, shares the rows among threads, reduces.
+#include "sparse.h"
+
+#include <vector>
+
+#include "blocks.h"
+#include "isa.h"
+#include "rows.h"
+#include "thread_pool.h"
+
+namespace tgt::cpu {
+namespace {
+
+// The first row that lists a class out of range, or one class twice.
+StatusAt check_ids(const SparseCall& call) {
+  const Record& record = call.record;
+  std::vector<uint64_t> seen((call.base.classes + 63) / 64);  // a bit a class, cleared again after each row
+  for (int64_t i = 0; i < call.base.rows; ++i) {
+    if (!counts(call.base, i)) continue;
+    const int64_t* ids = record.ids + i * record.id_stride;
+    const auto padding = [&](int64_t j) {
+      return read_element(record.log_probs.row(i), record.log_probs.type, j) == -HUGE_VAL;
+    };
+    for (int64_t j = 0; j < record.entries; ++j) {
+      if (padding(j)) continue;
+      if (ids[j] < 0 || ids[j] >= call.base.classes) return {Status::kBadId, i};
+      uint64_t& word = seen[ids[j] / 64];
+      const uint64_t bit = uint64_t{1} << ids[j] % 64;
+      if (word & bit) return {Status::kBadId, i};
+      word |= bit;
+    }
+    for (int64_t j = 0; j < record.entries; ++j) {
+      if (ids[j] >= 0 && ids[j] < call.base.classes) seen[ids[j] / 64] = 0;
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
+StatusAt sparse_forward(SparseCall call, double normalizer, void* loss, int threads) {
+  DistillCall& base = call.base;
+  StatusAt status = check_rows(base);
+  if (status.status == Status::kOk && base.options.soft_weight != 0) status = check_ids(call);
+  if (status.status != Status::kOk) return status;
+  const auto reduction = static_cast<Reduction>(base.options.reduction);
+  if (reduction == Reduction::kMean) base.divisor = normalizer >= 0 ? normalizer : counted(base);
+  parallel_for(
+      base.rows, row_grain(base.classes), threads,
+      [](void* context, int64_t begin, int64_t end) {
+        kernels().sparse_forward(*static_cast<const SparseCall*>(context), begin, end);
+      },
+      &call);
+  if (reduction != Reduction::kNone) call.wide() ? reduce<double>(base, loss) : reduce<float>(base, loss);
+  return {};
+}
+
+void sparse_backward(SparseCall call, int threads) {
+  parallel_for(
+      call.base.rows, row_grain(call.base.classes), threads,
+      [](void* context, int64_t begin, int64_t end) {
+        kernels().sparse_backward(*static_cast<const SparseCall*>(context), begin, end);
+      },
+      &call);
+}
+
+}  // namespace tgt::cpu

@@ -1,0 +1,461 @@
+// The kernels of the loss against a top-k record, compiled once per instruction set.
+//
+// A student's row is read block by block into the first-level cache, where the listed classes are taken out and the
+// tail is summed online: one read of memory. The gradient reads the row once more, from the second-level cache. What
+// concerns the k listed classes is done in double.
+#include <vector>
+
+#include "../common/sparse.h"
+#include "distill_row.h"
+
+namespace tgt {
+inline namespace TGT_ISA {
+namespace {
+
+using VD = Lanes<double>::Vector;
+constexpr int kDoubles = Lanes<double>::kCount;
+
+// The listed classes of a row, by blocks; padded with classes that are on neither side.
+class Listed {
+ public:
+  Listed(const SparseCall& call) : starts_(call.base.classes / kBlock + 2), ids_(call.record.entries) {
+    const int64_t room = (call.record.entries / kDoubles + 1) * kDoubles;
+    s_.resize(room);
+    a_.resize(room);
+    gradient_.resize(room);
+  }
+
+  // The record's row i; false when it is no distribution.
+  bool read(const SparseCall& call, int64_t i) {
+    const Record& record = call.record;
+    const int64_t* ids = record.ids + i * record.id_stride;
+    const char* log_probs = record.log_probs.row(i);
+    const auto listed = [&](int64_t j) {
+      return read_element(log_probs, record.log_probs.type, j) != -HUGE_VAL && ids[j] >= 0 &&
+             ids[j] < call.base.classes;
+    };
+    for (int64_t& start : starts_) start = 0;
+    for (int64_t j = 0; j < record.entries; ++j) {
+      if (listed(j)) ++starts_[ids[j] / kBlock + 1];
+    }
+    for (size_t b = 1; b < starts_.size(); ++b) starts_[b] += starts_[b - 1];
+    count_ = starts_.back();
+    for (double& s : s_) s = -HUGE_VAL;
+    for (double& a : a_) a = -HUGE_VAL;
+    bool valid = true;
+    for (int64_t j = 0; j < record.entries; ++j) {
+      if (!listed(j)) continue;
+      const int64_t at = starts_[ids[j] / kBlock]++;
+      ids_[at] = ids[j];
+      a_[at] = read_element(log_probs, record.log_probs.type, j);
+      valid &= a_[at] < HUGE_VAL;
+    }
+    for (size_t b = starts_.size() - 1; b > 0; --b) starts_[b] = starts_[b - 1];
+    starts_[0] = 0;
+    tail_log_prob = record.tail_log_prob && record.form != TailForm::kRenormalize
+                        ? read_element(record.tail_log_prob.row(i), record.tail_log_prob.type, 0)
+                        : -HUGE_VAL;
+    return valid && tail_log_prob < HUGE_VAL && (count_ > 0 || tail_log_prob > -HUGE_VAL);
+  }
+  void clear() {
+    for (int64_t& start : starts_) start = 0;
+    for (double& s : s_) s = -HUGE_VAL;
+    for (double& a : a_) a = -HUGE_VAL;
+    count_ = 0;
+    tail_log_prob = -HUGE_VAL;
+  }
+
+  // Logits of the row, for a gradient that comes without a pass over it.
+  void gather(const char* row, DType type) {
+    for (int64_t e = 0; e < count_; ++e) s_[e] = read_element(row, type, ids_[e]);
+  }
+
+  // Takes the classes of a block out of it: -inf in their places.
+  template <class Real>
+  void take(Real* block, int64_t at) {
+    const int64_t b = at / kBlock;
+    for (int64_t e = starts_[b]; e < starts_[b + 1]; ++e) {
+      s_[e] = block[ids_[e] - at];
+      block[ids_[e] - at] = Real(-HUGE_VAL);
+    }
+  }
+  bool any_in(int64_t at) const { return starts_[at / kBlock] < starts_[at / kBlock + 1]; }
+
+  template <class Real>
+  void put_gradient(Real* block, int64_t at) const {
+    const int64_t b = at / kBlock;
+    for (int64_t e = starts_[b]; e < starts_[b + 1]; ++e) block[ids_[e] - at] = Real(gradient_[e]);
+  }
+
+  bool numbers() const {  // neither NaN nor +inf
+    for (int64_t e = 0; e < count_; ++e) {
+      if (!(s_[e] < HUGE_VAL)) return false;
+    }
+    return true;
+  }
+
+  ListedSums sums(const DistillOptions& options) const {
+    ListedSums sums;
+    for (int64_t e = 0; e < count_; ++e) {
+      sums.student_max = larger(s_[e], sums.student_max);
+      sums.teacher_max = larger(a_[e], sums.teacher_max);
+      sums.missing |= s_[e] == -HUGE_VAL;
+    }
+    const double student_max = sums.student_max == -HUGE_VAL ? 0 : sums.student_max;
+    const double inverse_t = 1 / options.temperature;
+    VD student{}, teacher{}, hard{};
+    each([&](VD s, VD a, int64_t) {
+      const VD shifted = s - student_max;
+      student += exp_nonpositive(bounded_below(shifted * inverse_t));
+      hard += exp_nonpositive(bounded_below(shifted));
+      teacher += exp_nonpositive(bounded_below(a - sums.teacher_max));
+    });
+    sums.student = sum_lanes(student);
+    sums.hard = sum_lanes(hard);
+    sums.teacher = count_ ? sum_lanes(teacher) : 0;
+    for (int64_t e = 0; e < count_; ++e) {
+      if (s_[e] == -HUGE_VAL) continue;
+      sums.finite += 1;
+      sums.linear += s_[e] - student_max;
+    }
+    return sums;
+  }
+
+  template <class D>
+  void add(const SparseState& row, const DistillOptions& options, double& x, double& y) const {
+    const Mixture<double> mixture = mixture_of<double>(options);
+    VD of_x{}, of_y{};
+    each([&](VD s, VD a, int64_t) { D::add(listed_class(s, a, row, 1 / options.temperature), mixture, of_x, of_y); });
+    x += sum_lanes(of_x);
+    y += sum_lanes(of_y);
+  }
+
+  template <class D, class Real>
+  void make_gradient(const SparseState& row, const DistillOptions& options, const SparseFactors<Real>& factors) {
+    each([&](VD s, VD a, int64_t e) { store(gradient_.data() + e, listed_gradient<D>(s, a, row, options, factors)); });
+  }
+
+  double tail_log_prob = -HUGE_VAL;
+
+ private:
+  template <class Body>
+  void each(Body body) const {
+    for (int64_t e = 0; e < count_; e += kDoubles) body(load(s_.data() + e), load(a_.data() + e), e);
+  }
+
+  std::vector<int64_t> starts_;  // of each block's classes
+  std::vector<int64_t> ids_;
+  std::vector<double> s_, a_, gradient_;
+  int64_t count_ = 0;
+};
+
+// Calls body(tail, count) for every block of a row without its listed classes.
+template <class Real, class Body>
+void each_tail_block(const Matrix& student, int64_t i, int64_t classes, Listed& listed, Body body) {
+  alignas(64) Real buffer[kBlock];
+  for (int64_t at = 0; at < classes; at += kBlock) {
+    const int count = int(classes - at < kBlock ? classes - at : kBlock);
+    const Real* from = read_block(student.row(i), student.type, at, count, buffer);
+    if (listed.any_in(at)) {
+      if (from != buffer) memcpy(buffer, from, count * sizeof(Real));
+      from = buffer;
+      listed.take(buffer, at);
+    }
+    body(from, count);
+  }
+}
+
+// Calls body(s, at, lanes) for the vectors of a block; the last one is padded with -inf.
+template <class Real, class Body>
+TGT_HD void each_of(const Real* s, int count, Body body) {
+  constexpr int kLanes = Lanes<Real>::kCount;
+  int at = 0;
+  for (; at + kLanes <= count; at += kLanes) body(load(s + at), at, kLanes);
+  if (at < count) body(load_part(s + at, count - at, Real(-HUGE_VAL)), at, count - at);
+}
+
+// The maximum of a block; false where it holds NaN or +inf.
+template <class Real>
+bool block_maximum(const Real* s, int count, double& most) {
+  using V = typename Lanes<Real>::Vector;
+  using Int = typename Traits<V>::Int;
+  V best = splat<V>(Real(-HUGE_VAL));
+  Int unordered{};
+  each_of(s, count, [&](V sv, int, int) {
+    best = larger(sv, best);
+    unordered |= (Int)(sv != sv);
+  });
+  most = largest_lane(best);
+  bool number = true;
+  for (int lane = 0; lane < Lanes<Real>::kCount; ++lane) number &= unordered[lane] == 0;
+  return number && most < HUGE_VAL;
+}
+
+template <HardPower power, class V, class Real>
+TGT_HD V hard_of(V shifted, V e) {
+  if constexpr (power == kSame) return e;
+  if constexpr (power == kSquare) return e * e;
+  if constexpr (power == kFourth) return (e * e) * (e * e);
+  return exp_nonpositive(bounded_below(shifted));
+}
+
+// Adds a block whose maximum the sums know. kFull: also what smoothed labels and a spread tail ask for.
+template <class Real, HardPower power, bool kFull>
+void sum_tail(const Real* s, int count, Real inverse_t, TailSums& sums) {
+  using V = typename Lanes<Real>::Vector;
+  const Real max = sums.max == -HUGE_VAL ? Real(0) : Real(sums.max);
+  V sum{}, hard{}, linear{}, entropy{}, finite{};
+  each_of(s, count, [&](V sv, int, int) {
+    const V shifted = sv - max;
+    const V b = bounded_below(shifted * inverse_t);
+    const V e = exp_nonpositive(b);
+    sum += e;
+    if constexpr (power != kNoHard) hard += hard_of<power, V, Real>(shifted, e);
+    if constexpr (kFull) {
+      entropy = fused(e, b, entropy);
+      linear += sv == splat<V>(Real(-HUGE_VAL)) ? V{} : shifted;
+      finite += sv == splat<V>(Real(-HUGE_VAL)) ? V{} : splat<V>(Real(1));
+    }
+  });
+  sums.sum += sum_lanes(sum);
+  if constexpr (power != kNoHard) sums.hard += sum_lanes(hard);
+  if constexpr (kFull) {
+    sums.linear += sum_lanes(linear);
+    sums.entropy += sum_lanes(entropy);
+    sums.finite += sum_lanes(finite);
+  }
+}
+
+template <class Real>
+void fill(const Matrix& matrix, int64_t i, int64_t classes, Real value) {
+  alignas(64) Real buffer[kBlock];
+  for (int64_t at = 0; at < classes; at += kBlock) {
+    const int count = int(classes - at < kBlock ? classes - at : kBlock);
+    Real* to = write_block(matrix.row(i), matrix.type, at, buffer);
+    for (int j = 0; j < count; ++j) to[j] = value;
+    if (to == buffer) finish_block(to, matrix.row(i), matrix.type, at, count);
+  }
+}
+
+// The gradient of a block as if all of it were tail.
+template <class Real, class D, HardPower power>
+void tail_gradient(const Real* s, int count, const SparseFactors<Real>& f, const Mixture<Real>& mixture, Real* to) {
+  using V = typename Lanes<Real>::Vector;
+  if (power == kNoHard && !f.spread && f.soft == 0) {
+    for (int j = 0; j < count; ++j) to[j] = 0;
+    return;
+  }
+  const auto write = [&](auto soft_of) {
+    each_of(s, count, [&](V sv, int at, int lanes) {
+      const V shifted = sv - f.tail_max;
+      const V b = bounded_below(shifted * f.inverse_t);
+      const V e = exp_nonpositive(b);
+      V grad = soft_of(sv, b, e);
+      if constexpr (power != kNoHard) {
+        const V floor = sv < splat<V>(sizeof(Real) == 8 ? Real(-DBL_MAX) : Real(-FLT_MAX)) ? V{} : splat<V>(f.smoothed);
+        grad += hard_of<power, V, Real>(shifted, e) * f.hard - floor;
+      }
+      if (lanes == Lanes<Real>::kCount) {
+        store(to + at, grad);
+      } else {
+        store_part(to + at, grad, lanes);
+      }
+    });
+  };
+  if (f.spread) {
+    write([&](V sv, V b, V e) { return spread_gradient<D>(sv, b, e, f, mixture); });
+  } else {
+    write([&](V, V, V e) { return e * f.soft; });
+  }
+}
+
+// The gradient of a row from its logits, its listed classes (with their logits) and its state.
+template <class Real, class D, HardPower power>
+void gradient_row(const SparseCall& call, int64_t i, Listed& listed, const SparseState& state, double upstream) {
+  const DistillCall& base = call.base;
+  const Matrix& grad = base.d_student;
+  const int flags = int(state.flags);
+  if (flags & (kDropped | kInvalid)) return fill<Real>(grad, i, base.classes, flags & kDropped ? Real(0) : Real(NAN));
+  const SparseFactors<Real> factors =
+      sparse_factors<D, Real>(state, base.options, call.record.form, listed.tail_log_prob, upstream);
+  listed.make_gradient<D>(state, base.options, factors);
+  const Mixture<Real> mixture = mixture_of<Real>(base.options);
+  const int64_t label = factors.hard_factor != 0 ? base.target[i] : -1;
+  alignas(64) Real logits[kBlock];
+  alignas(64) Real buffer[kBlock];
+  for (int64_t at = 0; at < base.classes; at += kBlock) {
+    const int count = int(base.classes - at < kBlock ? base.classes - at : kBlock);
+    const Real* s = read_block(base.student.row(i), base.student.type, at, count, logits);
+    Real* to = write_block(grad.row(i), grad.type, at, buffer);
+    tail_gradient<Real, D, power>(s, count, factors, mixture, to);
+    listed.put_gradient(to, at);
+    if (label >= at && label < at + count) to[label - at] -= factors.label;
+    if (to == buffer) finish_block(to, grad.row(i), grad.type, at, count);
+  }
+}
+
+// Adds the classes of a spread tail, one by one, to the sums x, y.
+template <class Real, class D>
+void add_spread(const SparseCall& call, int64_t i, Listed& listed, SparseState& state) {
+  using V = typename Lanes<Real>::Vector;
+  const DistillCall& base = call.base;
+  const SparseFactors<Real> f = sparse_factors<D, Real>(state, base.options, call.record.form, listed.tail_log_prob, 1);
+  const Mixture<Real> mixture = mixture_of<Real>(base.options);
+  each_tail_block<Real>(base.student, i, base.classes, listed, [&](const Real* s, int count) {
+    V x{}, y{};
+    each_of(s, count, [&](V sv, int, int) {
+      const V b = bounded_below((sv - f.tail_max) * f.inverse_t);
+      Class<V> c;
+      c.a = V{};
+      c.b = b + f.log_ratio;
+      c.p = sv == splat<V>(Real(-HUGE_VAL)) ? V{} : splat<V>(f.u);
+      c.q = exp_nonpositive(b) * f.share;
+      D::add(c, mixture, x, y);
+    });
+    state.x += sum_lanes(x);
+    state.y += sum_lanes(y);
+  });
+}
+
+// The unweighted loss of a row that counts; fills the state but for its coefficient.
+template <class Real, class D, HardPower power>
+double forward_row(const SparseCall& call, int64_t i, int64_t label, Listed& listed, SparseState& state) {
+  const DistillCall& base = call.base;
+  const DistillOptions& options = base.options;
+  const TailForm form = call.record.form;
+  bool valid = true;
+  if (std::is_same<D, NoDivergence>::value) {
+    listed.clear();
+  } else {
+    valid = listed.read(call, i);
+  }
+  const double of_label = int(state.flags) & kHard ? read_element(base.student.row(i), base.student.type, label) : 0;
+  const bool full = options.label_smoothing > 0 || form == TailForm::kUniform;
+  const double inverse_t = 1 / options.temperature;
+  TailSums tail;
+  each_tail_block<Real>(base.student, i, base.classes, listed, [&](const Real* s, int count) {
+    double most;
+    valid = valid && block_maximum(s, count, most);
+    if (!valid) return;
+    tail.raise(larger(most, tail.max), inverse_t);
+    full ? sum_tail<Real, power, true>(s, count, Real(inverse_t), tail)
+         : sum_tail<Real, power, false>(s, count, Real(inverse_t), tail);
+  });
+  const ListedSums sums = listed.sums(options);
+  const bool none = form == TailForm::kRenormalize && !std::is_same<D, NoDivergence>::value;
+  valid = valid && listed.numbers();
+  valid = valid && (sums.student_max > -HUGE_VAL || (!none && tail.max > -HUGE_VAL));
+  if (!valid) {
+    state.flags += kInvalid;
+    return NAN;
+  }
+  settle_sparse(state, tail, sums, listed.tail_log_prob, options, form);
+  const TailClass rest = tail_class(state, options, listed.tail_log_prob);
+  if constexpr (!std::is_same<D, NoDivergence>::value) {
+    if (!soft_is_infinite<D>(rest, form, sums.missing)) {
+      listed.add<D>(state, options, state.x, state.y);
+      add_tail<D>(rest, tail, state, form, options, state.x, state.y);
+      if (std::is_same<D, Jsd>::value && spread(state, form)) add_spread<Real, D>(call, i, listed, state);
+    }
+  }
+  return sparse_row_loss<D>(state, rest, tail, sums, form, options, of_label);
+}
+
+template <class Real, class D, HardPower power>
+void forward_rows(const SparseCall& call, int64_t begin, int64_t end) {
+  const DistillCall& base = call.base;
+  const DistillOptions& options = base.options;
+  Listed listed(call);
+  for (int64_t i = begin; i < end; ++i) {
+    const double weight = base.weight ? base.weight[i] : 1;
+    const int64_t label = base.target ? base.target[i] : options.unlabeled_index;
+    SparseState state{};
+    const bool dropped = weight == 0 || (base.target && label == options.ignore_index);
+    const bool labelled = base.target && label != options.unlabeled_index;
+    state.flags = dropped ? kDropped : labelled ? kHard : 0;
+    state.coefficient = base.divisor == 0 ? 0 : weight / base.divisor;
+    double loss = 0;
+    if (!dropped) loss = weight * forward_row<Real, D, power>(call, i, label, listed, state);
+    static_cast<Real*>(base.row_loss)[i] = Real(loss);
+    if (base.d_student) {
+      if (state.coefficient == 0) state.flags = kDropped;  // a divisor of 0
+      gradient_row<Real, D, power>(call, i, listed, state, 1);
+    }
+    if (call.state) call.state[i] = state;
+  }
+}
+
+template <class Real, class D, HardPower power>
+void backward_rows(const SparseCall& call, int64_t begin, int64_t end) {
+  const DistillCall& base = call.base;
+  const Real* upstream = static_cast<const Real*>(base.upstream);
+  Listed listed(call);
+  for (int64_t i = begin; i < end; ++i) {
+    SparseState state = call.state[i];
+    if (state.coefficient == 0) state.flags = kDropped;
+    if (std::is_same<D, NoDivergence>::value || int(state.flags) & (kDropped | kInvalid)) {
+      listed.clear();
+    } else {
+      listed.read(call, i);
+      listed.gather(base.student.row(i), base.student.type);
+    }
+    gradient_row<Real, D, power>(call, i, listed, state, upstream[base.upstream_per_row ? i : 0]);
+  }
+}
+
+struct Forward {
+  template <class Real, class D, HardPower power>
+  static void run(const SparseCall& call, int64_t begin, int64_t end) {
+    forward_rows<Real, D, power>(call, begin, end);
+  }
+};
+struct Backward {
+  template <class Real, class D, HardPower power>
+  static void run(const SparseCall& call, int64_t begin, int64_t end) {
+    backward_rows<Real, D, power>(call, begin, end);
+  }
+};
+
+template <class Direction, class Real, class D>
+void by_hard_power(const SparseCall& call, int64_t begin, int64_t end) {
+  if (!call.base.target) return Direction::template run<Real, D, kNoHard>(call, begin, end);
+  if constexpr (sizeof(Real) == 4) {  // double is for checking, not for speed
+    const double t = call.base.options.temperature;
+    if (t == 1) return Direction::template run<Real, D, kSame>(call, begin, end);
+    if (t == 2) return Direction::template run<Real, D, kSquare>(call, begin, end);
+    if (t == 4) return Direction::template run<Real, D, kFourth>(call, begin, end);
+  }
+  Direction::template run<Real, D, kOwn>(call, begin, end);
+}
+
+template <class Direction, class Real>
+void by_divergence(const SparseCall& call, int64_t begin, int64_t end) {
+  if (call.base.options.soft_weight == 0) {
+    return by_hard_power<Direction, Real, NoDivergence>(call, begin, end);
+  }
+  switch (DivergenceKind(call.base.options.divergence)) {
+    case DivergenceKind::kForwardKl:
+      return by_hard_power<Direction, Real, ForwardKl>(call, begin, end);
+    case DivergenceKind::kReverseKl:
+      return by_hard_power<Direction, Real, ReverseKl>(call, begin, end);
+    case DivergenceKind::kJsd:
+      return by_hard_power<Direction, Real, Jsd>(call, begin, end);
+    case DivergenceKind::kCrossEntropy:
+      return by_hard_power<Direction, Real, CrossEntropy>(call, begin, end);
+    default:  // no others reach the core
+      return;
+  }
+}
+
+}  // namespace
+
+void sparse_forward_rows(const SparseCall& call, int64_t begin, int64_t end) {
+  call.wide() ? by_divergence<Forward, double>(call, begin, end) : by_divergence<Forward, float>(call, begin, end);
+}
+
+void sparse_backward_rows(const SparseCall& call, int64_t begin, int64_t end) {
+  call.wide() ? by_divergence<Backward, double>(call, begin, end) : by_divergence<Backward, float>(call, begin, end);
+}
+
+}  // namespace TGT_ISA
+}  // namespace tgt

@@ -1,0 +1,111 @@
+// The loss against a top-k record on a device: which kernels a call takes, in which order.
+#include "api.h"
+#include "chip.h"
+#include "sparse_kernels.h"
+
+namespace tgt::cuda {
+namespace {
+
+SparseDeviceCall device_call(const SparseCall& call) {
+  SparseDeviceCall d;
+  d.base.call = call.base;
+  d.base.student_aligned = aligned_rows(call.base.student);
+  d.base.d_student_aligned = aligned_rows(call.base.d_student);
+  d.record = call.record;
+  d.state = call.state;
+  return d;
+}
+
+int threads_for(int64_t vectors, int most) {  // as many as find a vector
+  int threads = kWarp;
+  while (threads < most && threads < vectors) threads *= 2;
+  return threads < most ? threads : most;
+}
+
+cudaError_t chip(int& major, int& shared_bytes) {
+  Chip found;
+  const cudaError_t error = find_chip(reinterpret_cast<const void*>(sparse_bwd_kernel<float>), found);
+  major = found.major;
+  shared_bytes = found.shared_bytes;
+  return error;
+}
+
+template <class Kernel>
+cudaError_t launch_stream(Kernel kernel, SparseDeviceCall d, int shared_limit, cudaStream_t stream) {
+  const int64_t vectors = (d.base.call.classes + kVector - 1) / kVector;
+  const int64_t without = kSparseBytes + entry_bytes(d), bytes = without + (vectors + 15) / 16 * 16;
+  d.map = bytes <= shared_limit;
+  return launch(kernel, d.base.call.rows, threads_for(vectors, kSparseStreamThreads),
+                static_cast<int>(d.map ? bytes : without), 1, stream, d);
+}
+
+cudaError_t forward_rows(SparseDeviceCall d, bool wide, const Plan& plan, cudaStream_t stream) {
+  int major = 0, limit = 0;
+  const cudaError_t error = chip(major, limit);
+  if (error != cudaSuccess) return error;
+  if (wide) return launch_stream(sparse_fwd_stream_kernel<double>, d, limit, stream);
+  const DistillCall& call = d.base.call;
+  const int64_t vectors = (call.classes + kVector - 1) / kVector;
+  const int64_t a_vector = kVector * element_size(call.student.type);
+  const bool bulk = plan.bulk && major >= 9 && d.base.student_aligned;
+  // Two blocks to a multiprocessor if possible: one computes while the other's row arrives.
+  for (const int64_t room : {(int64_t(limit) - 1024) / 2, int64_t(limit)}) {
+    for (int cluster = 1; cluster <= (major >= 9 ? kMostBlocks : 1) && plan.path != Path::kStream; cluster *= 2) {
+      if (plan.cluster > cluster) continue;
+      const int64_t share = (vectors + cluster - 1) / cluster;
+      const int64_t bytes = kSparseBytes + entry_bytes(d) + share * a_vector;
+      if (bytes > room) continue;
+      d.base.vectors_per_block = share;
+      const auto kernel =
+          call.student.type == DType::kBFloat16 ? sparse_fwd_kernel<kBothBFloat16> : sparse_fwd_kernel<kAnyTypes>;
+      return launch(kernel, call.rows * cluster, threads_for(vectors, kSparseThreads), static_cast<int>(bytes), cluster,
+                    stream, d, bulk ? 1 : 0);
+    }
+  }
+  return launch_stream(sparse_fwd_stream_kernel<float>, d, limit, stream);
+}
+
+}  // namespace
+
+Failure sparse_forward(const SparseCall& call, const double* normalizer, double host_normalizer, double* workspace,
+                       void* loss, Plan plan, cudaStream_t stream) {
+  SparseDeviceCall d = device_call(call);
+  const auto reduction = static_cast<Reduction>(call.base.options.reduction);
+  if (reduction == Reduction::kMean) {
+    if (normalizer) {
+      d.base.divisor = normalizer;
+    } else if (host_normalizer >= 0) {
+      d.base.call.divisor = host_normalizer;
+    } else if (!call.base.weight && !call.base.target) {
+      d.base.call.divisor = static_cast<double>(call.base.rows);
+    } else {
+      const cudaError_t error =
+          launch(sparse_count_kernel<double>, 1, kSparseReduceThreads, kTeamBytes, 1, stream, d, workspace);
+      if (error != cudaSuccess) return {error, "sparse_count_kernel"};
+      d.base.divisor = workspace;
+    }
+  }
+  if (call.base.rows > 0) {
+    const cudaError_t error = forward_rows(d, call.wide(), plan, stream);
+    if (error != cudaSuccess) return {error, "sparse_fwd_kernel"};
+  }
+  if (reduction == Reduction::kNone) return {};
+  const cudaError_t error = call.wide() ? launch(sparse_reduce_kernel<double>, 1, kSparseReduceThreads, kTeamBytes, 1,
+                                                 stream, d, static_cast<double*>(loss))
+                                        : launch(sparse_reduce_kernel<float>, 1, kSparseReduceThreads, kTeamBytes, 1,
+                                                 stream, d, static_cast<float*>(loss));
+  return {error, "sparse_reduce_kernel"};
+}
+
+Failure sparse_backward(const SparseCall& call, cudaStream_t stream) {
+  if (call.base.rows == 0) return {};
+  int major = 0, limit = 0;
+  cudaError_t error = chip(major, limit);
+  if (error == cudaSuccess) {
+    error = call.wide() ? launch_stream(sparse_bwd_kernel<double>, device_call(call), limit, stream)
+                        : launch_stream(sparse_bwd_kernel<float>, device_call(call), limit, stream);
+  }
+  return {error, "sparse_bwd_kernel"};
+}
+
+}  // namespace tgt::cuda

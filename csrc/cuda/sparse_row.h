@@ -1,0 +1,425 @@
+// One row of the loss against a top-k record on a device: its listed classes, its tail, its gradient.
+//
+// The threads of a row share its vectors of eight classes, and besides each has some entries of the record. A source
+// gives the vectors with -inf in the places of listed classes: that is the tail. The gradient of all classes is written
+// as if they were tail; then each thread writes that of its listed classes over it. What happens once a row is done by
+// one thread of a block, in double, and handed round through shared memory.
+#pragma once
+
+#include "../common/sparse.h"
+#include "distill_on_chip.h"
+
+namespace tgt::cuda {
+
+// A call as the kernels read it.
+struct SparseDeviceCall {
+  DeviceCall base;
+  Record record;
+  SparseState* state = nullptr;
+  bool map = false;  // shared memory has room for a bit a class
+};
+
+inline namespace TGT_ISA {
+
+constexpr int kSparseThreads = 320, kSparseStreamThreads = 512;
+
+// What a block's threads tell each other of a row.
+template <class Real>
+struct SparseShared {
+  SparseState state;
+  SparseFactors<Real> factors;
+  TailSums tail;
+  ListedSums listed;
+  double of_label;  // the label's logit
+};
+constexpr int kSparseSharedBytes = 384;
+constexpr int kSparseBytes = kTeamBytes + kBarrierBytes + kSparseSharedBytes;  // what precedes a row, or its map
+
+template <class Real>
+TGT_DEVICE SparseShared<Real>& row_in_shared() {
+  static_assert(sizeof(SparseShared<Real>) <= kSparseSharedBytes, "fits its place");
+  return *reinterpret_cast<SparseShared<Real>*>(shared_memory() + kTeamBytes + kBarrierBytes);
+}
+
+template <class Body>
+TGT_DEVICE auto with_sparse_divergence(const DistillOptions& options, Body body) {
+  if (options.soft_weight == 0) return body(NoDivergence{});
+  switch (DivergenceKind(options.divergence)) {
+    case DivergenceKind::kReverseKl:
+      return body(ReverseKl{});
+    case DivergenceKind::kJsd:
+      return body(Jsd{});
+    case DivergenceKind::kCrossEntropy:
+      return body(CrossEntropy{});
+    default:  // no others reach the core
+      return body(ForwardKl{});
+  }
+}
+
+// An entry of the record, in shared memory.
+template <class Real>
+struct Entry {
+  int64_t id;  // -1 where it does not count: padding, out of range, listed before, or another block's
+  Real s;      // the student's logit, which a gradient in place will overwrite
+};
+constexpr int kEntryBytes = 16;
+
+TGT_HD int64_t entry_bytes(const SparseDeviceCall& d) { return d.record.entries * kEntryBytes; }
+
+TGT_DEVICE bool is_listed(const Record& record, int64_t i, int64_t j, int64_t classes) {
+  const int64_t id = record.ids[i * record.id_stride + j];
+  return id >= 0 && id < classes && load_one<double>(record.log_probs.row(i), record.log_probs.type, j) != -HUGE_VAL;
+}
+
+// The entries of a thread: every size-th. No other thread looks at them.
+template <class Real>
+struct Own {
+  static_assert(sizeof(Entry<Real>) == kEntryBytes, "fits its place");
+  Entry<Real>* entries;
+  int begin, end, step;
+  const char* log_probs;
+  DType type;
+
+  // Those of classes [first, last).
+  template <class Team>
+  TGT_DEVICE Own(const SparseDeviceCall& d, const Team& team, int64_t i, int64_t first, int64_t last)
+      : entries(reinterpret_cast<Entry<Real>*>(shared_memory() + kSparseBytes)),
+        begin(team.thread),
+        end(d.base.call.options.soft_weight == 0 ? 0 : static_cast<int>(d.record.entries)),  // it may hold anything
+        step(team.size),
+        log_probs(d.record.log_probs.row(i)),
+        type(d.record.log_probs.type) {
+    const DistillCall& call = d.base.call;
+    const int64_t* ids = d.record.ids + i * d.record.id_stride;
+    for (int j = begin; j < end; j += step) {
+      const int64_t id = ids[j];
+      bool mine = id >= first && id < last && is_listed(d.record, i, j, call.classes);
+      if (mine) {
+        TGT_UNROLL4
+        for (int m = 0; m < j; ++m) {
+          if (ids[m] == id && is_listed(d.record, i, m, call.classes)) mine = false;
+        }
+      }
+      entries[j].id = mine ? id : -1;
+      entries[j].s = mine ? load_one<Real>(call.student.row(i), call.student.type, id) : Real(0);
+    }
+  }
+
+  template <class Body>  // body(id, s, log-probability)
+  TGT_DEVICE void each(Body body) const {
+    for (int j = begin; j < end; j += step) {
+      if (entries[j].id >= 0) body(entries[j].id, double(entries[j].s), load_one<double>(log_probs, type, j));
+    }
+  }
+};
+
+TGT_DEVICE double tail_log_prob(const SparseDeviceCall& d, int64_t i) {
+  const Matrix& tail = d.record.tail_log_prob;
+  if (!tail.data || d.record.form == TailForm::kRenormalize || d.base.call.options.soft_weight == 0) return -HUGE_VAL;
+  return load_one<double>(tail.row(i), tail.type, 0);
+}
+
+struct SparseExtremes {
+  double tail = -HUGE_VAL, listed = -HUGE_VAL;  // logits
+  double teacher = -HUGE_VAL;                   // log-probabilities of listed classes
+  int unusual = 0, padding = 0;
+};
+struct MergeSparseExtremes {
+  TGT_DEVICE SparseExtremes operator()(const SparseExtremes& a, const SparseExtremes& b) const {
+    return {larger(a.tail, b.tail), larger(a.listed, b.listed), larger(a.teacher, b.teacher), a.unusual | b.unusual, 0};
+  }
+};
+
+// The maximum of a thread's share of the tail.
+template <class Real>
+struct TailMaximum {
+  Real most = minus_infinity<Real>();
+  bool number = true;
+
+  TGT_DEVICE void add(const Eight<Real>& s) {
+    TGT_UNROLL
+    for (int i = 0; i < kVector; ++i) {
+      most = larger(s.v[i], most);
+      number &= s.v[i] < Real(HUGE_VAL);  // fails for NaN, too
+    }
+  }
+};
+
+// Sums over the row. linear, entropy and the numbers of finite classes are those that smoothed labels and a spread tail
+// ask for; hard is over all classes, relative to the peak.
+template <class Real>
+struct alignas(8) SparseSums {
+  Real tail = 0, linear = 0, entropy = 0, hard = 0;
+  double listed = 0, listed_linear = 0, teacher = 0;
+  int tail_finite = 0, listed_finite = 0;
+
+  template <class Other>
+  TGT_DEVICE SparseSums<Other> as() const {
+    return {Other(tail),   Other(linear), Other(entropy), Other(hard),  listed,
+            listed_linear, teacher,       tail_finite,    listed_finite};
+  }
+};
+template <class Real>
+struct AddSparseSums {
+  TGT_DEVICE SparseSums<Real> operator()(const SparseSums<Real>& a, const SparseSums<Real>& b) const {
+    return {a.tail + b.tail,       a.linear + b.linear,           a.entropy + b.entropy,
+            a.hard + b.hard,       a.listed + b.listed,           a.listed_linear + b.listed_linear,
+            a.teacher + b.teacher, a.tail_finite + b.tail_finite, a.listed_finite + b.listed_finite};
+  }
+};
+
+struct Pair {
+  double x = 0, y = 0;
+};
+struct AddPairs {
+  TGT_DEVICE Pair operator()(const Pair& a, const Pair& b) const { return {a.x + b.x, a.y + b.y}; }
+};
+
+// The constants of exp((s - tail_max) / T) and of exp(s - peak).
+template <class Real>
+struct TailScale {
+  Real tail_max, peak, inverse_t, binary_t;
+
+  TGT_DEVICE Real share(Real s) const { return exp_scaled(s - tail_max, inverse_t, binary_t); }
+  TGT_DEVICE Real argument(Real s) const { return bounded_below((s - tail_max) * inverse_t); }
+  TGT_DEVICE Real hard(Real s, Real from) const { return exp_scaled(s - from, Real(1), Real(1.4426950408889634)); }
+};
+template <class Real>
+TGT_DEVICE TailScale<Real> tail_scale(const DistillOptions& options, double tail_max, double peak) {
+  return {Real(tail_max), Real(peak), Real(1 / options.temperature), Real(1.4426950408889634 / options.temperature)};
+}
+
+// The gradient of the row: all of a source's vectors as tail, then the thread's listed classes.
+template <class D, class Real, class Team, class Source>
+TGT_DEVICE void write_sparse_gradient(const SparseDeviceCall& d, const Team& team, const Source& source, int64_t i,
+                                      const Own<Real>& own) {
+  const DistillCall& call = d.base.call;
+  const DistillOptions& options = call.options;
+  const SparseShared<Real>& shared = row_in_shared<Real>();
+  const SparseFactors<Real> f = shared.factors;
+  const TailScale<Real> scale = tail_scale<Real>(options, shared.state.tail_max, shared.state.peak);
+  const Mixture<Real> mixture{Real(options.beta), Real(1 - options.beta)};
+  const bool hard = f.hard_factor != 0, same = options.temperature == 1;
+  const int64_t label = hard ? call.target[i] : -1;
+  const int64_t labelled = label < source.first * kVector ? -1 : label / kVector - source.first;
+  const Real both = hard && same ? f.soft + f.hard : f.soft;
+  char* row = call.d_student.row(i);
+  const DType type = source.gradient_type(call);
+  for (int64_t k = team.thread; k < source.count; k += team.size) {
+    const Eight<Real> s = source.load(k);
+    Eight<Real> grad;
+    if (f.spread) {
+      TGT_UNROLL
+      for (int j = 0; j < kVector; ++j) {
+        const Real e = scale.share(s.v[j]);
+        grad.v[j] = spread_gradient<D>(s.v[j], scale.argument(s.v[j]), e, f, mixture);
+        if (hard && same) grad.v[j] = fused(e, f.hard, grad.v[j]);
+      }
+    } else {
+      TGT_UNROLL
+      for (int j = 0; j < kVector; ++j) grad.v[j] = scale.share(s.v[j]) * both;
+    }
+    if (hard && !same) {
+      TGT_UNROLL
+      for (int j = 0; j < kVector; ++j) grad.v[j] = fused(scale.hard(s.v[j], scale.tail_max), f.hard, grad.v[j]);
+    }
+    if (f.smoothed != 0) {
+      TGT_UNROLL
+      for (int j = 0; j < kVector; ++j) grad.v[j] -= s.v[j] == minus_infinity<Real>() ? Real(0) : f.smoothed;
+    }
+    const int of_label = k == labelled ? static_cast<int>(label % kVector) : -1;
+    TGT_UNROLL
+    for (int j = 0; j < kVector; ++j) grad.v[j] -= j == of_label ? f.label : Real(0);  // without a run-time index
+    store_padded(row, type, (source.first + k) * kVector, call.classes, d.base.d_student_aligned, grad);
+  }
+  team.barrier();
+  own.each([&](int64_t id, double s, double a) {
+    double grad = listed_gradient<D>(s, a, shared.state, options, f);
+    if (id == label) grad -= f.hard_factor * (1 - options.label_smoothing);
+    store_one(row, type, id, Real(grad));
+  });
+}
+
+template <class Real, class Team>
+TGT_DEVICE void end_without_gradient(const SparseDeviceCall& d, const Team& team, int64_t i, SparseState state,
+                                     double loss, int64_t first, int64_t count, Real fill_with) {
+  if (team.leads()) {
+    static_cast<Real*>(d.base.call.row_loss)[i] = Real(loss);
+    if (d.state) d.state[i] = state;
+  }
+  fill_gradients(d.base, team, i, first, count, fill_with);
+}
+
+// The thread's share of x, y, of listed classes and, for jsd, of a spread tail.
+template <class D, class Real, class Team, class Source>
+TGT_DEVICE Pair divergence_sums(const SparseDeviceCall& d, const Team& team, const Source& source,
+                                const Own<Real>& own) {
+  const DistillOptions& options = d.base.call.options;
+  const SparseShared<Real>& shared = row_in_shared<Real>();
+  Pair sum;
+  const Mixture<double> mixture{options.beta, 1 - options.beta};
+  own.each([&](int64_t, double s, double a) {
+    D::add(listed_class(s, a, shared.state, 1 / options.temperature), mixture, sum.x, sum.y);
+  });
+  if constexpr (std::is_same<D, Jsd>::value) {
+    if (!spread(shared.state, d.record.form)) return sum;
+    const TailScale<Real> scale = tail_scale<Real>(options, shared.state.tail_max, shared.state.peak);
+    const SparseFactors<Real> f = shared.factors;
+    const Mixture<Real> narrow_mixture{Real(options.beta), Real(1 - options.beta)};
+    Real x = 0, y = 0;
+    for (int64_t k = team.thread; k < source.count; k += team.size) {
+      const Eight<Real> s = source.load(k);
+      TGT_UNROLL
+      for (int j = 0; j < kVector; ++j) {
+        Class<Real> c;
+        c.a = 0;
+        c.b = scale.argument(s.v[j]) + f.log_ratio;
+        c.p = s.v[j] == minus_infinity<Real>() ? Real(0) : f.u;
+        c.q = scale.share(s.v[j]) * f.share;
+        D::add(c, narrow_mixture, x, y);
+      }
+    }
+    sum.x += x;
+    sum.y += y;
+  }
+  return sum;
+}
+
+// Everything that follows the maxima of the tail.
+template <class Real, class Team, class Source>
+TGT_DEVICE void finish_sparse_row(const SparseDeviceCall& d, const Team& team, const Source& source, int64_t i,
+                                  const RowHead& head, const Own<Real>& own, const TailMaximum<Real>& most) {
+  const DistillCall& call = d.base.call;
+  const DistillOptions& options = call.options;
+  const TailForm form = d.record.form;
+  const bool soft = options.soft_weight != 0, restricted = soft && form == TailForm::kRenormalize;
+  const double of_tail = tail_log_prob(d, i);
+  SparseShared<Real>& shared = row_in_shared<Real>();
+  // Before the first reduction: after it another block may write a gradient over it.
+  if (team.thread == 0 && (head.flags & kHard)) {
+    shared.of_label = load_one<double>(call.student.row(i), call.student.type, head.label);
+  }
+
+  SparseExtremes mine;
+  mine.tail = most.most;
+  mine.unusual = most.number ? 0 : kNotANumber;
+  own.each([&](int64_t, double s, double a) {
+    mine.listed = larger(s, mine.listed);
+    mine.teacher = larger(a, mine.teacher);
+    mine.unusual |= s == -HUGE_VAL ? kStudentOnly : 0;
+    mine.unusual |= !(s < HUGE_VAL) || !(a < HUGE_VAL) ? kNotANumber : 0;
+  });
+  const SparseExtremes extremes = merge_all(team, mine, 0, MergeSparseExtremes());
+  bool valid = !(extremes.unusual & kNotANumber);
+  valid &= extremes.listed > -HUGE_VAL || (!restricted && extremes.tail > -HUGE_VAL);
+  valid &= !soft || (of_tail < HUGE_VAL && (extremes.teacher > -HUGE_VAL || of_tail > -HUGE_VAL));
+  if (!valid) {
+    const bool counts = head.coefficient != 0;  // a divisor of 0 leaves no gradient, not even NaN
+    SparseState state{};
+    state.coefficient = head.coefficient;
+    state.flags = counts ? head.flags | kInvalid : kDropped;
+    end_without_gradient(d, team, i, state, NAN, source.first, source.count, counts ? Real(NAN) : Real(0));
+    return;
+  }
+
+  const double peak = larger(extremes.tail, extremes.listed);
+  const double tail_max = extremes.tail == -HUGE_VAL ? 0 : extremes.tail;
+  const double listed_max = extremes.listed == -HUGE_VAL ? 0 : extremes.listed;
+  const TailScale<Real> scale = tail_scale<Real>(options, tail_max, peak);
+  const bool hard = head.flags & kHard, same = options.temperature == 1;
+  const bool full = (hard && options.label_smoothing > 0) || (soft && form == TailForm::kUniform);
+  SparseSums<Real> sums;
+  for (int64_t k = team.thread; k < source.count; k += team.size) {
+    const Eight<Real> s = source.load(k);
+    TGT_UNROLL
+    for (int j = 0; j < kVector; ++j) {
+      const Real e = scale.share(s.v[j]);
+      sums.tail += e;
+      if (full) {
+        const bool finite = s.v[j] != minus_infinity<Real>();
+        sums.entropy = fused(e, scale.argument(s.v[j]), sums.entropy);
+        sums.linear += finite ? s.v[j] - scale.tail_max : Real(0);
+        sums.tail_finite += finite;
+      }
+    }
+    if (hard && !same) {
+      TGT_UNROLL
+      for (int j = 0; j < kVector; ++j) sums.hard += scale.hard(s.v[j], scale.peak);
+    }
+  }
+  own.each([&](int64_t, double s, double a) {
+    sums.teacher += exp_nonpositive(bounded_below(a - extremes.teacher));
+    sums.listed += exp_nonpositive(bounded_below((s - listed_max) / options.temperature));
+    sums.hard += Real(exp_nonpositive(bounded_below(s - peak)));
+    if (s == -HUGE_VAL) return;
+    sums.listed_linear += s - listed_max;
+    sums.listed_finite += 1;
+  });
+  const SparseSums<Real> of_warp = merge_lanes<kWarp / 2>(sums, AddSparseSums<Real>());
+  const SparseSums<double> all = team.merge_warps(of_warp.template as<double>(), 1, AddSparseSums<double>());
+
+  if (team.thread == 0) {
+    TailSums& tail = shared.tail;
+    tail.max = extremes.tail;
+    tail.sum = all.tail;
+    tail.hard = 0;  // all of it is in all.hard
+    tail.linear = all.linear;
+    tail.entropy = all.entropy;
+    tail.finite = all.tail_finite;
+    ListedSums& listed = shared.listed;
+    listed.student_max = extremes.listed;
+    listed.teacher_max = extremes.teacher;
+    listed.student = all.listed;
+    listed.hard = 0;
+    listed.teacher = all.teacher;
+    listed.linear = all.listed_linear;
+    listed.finite = all.listed_finite;
+    listed.missing = extremes.unusual & kStudentOnly;
+    SparseState& state = shared.state;
+    state.flags = head.flags;
+    state.coefficient = head.coefficient;
+    state.x = state.y = 0;
+    settle_sparse(state, tail, listed, of_tail, options, form);
+    state.hard_lse = log_or_nothing(all.hard + (same && all.tail > 0 ? all.tail * exp(tail_max - peak) : 0));
+    if (form == TailForm::kUniform) {  // jsd reads them before its sums are known
+      with_sparse_divergence(options, [&](auto divergence) {
+        shared.factors = sparse_factors<decltype(divergence), Real>(state, options, form, of_tail, 1);
+      });
+    }
+  }
+  team.barrier();
+
+  Pair sum = with_sparse_divergence(
+      options, [&](auto divergence) { return divergence_sums<decltype(divergence), Real>(d, team, source, own); });
+  sum = merge_all(team, sum, 2, AddPairs());
+  if (team.thread == 0) {
+    with_sparse_divergence(options, [&](auto divergence) {
+      using D = decltype(divergence);
+      SparseState& state = shared.state;
+      const double rest_log_prob = tail_log_prob(d, i);
+      const TailClass rest = tail_class(state, options, rest_log_prob);
+      double x = sum.x, y = sum.y;
+      add_tail<D>(rest, shared.tail, state, form, options, x, y);
+      state.x = x;
+      state.y = y;
+      const double loss = sparse_row_loss<D>(state, rest, shared.tail, shared.listed, form, options, shared.of_label);
+      if (state.coefficient == 0) state.flags = kDropped;  // a divisor of 0
+      shared.factors = sparse_factors<D, Real>(state, options, form, rest_log_prob, 1);
+      if (team.leads()) {
+        static_cast<Real*>(call.row_loss)[i] = Real(head.weight * loss);
+        if (d.state) d.state[i] = state;
+      }
+    });
+  }
+  if (!call.d_student.data) return;
+  if (head.coefficient == 0) {
+    fill_gradients(d.base, team, i, source.first, source.count, Real(0));
+    return;
+  }
+  team.barrier();
+  with_sparse_divergence(
+      options, [&](auto divergence) { write_sparse_gradient<decltype(divergence), Real>(d, team, source, i, own); });
+}
+
+}  // namespace TGT_ISA
+}  // namespace tgt::cuda

@@ -1,0 +1,186 @@
+"""The meaning of the loss against a top-k record: plain PyTorch in float64, differentiable any number of times.
+
+A record and a student's row become a pair of dense rows, and the divergences are those of ``reference/distill.py``:
+
+* ``bucket``: k + 1 classes, of which the last is all that are not listed. The student's share of it is a log-sum-exp
+  over those classes themselves; 1 minus the listed mass would lose everything on a peaked row.
+* ``renormalize``: the k listed classes, on both sides.
+* ``uniform``: all C classes; those not listed share the rest of the teacher's mass, each that the student can give at
+  all the same. Where there is none, the rest is a class of its own that the student cannot give.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tgt_fast.kernels.options import ROW_COEFFICIENT, SPARSE_ROW_STATE, DistillOptions, Forward, Listed
+from tgt_fast.kernels.reference import distill
+from tgt_fast.kernels.reference.distill import scale_
+
+__all__ = ["backward", "distillation_loss", "forward", "scale_"]
+
+
+class _Entries(NamedTuple):
+    """A record in float64. What is not kept has id 0 and log-probability -inf."""
+
+    ids: Tensor  # [N, k]
+    log: Tensor  # [N, k]
+    kept: Tensor  # [N, k] bool: neither padding, nor out of range, nor a repetition
+    tail: Tensor  # [N]
+    listed: Tensor  # [N, C] bool
+
+
+def _entries(record: Listed, classes: int) -> _Entries:
+    log = record.log_probs.detach().to(torch.float64)
+    ids = record.ids
+    kept = (log != -math.inf) & (ids >= 0) & (ids < classes)
+    places = torch.where(kept, ids, classes)
+    in_order, order = places.sort(dim=-1, stable=True)
+    repeats = torch.zeros_like(kept)
+    repeats[:, 1:] = in_order[:, 1:] == in_order[:, :-1]
+    kept = kept & ~torch.zeros_like(kept).scatter(1, order, repeats)  # the first of several counts
+    if record.tail_log_prob is None:
+        tail = log.new_full((log.shape[0],), -math.inf)
+    else:
+        tail = record.tail_log_prob.detach().to(torch.float64)
+    listed = torch.zeros(ids.shape[0], classes + 1, dtype=torch.bool, device=ids.device)
+    listed = listed.scatter(1, torch.where(kept, ids, classes), True)[:, :classes]
+    return _Entries(torch.where(kept, ids, 0), torch.where(kept, log, -math.inf), kept, tail, listed)
+
+
+def _is_undefined(entries: _Entries) -> Tensor:
+    """Rows whose record holds NaN or +inf, or nothing but -inf.  -> [N] bool"""
+    return distill._is_undefined(torch.cat([entries.log, entries.tail[:, None]], dim=-1))
+
+
+def _log_sum_exp(logits: Tensor, exists: Tensor) -> Tensor:
+    """Over the classes that exist; -inf, with no gradient, where none does.  [N, C], [N, C] -> [N, 1]"""
+    none = ~exists.any(dim=-1, keepdim=True)
+    peak = torch.where(exists, logits.detach(), -math.inf).amax(dim=-1, keepdim=True)
+    peak = torch.where(none, 0.0, peak)
+    total = torch.where(exists, (logits - peak).exp(), 0.0).sum(dim=-1, keepdim=True)
+    return torch.where(none, -math.inf, torch.where(none, 1.0, total).log() + peak)
+
+
+def _dense_pair(student: Tensor, entries: _Entries, options: DistillOptions, tail: str) -> tuple[Tensor, Tensor]:
+    """Rows of tempered logits that say the same, of the student and of the teacher.  [N, C] -> 2 x [N, any]"""
+    tempered = student / options.temperature
+    of_listed = torch.where(entries.kept, tempered.gather(1, entries.ids), -math.inf)
+    if tail == "renormalize":
+        return of_listed, entries.log
+    rest = entries.tail[:, None]
+    others = (student > -math.inf) & ~entries.listed
+    if tail == "bucket":
+        of_others = _log_sum_exp(torch.where(others, tempered, 0.0), others)
+        return torch.cat([of_listed, of_others], -1), torch.cat([entries.log, rest], -1)
+    count = others.sum(dim=-1, keepdim=True)
+    each = torch.where(others, rest - count.to(torch.float64).clamp_min(1.0).log(), -math.inf)
+    teacher = torch.cat([each, torch.zeros_like(rest)], -1)
+    place = torch.where(entries.kept, entries.ids, student.shape[1])
+    teacher = teacher.scatter(1, place, entries.log)
+    homeless = torch.where(count == 0, rest, -math.inf)
+    return torch.cat([tempered, torch.full_like(rest, -math.inf)], -1), torch.cat([teacher[:, :-1], homeless], -1)
+
+
+def distillation_loss(
+    student: Tensor,  # [N, C] fp64 | fp32 | bf16 | fp16
+    record: Listed,
+    target: Tensor | None,  # [N] int64
+    sample_weight: Tensor | None,  # [N]
+    normalizer: float | Tensor | None,  # a number or a 0-d tensor
+    options: DistillOptions,
+) -> Tensor:
+    """soft_weight * T^2 * D(record, softmax(student/T)) + hard_weight * CE(student, target).
+
+    Rows count, and rows that are no distribution give NaN, as in the dense loss.
+
+    Returns:
+        The loss, 0-d or [N], in float32 (float64 if an input is).
+    """
+    wide = torch.float64 in (student.dtype, record.log_probs.dtype)
+    s = student.to(torch.float64)
+    counted, labeled, weight, divisor = distill._counts(s, target, sample_weight, normalizer, options)
+    undefined = distill._is_undefined(s)
+    if options.soft_weight != 0.0:
+        entries = _entries(record, s.shape[1])
+        undefined = undefined | _is_undefined(entries)
+        if record.tail == "renormalize":  # restricted to the listed classes, the student must be a distribution, too
+            undefined = undefined | (~entries.kept | (s.gather(1, entries.ids) == -math.inf)).all(dim=-1)
+    undefined = undefined & counted
+    defined = counted & ~undefined
+    loss = distill._not_a_number(undefined, s)
+    if options.soft_weight != 0.0:
+        q, p = _dense_pair(distill._select(defined, s), entries, options, record.tail)
+        tempered = replace(options, temperature=1.0, teacher_temperature=1.0)
+        soft = options.soft_weight * options.temperature**2
+        loss = loss + soft * distill._soft_term(q, distill._select(defined, p), defined, tempered)
+    if options.hard_weight != 0.0 and target is not None:
+        loss = loss + options.hard_weight * distill._hard_term(s, target, defined & labeled, options.label_smoothing)
+    loss = torch.where(counted, weight * loss, 0.0)
+    if options.reduction == "sum":
+        loss = loss.sum()
+    elif options.reduction == "mean":
+        loss = loss.sum() / torch.where(divisor != 0, divisor, 1.0)
+    return loss.to(torch.float64 if wide else torch.float32)
+
+
+# The same in the form of the compiled kernels, for calls that arrive through the dispatcher
+
+
+def forward(
+    student: Tensor,  # [N, C]
+    record: Listed,
+    target: Tensor | None,  # [N] int64
+    sample_weight: Tensor | None,  # [N]
+    normalizer: float | Tensor | None,
+    options: DistillOptions,
+    *,
+    wanted: bool = False,  # the student's gradient
+    keep_rows: bool = False,
+    inplace: bool = False,
+) -> Forward:
+    """Row losses, their reduction and the wanted gradient."""
+    with distill._recording():
+        s = student.detach().requires_grad_(wanted)
+        loss = distillation_loss(s, record, target, sample_weight, normalizer, options)
+        d_student = _gradient(loss, s, torch.ones_like(loss))
+    rows = None
+    if keep_rows:
+        counted, _, weight, divisor = distill._counts(student, target, sample_weight, normalizer, options)
+        divisor = divisor if options.reduction == "mean" else torch.ones_like(divisor)
+        rows = torch.zeros(student.shape[0], SPARSE_ROW_STATE, dtype=torch.float64, device=student.device)
+        rows[:, ROW_COEFFICIENT] = torch.where(counted, weight / divisor, 0.0)
+    if inplace and d_student is not None:
+        d_student = student.detach().copy_(d_student)
+    return Forward(loss.detach(), d_student, None, rows, None)
+
+
+def backward(
+    student: Tensor,
+    record: Listed,
+    target: Tensor | None,
+    state: Tensor,  # [N, SPARSE_ROW_STATE] from forward
+    d_loss: Tensor,  # 0-d, or [N]
+    options: DistillOptions,
+    *,
+    inplace: bool = False,
+) -> Tensor:
+    """The gradient from logits, record and the rows' coefficients."""
+    with distill._recording():
+        s = student.detach().requires_grad_()
+        a_row = replace(options, reduction="none")
+        loss = distillation_loss(s, record, target, state[:, ROW_COEFFICIENT], None, a_row)
+        d_student = _gradient(loss, s, d_loss.detach().to(loss.dtype).expand_as(loss))
+    assert d_student is not None
+    return student.detach().copy_(d_student) if inplace else d_student
+
+
+def _gradient(loss: Tensor, student: Tensor, d_loss: Tensor) -> Tensor | None:
+    if not student.requires_grad:
+        return None
+    return torch.autograd.grad(loss, student, d_loss, materialize_grads=True)[0]

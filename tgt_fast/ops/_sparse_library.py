@@ -1,0 +1,221 @@
+"""The loss against a top-k record in PyTorch's dispatcher: the op that users call, and what its autograd calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgt_fast.errors import ArgumentError
+from tgt_fast.kernels import select
+from tgt_fast.kernels.native.sparse import bad_id, find_bad_id
+from tgt_fast.kernels.options import SPARSE_ROW_STATE, DistillOptions, Forward, Listed
+from tgt_fast.ops import _checks, library
+from tgt_fast.ops import _distill_library as distill
+from tgt_fast.ops._distill_arguments import OP
+from tgt_fast.ops._distill_arguments import check_values as check_targets
+from tgt_fast.ops._distill_autograd import Call, Distill
+
+_TENSORS = "Tensor student, Tensor ids, Tensor log_probs, Tensor? tail_log_prob, Tensor? target, Tensor? sample_weight"
+_COUNT = distill._COUNT
+
+
+class Bound:
+    """Kernels of this op as the autograd of the dense one calls them: the record's log-probabilities in the teacher's
+    place, which no gradient reaches, and the rest of it bound."""
+
+    def __init__(self, kernel: Any, record: Listed) -> None:
+        self.kernel = kernel
+        self.record = record
+
+    def forward(
+        self, student: Tensor, log_probs: Tensor, target: Tensor | None, sample_weight: Tensor | None,
+        normalizer: float | Tensor | None, options: DistillOptions, *, wanted: tuple[bool, bool], keep_rows: bool,
+        inplace: bool, want_stats: bool,
+    ) -> Forward:  # fmt: skip
+        out: Forward = self.kernel.forward(
+            student, self.record, target, sample_weight, normalizer, options, wanted=wanted[0], keep_rows=keep_rows,
+            inplace=inplace,
+        )  # fmt: skip
+        return out
+
+    def backward(
+        self, student: Tensor, log_probs: Tensor, target: Tensor | None, state: Tensor, d_loss: Tensor,
+        options: DistillOptions, *, wanted: tuple[bool, bool], inplace: bool,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        return self.kernel.backward(student, self.record, target, state, d_loss, options, inplace=inplace), None
+
+    def scale_(self, grad: Tensor, d_loss: Tensor) -> None:
+        self.kernel.scale_(grad, d_loss)
+
+
+def check_values(
+    student: Tensor, record: Listed, target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions
+) -> None:
+    """What the compiled core checks while it runs, for the reference on a CPU."""
+    check_targets(student, target, sample_weight, options)
+    if options.soft_weight == 0:
+        return
+    counted = torch.ones(student.shape[0], dtype=torch.bool)
+    if target is not None:
+        counted &= target != options.ignore_index
+    if sample_weight is not None:
+        counted &= sample_weight != 0
+    found = find_bad_id(record.ids, record.log_probs, student.shape[1], counted)
+    if found is not None:
+        raise ArgumentError(bad_id(OP, record.ids, *found, student.shape[1]))
+
+
+def _kernel(backend: str, *tensors: Tensor | None) -> Any:
+    given = [tensor for tensor in tensors if tensor is not None]
+    return select.kernel("sparse", select.choose("sparse", backend, given))
+
+
+# The kernels
+
+
+def _forward(
+    student: Tensor, ids: Tensor, log_probs: Tensor, tail_log_prob: Tensor | None, target: Tensor | None,
+    sample_weight: Tensor | None, normalizer: Tensor | None, divisor: float | None, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    options, (tail, backend, wanted, keep_rows) = DistillOptions(*rest[:_COUNT]), rest[_COUNT:]
+    student = distill.dense_rows(student)
+    record = Listed(ids, log_probs, tail_log_prob, tail)
+    kernel = _kernel(backend, student, ids, log_probs, tail_log_prob)
+    if _checks.on_plain_cpu(student) and kernel.__name__.endswith("reference.sparse"):
+        check_values(student, record, target, sample_weight, options)
+    out = kernel.forward(
+        student, record, target, sample_weight, divisor if normalizer is None else normalizer, options,
+        wanted=wanted, keep_rows=keep_rows,
+    )  # fmt: skip
+    return out.loss, distill._or_nothing(out.d_student, student), distill._or_nothing(out.rows, out.loss)
+
+
+def _forward_fake(
+    student: Tensor, ids: Tensor, log_probs: Tensor, tail_log_prob: Tensor | None, target: Tensor | None,
+    sample_weight: Tensor | None, normalizer: Tensor | None, divisor: float | None, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    reduction, (_, _, wanted, keep_rows) = rest[_COUNT - 1], rest[_COUNT:]
+    rows, classes = student.shape
+    loss = student.new_empty(rows if reduction == "none" else (), dtype=distill._loss_dtype(student, log_probs))
+    return (
+        loss,
+        student.new_empty((rows, classes) if wanted else 0),
+        loss.new_empty(rows, SPARSE_ROW_STATE, dtype=torch.float64) if keep_rows else loss.new_empty(0),
+    )
+
+
+def _backward(
+    student: Tensor, ids: Tensor, log_probs: Tensor, tail_log_prob: Tensor | None, target: Tensor | None, rows: Tensor,
+    d_loss: Tensor, *rest: Any,
+) -> Tensor:  # fmt: skip
+    options, (tail, backend) = DistillOptions(*rest[:_COUNT]), rest[_COUNT:]
+    student = distill.dense_rows(student)
+    made: Tensor = _kernel(backend, student, ids, log_probs, tail_log_prob).backward(
+        student, Listed(ids, log_probs, tail_log_prob, tail), target, rows.contiguous(), d_loss, options
+    )
+    return made
+
+
+def _backward_fake(
+    student: Tensor, ids: Tensor, log_probs: Tensor, tail_log_prob: Tensor | None, target: Tensor | None, rows: Tensor,
+    d_loss: Tensor, *rest: Any,
+) -> Tensor:  # fmt: skip
+    return student.new_empty(student.shape)
+
+
+# The op
+
+
+def _loss(
+    student: Tensor, ids: Tensor, log_probs: Tensor, tail_log_prob: Tensor | None, target: Tensor | None,
+    sample_weight: Tensor | None, normalizer: Tensor | None, divisor: float | None, *rest: Any,
+) -> Tensor:  # fmt: skip
+    return _forward(
+        student, ids, log_probs, tail_log_prob, target, sample_weight, normalizer, divisor, *rest, False, False
+    )[0]  # fmt: skip
+
+
+def _loss_fake(
+    student: Tensor, ids: Tensor, log_probs: Tensor, tail_log_prob: Tensor | None, target: Tensor | None,
+    sample_weight: Tensor | None, normalizer: Tensor | None, divisor: float | None, *rest: Any,
+) -> Tensor:  # fmt: skip
+    return _forward_fake(
+        student, ids, log_probs, tail_log_prob, target, sample_weight, normalizer, divisor, *rest, False, False
+    )[0]  # fmt: skip
+
+
+def _loss_autograd(
+    student: Tensor, ids: Tensor, log_probs: Tensor, tail_log_prob: Tensor | None, target: Tensor | None,
+    sample_weight: Tensor | None, normalizer: Tensor | None, divisor: float | None, *rest: Any,
+) -> Tensor:  # fmt: skip
+    if not (torch.is_grad_enabled() and student.requires_grad):
+        with torch._C._AutoDispatchBelowAutograd():
+            without_graph: Tensor = sparse_distillation_loss(
+                student, ids, log_probs, tail_log_prob, target, sample_weight, normalizer, divisor, *rest
+            )
+        return without_graph
+    tail, backend = rest[_COUNT:]
+    record = Listed(ids, log_probs.detach(), tail_log_prob, tail)
+    call = Call(
+        DistillOptions(*rest[:_COUNT]), Bound(_Dispatched(backend), record), False, False, (ids, tail_log_prob)
+    )  # fmt: skip
+    divide_by = divisor if normalizer is None else normalizer
+    loss: Tensor = library.apply(Distill, student, record.log_probs, target, sample_weight, divide_by, call)[0]
+    return loss
+
+
+class _Dispatched:
+    """The kernels as autograd wants them, each call an op that a tracer can see."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def forward(
+        self, student: Tensor, record: Listed, target: Tensor | None, sample_weight: Tensor | None,
+        normalizer: float | Tensor | None, options: DistillOptions, *, wanted: bool, keep_rows: bool, inplace: bool,
+    ) -> Forward:  # fmt: skip
+        on_device = normalizer if isinstance(normalizer, Tensor) else None
+        divisor = None if on_device is not None else normalizer
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, d_student, rows = _sparse_forward(
+                student, record.ids, record.log_probs, record.tail_log_prob, target, sample_weight, on_device, divisor,
+                *distill.packed(options), record.tail, self.backend, wanted, keep_rows,
+            )  # fmt: skip
+        return Forward(loss, d_student if wanted else None, None, rows if keep_rows else None, None)
+
+    def backward(
+        self, student: Tensor, record: Listed, target: Tensor | None, state: Tensor, d_loss: Tensor,
+        options: DistillOptions, *, inplace: bool,
+    ) -> Tensor:  # fmt: skip
+        with torch._C._AutoDispatchBelowAutograd():
+            made: Tensor = _sparse_backward(
+                student, record.ids, record.log_probs, record.tail_log_prob, target, state, d_loss,
+                *distill.packed(options), record.tail, self.backend,
+            )  # fmt: skip
+        return made
+
+    def scale_(self, grad: Tensor, d_loss: Tensor) -> None:
+        with torch._C._AutoDispatchBelowAutograd():
+            distill._distill_scale_(grad, d_loss, self.backend)
+
+
+sparse_distillation_loss = library.define(
+    f"sparse_distillation_loss({_TENSORS}, {distill._DIVISOR}, {distill._OPTIONS}, str tail, str backend) -> Tensor",
+    _loss,
+    _loss_fake,
+    _loss_autograd,
+)
+_sparse_forward = library.define(
+    f"sparse_forward({_TENSORS}, {distill._DIVISOR}, {distill._OPTIONS}, str tail, str backend, bool want_d_student, "
+    "bool keep_rows) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_sparse_backward = library.define(
+    "sparse_backward(Tensor student, Tensor ids, Tensor log_probs, Tensor? tail_log_prob, Tensor? target, Tensor rows, "
+    f"Tensor d_loss, {distill._OPTIONS}, str tail, str backend) -> Tensor",
+    _backward,
+    _backward_fake,
+)

@@ -1,0 +1,183 @@
+"""A teacher's answer in k numbers a row instead of a number a class."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
+from tgt_fast.kernels.native.sparse import bad_id, find_bad_id
+from tgt_fast.kernels.options import TAILS
+from tgt_fast.ops import _checks
+
+OP: Final = "TeacherTopK"
+SMALL: Final = 1e-30
+LARGE: Final = 1e30  # of a temperature: its inverse is a finite float32
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherTopK:
+    """``log_probs = log_softmax(t / T).gather(-1, ids)``, and the log of the mass that they leave: ``tail_log_prob``.
+
+    What :func:`tgt_fast.distillation_loss` takes where teacher logits stand. :func:`tgt_fast.topk_teacher` makes one
+    from logits. A record is data: no gradient passes through it, and it cannot be brought to another temperature, for
+    the classes that are not listed would change their share in a way that it does not know.
+
+    Args:
+        ids: ``(..., k)`` class indices of any integer dtype, distinct within a row, in any order.
+        log_probs: ``(..., k)`` log-probabilities, float64, float32, bfloat16 or float16. -inf is padding, for rows with
+            fewer than k entries: its id is not looked at.
+        tail_log_prob: ``(...)`` log-probability of all other classes together, of a floating dtype. ``None``, for
+            records from elsewhere: ``log(1 - sum(exp(log_probs)))``, which on a peaked row is rounding alone and is
+            kept above the resolution of ``log_probs``. With ``tail="renormalize"`` it is not read.
+        temperature: T > 0, at which the probabilities were taken.
+        num_classes: C, of the logits that the ids point into; ``k <= C``.
+        tail: what the loss makes of the classes that are not listed. ``"bucket"``: one class, on both sides.
+            ``"renormalize"``: nothing; both sides are restricted to the listed classes. ``"uniform"``: each has the
+            same share of the teacher's mass, apart from those to which the student gives none.
+
+    Rows need not be normalised: rounding them to 16 bits does no harm, for the loss divides by their sum.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, ArgumentError: with the offending values. Ids that repeat or lie out of
+            range are found by :meth:`check` and, on a CPU, by the loss.
+
+    Rows are selected as those of a tensor (``record[2:5]``, ``record[mask]``), ``len`` counts them, and a record is a
+    node of PyTorch's pytrees.
+
+    >>> import torch, tgt_fast as tgt
+    >>> record = tgt.topk_teacher(torch.tensor([[2.0, 0.0, 1.0, 0.0]]), k=2)
+    >>> record.ids.tolist(), record
+    ([[0, 2]], TeacherTopK(rows=(1,), k=2, temperature=1.0, num_classes=4, tail='bucket'))
+    """
+
+    ids: Tensor  # [..., k]
+    log_probs: Tensor  # [..., k]
+    tail_log_prob: Tensor | None  # [...]
+    temperature: float
+    num_classes: int
+    tail: str = "bucket"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "temperature", _checks.number(OP, "temperature", self.temperature, SMALL, LARGE))
+        object.__setattr__(self, "num_classes", _checks.integer(OP, "num_classes", self.num_classes, 1, 2**63))
+        _checks.choice(OP, "tail", self.tail, TAILS)
+        if not isinstance(self.ids, Tensor):
+            raise DTypeError(f"{OP}: ids must be a tensor, got {type(self.ids).__name__}")
+        if self.ids.is_floating_point() or self.ids.is_complex() or self.ids.dtype == torch.bool:
+            raise DTypeError(f"{OP}: ids must hold integer class indices, got {self.ids.dtype}")
+        _checks.real(OP, "log_probs", _checks.floating(OP, "log_probs", self.log_probs))
+        if self.ids.shape != self.log_probs.shape or self.ids.dim() == 0:
+            shapes = f"{tuple(self.ids.shape)} and {tuple(self.log_probs.shape)}"
+            raise ShapeError(f"{OP}: ids and log_probs must both be (..., k), got {shapes}")
+        if not 1 <= self.k <= self.num_classes:
+            raise ShapeError(f"{OP}: a row must list 1 to num_classes = {self.num_classes} classes, got k = {self.k}")
+        _checks.same_device(OP, "ids", self.ids, "log_probs", self.log_probs)
+        if self.tail_log_prob is not None:
+            _checks.real(OP, "tail_log_prob", _checks.floating(OP, "tail_log_prob", self.tail_log_prob))
+            if self.tail_log_prob.shape != self.shape:
+                raise ShapeError(
+                    f"{OP}: tail_log_prob {tuple(self.tail_log_prob.shape)} does not match the rows {tuple(self.shape)}"
+                )
+            _checks.same_device(OP, "tail_log_prob", self.tail_log_prob, "log_probs", self.log_probs)
+
+    @property
+    def k(self) -> int:
+        """How many classes a row lists."""
+        return self.ids.shape[-1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the rows: that of the student's logits without their last dimension."""
+        return self.ids.shape[:-1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.log_probs.device
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TeacherTopK:
+        """The record on a device."""
+        return _with_tensors(self, [
+            None if x is None else x.to(device, non_blocking=non_blocking) for x in _tensors(self)
+        ])  # fmt: skip
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError(f"{OP}: one row has no len()")
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> TeacherTopK:
+        ids, log_probs = self.ids[rows], self.log_probs[rows]
+        tail = None if self.tail_log_prob is None else self.tail_log_prob[rows]
+        if ids.dim() == 0 or ids.shape[-1] != self.k or (tail is not None and tail.shape != ids.shape[:-1]):
+            raise ShapeError(f"{OP}: an index selects rows {tuple(self.shape)}, not entries of a row; got {rows!r}")
+        return _with_tensors(self, [ids, log_probs, tail])
+
+    def __repr__(self) -> str:
+        if not isinstance(self.ids, Tensor):  # a tree whose leaves were replaced
+            return f"{OP}({self.ids!r}, {self.log_probs!r}, {self.tail_log_prob!r})"
+        return (
+            f"{OP}(rows={tuple(self.shape)}, k={self.k}, temperature={self.temperature}, "
+            f"num_classes={self.num_classes}, tail={self.tail!r})"
+        )
+
+    def check(self) -> TeacherTopK:
+        """Looks at the values, which on a device waits for it, and returns the record.
+
+        Raises:
+            ArgumentError: an id that is out of range or listed twice in its row, with row and value.
+        """
+        ids, log_probs = self.ids.reshape(-1, self.k), self.log_probs.reshape(-1, self.k)
+        found = find_bad_id(ids.to(torch.int64), log_probs, self.num_classes, None)
+        if found is not None:
+            raise ArgumentError(bad_id(OP, ids, *found, self.num_classes))
+        return self
+
+    def rest(self) -> Tensor | None:
+        """``(...)`` log-probability of the classes that are not listed; None where it does not matter."""
+        if self.tail == "renormalize":
+            return None
+        if self.tail_log_prob is not None:
+            return self.tail_log_prob
+        log_probs = self.log_probs.detach()
+        listed = log_probs.to(torch.float64).logsumexp(-1)
+        rest = (-listed.clamp(max=-torch.finfo(log_probs.dtype).eps).expm1()).log()
+        everything = (log_probs > -math.inf).sum(-1) == self.num_classes
+        rest = torch.where(everything | (listed == -math.inf), -math.inf, rest)
+        rest = torch.where(listed.isnan(), math.nan, rest)
+        return rest.to(torch.float64 if log_probs.dtype == torch.float64 else torch.float32)
+
+
+def _tensors(record: TeacherTopK) -> list[Tensor | None]:
+    return [record.ids, record.log_probs, record.tail_log_prob]
+
+
+def _with_tensors(like: TeacherTopK, tensors: Any) -> TeacherTopK:
+    """Another record of the same kind, unchecked: its tensors come from one that was."""
+    return _rebuild(tensors, (like.temperature, like.num_classes, like.tail))
+
+
+def _rebuild(tensors: Any, context: Any) -> TeacherTopK:
+    record = object.__new__(TeacherTopK)
+    names = ("ids", "log_probs", "tail_log_prob", "temperature", "num_classes", "tail")
+    for name, value in zip(names, (*tensors, *context), strict=True):
+        object.__setattr__(record, name, value)
+    return record
+
+
+def _flatten(record: TeacherTopK) -> tuple[list[Any], Any]:
+    return _tensors(record), (record.temperature, record.num_classes, record.tail)
+
+
+pytree.register_pytree_node(
+    TeacherTopK, _flatten, _rebuild, serialized_type_name="tgt_fast.TeacherTopK",
+    flatten_with_keys_fn=lambda record: (
+        list(zip(map(pytree.GetAttrKey, ("ids", "log_probs", "tail_log_prob")), _tensors(record), strict=True)),
+        (record.temperature, record.num_classes, record.tail),
+    ),
+)  # fmt: skip
