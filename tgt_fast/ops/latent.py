@@ -102,7 +102,6 @@ def perturb_latents(
     return out if z.dim() == 2 else out.reshape(z.shape)
 
 
-@torch.no_grad()
 def ascend_latents(
     z: Tensor,  # [B, ...]
     grad: Tensor,  # [B, ...]
@@ -189,8 +188,13 @@ def ascend_latents(
     if backend != "reference" and seen_by_dispatcher(*tensors, key["sample_ids"]):
         out = ascend_as_op(rows, slope, **call, backend=backend)
     else:
-        kernel = select.kernel("latent", select.choose("latent", backend, tensors))
-        out = kernel.ascend(rows, slope, **call)
+        chosen = select.choose("latent", backend, tensors)
+        kernel = select.kernel("latent", chosen)
+        if chosen == "reference":
+            with torch.no_grad():
+                out = kernel.ascend(rows, slope, **call)
+        else:
+            out = kernel.ascend(rows, slope, **call)
     return out if z.dim() == 2 else out.reshape(z.shape)
 
 
