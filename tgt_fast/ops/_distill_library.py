@@ -185,8 +185,7 @@ class _Dispatched:
         normalizer: float | Tensor | None, options: DistillOptions, *, wanted: tuple[bool, bool], keep_rows: bool,
         inplace: bool, want_stats: bool,
     ) -> Forward:  # fmt: skip
-        on_device = normalizer if isinstance(normalizer, Tensor) else None
-        divisor = None if on_device is not None else normalizer
+        on_device, divisor = library.split(normalizer)
         with torch._C._AutoDispatchBelowAutograd():
             loss, stats, d_student, d_teacher, rows = _distill_forward(
                 student, teacher, target, sample_weight, on_device, divisor, *packed(options), want_stats,

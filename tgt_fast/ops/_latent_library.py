@@ -30,11 +30,6 @@ def check_step(name: str, step: int | Tensor) -> None:
         _checks.integer(name, "step", int(step), 0, MAX_STEP)
 
 
-def _split(value: float | Tensor | None, default: float = 0.0) -> tuple[Tensor | None, Any]:
-    """An argument that may be a tensor or a number, as the two of a schema."""
-    return (value, default) if isinstance(value, Tensor) else (None, value)
-
-
 def _signed(seed: int) -> int:
     """The 64 bits of a seed as a schema's integer."""
     return seed - (1 << 64) if seed >= 1 << 63 else seed
@@ -110,7 +105,7 @@ def perturb_as_op(
     truncation: float | None, sphere_radius: float | str | None, backend: str,
 ) -> Tensor:  # fmt: skip
     """The same as one call of the registered op."""
-    sigmas, sigma = _split(per_sample)
+    sigmas, sigma = library.split(per_sample, 0.0)
     op, rest = key["op"], {name: value for name, value in key.items() if name != "op"}
     out: Tensor = perturb_latents(
         rows, sigmas, sigma, per_coordinate, *_packed(**rest), op, truncation,
@@ -134,8 +129,8 @@ class _Dispatched:
 
 
 def _packed(seed: int | Tensor, sample_ids: Tensor, step: int | Tensor, replica: int) -> tuple[Any, ...]:
-    device_seed, seed_number = _split(seed, 0)
-    device_step, step_number = _split(step, 0)
+    device_seed, seed_number = library.split(seed, 0)
+    device_step, step_number = library.split(step, 0)
     return device_seed, _signed(seed_number), sample_ids, device_step, step_number, replica
 
 
@@ -197,8 +192,8 @@ def ascend_as_op(
 ) -> Tensor:  # fmt: skip
     """The step as one call of the registered op."""
     out: Tensor = ascend_latents(
-        z, grad, *_split(step_size), scale, anchor, *_split(radius), norm, radius_norm, *_split(sigma),
-        *_packed(seed, sample_ids, step, replica), backend,
+        z, grad, *library.split(step_size, 0.0), scale, anchor, *library.split(radius, 0.0), norm, radius_norm,
+        *library.split(sigma, 0.0), *_packed(seed, sample_ids, step, replica), backend,
     )  # fmt: skip
     return out
 

@@ -47,7 +47,7 @@ class Linear(torch.autograd.Function):
         )  # fmt: skip
         ctx.ready = None if deferred else out.grads
         # save_for_backward refuses what was made in inference mode, such as a teacher's hidden states: that is held.
-        ctx.divisor, on_device = (None, normalizer) if isinstance(normalizer, Tensor) else (normalizer, None)
+        on_device, ctx.divisor = library.split(normalizer)
         kept = (*tensors, on_device)
         ctx.held = tuple(x if x is not None and x.is_inference() else None for x in kept)
         ctx.save_for_backward(*(None if h is not None else x for x, h in zip(kept, ctx.held, strict=True)))

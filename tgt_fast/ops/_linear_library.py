@@ -168,8 +168,7 @@ class _Dispatched:
         self, t: LinearTensors, normalizer: float | Tensor | None, heads: LinearOptions, options: DistillOptions, *,
         wanted: tuple[bool, ...], want_stats: bool,
     ) -> LinearForward:  # fmt: skip
-        on_device = normalizer if isinstance(normalizer, Tensor) else None
-        divisor = None if on_device is not None else normalizer
+        on_device, divisor = library.split(normalizer)
         with torch._C._AutoDispatchBelowAutograd():
             loss, stats, *grads = _linear_distill_forward(
                 *t, on_device, divisor, *packed_heads(heads), *packed(options), want_stats, self.backend, *wanted
@@ -181,8 +180,7 @@ class _Dispatched:
         self, t: LinearTensors, normalizer: float | Tensor | None, d_loss: Tensor, heads: LinearOptions,
         options: DistillOptions, *, wanted: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        on_device = normalizer if isinstance(normalizer, Tensor) else None
-        divisor = None if on_device is not None else normalizer
+        on_device, divisor = library.split(normalizer)
         with torch._C._AutoDispatchBelowAutograd():
             grads = _linear_distill_backward(
                 *t, on_device, divisor, d_loss, *packed_heads(heads), *packed(options), self.backend, *wanted

@@ -67,9 +67,8 @@ def check_values(
         raise ArgumentError(bad_id(OP, record.ids, *found, student.shape[1]))
 
 
-def _kernel(backend: str, *tensors: Tensor | None) -> Any:
-    given = [tensor for tensor in tensors if tensor is not None]
-    return select.kernel("sparse", select.choose("sparse", backend, given))
+def _choose(backend: str, *tensors: Tensor | None) -> str:
+    return select.choose("sparse", backend, [tensor for tensor in tensors if tensor is not None])
 
 
 # The kernels
@@ -82,10 +81,10 @@ def _forward(
     options, (tail, backend, wanted, keep_rows) = DistillOptions(*rest[:_COUNT]), rest[_COUNT:]
     student = distill.dense_rows(student)
     record = Listed(ids, log_probs, tail_log_prob, tail)
-    kernel = _kernel(backend, student, ids, log_probs, tail_log_prob)
-    if _checks.on_plain_cpu(student) and kernel.__name__.endswith("reference.sparse"):
+    chosen = _choose(backend, student, ids, log_probs, tail_log_prob)
+    if chosen == "reference" and _checks.on_plain_cpu(student):
         check_values(student, record, target, sample_weight, options)
-    out = kernel.forward(
+    out = select.kernel("sparse", chosen).forward(
         student, record, target, sample_weight, divisor if normalizer is None else normalizer, options,
         wanted=wanted, keep_rows=keep_rows,
     )  # fmt: skip
@@ -112,7 +111,8 @@ def _backward(
 ) -> Tensor:  # fmt: skip
     options, (tail, backend) = DistillOptions(*rest[:_COUNT]), rest[_COUNT:]
     student = distill.dense_rows(student)
-    made: Tensor = _kernel(backend, student, ids, log_probs, tail_log_prob).backward(
+    kernel = select.kernel("sparse", _choose(backend, student, ids, log_probs, tail_log_prob))
+    made: Tensor = kernel.backward(
         student, Listed(ids, log_probs, tail_log_prob, tail), target, rows.contiguous(), d_loss, options
     )
     return made
@@ -176,8 +176,7 @@ class _Dispatched:
         self, student: Tensor, record: Listed, target: Tensor | None, sample_weight: Tensor | None,
         normalizer: float | Tensor | None, options: DistillOptions, *, wanted: bool, keep_rows: bool, inplace: bool,
     ) -> Forward:  # fmt: skip
-        on_device = normalizer if isinstance(normalizer, Tensor) else None
-        divisor = None if on_device is not None else normalizer
+        on_device, divisor = library.split(normalizer)
         with torch._C._AutoDispatchBelowAutograd():
             loss, d_student, rows = _sparse_forward(
                 student, record.ids, record.log_probs, record.tail_log_prob, target, sample_weight, on_device, divisor,

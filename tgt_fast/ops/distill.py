@@ -17,7 +17,7 @@ from tgt_fast.ops._distill_autograd import Call, Distill
 from tgt_fast.ops._distill_library import dense_rows, packed
 from tgt_fast.ops._distill_library import distillation_loss as distillation_loss_op
 from tgt_fast.ops._sparse_record import TeacherTopK
-from tgt_fast.ops.library import seen_by_dispatcher
+from tgt_fast.ops.library import seen_by_dispatcher, split
 from tgt_fast.ops.sparse import sparse_distillation_loss
 
 
@@ -198,7 +198,7 @@ def distillation_loss(
 
     if backend != "reference" and seen_by_dispatcher(student_logits, teacher_logits, target, sample_weight):
         # inplace is a permission: whoever traces plans the memory.
-        on_device, divisor = (normalizer, None) if isinstance(normalizer, Tensor) else (None, normalizer)
+        on_device, divisor = split(normalizer)
         loss, rows = distillation_loss_op(
             student_logits.reshape(-1, shape[-1]), teacher_logits.reshape(-1, shape[-1]), target, sample_weight,
             on_device, divisor, *packed(options), return_stats, backend,

@@ -45,6 +45,11 @@ def seen_by_dispatcher(*tensors: Any) -> bool:
     return False
 
 
+def split(value: float | Tensor | None, number: float | None = None) -> tuple[Tensor | None, Any]:
+    """An argument that may be a tensor or a number, as the two of a schema; ``number`` stands beside a tensor."""
+    return (value, number) if isinstance(value, Tensor) else (None, value)
+
+
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply``, also for an op inside ``torch.func.grad``: as one level of it, like PyTorch's own ops."""
     if not torch._C._are_functorch_transforms_active():

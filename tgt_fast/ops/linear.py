@@ -16,7 +16,7 @@ from tgt_fast.ops._linear_arguments import OP, check_teacher, check_tensors, che
 from tgt_fast.ops._linear_autograd import Call, Linear
 from tgt_fast.ops._linear_library import Direct, packed_heads
 from tgt_fast.ops._linear_library import linear_distillation_loss as linear_distillation_loss_op
-from tgt_fast.ops.library import seen_by_dispatcher, without_autocast
+from tgt_fast.ops.library import seen_by_dispatcher, split, without_autocast
 
 
 @overload
@@ -235,7 +235,7 @@ def linear_distillation_loss(
         sample_weight=None if sample_weight is None else sample_weight.reshape(-1),
     )
     if backend != "reference" and seen_by_dispatcher(*tensors):
-        on_device, divisor = (normalizer, None) if isinstance(normalizer, Tensor) else (None, normalizer)
+        on_device, divisor = split(normalizer)
         loss, rows = linear_distillation_loss_op(
             *tensors, on_device, divisor, *packed_heads(heads), *packed(options), return_stats, backend
         )

@@ -19,7 +19,7 @@ from tgt_fast.ops._distill_library import dense_rows, packed
 from tgt_fast.ops._sparse_library import Bound, check_values
 from tgt_fast.ops._sparse_library import sparse_distillation_loss as sparse_distillation_loss_op
 from tgt_fast.ops._sparse_record import LARGE, SMALL, TeacherTopK
-from tgt_fast.ops.library import seen_by_dispatcher
+from tgt_fast.ops.library import seen_by_dispatcher, split
 
 CHECK_VARIABLE: Final = "TGT_FAST_CHECK_RECORDS"
 _PIECE: Final = 1 << 24  # logits of which a wider copy is made at once
@@ -114,7 +114,7 @@ def sparse_distillation_loss(
         record.check()
 
     if backend != "reference" and seen_by_dispatcher(student_logits, ids, log_probs, rest, target, sample_weight):
-        on_device, divisor = (normalizer, None) if isinstance(normalizer, Tensor) else (None, normalizer)
+        on_device, divisor = split(normalizer)
         loss: Tensor = sparse_distillation_loss_op(
             student_logits.reshape(-1, shape[-1]), ids, log_probs, rest, target, sample_weight, on_device, divisor,
             *packed(options), record.tail, backend,
