@@ -11,6 +11,12 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
+# Of several processes that run tests side by side each gets its share of the cores, and so do its children.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
 import emulated_gpu
 import hypothesis
 import pytest

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tgt_fast.errors import TgtError
 
+BENCH_OPS = ("distill", "latent", "explore", "linear", "sparse")  # of bench/nouns.py, which imports all it measures
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 (it could not be done), 2 (misuse), 130 (interrupted)."""
@@ -72,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_names,
         default=argparse.SUPPRESS,
         metavar="OP,...",
-        help="distill, latent (default: all)",
+        help=f"{', '.join(BENCH_OPS)} (default: all)",
     )
     bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure")
     bench.add_argument("--shapes", choices=("quick", "full"), default="full", help="few small cases, or all of them")

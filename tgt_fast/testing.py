@@ -24,6 +24,7 @@ from tgt_fast.ops import _distill_library as distill
 from tgt_fast.ops import _latent_library as latent
 from tgt_fast.ops import _linear_library as linear
 from tgt_fast.ops import _sparse_library as sparse
+from tgt_fast.ops._packing import packed
 from tgt_fast.ops.sparse import topk_teacher
 
 __all__ = ["op_samples"]
@@ -97,36 +98,36 @@ def _distill(make: _Maker, backend: str) -> Iterator[Sample]:
     for count, grads, options in itertools.product(
         (0, 5), itertools.product((False, True), repeat=2), (both, DistillOptions(reduction="none"))
     ):
-        args = (*rows(count, options, grads=grads), None, None, *distill.packed(options))
+        args = (*rows(count, options, grads=grads), None, None, *packed(options))
         yield distill.distillation_loss, (*args, True, backend), {}
     for layout in ("sliced", "transposed", "every-other"):
-        args = (*rows(5, both, grads=(True, True), layout=layout), None, None, *distill.packed(both))
+        args = (*rows(5, both, grads=(True, True), layout=layout), None, None, *packed(both))
         yield distill.distillation_loss, (*args, False, backend), {}
     for divergence in DIVERGENCES:
         options = DistillOptions(divergence=divergence, temperature=2.0, teacher_temperature=3.0, reduction="sum")
-        args = (*rows(5, options, grads=(True, True), weighted=True), None, None, *distill.packed(options))
+        args = (*rows(5, options, grads=(True, True), weighted=True), None, None, *packed(options))
         yield distill.distillation_loss, (*args, True, backend), {}
     halves = (torch.float16, torch.float16)
     for dtypes in (halves, (torch.bfloat16, torch.float32), (torch.float64, torch.bfloat16)):
-        args = (*rows(5, both, grads=(True, True), dtypes=dtypes), None, None, *distill.packed(both))
+        args = (*rows(5, both, grads=(True, True), dtypes=dtypes), None, None, *packed(both))
         yield distill.distillation_loss, (*args, False, backend), {}
     for divide_by in ((make.uniform(1).reshape(()), None), (None, 7.0)):
-        args = (*rows(5, plain), *divide_by, *distill.packed(plain), False, backend)
+        args = (*rows(5, plain), *divide_by, *packed(plain), False, backend)
         yield distill.distillation_loss, args, {}
     for wanted in itertools.product((False, True), repeat=2):
-        args = (*rows(5, both, grads=(False, False)), None, None, *distill.packed(both), False, backend, *wanted, True)
+        args = (*rows(5, both, grads=(False, False)), None, None, *packed(both), False, backend, *wanted, True)
         yield distill._distill_forward, args, {}
         student, teacher, target, _ = rows(5, both, grads=(False, False))
         state = _distill_state(student, teacher, target, both, backend)
-        args = (student, teacher, target, state, make.uniform(5), *distill.packed(both), backend, *wanted)
+        args = (student, teacher, target, state, make.uniform(5), *packed(both), backend, *wanted)
         yield distill._distill_backward, args, {}
     for factor in (make.uniform(5), make.uniform(1).reshape(())):
-        yield distill._distill_scale_, (make.normal(5, classes), factor, backend), {}
+        yield distill.distill_scale_, (make.normal(5, classes), factor, backend), {}
 
 
 def _distill_state(student: Tensor, teacher: Tensor, target: Tensor, options: DistillOptions, backend: str) -> Tensor:
     made = distill._distill_forward(
-        student, teacher, target, None, None, None, *distill.packed(options), False, backend, False, False, True
+        student, teacher, target, None, None, None, *packed(options), False, backend, False, False, True
     )
     state: Tensor = made[-1]
     assert state.shape[1] == ROW_STATE
@@ -208,7 +209,7 @@ def _linear(make: _Maker, backend: str) -> Iterator[Sample]:
         t: LinearTensors, heads: LinearOptions = padded, options: DistillOptions = both, stats: bool = False,
         divide_by: tuple[Tensor | None, float | None] = (None, None),
     ) -> Sample:  # fmt: skip
-        args = (*t, *divide_by, *linear.packed_heads(heads), *distill.packed(options), stats, backend)
+        args = (*t, *divide_by, *linear.packed_heads(heads), *packed(options), stats, backend)
         return linear.linear_distillation_loss, args, {}
 
     some = [tuple(i in wanted for i in range(DIFFERENTIABLE)) for wanted in ((), (0,), (3,), (0, 1), (1, 2, 4, 5))]
@@ -229,7 +230,7 @@ def _linear(make: _Maker, backend: str) -> Iterator[Sample]:
         yield call(tensors(4), divide_by=divide_by)
     for wanted in [*some, (True,) * DIFFERENTIABLE]:
         t = tensors(4, grads=(False,) * DIFFERENTIABLE)
-        options = (*linear.packed_heads(padded), *distill.packed(both))
+        options = (*linear.packed_heads(padded), *packed(both))
         yield linear._linear_distill_forward, (*t, None, None, *options, False, backend, *wanted), {}
         yield linear._linear_distill_backward, (*t, None, 5.0, make.uniform(4), *options, backend, *wanted), {}
 
@@ -249,26 +250,26 @@ def _sparse(make: _Maker, backend: str) -> Iterator[Sample]:
 
     both = DistillOptions(hard_weight=0.5, label_smoothing=0.1)
     for count, grad, options in itertools.product((0, 5), (False, True), (both, DistillOptions(reduction="none"))):
-        args = (*tensors(count, options, grad=grad), None, None, *distill.packed(options), "bucket", backend)
+        args = (*tensors(count, options, grad=grad), None, None, *packed(options), "bucket", backend)
         yield sparse.sparse_distillation_loss, args, {}
     for layout in ("sliced", "transposed", "every-other"):
-        args = (*tensors(5, both, layout=layout), None, None, *distill.packed(both), "bucket", backend)
+        args = (*tensors(5, both, layout=layout), None, None, *packed(both), "bucket", backend)
         yield sparse.sparse_distillation_loss, args, {}
     for divergence, tail in itertools.product(SPARSE_DIVERGENCES, TAILS):
         options = DistillOptions(divergence=divergence, temperature=2.0, teacher_temperature=2.0, reduction="sum")
-        args = (*tensors(5, options, tail, weighted=True), None, None, *distill.packed(options), tail, backend)
+        args = (*tensors(5, options, tail, weighted=True), None, None, *packed(options), tail, backend)
         yield sparse.sparse_distillation_loss, args, {}
     halves = (torch.float16, torch.float16)
     for dtypes in (halves, (torch.bfloat16, torch.float32), (torch.float64, torch.bfloat16)):
-        args = (*tensors(5, both, dtypes=dtypes), None, None, *distill.packed(both), "bucket", backend)
+        args = (*tensors(5, both, dtypes=dtypes), None, None, *packed(both), "bucket", backend)
         yield sparse.sparse_distillation_loss, args, {}
     for divide_by in ((make.uniform(1).reshape(()), None), (None, 7.0)):
-        args = (*tensors(5, both), *divide_by, *distill.packed(both), "bucket", backend)
+        args = (*tensors(5, both), *divide_by, *packed(both), "bucket", backend)
         yield sparse.sparse_distillation_loss, args, {}
     for tail, wanted in itertools.product(TAILS, (False, True)):
         given = tensors(5, both, tail, grad=False)
-        args = (*given, None, None, *distill.packed(both), tail, backend, wanted, True)
+        args = (*given, None, None, *packed(both), tail, backend, wanted, True)
         yield sparse._sparse_forward, args, {}
         state = sparse._sparse_forward(*args)[-1]
-        args = (*given[:5], state, make.uniform(5), *distill.packed(both), tail, backend)
+        args = (*given[:5], state, make.uniform(5), *packed(both), tail, backend)
         yield sparse._sparse_backward, args, {}

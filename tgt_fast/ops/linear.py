@@ -11,11 +11,11 @@ from tgt_fast.kernels import select
 from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, DistillStats, LinearOptions, LinearTensors
 from tgt_fast.kernels.reference import linear as reference_linear
 from tgt_fast.ops._distill_arguments import make_options
-from tgt_fast.ops._distill_library import packed
 from tgt_fast.ops._linear_arguments import OP, check_teacher, check_tensors, check_values, make_heads
 from tgt_fast.ops._linear_autograd import Call, Linear
 from tgt_fast.ops._linear_library import Direct, packed_heads
 from tgt_fast.ops._linear_library import linear_distillation_loss as linear_distillation_loss_op
+from tgt_fast.ops._packing import packed
 from tgt_fast.ops.library import seen_by_dispatcher, split, without_autocast
 
 
