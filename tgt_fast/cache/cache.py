@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -31,14 +32,22 @@ _ID_LIMIT: Final = 1 << 48  # as of the noise that belongs to a sample
 _SHOWN: Final = 5  # ids in a message
 
 
+class Contents(NamedTuple):
+    """Of the folder of a cache."""
+
+    layout: Layout
+    shards: dict[str, int]  # bytes of a file by its name
+    torn: dict[str, str]  # what is wrong by name
+
+
 class TeacherCache:
     r"""``cache.label(x, ids) == topk_teacher(teacher.label(x), k, T)``, row by row, with each row computed once.
 
     Rows belong to a **sample id**, not to a step or a place in an epoch, so shuffling, other batch sizes, several
-    epochs and several workers meet the same rows. What is stored is given back bit for bit. The first value computed for an id
-    is the one that is stored and served: a teacher whose last bits depend on the other rows of a batch, as matrix
-    products often do, then gives what it gave the first time. The data of an id must be the same each time: cache
-    before augmentation that draws at random, not after.
+    epochs and several workers meet the same rows. What is stored is given back bit for bit. The first value computed
+    for an id is the one that is stored and served: a teacher whose last bits depend on the other rows of a batch, as
+    those of matrix products and log-sum-exps often do, then gives what it gave the first time. The data of an id must
+    be the same each time: cache before augmentation that draws at random, not after.
 
     A folder holds ``manifest.json`` and shards, safetensors files that never change. Reading is a copy out of a memory
     map. Several processes may write to one folder: each writes shards of its own, which have their name only once they
@@ -50,8 +59,8 @@ class TeacherCache:
     Args:
         folder: made if need be.
         teacher: a :class:`~tgt_fast.Teacher`, a module (run in eval mode) or a callable, data -> logits
-            ``(B, ..., C)``; a callable may give a :class:`~tgt_fast.TeacherTopK`. It runs without a graph. None: rows come from
-            :meth:`add`, and ``version`` names whose they are.
+            ``(B, ..., C)``; a callable may give a :class:`~tgt_fast.TeacherTopK`. It runs without a graph. None: rows
+            come from :meth:`add`, and ``version`` names whose they are.
         k: how many classes a record lists. None: logits are stored as they are, and ``temperature`` and ``tail`` do not
             matter.
         temperature, tail: of the records; see :func:`tgt_fast.topk_teacher`.
@@ -60,8 +69,9 @@ class TeacherCache:
             teacher and ``topk_teacher`` give them, which is float32 for records.
         transforms, version: see :func:`tgt_fast.teacher_fingerprint`.
         readonly: never write; rows that are missing are computed and not kept. The folder must hold a cache.
-        shard_bytes: rows wait in memory until they are so many bytes, then they are written. Fewer, larger shards read
-            faster; :meth:`flush` and :meth:`close` write what there is.
+        shard_bytes, shard_seconds: rows wait in memory until they are so many bytes, or the first of them has waited so
+            long, then they are written. Fewer, larger shards read faster; :meth:`flush` and :meth:`close` write what
+            there is.
         checksums: read a shard as a whole once in a process, before its first row, to compare its checksum. Without,
             only its size and header are compared.
 
@@ -98,6 +108,7 @@ class TeacherCache:
         version: str | None = None,
         readonly: bool = False,
         shard_bytes: int = 64 << 20,
+        shard_seconds: float = 300.0,
         checksums: bool = True,
     ) -> None:
         fingerprint = teacher_fingerprint(
@@ -111,7 +122,11 @@ class TeacherCache:
                 stacklevel=2,
             )
         shard_bytes = _checks.integer(OP, "shard_bytes", shard_bytes, 1, 1 << 40)
-        self._start(Path(folder), teacher, fingerprint, readonly, shard_bytes, checksums)
+        shard_seconds = _checks.number(OP, "shard_seconds", shard_seconds, 0.0, 1e9)
+        self._start(
+            folder, teacher, fingerprint, writable=not readonly, shard_bytes=shard_bytes, shard_seconds=shard_seconds,
+            checksums=checksums,
+        )  # fmt: skip
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], *, checksums: bool = True) -> TeacherCache:
@@ -121,26 +136,25 @@ class TeacherCache:
             CacheError: there is none, or it cannot be read.
         """
         made = cls.__new__(cls)
-        made._start(Path(folder), None, None, True, 1, checksums)
+        made._start(folder, None, None, writable=False, shard_bytes=1, shard_seconds=0.0, checksums=checksums)
         return made
 
     def _start(
         self,
-        folder: Path,
+        folder: str | os.PathLike[str],
         teacher: Callable[..., Any] | None,
         fingerprint: Fingerprint | None,
-        readonly: bool,
-        shard_bytes: int,
-        checksums: bool,
+        **options: Any,
     ) -> None:
-        self.folder = folder
+        self.folder = Path(folder)
         self._teacher = teacher
-        self._store: Store | None = Store(
-            folder, fingerprint, writable=not readonly, shard_bytes=shard_bytes, checksums=checksums
-        )
+        self._store: Store | None = None
+        store = Store(self.folder, fingerprint, **options)
+        self._store = store
+        self._at_exit = weakref.finalize(self, store.close)  # rows that wait are written where nobody calls close
         if fingerprint is None:
-            assert self._store.manifest is not None
-            fingerprint = self._store.manifest.fingerprint
+            assert store.manifest is not None
+            fingerprint = store.manifest.fingerprint
         self.fingerprint: Fingerprint = fingerprint
         self.settings = Settings.of(fingerprint.parts)
 
@@ -290,11 +304,17 @@ class TeacherCache:
         """
         return self._open().check()
 
+    def contents(self) -> Contents:
+        """What the folder is seen to hold."""
+        store = self._open()
+        return Contents(self._layout(), {shard.path.name: shard.bytes for shard in store.shards}, dict(store.torn))
+
     def close(self) -> None:
         """Write what waits and let go of the files. A closed cache refuses everything but ``close``."""
-        store, self._store = self._store, None
-        if store is not None:
-            store.close()
+        if self._store is not None:
+            self._store.close()
+            self._at_exit.detach()
+            self._store = None
 
     def __enter__(self) -> TeacherCache:
         return self

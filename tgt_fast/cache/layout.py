@@ -78,16 +78,17 @@ class Layout:
         rows: Rows = {}
         for name, field in self.fields.items():
             x = tensors[name].detach().to("cpu").contiguous()
-            flat = x.reshape(x.shape[0], math.prod(field.shape)).view(torch.uint8)
-            rows[name] = flat.numpy()
+            rows[name] = x.reshape(-1).view(torch.uint8).numpy().reshape(x.shape[0], field.row_bytes)
         return rows
 
     def unpack(self, rows: Rows) -> dict[str, Tensor]:
         """Bytes, which become the tensors' own memory."""
-        return {
-            name: torch.from_numpy(raw).view(self.fields[name].dtype).reshape(raw.shape[0], *self.fields[name].shape)
-            for name, raw in rows.items()
-        }
+        found = {}
+        for name, raw in rows.items():
+            field = self.fields[name]
+            flat = torch.from_numpy(raw.reshape(-1)).view(field.dtype)  # of one dimension: none is then too short
+            found[name] = flat.reshape(raw.shape[0], *field.shape)
+        return found
 
     def empty(self, count: int, names: Collection[str] | None = None) -> Rows:
         """Rows of these fields, or of all, to be written to."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from tgt_fast.cache.index import MISSING, Ids, Places, places
@@ -16,6 +18,7 @@ class Pending:
         self._ids: Ids = np.empty(0, np.int64)
         self._fields = layout.empty(0)
         self._rows: dict[int, int] = {}
+        self.since = time.monotonic()
 
     @property
     def ids(self) -> Ids:

@@ -33,15 +33,22 @@ class Store:
         folder: of the cache.
         fingerprint: of the rows; None: whatever the folder holds.
         writable: whether rows may be added, and torn shards be set aside.
-        shard_bytes: rows wait in memory until they are so many bytes.
+        shard_bytes, shard_seconds: rows wait in memory until they are so many bytes, or the first of them so old.
         checksums: compare a shard's checksum before its first row is read.
     """
 
     def __init__(
-        self, folder: Path, fingerprint: Fingerprint | None, *, writable: bool, shard_bytes: int, checksums: bool
+        self,
+        folder: Path,
+        fingerprint: Fingerprint | None,
+        *,
+        writable: bool,
+        shard_bytes: int,
+        shard_seconds: float,
+        checksums: bool,
     ) -> None:
         self.folder, self.writable = folder, writable
-        self._shard_bytes, self.checksums = shard_bytes, checksums
+        self._shard_bytes, self._shard_seconds, self.checksums = shard_bytes, shard_seconds, checksums
         self._process = os.getpid()
         self._segments: list[Shard | Pending | None] = []  # None: a shard that was dropped
         self._unchecked: set[int] = set()
@@ -206,7 +213,7 @@ class Store:
             self._pending = len(self._segments)
             self._segments.append(pending)
         pending.append(ids[new], {name: rows[name][new] for name in layout.fields})
-        if pending.bytes >= self._shard_bytes:
+        if pending.bytes >= self._shard_bytes or time.monotonic() - pending.since > self._shard_seconds:
             self.flush()
         return len(new)
 
