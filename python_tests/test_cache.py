@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import json
 import pickle
 import warnings
 from pathlib import Path
@@ -330,6 +331,19 @@ def test_shards_are_safetensors_that_others_read(tmp_path: Path) -> None:
     with safetensors.safe_open(shards(tmp_path)[0], "pt") as file:
         assert torch.equal(file.get_tensor("logits"), logits)
         assert file.get_tensor("sample_ids").tolist() == [3, 1, 4, 15, 9, 2, 6]
+
+
+def test_a_record_lies_in_one_row_of_bytes_that_others_can_take_apart(tmp_path: Path) -> None:
+    with tgt.TeacherCache(tmp_path, RowWise(), k=3, dtype=torch.float16) as cache:
+        record = cache.label(data(7), range(7))
+    assert isinstance(record, tgt.TeacherTopK)
+    layout = json.loads((tmp_path / "manifest.json").read_text())["rows"]
+    assert layout["offsets"] == {"labels": {"class_ids": 0, "log_probs": 12, "tail_log_prob": 18}}
+    with safetensors.safe_open(shards(tmp_path)[0], "pt") as file:
+        rows = file.get_tensor("labels")
+    assert rows.shape == (7, 20)
+    assert torch.equal(rows[:, :12].contiguous().view(torch.int32), record.ids.int())
+    assert torch.equal(rows[:, 12:18].contiguous().view(torch.float16), record.log_probs)
 
 
 def test_large_rows_and_ids_far_apart(tmp_path: Path) -> None:

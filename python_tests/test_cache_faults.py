@@ -59,8 +59,8 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "a bit of the last tensor": lambda path: flip(path, -1),
     "a bit of the ids": lambda path: flip(path, 8 + int.from_bytes(path.read_bytes()[:8], "little")),
     "a bit of the length": lambda path: flip(path, 0),
-    "a dtype": lambda path: path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"')),
-    "the fingerprint": lambda path: path.write_bytes(path.read_bytes().replace(b'"fingerprint":"', b'"fingerprint":"0')),
+    "a dtype": lambda path: path.write_bytes(path.read_bytes().replace(b'"U8"', b'"I8"')),
+    "the fingerprint": lambda path: path.write_bytes(path.read_bytes().replace(b'print":"', b'print":"0')),
     "zeros at the end": lambda path: path.write_bytes(path.read_bytes()[:-200] + bytes(200)),
 }  # fmt: skip
 

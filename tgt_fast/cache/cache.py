@@ -345,8 +345,9 @@ class TeacherCache:
         assert layout is not None  # a row was found
         return layout
 
-    def _names(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if name in self._layout().fields]
+    def _names(self, fields: Sequence[str]) -> list[str]:
+        """The blocks that hold them."""
+        return [name for name, block in self._layout().blocks.items() if not block.fields.keys().isdisjoint(fields)]
 
     def _find(self, ids: Ids) -> Places:
         store = self._open()

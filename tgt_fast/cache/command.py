@@ -79,6 +79,7 @@ def info(folder: Path, console: Console) -> None:
         table.add_column(overflow="fold")
         table.add_row("samples", str(len(cache)))
         table.add_row("shards", f"{len(shards)}, {sum(shards.values()) / 1e6:.4g} MB")
+        table.add_row("a sample", f"{layout.row_bytes} bytes")
         for name, field in layout.fields.items():
             table.add_row(name, f"{field} a sample, {field.row_bytes} bytes")
         table.add_row("classes", str(layout.classes))

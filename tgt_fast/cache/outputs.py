@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,9 +90,11 @@ class Settings:
         """What :meth:`_labels` took apart."""
         if self.k is None:
             return tensors["logits"].to(device)
-        tail = tensors.get("tail_log_prob")
+        tail, ids = tensors.get("tail_log_prob"), tensors["class_ids"]
+        if device.type == "cpu":  # by numpy, which starts no threads for so little
+            ids = torch.from_numpy(ids.numpy().astype(np.int64, copy=False))
         return TeacherTopK(
-            tensors["class_ids"].to(device).to(torch.int64),
+            ids.to(device).to(torch.int64),
             tensors["log_probs"].to(device),
             None if tail is None else tail.to(device),
             self.temperature,

@@ -3,7 +3,10 @@
 Why safetensors and not Parquet: a row is a few arrays of fixed size, so its place in the file is a multiplication, and
 reading it is a copy out of the page cache; Parquet would decode pages of rows to give one. The format is documented,
 other tools read it, and the library is a dependency already. The map is read here and not through ``safe_open``, which
-gives slices and no rows in a given order: a call a row.
+gives slices and no rows in a given order: a call a row, 20 to 50 times slower (``benchmarks/bench_cache.py``).
+
+What is read together lies together (``layout.Block``): the tensor ``labels`` holds a record a row, as bytes, in which
+the fields begin where ``manifest.json`` says. So a sample that is not in memory costs one read and not one a field.
 
 The checksum lies in the header, and covers names, dtypes, shapes, fingerprint and data. So a shard is one file, and the
 rename that gives it its name is the only moment at which it comes to be.
@@ -14,12 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 import platform
 import re
 import secrets
 import struct
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tgt_fast._files import sync
-from tgt_fast.cache.layout import DTYPES, NAMES, Bytes, Layout, Rows
+from tgt_fast.cache.layout import DTYPES, NAMES, Bytes, Field, Layout, Rows
 
 SUFFIX: Final = ".safetensors"
 TORN: Final = ".torn"  # added to the name of a shard that was set aside
@@ -66,16 +71,15 @@ class Shard:
             shape = header[IDS]["shape"] if IDS in header else []
             self.rows = int(shape[0]) if shape else -1
             expected = {IDS: {"dtype": "I64", "shape": [self.rows]}}
-            for name, field in layout.fields.items():
-                expected[name] = {"dtype": NAMES[field.dtype], "shape": [self.rows, *field.shape]}
+            expected |= {name: _stored(block.stored, self.rows) for name, block in layout.blocks.items()}
             if {name: _kind(entry) for name, entry in header.items()} != expected:
                 raise TornError("its tensors are not those of the manifest")
             self._map: Bytes = np.memmap(file, np.uint8, mode="r")
         self._parts = {name: self._map[start + a : start + b] for name, (a, b) in spans.items()}
         self.ids: NDArray[np.int64] = np.frombuffer(self._parts[IDS].tobytes(), "<i8")
-        self.fields: Rows = {
-            name: np.asarray(self._parts[name]).reshape(self.rows, field.row_bytes)
-            for name, field in layout.fields.items()
+        self.blocks: Rows = {
+            name: np.asarray(self._parts[name]).reshape(self.rows, block.stored.row_bytes)
+            for name, block in layout.blocks.items()
         }
 
     @property
@@ -93,6 +97,8 @@ class Shard:
             TornError: it is another.
         """
         if not self.checked:
+            with suppress(AttributeError, ValueError, OSError):  # read ahead of the hash; only a hint
+                self._map._mmap.madvise(mmap.MADV_WILLNEED)  # type: ignore[attr-defined]
             kinds = {name: _kind(entry) for name, entry in self._header.items()}
             if _digest(kinds, self.fingerprint, self._parts) != self._metadata.get("sha256"):
                 raise TornError("its checksum is wrong")
@@ -109,7 +115,7 @@ def write_shard(folder: Path, ids: NDArray[np.int64], rows: Rows, layout: Layout
     """
     parts: Rows = {IDS: ids.astype("<i8").view(np.uint8)[:, None], **rows}
     kinds = {IDS: {"dtype": "I64", "shape": [len(ids)]}}
-    kinds |= {n: {"dtype": NAMES[f.dtype], "shape": [len(ids), *f.shape]} for n, f in layout.fields.items()}
+    kinds |= {name: _stored(block.stored, len(ids)) for name, block in layout.blocks.items()}
     header: dict[str, Any] = {}
     at = 0
     for name in sorted(kinds, key=lambda n: (-_itemsize(kinds[n]), n)):  # the widest first: all are aligned
@@ -171,6 +177,10 @@ def _spans(header: dict[str, Any], available: int) -> dict[str, tuple[int, int]]
     if at != available:
         raise TornError(f"it holds {available} bytes of data in the place of {at}")
     return spans
+
+
+def _stored(field: Field, rows: int) -> dict[str, Any]:
+    return {"dtype": NAMES[field.dtype], "shape": [rows, *field.shape]}
 
 
 def _kind(entry: dict[str, Any]) -> dict[str, Any]:

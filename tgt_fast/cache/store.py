@@ -176,7 +176,7 @@ class Store:
     # Rows out and in
 
     def gather(self, where: Places, names: Collection[str]) -> Rows:
-        """The fields ``names`` of the rows at these places, none of which is missing, in the order asked."""
+        """The blocks ``names`` of the rows at these places, none of which is missing, in the order asked."""
         layout = self.layout
         assert layout is not None
         out = layout.empty(len(where), names)
@@ -191,7 +191,7 @@ class Store:
             assert segment is not None
             to, rows = order[start:stop], ordered[start:stop] & ROW_MASK
             for name in out:
-                _copy(segment.fields[name], rows, out[name], to, whole=stop - start == len(where))
+                _copy(segment.blocks[name], rows, out[name], to, whole=stop - start == len(where))
         return out
 
     def append(self, ids: Ids, rows: Rows, layout: Layout) -> int:
@@ -212,7 +212,7 @@ class Store:
             pending = Pending(layout)
             self._pending = len(self._segments)
             self._segments.append(pending)
-        pending.append(ids[new], {name: rows[name][new] for name in layout.fields})
+        pending.append(ids[new], {name: rows[name][new] for name in layout.blocks})
         if pending.bytes >= self._shard_bytes or time.monotonic() - pending.since > self._shard_seconds:
             self.flush()
         return len(new)
@@ -245,7 +245,7 @@ class Store:
         pending, number, manifest = self._waiting(), self._pending, self.manifest
         if pending is None or number is None or manifest is None:
             return
-        ids, rows = pending.ids, pending.fields
+        ids, rows = pending.ids, pending.blocks
         with reported(self.folder, "write to"):
             path = write_shard(self.folder, ids, rows, manifest.layout, manifest.fingerprint)
         self._seen.add(path.name)
@@ -292,9 +292,9 @@ def _copy(source: NDArray[Any], rows: Places, out: NDArray[Any], to: NDArray[Any
     elif whole:  # one shard has all: in the order asked, straight to its place
         in_order = np.empty_like(rows)
         in_order[to] = rows
-        np.take(source, in_order, axis=0, out=out, mode="clip")  # "raise" would go through a buffer
+        source.take(in_order, axis=0, out=out, mode="clip")  # "raise" would go through a buffer
     else:
-        out[to] = np.take(source, rows, axis=0)
+        out[to] = source.take(rows, axis=0)
 
 
 @contextmanager
