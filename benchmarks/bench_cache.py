@@ -5,8 +5,8 @@
 Warm: batches of ids, one after the other or shuffled, out of the page cache; beside it numpy.memmap of one array with
 rows of as many bytes, indexed by the same ids, and, for shuffled ids, one os.pread a row and one slice of safetensors'
 safe_open a row and tensor. Cold: the page cache is dropped (posix_fadvise), then a cache is opened and all its rows are
-read in order, checksums included; beside it, the same for read() of one file of as many bytes. With --save the numbers
-go to benchmarks/results/cache-cpu.json, which the README's table is made from.
+read in order, checksums included; beside it, the same for the memmap, and for read() of one file of as many bytes. With
+--save the numbers go to benchmarks/results/cache-cpu.json, which the README's table is made from.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def slices(folder: Path, drawn: Iterator[torch.Tensor]) -> Callable[[], Any]:
 
 def cold(case: Case, folder: Path, plain: Path, row_bytes: int, turns: int) -> dict[str, float]:
     """Milliseconds of reading everything once."""
-    times: dict[str, list[float]] = {"ours": [], "file": []}
+    times: dict[str, list[float]] = {"ours": [], "memmap": [], "file": []}
     for _ in range(turns):
         drop(folder)
         start = time.perf_counter()
@@ -143,6 +143,13 @@ def cold(case: Case, folder: Path, plain: Path, row_bytes: int, turns: int) -> d
             for ids in torch.arange(case.samples).split(case.batch):
                 cache.read(ids)
         times["ours"].append(time.perf_counter() - start)
+        drop(plain.parent)
+        start = time.perf_counter()
+        mapped = np.memmap(plain, np.uint8, "r").reshape(case.samples, row_bytes)
+        for ids in torch.arange(case.samples).split(case.batch):
+            mapped[ids.numpy()]
+        times["memmap"].append(time.perf_counter() - start)
+        del mapped
         drop(plain.parent)
         start = time.perf_counter()
         with open(plain, "rb", buffering=0) as file:

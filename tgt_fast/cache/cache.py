@@ -177,7 +177,7 @@ class TeacherCache:
         """
         ids, store = self._ids(sample_ids), self._open()
         where = self._find(ids)
-        if (where != MISSING).all():
+        if store.layout is not None and not _lacks(where):
             return self._labels(store.gather(where, self._names(LABELS)), x)
         lacking = np.flatnonzero(where == MISSING)
         lacking = lacking[np.sort(np.unique(ids[lacking], return_index=True)[1])]  # of an id that repeats, one
@@ -347,12 +347,12 @@ class TeacherCache:
 
     def _names(self, fields: Sequence[str]) -> list[str]:
         """The blocks that hold them."""
-        return [name for name, block in self._layout().blocks.items() if not block.fields.keys().isdisjoint(fields)]
+        return self._layout().holding(tuple(fields))
 
     def _find(self, ids: Ids) -> Places:
         store = self._open()
         where = store.find(ids)
-        if (where == MISSING).any():
+        if _lacks(where):
             store.refresh()
             where = store.find(ids)
         return where
@@ -360,7 +360,7 @@ class TeacherCache:
     def _read(self, sample_ids: SampleIds, names: Sequence[str]) -> Rows:
         ids, store = self._ids(sample_ids), self._open()
         where = self._find(ids)
-        if store.layout is None or (where == MISSING).any():
+        if store.layout is None or _lacks(where):
             raise UnknownIdError(self._unknown(ids[where == MISSING]))
         return store.gather(where, self._names(names))
 
@@ -413,9 +413,11 @@ class TeacherCache:
 
     def _ids(self, sample_ids: SampleIds) -> Ids:
         if isinstance(sample_ids, Tensor):
-            if sample_ids.is_floating_point() or sample_ids.is_complex() or sample_ids.dtype == torch.bool:
-                raise DTypeError(f"{OP}: sample_ids must be integers, got {sample_ids.dtype}")
-            ids = sample_ids.detach().to("cpu", torch.int64).numpy()
+            if sample_ids.dtype != torch.int64:
+                if sample_ids.is_floating_point() or sample_ids.is_complex() or sample_ids.dtype == torch.bool:
+                    raise DTypeError(f"{OP}: sample_ids must be integers, got {sample_ids.dtype}")
+                sample_ids = sample_ids.to(torch.int64)
+            ids = sample_ids.cpu().numpy()
         else:
             given = np.asarray(sample_ids)
             if given.dtype.kind not in "iu" and given.size:
@@ -423,9 +425,13 @@ class TeacherCache:
             ids = given.astype(np.int64)
         if ids.ndim != 1:
             raise ShapeError(f"{OP}: sample_ids must be (B,), got {ids.shape}")
-        if len(ids) and not (ids.min() >= 0 and ids.max() < _ID_LIMIT):
+        if len(ids) and ids.view(np.uint64).max() >= _ID_LIMIT:  # which a negative one is, too
             raise ArgumentError(f"{OP}: sample_ids must be in [0, 2^48), got {ids.min()} to {ids.max()}")
         return ids
+
+
+def _lacks(where: Places) -> bool:
+    return bool(len(where)) and where.min() < 0
 
 
 def _reopened(folder: Path, checksums: bool) -> TeacherCache:

@@ -85,10 +85,10 @@ class Block:
     def unpack(self, rows: Bytes) -> dict[str, Tensor]:
         """Bytes, which become a tensor's own memory where there is one field. By numpy, which starts no threads."""
         found = {}
-        for name, field in self.fields.items():
-            start = self.offsets[name]
-            raw = np.ascontiguousarray(rows[:, start : start + field.row_bytes]).reshape(-1)
-            found[name] = torch.from_numpy(raw).view(field.dtype).reshape(rows.shape[0], *field.shape)
+        for name, start in self.offsets.items():
+            field = self.fields[name]
+            raw = np.ascontiguousarray(rows[:, start : start + field.row_bytes])
+            found[name] = torch.from_numpy(raw.reshape(-1)).view(field.dtype).view(rows.shape[0], *field.shape)
         return found
 
 
@@ -146,6 +146,18 @@ class Layout:
         """Rows of these blocks, or of all, to be written to."""
         names = self.blocks if names is None else names
         return {name: np.empty((count, self.blocks[name].stored.row_bytes), np.uint8) for name in names}
+
+    @cached_property
+    def _holding(self) -> dict[tuple[str, ...], list[str]]:
+        return {}
+
+    def holding(self, fields: tuple[str, ...]) -> list[str]:
+        """The names of the blocks with these fields, of which not all need be there."""
+        if fields not in self._holding:
+            self._holding[fields] = [
+                n for n, block in self.blocks.items() if not block.fields.keys().isdisjoint(fields)
+            ]
+        return self._holding[fields]
 
     def to_json(self) -> dict[str, Any]:
         fields = {name: {"dtype": NAMES[x.dtype], "shape": list(x.shape)} for name, x in self.fields.items()}

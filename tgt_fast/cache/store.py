@@ -9,14 +9,13 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tgt_fast.cache.fingerprint import Fingerprint
 from tgt_fast.cache.index import MISSING, ROW_BITS, ROW_MASK, Ids, Index, Places, places
-from tgt_fast.cache.layout import Layout, Rows
+from tgt_fast.cache.layout import Bytes, Layout, Rows
 from tgt_fast.cache.manifest import Manifest
 from tgt_fast.cache.pending import Pending
 from tgt_fast.cache.shard import SUFFIX, TEMPORARY, TORN, Shard, TornError, write_shard
@@ -142,6 +141,8 @@ class Store:
         shard = self._segments[number]
         assert isinstance(shard, Shard)
         self._unchecked.discard(number)
+        if number + 1 in self._unchecked and isinstance(following := self._segments[number + 1], Shard):
+            following.read_ahead()  # while the rows of this one are used
         try:
             shard.check()
         except TornError as error:
@@ -180,6 +181,12 @@ class Store:
         layout = self.layout
         assert layout is not None
         out = layout.empty(len(where), names)
+        if len(where) and (first := int(where.min()) >> ROW_BITS) == int(where.max()) >> ROW_BITS:
+            segment, rows = self._segments[first], where & ROW_MASK
+            assert segment is not None
+            for name in out:
+                _copy(segment.blocks[name], rows, out[name])
+            return out
         order = np.argsort(where, kind="stable")  # by shard, and in the order of the file
         ordered = where[order]
         numbers = ordered >> ROW_BITS
@@ -191,7 +198,7 @@ class Store:
             assert segment is not None
             to, rows = order[start:stop], ordered[start:stop] & ROW_MASK
             for name in out:
-                _copy(segment.blocks[name], rows, out[name], to, whole=stop - start == len(where))
+                _copy(segment.blocks[name], rows, out[name], to)
         return out
 
     def append(self, ids: Ids, rows: Rows, layout: Layout) -> int:
@@ -284,15 +291,13 @@ class Store:
                     path.unlink()
 
 
-def _copy(source: NDArray[Any], rows: Places, out: NDArray[Any], to: NDArray[Any], *, whole: bool) -> None:
-    """``out[to] = source[rows]``"""
-    if source.shape[1] >= _LARGE_ROW:
+def _copy(source: Bytes, rows: Places, out: Bytes, to: Places | None = None) -> None:
+    """``out[to] = source[rows]``, or all of ``out``"""
+    if to is None:
+        source.take(rows, axis=0, out=out, mode="clip")  # "raise" would go through a buffer
+    elif source.shape[1] >= _LARGE_ROW:
         for row, place in zip(rows.tolist(), to.tolist(), strict=True):
             out[place] = source[row]
-    elif whole:  # one shard has all: in the order asked, straight to its place
-        in_order = np.empty_like(rows)
-        in_order[to] = rows
-        source.take(in_order, axis=0, out=out, mode="clip")  # "raise" would go through a buffer
     else:
         out[to] = source.take(rows, axis=0)
 
