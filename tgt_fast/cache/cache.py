@@ -12,23 +12,20 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+from tgt_fast.cache.asking import SampleIds, as_ids, ask, lacking
 from tgt_fast.cache.fingerprint import Fingerprint, teacher_fingerprint
 from tgt_fast.cache.index import MISSING, Ids, Places
 from tgt_fast.cache.layout import Layout, Rows
 from tgt_fast.cache.outputs import LABELS, LATENTS, OP, Settings
 from tgt_fast.cache.store import Store
-from tgt_fast.errors import ArgumentError, CacheError, DTypeError, ShapeError, UnknownIdError
+from tgt_fast.errors import ArgumentError, CacheError, ShapeError, UnknownIdError
 from tgt_fast.ops import _checks
 from tgt_fast.ops._sparse_record import TeacherTopK
-from tgt_fast.teacher import Latents, Teacher, tree
-from tgt_fast.teacher.modes import eval_mode
-from tgt_fast.teacher.teacher import checked_logits
+from tgt_fast.teacher import Latents, tree
 
-SampleIds = Tensor | Sequence[int]
-_ID_LIMIT: Final = 1 << 48  # as of the noise that belongs to a sample
 _SHOWN: Final = 5  # ids in a message
 
 
@@ -175,17 +172,16 @@ class TeacherCache:
             UnknownIdError: rows are missing and there is no teacher.
             ShapeError, DTypeError, ArgumentError, CacheError: ids or outputs that do not fit; a disk that is full.
         """
-        ids, store = self._ids(sample_ids), self._open()
+        ids, store = as_ids(sample_ids), self._open()
         where = self._find(ids)
         if store.layout is not None and not _lacks(where):
             return self._labels(store.gather(where, self._names(LABELS)), x)
-        lacking = np.flatnonzero(where == MISSING)
-        lacking = lacking[np.sort(np.unique(ids[lacking], return_index=True)[1])]  # of an id that repeats, one
-        layout, rows = self._compute(x, lacking, ids)
+        which = lacking(ids, where)
+        layout, rows = self._compute(x, which, ids)
         if store.writable:
-            store.append(ids[lacking], rows, layout)
+            store.append(ids[which], rows, layout)
             return self._labels(store.gather(store.find(ids), self._names(LABELS)), x)
-        return self._labels(self._mixed(ids, where, lacking, rows, layout), x)
+        return self._labels(self._mixed(ids, where, which, rows, layout), x)
 
     def read(self, sample_ids: SampleIds) -> TeacherTopK | Tensor:
         """The rows of these ids, in that order, on the CPU; the teacher is not asked.
@@ -204,14 +200,12 @@ class TeacherCache:
         """
         if not self.settings.latents:
             raise ArgumentError(f"{OP}: {self.folder} stores no latents; make the cache with latents=True")
-        rows = self._read(sample_ids, LATENTS)
-        layout = self._layout()
-        found = layout.unpack(rows)
+        found = self._layout().unpack(self._read(sample_ids, LATENTS))
         return Latents(found["latents"], found.get("latents_mask"))
 
     def missing(self, sample_ids: SampleIds) -> Tensor:
         """``(B,)`` bool: which of these ids are not stored. Takes in what other writers have finished."""
-        return torch.from_numpy(self._find(self._ids(sample_ids)) == MISSING)
+        return torch.from_numpy(self._find(as_ids(sample_ids)) == MISSING)
 
     def ids(self) -> Tensor:
         """All ids, ascending, int64."""
@@ -238,7 +232,7 @@ class TeacherCache:
             ShapeError, DTypeError, ArgumentError: what does not fit the cache, with both values.
             CacheError: the cache is read only, or the disk refuses.
         """
-        ids, store = self._ids(sample_ids), self._open()
+        ids, store = as_ids(sample_ids), self._open()
         if not store.writable:
             raise CacheError(f"{OP}: {self.folder} was opened to be read")
         layout, tensors = self.settings.fields(outputs, latents, len(ids))
@@ -271,13 +265,11 @@ class TeacherCache:
             for batch in bar:
                 if not isinstance(batch, (tuple, list)) or len(batch) < 2:
                     raise ArgumentError(f"{OP}: a batch to fill from is (ids, x, ...), got {type(batch).__name__}")
-                ids = self._ids(batch[0])
-                where = self._find(ids)
-                lacking = np.flatnonzero(where == MISSING)
-                lacking = lacking[np.sort(np.unique(ids[lacking], return_index=True)[1])]
-                step = batch_size or max(1, len(lacking))
-                for start in range(0, len(lacking), step):
-                    part = lacking[start : start + step]
+                ids = as_ids(batch[0])
+                which = lacking(ids, self._find(ids))
+                step = batch_size or max(1, len(which))
+                for start in range(0, len(which), step):
+                    part = which[start : start + step]
                     layout, rows = self._compute(batch[1], part, ids)
                     added += store.append(ids[part], rows, layout)
                 bar.set_postfix(computed=added, refresh=False)
@@ -358,7 +350,7 @@ class TeacherCache:
         return where
 
     def _read(self, sample_ids: SampleIds, names: Sequence[str]) -> Rows:
-        ids, store = self._ids(sample_ids), self._open()
+        ids, store = as_ids(sample_ids), self._open()
         where = self._find(ids)
         if store.layout is None or _lacks(where):
             raise UnknownIdError(self._unknown(ids[where == MISSING]))
@@ -377,20 +369,7 @@ class TeacherCache:
             raise ShapeError(f"{OP}: {len(ids)} sample ids for {size} samples")
         # A batch that is missing as a whole goes in as it is, and so comes out as without a cache.
         part = x if len(which) == size else tree.take(x, torch.from_numpy(which))
-        teacher, latents = self._teacher, None
-        with torch.no_grad():
-            if isinstance(teacher, Teacher):
-                outputs: Any = teacher.label(part)
-                latents = teacher.encode(part) if self.settings.latents else None
-            elif self.settings.latents:
-                raise ArgumentError(f"{OP}: latents=True needs a Teacher, which encodes, or add(..., latents=)")
-            elif isinstance(teacher, nn.Module):
-                with eval_mode(teacher):
-                    outputs = teacher(part)
-            else:
-                outputs = teacher(part)
-        if not isinstance(outputs, TeacherTopK):
-            outputs = checked_logits(outputs, len(which), f"{OP}: the teacher")
+        outputs, latents = ask(self._teacher, part, len(which), latents=self.settings.latents)
         layout, tensors = self.settings.fields(outputs, latents, len(which))
         return layout, layout.pack(tensors)
 
@@ -410,24 +389,6 @@ class TeacherCache:
     def _labels(self, rows: Rows, x: Any) -> TeacherTopK | Tensor:
         layout = self._layout()
         return self.settings.labels(layout.unpack(rows), layout.classes, tree.first_device(x))
-
-    def _ids(self, sample_ids: SampleIds) -> Ids:
-        if isinstance(sample_ids, Tensor):
-            if sample_ids.dtype != torch.int64:
-                if sample_ids.is_floating_point() or sample_ids.is_complex() or sample_ids.dtype == torch.bool:
-                    raise DTypeError(f"{OP}: sample_ids must be integers, got {sample_ids.dtype}")
-                sample_ids = sample_ids.to(torch.int64)
-            ids = sample_ids.cpu().numpy()
-        else:
-            given = np.asarray(sample_ids)
-            if given.dtype.kind not in "iu" and given.size:
-                raise DTypeError(f"{OP}: sample_ids must be integers, got {sample_ids!r}")
-            ids = given.astype(np.int64)
-        if ids.ndim != 1:
-            raise ShapeError(f"{OP}: sample_ids must be (B,), got {ids.shape}")
-        if len(ids) and ids.view(np.uint64).max() >= _ID_LIMIT:  # which a negative one is, too
-            raise ArgumentError(f"{OP}: sample_ids must be in [0, 2^48), got {ids.min()} to {ids.max()}")
-        return ids
 
 
 def _lacks(where: Places) -> bool:
