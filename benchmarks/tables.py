@@ -138,7 +138,7 @@ def cache(record: dict[str, Any]) -> str:
         "`TeacherCache.read` in batches, and its speed relative to plain reads of rows of as many bytes in the same "
         "run: `numpy.memmap` indexed by the ids, `os.pread` and safetensors' `safe_open` a row, `read()` of a file. In "
         "order and shuffled: out of the page cache. Cold: a cache is opened and read once in order, from the disk, "
-        f"checksums included. With other programs at work, of a load of {record['load']:.1f} in the mean: "
+        f"checksums included. Other programs were at work (load average {record['load']:.1f}). "
     )
     header = ["teacher cache", "order", "rows/s", "MB/s", "over memmap", "over pread", "over safe_open", "over read()"]
     return _grid(header, rows) + "\n\n" + caption + _source(record)

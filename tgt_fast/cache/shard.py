@@ -3,7 +3,7 @@
 Why safetensors and not Parquet: a row is a few arrays of fixed size, so its place in the file is a multiplication, and
 reading it is a copy out of the page cache; Parquet would decode pages of rows to give one. The format is documented,
 other tools read it, and the library is a dependency already. The map is read here and not through ``safe_open``, which
-gives slices and no rows in a given order: a call a row, 20 to 50 times slower (``benchmarks/bench_cache.py``).
+gives slices and no rows in a given order: a call a row, a hundred times slower (``benchmarks/bench_cache.py``).
 
 What is read together lies together (``layout.Block``): the tensor ``labels`` holds a record a row, as bytes, in which
 the fields begin where ``manifest.json`` says. So a sample that is not in memory costs one read and not one a field.
