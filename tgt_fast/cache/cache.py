@@ -74,7 +74,7 @@ class TeacherCache:
 
     Samples may have any dimensions in front of the classes, ``(L, C)`` of a language model for one; all samples of a
     cache share them. One thread at a time. Forked and pickled caches read; a forked one that is given rows writes its
-    own. A cache and its results are on the CPU; :meth:`label` gives results on the device of ``x``.
+    own. Rows are read into host memory; :meth:`label` moves them to the device of ``x`` (not yet run on a GPU).
 
     Raises:
         StaleCacheError: the folder holds rows of another teacher or of other settings; it names both and what differs.
