@@ -123,6 +123,27 @@ def explore(record: dict[str, Any]) -> str:
     return _grid(["exploration", "ms", "eager ms", "over eager"], rows) + "\n\n" + caption + _source(record)
 
 
+def cache(record: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["case"],
+            row["order"],
+            f"{row['rows_per_second']:,.0f}",
+            f"{row['bytes_per_second'] / 1e6:,.0f}",
+            *("-" if row.get(name) is None else f"{row[name]:.2f}x" for name in CACHE_RIVALS),
+        ]
+        for row in _measured(record)
+    ]
+    caption = (
+        "`TeacherCache.read` in batches, and its speed relative to plain reads of rows of as many bytes in the same "
+        "run: `numpy.memmap` indexed by the ids, `os.pread` and safetensors' `safe_open` a row, `read()` of a file. In "
+        "order and shuffled: out of the page cache. Cold: a cache is opened and read once in order, from the disk, "
+        f"checksums included. Other programs were at work (load average {record['load']:.1f}). "
+    )
+    header = ["teacher cache", "order", "rows/s", "MB/s", "over memmap", "over pread", "over safe_open", "over read()"]
+    return _grid(header, rows) + "\n\n" + caption + _source(record)
+
+
 def cuda(record: dict[str, Any]) -> str:
     """Either noun on a GPU."""
     rows = _measured(record)
@@ -159,11 +180,13 @@ def cuda(record: dict[str, Any]) -> str:
 
 PEERS = ("liger", "orda", "quack", "cce")
 NOT_YET = {"distill-cuda": "*Not yet measured on a GPU.*", "latent-cuda": "*Not yet measured on a GPU.*"}
+CACHE_RIVALS = ("over_memmap", "over_pread", "over_safe_open", "over_file")
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "digits": digits,
     "distill-cpu": distill,
     "latent-cpu": latent,
     "explore-cpu": explore,
+    "cache-cpu": cache,
     "distill-cuda": cuda,
     "latent-cuda": cuda,
 }

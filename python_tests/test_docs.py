@@ -49,6 +49,8 @@ def test_the_main_docstrings_hold_examples() -> None:
         tgt_fast.ascend_latents,
         tgt_fast.Teacher,
         tgt_fast.LatentSampler,
+        tgt_fast.TeacherCache,
+        tgt_fast.teacher_fingerprint,
         tgt_fast.TGTObjective,
         tgt_fast.explain,
     ):
