@@ -18,7 +18,7 @@ from tgt_fast.cache.index import MISSING, ROW_BITS, ROW_MASK, Ids, Index, Places
 from tgt_fast.cache.layout import Bytes, Layout, Rows
 from tgt_fast.cache.manifest import Manifest
 from tgt_fast.cache.pending import Pending
-from tgt_fast.cache.shard import SUFFIX, TEMPORARY, TORN, Shard, TornError, write_shard
+from tgt_fast.cache.shard import SUFFIX, TEMPORARY, TORN, Checks, Shard, TornError, write_shard
 from tgt_fast.errors import CacheError, ShapeError, StaleCacheError
 
 _ABANDONED: Final = 3600.0  # seconds; no write of a shard takes so long
@@ -51,6 +51,7 @@ class Store:
         self._process = os.getpid()
         self._segments: list[Shard | Pending | None] = []  # None: a shard that was dropped
         self._unchecked: set[int] = set()
+        self._checks = Checks()
         self._seen: set[str] = set()  # names of files
         self._index = Index()
         self._pending: int | None = None  # its segment
@@ -142,9 +143,9 @@ class Store:
         assert isinstance(shard, Shard)
         self._unchecked.discard(number)
         if number + 1 in self._unchecked and isinstance(following := self._segments[number + 1], Shard):
-            following.read_ahead()  # while the rows of this one are used
+            self._checks.start(following)  # while the rows of this one are used
         try:
-            shard.check()
+            self._checks.finish(shard)
         except TornError as error:
             self._segments[number] = None
             self._reindex()
