@@ -80,6 +80,31 @@ def test_weights_are_widened_in_blocks(native: str, block: int, monkeypatch: pyt
     check(heads(dtypes=(torch.bfloat16, torch.bfloat16)), backend=native, memory_budget=BUDGETS["three rows"])
 
 
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("wanted", [("student_hidden",), ("student_hidden", "student_weight")], ids=len)
+def test_a_weight_is_widened_once_a_call_where_there_is_room(
+    native: str, chunks: int, wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy in float32 for every product of every chunk costs as much as the products themselves."""
+    copies: list[str] = []
+    kernel, allocate = select.kernel("distill", native), select.kernel("distill", native).workspace
+
+    def watched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        copies.extend(["a weight"] * (tuple(shape) == (100, 3)))
+        made: Tensor = allocate(shape, dtype)
+        return made
+
+    monkeypatch.setattr(kernel, "workspace", watched)
+    case = heads(6, (100, 100), (3, 3), dtypes=(torch.bfloat16,) * 2, biased=False)
+    rows = 6 // chunks
+    check(case, backend=native, wanted=wanted, memory_budget=2 * 4 * 100 * rows)
+    sums = wanted.count("student_weight")  # its gradient, which is as large
+    assert len(copies) == sums + 2
+    copies.clear()
+    check(case, backend=native, wanted=wanted, memory_budget=1)
+    assert len(copies) == sums
+
+
 def test_bf16_logits_are_not_rounded(native: str) -> None:
     """The bar of 1.5 times the rounding of the exact gradient, on peaked rows; rounded logits do not pass it."""
     case = heads(64, (300, 300), (64, 64), dtypes=(torch.bfloat16, torch.bfloat16), biased=False, student=(4.0, None))
