@@ -93,6 +93,56 @@ def distill(record: dict[str, Any]) -> str:
     return _grid(["distillation loss", "ms", "over eager", "over torch.compile", "copy"], rows) + "\n\n" + caption
 
 
+def linear(record: dict[str, Any]) -> str:
+    """On either device: the floor is arithmetic, so a rate of that and not of bytes."""
+    measured = _measured(record)
+    others = ("eager", "compile", "chunked", "linear_cross_entropy", *PEERS)
+    shown = [
+        (key, f"over {_CALLED.get(key, key)}") for key in others if any(row.get(f"over_{key}") for row in measured)
+    ]
+    rows = [
+        [
+            f"{row['op']}, {row['shape']}, {row['dtype']}",
+            f"{row['milliseconds']['ours']:.3g}",
+            f"{row['flops'] / row['milliseconds']['ours'] / 1e9:.3g}",
+            *(_times(row.get(f"over_{key}")) for key, _ in shown),
+            f"{row['extra_memory_bytes'] / 2**20:.0f}" if row.get("extra_memory_bytes") is not None else "-",
+        ]
+        for row in measured
+    ]
+    peak = next(row["peak_extra"] for row in measured if "peak_extra" in row)
+    peaks = ", ".join(f"{_CALLED.get(name, name)} {peak[name]:.2f}" for name in peak if name != "ours")
+    caption = (
+        "Forward and backward, rows x (hidden sizes of student and teacher) x classes: median milliseconds, TFLOP/s of "
+        "the products that the loss and the gradients take, the speed relative to rivals in the same run, and the peak "
+        "of memory beyond what is returned. Chunks: the loss of 256 rows at a time under `torch.utils.checkpoint`. "
+        "`linear_cross_entropy`: both terms by PyTorch's own function, which has chunks for labels alone. Peak of the "
+        "first row with its gradients, in units of the student's logits: "
+        f"{peak['ours']:.2f}, {peaks}. " + _source(record)
+    )
+    header = ["distillation loss from hidden states", "ms", "TFLOP/s", *(name for _, name in shown), "extra MiB"]
+    return _grid(header, rows) + "\n\n" + caption
+
+
+def sparse(record: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{row['op']}, {row['shape']}, {row['dtype']}",
+            f"{row['milliseconds']['ours']:.3g}",
+            _times(row["over_eager"]),
+            _times(row["over_compile"]),
+            f"{row['milliseconds']['copy'] / row['milliseconds']['ours']:.0%}",
+        ]
+        for row in _measured(record)
+    ]
+    caption = (
+        "Forward and backward, median milliseconds, beside the dense KL divergence from the teacher's logits, which is "
+        "what there is without a record. The last column is the time of plainly copying as many bytes. "
+    )
+    header = ["loss against a top-k record", "ms", "over dense eager", "over dense torch.compile", "copy"]
+    return _grid(header, rows) + "\n\n" + caption + _source(record)
+
+
 def latent(record: dict[str, Any]) -> str:
     rows = [
         [
@@ -179,15 +229,20 @@ def cuda(record: dict[str, Any]) -> str:
 
 
 PEERS = ("liger", "orda", "quack", "cce")
-NOT_YET = {"distill-cuda": "*Not yet measured on a GPU.*", "latent-cuda": "*Not yet measured on a GPU.*"}
+_CALLED = {"compile": "torch.compile", "chunked": "chunks", "linear_cross_entropy": "`linear_cross_entropy`"}
+NOT_YET = {f"{noun}-cuda": "*Not yet measured on a GPU.*" for noun in ("distill", "linear", "sparse", "latent")}
 CACHE_RIVALS = ("over_memmap", "over_pread", "over_safe_open", "over_file")
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "digits": digits,
     "distill-cpu": distill,
+    "linear-cpu": linear,
+    "sparse-cpu": sparse,
     "latent-cpu": latent,
     "explore-cpu": explore,
     "cache-cpu": cache,
     "distill-cuda": cuda,
+    "linear-cuda": linear,
+    "sparse-cuda": cuda,
     "latent-cuda": cuda,
 }
 
