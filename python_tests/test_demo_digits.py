@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+from tgt_fast.demos import workers
 from tgt_fast.demos.digits import (
     data,
     diagnostics,
@@ -26,7 +27,6 @@ from tgt_fast.demos.digits import (
     run,
     teachers,
     tune,
-    workers,
 )
 from tgt_fast.demos.digits.augment import Augmentation, shifted, warped
 from tgt_fast.demos.digits.methods import StudentResult

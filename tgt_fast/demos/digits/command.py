@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tgt_fast.errors import ArgumentError
+from tgt_fast.demos.progress import bars, need
 from tgt_fast.report import prepare_file, prepare_folder, write_json
 
 if TYPE_CHECKING:
     from tgt_fast.demos.digits.results import DemoResult
-    from tgt_fast.demos.digits.run import Progress as Report
 
 _HEADER = ("method", "accuracy", "head", "mid", "tail", "agree", "KL", "seconds")  # fits 80 columns
 _NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
@@ -38,9 +34,7 @@ def run_command(
         ArgumentError, CheckpointError: a missing package, or an output that cannot be written; both found before the
             work begins.
     """
-    missing = [name for module, name in _NEEDED.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise ArgumentError(f"the demo needs {' and '.join(missing)}: pip install 'tgt-fast[demo]'")
+    need(_NEEDED)
     folder = prepare_folder(out)
     file = None if json_file is None else prepare_file(json_file)
 
@@ -51,7 +45,7 @@ def run_command(
         chosen = settings.quick(chosen)
     if seeds is None:
         seeds = (0,) if quick else (0, 1, 2)
-    with _bars(console) as progress:
+    with bars(console) as progress:
         result = run.run_demo(seeds, chosen, curve=curve, progress=progress)
     if file is not None:
         write_json(file, results.as_json(result))
@@ -87,27 +81,3 @@ def print_result(result: DemoResult, console: Console) -> None:
     for sentence in findings.findings(result):
         console.print(f"• {sentence}", highlight=False)
     console.print(f"{result.seconds:.0f} s in all.", highlight=False)
-
-
-@contextmanager
-def _bars(console: Console) -> Iterator[Report]:
-    """A bar a phase; plain lines where the output is no terminal."""
-    if not console.is_terminal:
-
-        def say(phase: str, done: int, total: int) -> None:
-            if done and (done == total or done % 7 == 0):
-                console.print(f"{phase}: {done} of {total}", highlight=False)
-
-        yield say
-        return
-    name = TextColumn("{task.description:12s}")
-    columns = (SpinnerColumn(), name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as shown:
-        tasks: dict[str, TaskID] = {}
-
-        def advance(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = shown.add_task(phase, total=total)
-            shown.update(tasks[phase], completed=done)
-
-        yield advance
