@@ -29,3 +29,17 @@ class BackendError(TgtError, RuntimeError):
 
 class CheckpointError(TgtError, RuntimeError):
     """A checkpoint that is corrupt, incomplete or of another program."""
+
+
+class CacheError(TgtError, RuntimeError):
+    """A teacher cache that cannot be opened, written or read."""
+
+
+class StaleCacheError(CacheError):
+    """A teacher cache of another teacher, or of other settings; the message says what differs."""
+
+
+class UnknownIdError(TgtError, KeyError):
+    """Sample ids that a teacher cache does not hold."""
+
+    __str__ = Exception.__str__  # KeyError would show the message in quotes
