@@ -1,29 +1,15 @@
-"""How a demo says how far it is, and that it cannot begin."""
+"""How a demo says how far it is."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Shown
 
-from tgt_fast.errors import ArgumentError
-
 Progress = Callable[[str, int, int], None]  # phase, done, total
-
-
-def need(packages: Mapping[str, str], extra: str = "demo") -> None:
-    """That all of ``packages`` (module: the name it is installed under) are there; nothing is imported.
-
-    Raises:
-        ArgumentError: some are not; it names them and the extra that brings them.
-    """
-    missing = [name for module, name in packages.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise ArgumentError(f"the demo needs {' and '.join(missing)}: pip install 'tgt-fast[{extra}]'")
 
 
 @contextmanager

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from tgt_fast.demos.progress import bars, need
-from tgt_fast.report import prepare_file, prepare_folder, write_json
+from tgt_fast.demos.command import Outputs, result_table
+from tgt_fast.demos.progress import bars
 
 if TYPE_CHECKING:
     from tgt_fast.demos.digits.results import DemoResult
@@ -34,9 +32,7 @@ def run_command(
         ArgumentError, CheckpointError: a missing package, or an output that cannot be written; both found before the
             work begins.
     """
-    need(_NEEDED)
-    folder = prepare_folder(out)
-    file = None if json_file is None else prepare_file(json_file)
+    outputs = Outputs.prepare(_NEEDED, out, json_file)
 
     from tgt_fast.demos.digits import page, results, run, settings
 
@@ -47,13 +43,10 @@ def run_command(
         seeds = (0,) if quick else (0, 1, 2)
     with bars(console) as progress:
         result = run.run_demo(seeds, chosen, curve=curve, progress=progress)
-    if file is not None:
-        write_json(file, results.as_json(result))
-    index = page.write_page(result, folder)
+    outputs.write_numbers(results.as_json(result))
+    index = page.write_page(result, outputs.folder)
     print_result(result, console)
-    console.print(f"\nReport: {index}", highlight=False, soft_wrap=True)
-    if file is not None:
-        console.print(f"Numbers: {file}", highlight=False, soft_wrap=True)
+    outputs.say_where(index, console)
 
 
 def print_result(result: DemoResult, console: Console) -> None:
@@ -62,16 +55,8 @@ def print_result(result: DemoResult, console: Console) -> None:
     from tgt_fast.demos.digits.settings import BASELINES, METHODS
 
     seeds = len(result.seeds)
-    table = Table(
-        title=f"Test accuracy in percent: 897 digits, {sum(result.counts)} labelled, {seeds} seed{'s' * (seeds > 1)}",
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for number, name in enumerate(_HEADER):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    title = f"Test accuracy in percent: 897 digits, {sum(result.counts)} labelled, {seeds} seed{'s' * (seeds > 1)}"
+    table = result_table(title, _HEADER)
     best = result.best(METHODS)
     for method, row in zip(METHODS, page.table_rows(result), strict=True):
         last = method == BASELINES[-1]

@@ -7,9 +7,10 @@ from pathlib import Path
 from tgt_fast.demos.digits import findings
 from tgt_fast.demos.digits.data import CLASSES
 from tgt_fast.demos.digits.findings import LABELS
-from tgt_fast.demos.digits.models import parameter_count, student
+from tgt_fast.demos.digits.models import student
 from tgt_fast.demos.digits.results import PACKAGES, DemoResult, average, learning_curve, sample_factors
 from tgt_fast.demos.digits.settings import BASELINES, METHODS
+from tgt_fast.demos.networks import parameter_count
 from tgt_fast.report import Page, plots
 from tgt_fast.report.identity import commit, versions
 from tgt_fast.report.numbers import deviation, mean

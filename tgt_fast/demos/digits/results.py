@@ -12,7 +12,7 @@ from tgt_fast.demos.digits.methods import StudentResult
 from tgt_fast.demos.digits.settings import BASELINES, METHODS, Settings
 from tgt_fast.demos.digits.teachers import TeacherQuality
 from tgt_fast.report.identity import commit, versions
-from tgt_fast.report.numbers import deviation, mean
+from tgt_fast.report.numbers import mean, summary
 
 PACKAGES = ("scikit-learn",)  # whose versions belong to the result
 
@@ -109,13 +109,8 @@ def as_json(result: DemoResult) -> dict[str, Any]:
     methods: dict[str, Any] = {}
     for method in METHODS:
         students = result.of(method)
-        accuracies = result.accuracies(method)
         methods[method] = {
-            "accuracy": {
-                "mean": mean(accuracies),
-                "std": deviation(accuracies),
-                "per_seed": accuracies,
-            },
+            "accuracy": summary(result.accuracies(method)),
             **{name: average(students, name) for name in ("head", "middle", "tail", "agreement", "mean_kl", "seconds")},
         }
     content: dict[str, Any] = {

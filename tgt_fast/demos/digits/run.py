@@ -11,10 +11,10 @@ from tgt_fast.demos.digits import diagnostics, teachers
 from tgt_fast.demos.digits.data import Images, class_counts, load_digits, long_tailed
 from tgt_fast.demos.digits.diagnostics import Diagnostics
 from tgt_fast.demos.digits.methods import StudentResult, train_student
-from tgt_fast.demos.digits.models import Weights
 from tgt_fast.demos.digits.results import DemoResult
 from tgt_fast.demos.digits.settings import BASELINES, METHODS, Settings
 from tgt_fast.demos.digits.teachers import TeacherQuality, TeacherWeights
+from tgt_fast.demos.networks import Weights
 from tgt_fast.demos.progress import Progress
 from tgt_fast.demos.workers import Crew, cores, crew
 from tgt_fast.errors import ArgumentError

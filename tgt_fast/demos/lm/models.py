@@ -59,7 +59,3 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens) + self.position[: tokens.shape[1]]
         hidden: Tensor = self.last(self.blocks(x))
         return hidden
-
-
-def parameter_count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -11,10 +11,10 @@ from tgt_fast.demos.lm.data import Batches, Text, Windows
 from tgt_fast.demos.lm.models import LanguageModel
 from tgt_fast.demos.lm.settings import Settings
 from tgt_fast.demos.lm.training import bits_per_byte, next_token_loss, train
+from tgt_fast.demos.networks import Weights, weights_of, with_weights
 from tgt_fast.ops._sparse_record import TeacherTopK
 from tgt_fast.ops.sparse import topk_teacher
 
-Weights = dict[str, Tensor]
 TEACHER_SEED = 1_000_003  # one teacher for all seeds of the students
 
 
@@ -30,9 +30,7 @@ class TeacherResult:
 
     def build(self, settings: Settings) -> LanguageModel:
         """The model, frozen."""
-        model = teacher_model(settings)
-        model.load_state_dict(self.weights)
-        return model.eval().requires_grad_(False)
+        return with_weights(teacher_model(settings), self.weights).eval().requires_grad_(False)
 
 
 def teacher_model(settings: Settings) -> LanguageModel:
@@ -53,9 +51,8 @@ def train_teacher(text: Text, judge: Windows, settings: Settings) -> TeacherResu
         lambda model: bits_per_byte(model, judge, text.bytes_of),
         settings.evaluations,
     )
-    weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     before, after = trained.curve[0][1], trained.curve[-1][1]
-    return TeacherResult(weights, after, before, trained.seconds, trained.curve)
+    return TeacherResult(weights_of(model), after, before, trained.seconds, trained.curve)
 
 
 class Recorder(nn.Module):
