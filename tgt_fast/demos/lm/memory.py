@@ -20,7 +20,7 @@ from tgt_fast.losses.distill import DistillationLoss
 from tgt_fast.losses.linear import LinearDistillationLoss
 
 WAYS = ("linear", "logits", "eager")
-ROWS = 8192  # tokens
+ROWS, CLASSES = 8192, Settings().tokens  # tokens in a batch, and in the vocabulary
 
 
 def peaks() -> dict[str, int] | None:
@@ -56,11 +56,8 @@ def _loss(way: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
 
 def _step(way: str, rows: int) -> None:
     settings = Settings()
-    ours, head = torch.randn(rows, settings.width), torch.randn(settings.tokens, settings.width)
-    theirs, their_head = (
-        torch.randn(rows, settings.teacher_width),
-        torch.randn(settings.tokens, settings.teacher_width),
-    )
+    ours, head = torch.randn(rows, settings.width), torch.randn(CLASSES, settings.width)
+    theirs, their_head = torch.randn(rows, settings.teacher_width), torch.randn(CLASSES, settings.teacher_width)
     loss = _loss(way)(ours.requires_grad_(), head.requires_grad_(), theirs, their_head)
     torch.autograd.backward(loss)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tgt_fast.demos.lm import findings
 from tgt_fast.demos.lm.findings import LABELS
-from tgt_fast.demos.lm.memory import ROWS
+from tgt_fast.demos.lm.memory import CLASSES, ROWS
 from tgt_fast.demos.lm.results import CACHED, RECORDS, DemoResult
 from tgt_fast.demos.lm.settings import METHODS
 from tgt_fast.demos.lm.students import student_model
@@ -168,8 +168,8 @@ def _cost(page: Page, result: DemoResult) -> None:
             form=".0f",
         ),
         "Bar chart of the peak memory of the loss from hidden states, from logits, and from logits in PyTorch",
-        f"Soft labels at the demo's widths and its {result.settings.tokens:,} tokens; the logits of one side would "
-        f"take {ROWS * result.settings.tokens * 4 / 1e6:.0f} MB.",
+        f"Soft labels over a vocabulary of {CLASSES:,}, at the demo's widths; the logits of one side take "
+        f"{ROWS * CLASSES * 4 / 1e6:.0f} MB.",
     )
 
 
