@@ -54,7 +54,7 @@ class Settings:
 
 
 def quick(settings: Settings) -> Settings:
-    """A smaller teacher of fewer steps, and fewer steps of the student."""
+    """Less text, and fewer steps of teacher and students."""
     return replace(
-        settings, teacher_steps=120, steps=60, one_hot_steps=60, evaluations=2, test=96, train_bytes=1_500_000
+        settings, teacher_steps=100, steps=50, one_hot_steps=50, evaluations=2, test=96, train_bytes=1_500_000
     )
