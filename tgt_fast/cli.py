@@ -1,4 +1,4 @@
-"""The command line: ``tgt-fast demo digits``, ``cache``, ``bench``, ``profile`` and ``doctor``."""
+"""The command line: ``tgt-fast demo``, ``bench``, ``profile``, ``cache`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif given.command == "profile":
             _profile(given)
         else:
-            _digits(given)
+            _demo(given)
     except TgtError as error:
         print(f"tgt-fast: error: {error}", file=sys.stderr)
         return 1
@@ -54,16 +54,17 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a teacher and, in seven ways, a student on scikit-learn's digits; write a report.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    digits.add_argument(
-        "--seeds", type=_seeds, default=argparse.SUPPRESS, metavar="N,N,...",
-        help="the runs to average (default: 0,1,2; with --quick: 0)",
-    )  # fmt: skip
-    digits.add_argument("--quick", action="store_true", help="one seed and fewer steps: less than a minute")
+    _demo_options(digits, seeds="0,1,2; with --quick: 0", quick="one seed and fewer steps: less than a minute")
     digits.add_argument("--curve", action="store_true", help="also train on fewer and on more labels")
-    digits.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="folder of the report")
-    digits.add_argument(
-        "--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="also write the numbers here"
+
+    lm = demos.add_parser(
+        "lm",
+        help="a one-layer language model learns from a four-layer one, without logits and from a cache (needs [demo])",
+        description="Pretrain a teacher on the standard library's source and docstrings, distil it into a student with "
+        "few and with much text, with and without a cache of the teacher's outputs; write a report.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    _demo_options(lm, seeds="0,1,2; with --quick: 0", quick="one seed and fewer steps: less than a minute")
 
     bench = commands.add_parser(
         "bench",
@@ -113,6 +114,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_cache(commands)
     commands.add_parser("doctor", help="what was built, what can run here, and why the rest cannot")
     return parser
+
+
+def _demo_options(demo: argparse.ArgumentParser, seeds: str, quick: str) -> None:
+    """What every demo takes. ``seeds``: those it runs by default; ``quick``: what --quick leaves out."""
+    demo.add_argument(
+        "--seeds", type=_seeds, default=argparse.SUPPRESS, metavar="N,N,...",
+        help=f"the runs to average (default: {seeds})",
+    )  # fmt: skip
+    demo.add_argument("--quick", action="store_true", help=quick)
+    demo.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="folder of the report")
+    demo.add_argument(
+        "--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="also write the numbers here"
+    )
 
 
 def _add_cache(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -251,19 +265,18 @@ def _profile(given: argparse.Namespace) -> None:
     run_profile(given.out, chosen_device(given.device), given.steps, given.mode, Console())
 
 
-def _digits(given: argparse.Namespace) -> None:
+def _demo(given: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from tgt_fast.demos.digits.command import run_command
+    seeds, json, console = getattr(given, "seeds", None), getattr(given, "json", None), Console()
+    if given.demo == "lm":
+        from tgt_fast.demos.lm.command import run_command as run_lm
 
-    run_command(
-        getattr(given, "seeds", None),
-        given.quick,
-        given.curve,
-        given.out,
-        getattr(given, "json", None),
-        Console(),
-    )
+        run_lm(seeds, given.quick, given.out, json, console)
+    else:
+        from tgt_fast.demos.digits.command import run_command as run_digits
+
+        run_digits(seeds, given.quick, given.curve, given.out, json, console)
 
 
 if __name__ == "__main__":
