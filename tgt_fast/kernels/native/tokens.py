@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from tgt_fast.kernels.native import core, cuda
+from tgt_fast.kernels.native.distill import workspace
 from tgt_fast.kernels.native.distill_calls import matrix, pointer
 from tgt_fast.kernels.native.latent import device_noise, noise, on_device, wide_dtype
 from tgt_fast.kernels.options import OP_GUMBEL, OP_TOKENS, SampleOptions, SoftOptions, SoftState
 from tgt_fast.kernels.tokens_table import given_back, taken
 
-BUDGET: Final = 8 << 20  # bytes of a chunk's probabilities; a matrix product gains nothing from more rows
+BUDGET: Final = 16 << 20  # bytes of a chunk's probabilities: a matrix product gains little from more rows
 
 
 def sample(
@@ -66,12 +67,12 @@ class _Soft:
         self._positions = max(1, self.count // max(1, self._ids.shape[0]))
         self.rows = max(1, min(self.count, BUDGET // (self.classes * self.dtype.itemsize)))
 
-    def chunks(self) -> Iterator[slice]:
-        for start in range(0, self.count, self.rows):
-            yield slice(start, min(start + self.rows, self.count))
+    def chunks(self, rows: int) -> Iterator[slice]:
+        for start in range(0, self.count, rows):
+            yield slice(start, min(start + rows, self.count))
 
     def buffer(self) -> Tensor:
-        return torch.empty(self.rows, self.classes, dtype=self.dtype)
+        return workspace((self.rows, self.classes), self.dtype)
 
     def call(self, kernel: Any, at: slice, state: Tensor, weights: Tensor | None, *rest: Any) -> None:
         kernel(
@@ -104,7 +105,7 @@ def soft_forward(
     else:
         wide = torch.empty(job.count, table.shape[1], dtype=job.dtype)
         weights = job.buffer()
-        for at in job.chunks():
+        for at in job.chunks(job.rows):
             job.call(kernel, at, state, weights, 0)
             torch.mm(weights[: at.stop - at.start], job.table, out=wide[at])
         out = wide.div_(state[1][:, None]).to(table.dtype)
@@ -128,13 +129,14 @@ def soft_backward(
     job = _Soft(logits, table, options, seed, sample_ids, step, replica)
     upstream, kernel = d_out.detach().to(job.dtype), core().tokens_soft_backward
     rows = state.rows.contiguous()
-    d_logits = torch.empty(logits.shape, dtype=logits.dtype) if wanted[0] else None
+    d_logits = workspace(logits.shape, logits.dtype) if wanted[0] else None
     soft_table = wanted[1] and not options.hard
     d_table = torch.zeros(table.shape, dtype=job.dtype) if soft_table else None
     weights = job.buffer() if soft_table else None
     # The slope of a chunk lies where its gradient will be written over it, or in memory of its own.
     slope = job.buffer() if d_logits is not None and d_logits.dtype != job.dtype else None
-    for at in job.chunks() if d_logits is not None or d_table is not None else ():
+    alone = weights is None and slope is None  # no buffer: all rows at once
+    for at in job.chunks(max(1, job.count) if alone else job.rows) if wanted[0] or soft_table else ():
         count, here = at.stop - at.start, None
         if d_logits is not None:
             here = d_logits[at] if slope is None else slope[:count]
