@@ -81,6 +81,7 @@ class Case:
     rivals: tuple[str, ...]  # those for whom the case is a question at all
     numbers: Mapping[str, int | str | bool] = field(default_factory=dict)  # what the result files say of the case
     compiled: bool = True  # whether torch.compile is given the seconds that it takes
+    choice: str | None = None  # the op that a backend is asked about; None: the noun
     peak: bool = False  # on a CPU: measure its peak memory, which takes a process a contender
 
     @property

@@ -106,7 +106,8 @@ def soft_backward(
     if wanted[0]:
         d_logits = logits.new_empty(logits.shape)
         # A row's slope under its probabilities is d_out . out, with an out that is not rounded to the table's dtype.
-        soft, _ = call.forward(False)
+        soft = call.forward(False)[0]
+        assert soft is not None
         mean = (upstream.float() * soft).sum(1)
         if d_logits.numel():
             call.run(

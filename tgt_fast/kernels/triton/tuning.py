@@ -172,7 +172,7 @@ def soft_plan(rows: int, classes: int, width: int, table: torch.dtype, device: t
         tiles = -(-classes // 1024)
         return SoftPlan(min(64, max(16, power_of_two(rows))), min(1024, max(16, power_of_two(classes))), tile, tiles, 1)
     # A product of float32 numbers is three, whose parts take registers and shared memory.
-    height, tile = (32, min(tile, 64)) if table == torch.float32 else (64, min(tile, 128))
+    height, deep, tile = (32, 32, min(tile, 64)) if table == torch.float32 else (64, 64, min(tile, 128))
     programs = max(1, -(-rows // height) * -(-width // tile))
     splits = max(1, min(64, 264 // programs, -(-classes // 512)))
-    return SoftPlan(height, 64, tile, splits, 8)
+    return SoftPlan(height, deep, tile, splits, 8)
