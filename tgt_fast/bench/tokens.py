@@ -52,6 +52,7 @@ _CPU_FULL = (
     Spec(256, 32000, 0, torch.float32, "all"),
     Spec(512, 30522, 384, torch.float32, "gumbel", peak=True),
     Spec(512, 30522, 384, torch.float32, "plain"),
+    Spec(64, 2000, 64, torch.float32, "gumbel"),  # small: with it memory's peak is primed
 )
 _CPU_QUICK = (Spec(16, 4000, 0, torch.float32, "top-k, top-p"), Spec(16, 1000, 16, torch.float32, "gumbel"))
 _CUDA_FULL = (
