@@ -19,6 +19,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
+TOP_K, TOP_P = 50, 0.95  # of tgt_fast/bench/tokens.py
+
 DIGITS_NAMES = {
     "one-hot": "one-hot labels",
     "distillation": "distillation",
@@ -240,6 +242,26 @@ def cache(record: dict[str, Any]) -> str:
     return _grid(header, rows) + "\n\n" + caption + _source(record)
 
 
+def tokens(record: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{row['op']}, {row['shape']}",
+            f"{row['milliseconds']['ours']:.3g}",
+            f"{row['milliseconds']['eager']:.3g}",
+            _times(row["over_eager"]),
+        ]
+        for row in _measured(record)
+    ]
+    peak = next(row["peak_extra"] for row in record["rows"] if "peak_extra" in row)
+    share = (peak["ours"] - 1) / (peak["eager"] - 1)
+    caption = (
+        f"Sampling, top-k {TOP_K} and top-p {TOP_P}, against a sort, a cut and `torch.multinomial`; a soft embedding, "
+        "forward and backward to the logits, against `F.gumbel_softmax(logits) @ table` (plain: `torch.softmax`). Peak "
+        f"extra memory of the one with noise, beyond its gradient: {share:.0%} of eager's. "
+    )
+    return _grid(["tokens, float32", "ms", "eager ms", "over eager"], rows) + "\n\n" + caption + _source(record)
+
+
 def cuda(record: dict[str, Any]) -> str:
     """Either noun on a GPU."""
     rows = _measured(record)
@@ -287,6 +309,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "latent-cpu": latent,
     "explore-cpu": explore,
     "cache-cpu": cache,
+    "tokens-cpu": tokens,
     "distill-cuda": cuda,
     "linear-cuda": linear,
     "sparse-cuda": cuda,

@@ -47,6 +47,8 @@ def test_the_main_docstrings_hold_examples() -> None:
         tgt_fast.align_logits,
         tgt_fast.perturb_latents,
         tgt_fast.ascend_latents,
+        tgt_fast.sample_tokens,
+        tgt_fast.soft_embedding,
         tgt_fast.Teacher,
         tgt_fast.LatentSampler,
         tgt_fast.TeacherCache,

@@ -179,6 +179,16 @@ def test_the_words_of_the_stream_are_those_of_the_reference(interpreted: str) ->
     assert torch.equal(out, torch.stack(philox4x32(tuple(counters), tuple(keys))))  # type: ignore[arg-type]
 
 
+def test_the_gumbel_numbers_of_the_stream_are_exact_at_both_ends(interpreted: str) -> None:
+    from test_headers import exact_gumbels, gumbel_words
+    from triton_words import gumbel_kernel
+
+    words = gumbel_words()
+    out = torch.empty(4096)
+    gumbel_kernel[(1,)](torch.from_numpy(words.astype("int64")), out)
+    torch.testing.assert_close(out.double(), torch.from_numpy(exact_gumbels(words)), rtol=5e-7, atol=5e-7)
+
+
 # The choice of the backend
 
 
