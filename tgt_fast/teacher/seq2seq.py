@@ -1,0 +1,291 @@
+"""Seq2SeqTeacher: an encoder-decoder of transformers as the generator of texts, a classifier as their labeler."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tgt_fast._optional import optional
+from tgt_fast.errors import ArgumentError
+from tgt_fast.teacher import tree
+from tgt_fast.teacher.consumer import Consumer, Relaxation, TextClassifier
+from tgt_fast.teacher.generation import Decoder, Generation
+from tgt_fast.teacher.key import Key
+from tgt_fast.teacher.latents import Latents
+from tgt_fast.teacher.teacher import Teacher
+from tgt_fast.teacher.token_space import TokenSpace
+
+_OP = "Seq2SeqTeacher"
+TextData = dict[str, Any]
+
+
+class Seq2SeqTeacher(Teacher):
+    r"""A teacher of texts: ``z = Enc(tokens)``, ``tokens~ = Dec(z)``, ``logits = h(tokens~)``::
+
+        random      tokens~ drawn from the decoder, one after the other, given z = Enc(tokens) + noise
+        gradient    p = softmax(Dec(z | tokens)) at all positions at once, the decoder fed the anchor's own tokens;
+                    labeler and student read p @ table, each of its own table, so that a gradient reaches z;
+                    tokens~ are then decoded from the z that was reached
+
+    Any encoder-decoder of Hugging Face's transformers (BART, T5) with any classifier of a dict of tokens. Generator,
+    labeler and student may have three tokenizers. Noise acts on the encoder's output at the real positions alone.
+
+    *Data* is a dict of int64 tensors [B, L], padded on the right: ``input_ids`` and ``attention_mask`` in the
+    generator's tokens, which :meth:`tokenize` makes of strings, and, where a tokenizer differs, ``labeler_input_ids``
+    and so on beside them (without these a text is decoded and tokenized anew). The sampler's ``synth.x`` is such data
+    and ``teacher.texts(synth.x)`` its strings; ``teacher.student_view(x)`` is what the student is called with, a dict
+    of ``input_ids``, or of relaxed ``inputs_embeds``, and ``attention_mask``.
+
+    Args:
+        generator: an encoder-decoder such as ``BartForConditionalGeneration``.
+        tokenizer: the generator's.
+        labeler: a classifier of transformers, or a callable: such a dict -> logits [B, C].
+        labeler_tokenizer: the generator's by default.
+        student: the model in training, a :class:`TextClassifier` or a module with ``get_input_embeddings()``. It is
+            read for its table of embeddings alone, and only gradient and persistent exploration need it.
+        student_tokenizer: the generator's by default.
+        labeler_embedding, student_embedding: the tables, modules with a ``weight``, of models that have no
+            ``get_input_embeddings()``.
+        generation: how texts are decoded: drawn, greedily or by beam search; :class:`Generation`.
+        max_length: >= 1, the most tokens of a text, special ones included, for each of the three.
+        tau, gumbel, hard: of the relaxation, see :func:`tgt_fast.soft_embedding`. Noise is keyed as the sampler's.
+        minimum_overlap: in [0, 1], see :func:`align_vocabularies`; looked at when a relaxed text is first needed.
+        max_batch: texts that go through a model at a time.
+        backend: of ``sample_tokens`` and ``soft_embedding``.
+
+    A text that is drawn depends on its anchor and its key (seed, sample id, step, replica) alone, not on the texts
+    beside it, up to the rounding of the models' own arithmetic. Decoding runs on the host, token by token: each waits
+    for the device.
+
+    Raises:
+        ArgumentError: an option out of range, a labeler that is the student, or a tokenizer without tokens.
+        DependencyError: transformers is not installed.
+
+    >>> import torch, tgt_fast as tgt
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
+    >>> words = Tokenizer(models.WordLevel({w: i for i, w in enumerate("<s> <pad> </s> ? a good bad film".split())}, "?"))
+    >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="<pad>", unk_token="?")
+    >>> sizes = dict(vocab_size=8, d_model=8, encoder_layers=1, decoder_layers=1, max_position_embeddings=32)
+    >>> heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8)
+    >>> generator = BartForConditionalGeneration(BartConfig(**sizes, **heads))
+    >>> labeler = lambda text: torch.stack([(text["input_ids"] == k).sum(1) for k in (5, 6)], 1).float()
+    >>> options = tgt.teacher.Generation(max_new_tokens=6)
+    >>> teacher = tgt.teacher.Seq2SeqTeacher(generator, tokenizer, labeler, generation=options, max_length=16)
+    >>> sampler = tgt.LatentSampler(teacher, sigma=1.0, units="absolute")
+    >>> synth = sampler(teacher.tokenize(["a good film", "bad"]), sample_ids=torch.tensor([7, 8]))
+    >>> len(teacher.texts(synth.x)), synth.teacher_logits.shape
+    (2, torch.Size([2, 2]))
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        tokenizer: Any,
+        labeler: Callable[..., Any],
+        *,
+        labeler_tokenizer: Any = None,
+        student: nn.Module | None = None,
+        student_tokenizer: Any = None,
+        labeler_embedding: nn.Module | None = None,
+        student_embedding: nn.Module | None = None,
+        generation: Generation | None = None,
+        max_length: int = 128,
+        tau: float = 1.0,
+        gumbel: bool = False,
+        hard: bool = False,
+        minimum_overlap: float = 0.25,
+        max_batch: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        optional("transformers", "hf", _OP)
+        if _is_pretrained(labeler):
+            labeler = TextClassifier(labeler)
+        self._generator = generator
+        self.generation = Generation() if generation is None else generation
+        self.space = TokenSpace(tokenizer, max_length, "generator")
+        self._decoder = _decoder(generator, self.space)
+        relaxation = Relaxation(tau, gumbel, hard, minimum_overlap, backend)
+        labeler_embedding = _table(labeler, labeler_embedding)
+        student_embedding = _table(student, student_embedding)
+        if student_embedding is not None and student_embedding is labeler_embedding:
+            raise ArgumentError(f"{_OP}: student and labeler share a table of embeddings: are they one model?")
+        self._labeler_side, self._student_side = (
+            Consumer(
+                name, self.space if own is None else TokenSpace(own, max_length, name), self.space, table, relaxation
+            )
+            for name, own, table in (
+                ("labeler", labeler_tokenizer, labeler_embedding),
+                ("student", student_tokenizer, student_embedding),
+            )
+        )
+        super().__init__(
+            self._encode_tokens,
+            self._decode_text,
+            labeler,
+            labeler_transform=self._labeler_side,
+            student_transform=self._student_side,
+            max_batch=max_batch,
+            modules=[generator, *([] if labeler_embedding is None else [labeler_embedding])],
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        generator: str | os.PathLike[str],
+        labeler: str | os.PathLike[str] | Callable[..., Any],
+        *,
+        labeler_tokenizer: Any = None,
+        student_tokenizer: Any = None,
+        model_options: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Seq2SeqTeacher:
+        """The teacher from folders or names that transformers' ``from_pretrained`` takes.
+
+        Args:
+            generator: of an encoder-decoder and its tokenizer.
+            labeler: of a sequence classifier and its tokenizer; or a callable, with ``labeler_tokenizer=``.
+            labeler_tokenizer, student_tokenizer: tokenizers, or folders or names of ones; by default the labeler's own,
+                and the generator's.
+            model_options: for ``from_pretrained`` of both models, such as ``{"dtype": torch.bfloat16}``.
+            options: of :class:`Seq2SeqTeacher`.
+
+        Raises:
+            DependencyError: transformers is not installed. Its own errors are passed on.
+        """
+        transformers = optional("transformers", "hf", _OP)
+        model_options = {} if model_options is None else model_options
+        if isinstance(labeler, (str, os.PathLike)):
+            labeler_tokenizer = labeler if labeler_tokenizer is None else labeler_tokenizer
+            labeler = transformers.AutoModelForSequenceClassification.from_pretrained(labeler, **model_options)
+        tokenizers = [
+            transformers.AutoTokenizer.from_pretrained(given) if isinstance(given, (str, os.PathLike)) else given
+            for given in (generator, labeler_tokenizer, student_tokenizer)
+        ]
+        return cls(
+            transformers.AutoModelForSeq2SeqLM.from_pretrained(generator, **model_options),
+            tokenizers[0],
+            labeler,
+            labeler_tokenizer=tokenizers[1],
+            student_tokenizer=tokenizers[2],
+            **options,
+        )
+
+    def tokenize(self, texts: Sequence[str]) -> TextData:
+        """B strings -> data, on the CPU: the generator's tokens, and beside them the other tokenizers' own.
+
+        Raises:
+            ArgumentError: no text, or one string instead of a sequence.
+        """
+        texts = list(texts) if not isinstance(texts, str) else texts
+        made: TextData = {**self.space.tokenize(texts)}
+        for side in (self._labeler_side, self._student_side):
+            made |= side.tokens_beside(list(texts))
+        return made
+
+    def texts(self, x: TextData) -> list[str]:
+        """The strings of a batch of data, from the generator's tokens; special tokens are left out.
+
+        Raises:
+            ArgumentError: relaxed data, which stand for no one text.
+        """
+        if "input_ids" not in x:
+            raise ArgumentError(f"{_OP}: a relaxed text has no one string; decode its latents without relaxed=True")
+        return self.space.texts(x)
+
+    def join(self, pieces: Sequence[TextData]) -> TextData:
+        """Batches one after the other, padded on the right to the longest."""
+        if len(pieces) == 1:
+            return pieces[0]
+        longest = {
+            name: max(piece[name].shape[1] for piece in pieces)
+            for name in pieces[0]
+            if name.endswith(("_ids", "_mask"))
+        }
+        padded = [
+            {
+                name: F.pad(value, (0, longest[name] - value.shape[1]), value=self._pad_of(name))
+                if name in longest
+                else value
+                for name, value in piece.items()
+            }
+            for piece in pieces
+        ]
+        return tree.concat(padded)
+
+    def _pad_of(self, name: str) -> int:
+        if name.endswith("_mask"):
+            return 0
+        sides = {"labeler_input_ids": self._labeler_side, "student_input_ids": self._student_side}
+        return sides[name].space.pad if name in sides else self.space.pad
+
+    def _encode_tokens(self, x: TextData) -> Latents:
+        ids, mask = x["input_ids"], x["attention_mask"]
+        if mask.device.type == "cpu" and bool((mask[:, 1:] > mask[:, :-1]).any()):
+            raise ArgumentError(f"{_OP}: texts must be padded on the right, where noise does not count positions")
+        encoder = self._generator.get_encoder()  # type: ignore[operator]
+        z = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return Latents(z, mask, ids)
+
+    def _decode_text(self, latents: Latents, relaxed: bool = False, key: Key | None = None) -> TextData:
+        return self._relaxed(latents, key) if relaxed else self._generated(latents, key)
+
+    def _generated(self, latents: Latents, key: Key | None) -> TextData:
+        """Tokens from the decoder, and what the others see of their text."""
+        relaxation = self._labeler_side.relaxation
+        contents = self._decoder.generate(latents, self.generation, self.space.room + 1, key, relaxation.backend)
+        made: TextData = {**self.space.batch(contents)}
+        if not (self._labeler_side.same and self._student_side.same):
+            texts = self.space.texts(made)
+            made |= self._labeler_side.tokens_beside(texts) | self._student_side.tokens_beside(texts)
+        return {name: ids.to(latents.z.device) for name, ids in made.items()}
+
+    def _relaxed(self, latents: Latents, key: Key | None) -> TextData:
+        """The decoder's logits at all positions from one call, fed the tokens that z was encoded from."""
+        if latents.source is None or latents.mask is None:
+            raise ArgumentError(f"{_OP}: a relaxed text needs latents that know their tokens, as encode() gives them")
+        fed = self._generator.prepare_decoder_input_ids_from_labels(labels=latents.source)  # type: ignore[operator]
+        logits = self._decoder.output_of(latents, fed, use_cache=False).logits
+        content = latents.mask.bool() & ~torch.isin(latents.source, self.space.special_tensor(fed.device))
+        made: TextData = {"token_logits": logits, "content": content}
+        if key is not None and self._labeler_side.relaxation.gumbel:
+            made["key"] = key
+        return made
+
+
+def _decoder(generator: nn.Module, space: TokenSpace) -> Decoder:
+    """What the generator's decoder begins with, ends with and never makes."""
+    settings = [getattr(generator, name, None) for name in ("generation_config", "config")]
+
+    def setting(name: str, default: Any) -> Any:
+        found = (getattr(s, name, None) for s in settings)
+        return next((value for value in found if value is not None), default)
+
+    start = setting("decoder_start_token_id", None)
+    if start is None:
+        raise ArgumentError(f"{_OP}: the generator's config names no decoder_start_token_id; is it an encoder-decoder?")
+    end = setting("eos_token_id", space.tokenizer.eos_token_id)
+    ends = tuple(end) if isinstance(end, (list, tuple)) else (end,)
+    if None in ends or not ends:
+        raise ArgumentError(f"{_OP}: neither the generator nor its tokenizer names an eos_token_id, so no text ends")
+    known = 1 + max(space.vocabulary.values())
+    banned = tuple(sorted((space.special | {int(start)}) - set(ends)))
+    return Decoder(generator, (int(start), *space.prefix), ends, tuple(t for t in banned if t < known), known)
+
+
+def _table(model: Any, given: nn.Module | None) -> nn.Module | None:
+    """A model's input embeddings, as given or as it says itself."""
+    if given is not None or not hasattr(model, "get_input_embeddings"):
+        return given
+    found: nn.Module = model.get_input_embeddings()
+    return found
+
+
+def _is_pretrained(model: Any) -> bool:
+    return isinstance(model, optional("transformers", "hf", _OP).PreTrainedModel)
