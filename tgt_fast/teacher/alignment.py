@@ -61,7 +61,7 @@ def align_vocabularies(source: Any, target: Any, *, minimum_overlap: float = 0.2
             found[read_theirs(token)] = place  # of two spellings of one text the lower id stays
     lower = not any(text != text.lower() for _, text in found)
     ids = torch.full((1 + max(mine.values(), default=0),), -1)
-    hits = 0
+    ordinary, hits = len(mine) - len(special), 0
     for token, place in mine.items():
         if place in special:
             continue
@@ -72,10 +72,10 @@ def align_vocabularies(source: Any, target: Any, *, minimum_overlap: float = 0.2
         hits += match >= 0
     for place, match in _by_role(source, target).items():
         ids[place] = match
-    overlap = hits / max(1, len(mine) - len(special))
+    overlap = hits / max(1, ordinary)
     if overlap < minimum_overlap:
         raise ArgumentError(
-            f"align_vocabularies: {hits} of {len(mine) - len(special)} tokens ({overlap:.1%}) have a counterpart in the "
+            f"align_vocabularies: {hits} of {ordinary} tokens ({overlap:.1%}) have a counterpart in the "
             f"other vocabulary of {len(theirs)}, fewer than minimum_overlap={minimum_overlap:.1%}; use tokenizers that "
             "are closer, or explore without gradients, where texts are tokenized anew"
         )

@@ -38,7 +38,8 @@ def _flatten(key: Key) -> tuple[list[Any], int]:
 
 
 def _unflatten(children: Any, replica: int) -> Key:
-    return Key(*children, replica)
+    seed, ids, step = children
+    return Key(seed, ids, step, replica)
 
 
 pytree.register_pytree_node(Key, _flatten, _unflatten, serialized_type_name="tgt_fast.Key")

@@ -6,22 +6,17 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn import functional as F
 
 from tgt_fast._optional import optional
 from tgt_fast.errors import ArgumentError
-from tgt_fast.teacher import tree
 from tgt_fast.teacher.consumer import Consumer, Relaxation, TextClassifier
-from tgt_fast.teacher.generation import Decoder, Generation
-from tgt_fast.teacher.key import Key
-from tgt_fast.teacher.latents import Latents
+from tgt_fast.teacher.generation import Generation
 from tgt_fast.teacher.teacher import Teacher
+from tgt_fast.teacher.text_generator import TextData, TextGenerator
 from tgt_fast.teacher.token_space import TokenSpace
 
 _OP = "Seq2SeqTeacher"
-TextData = dict[str, Any]
 
 
 class Seq2SeqTeacher(Teacher):
@@ -69,7 +64,8 @@ class Seq2SeqTeacher(Teacher):
     >>> import torch, tgt_fast as tgt
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
     >>> from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
-    >>> words = Tokenizer(models.WordLevel({w: i for i, w in enumerate("<s> <pad> </s> ? a good bad film".split())}, "?"))
+    >>> vocabulary = {word: place for place, word in enumerate("<s> <pad> </s> ? a good bad film".split())}
+    >>> words = Tokenizer(models.WordLevel(vocabulary, "?"))
     >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
     >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="<pad>", unk_token="?")
     >>> sizes = dict(vocab_size=8, d_model=8, encoder_layers=1, decoder_layers=1, max_position_embeddings=32)
@@ -104,36 +100,31 @@ class Seq2SeqTeacher(Teacher):
         max_batch: int | None = None,
         backend: str = "auto",
     ) -> None:
-        optional("transformers", "hf", _OP)
-        if _is_pretrained(labeler):
+        transformers = optional("transformers", "hf", _OP)
+        if isinstance(labeler, transformers.PreTrainedModel):
             labeler = TextClassifier(labeler)
-        self._generator = generator
-        self.generation = Generation() if generation is None else generation
-        self.space = TokenSpace(tokenizer, max_length, "generator")
-        self._decoder = _decoder(generator, self.space)
-        relaxation = Relaxation(tau, gumbel, hard, minimum_overlap, backend)
-        labeler_embedding = _table(labeler, labeler_embedding)
-        student_embedding = _table(student, student_embedding)
-        if student_embedding is not None and student_embedding is labeler_embedding:
+        tables = [_table(labeler, labeler_embedding), _table(student, student_embedding)]
+        if tables[0] is not None and tables[0] is tables[1]:
             raise ArgumentError(f"{_OP}: student and labeler share a table of embeddings: are they one model?")
-        self._labeler_side, self._student_side = (
-            Consumer(
-                name, self.space if own is None else TokenSpace(own, max_length, name), self.space, table, relaxation
-            )
-            for name, own, table in (
-                ("labeler", labeler_tokenizer, labeler_embedding),
-                ("student", student_tokenizer, student_embedding),
-            )
-        )
+        relaxation = Relaxation(tau, gumbel, hard, minimum_overlap, backend)
+        space = TokenSpace(tokenizer, max_length, "generator")
+        sides = []
+        for name, own, table in zip(
+            ("labeler", "student"), (labeler_tokenizer, student_tokenizer), tables, strict=True
+        ):
+            tokens = space if own is None else TokenSpace(own, max_length, name)
+            sides.append(Consumer(name, tokens, space, table, relaxation))
+        text = TextGenerator(generator, space, (sides[0], sides[1]), Generation() if generation is None else generation)
         super().__init__(
-            self._encode_tokens,
-            self._decode_text,
+            text.encode,
+            text.decode,
             labeler,
-            labeler_transform=self._labeler_side,
-            student_transform=self._student_side,
+            labeler_transform=sides[0],
+            student_transform=sides[1],
             max_batch=max_batch,
-            modules=[generator, *([] if labeler_embedding is None else [labeler_embedding])],
+            modules=[generator, *([] if tables[0] is None else [tables[0]])],
         )
+        self._generator = text
 
     @classmethod
     def from_pretrained(
@@ -163,7 +154,9 @@ class Seq2SeqTeacher(Teacher):
         model_options = {} if model_options is None else model_options
         if isinstance(labeler, (str, os.PathLike)):
             labeler_tokenizer = labeler if labeler_tokenizer is None else labeler_tokenizer
-            labeler = transformers.AutoModelForSequenceClassification.from_pretrained(labeler, **model_options)
+            classifier: Any = transformers.AutoModelForSequenceClassification.from_pretrained(labeler, **model_options)
+        else:
+            classifier = labeler
         tokenizers = [
             transformers.AutoTokenizer.from_pretrained(given) if isinstance(given, (str, os.PathLike)) else given
             for given in (generator, labeler_tokenizer, student_tokenizer)
@@ -171,7 +164,7 @@ class Seq2SeqTeacher(Teacher):
         return cls(
             transformers.AutoModelForSeq2SeqLM.from_pretrained(generator, **model_options),
             tokenizers[0],
-            labeler,
+            classifier,
             labeler_tokenizer=tokenizers[1],
             student_tokenizer=tokenizers[2],
             **options,
@@ -183,11 +176,9 @@ class Seq2SeqTeacher(Teacher):
         Raises:
             ArgumentError: no text, or one string instead of a sequence.
         """
-        texts = list(texts) if not isinstance(texts, str) else texts
-        made: TextData = {**self.space.tokenize(texts)}
-        for side in (self._labeler_side, self._student_side):
-            made |= side.tokens_beside(list(texts))
-        return made
+        space = self._generator.space
+        made: TextData = {**space.tokenize(texts)}
+        return made | self._generator.tokens_beside(list(texts))
 
     def texts(self, x: TextData) -> list[str]:
         """The strings of a batch of data, from the generator's tokens; special tokens are left out.
@@ -197,86 +188,11 @@ class Seq2SeqTeacher(Teacher):
         """
         if "input_ids" not in x:
             raise ArgumentError(f"{_OP}: a relaxed text has no one string; decode its latents without relaxed=True")
-        return self.space.texts(x)
+        return self._generator.space.texts(x)
 
     def join(self, pieces: Sequence[TextData]) -> TextData:
         """Batches one after the other, padded on the right to the longest."""
-        if len(pieces) == 1:
-            return pieces[0]
-        longest = {
-            name: max(piece[name].shape[1] for piece in pieces)
-            for name in pieces[0]
-            if name.endswith(("_ids", "_mask"))
-        }
-        padded = [
-            {
-                name: F.pad(value, (0, longest[name] - value.shape[1]), value=self._pad_of(name))
-                if name in longest
-                else value
-                for name, value in piece.items()
-            }
-            for piece in pieces
-        ]
-        return tree.concat(padded)
-
-    def _pad_of(self, name: str) -> int:
-        if name.endswith("_mask"):
-            return 0
-        sides = {"labeler_input_ids": self._labeler_side, "student_input_ids": self._student_side}
-        return sides[name].space.pad if name in sides else self.space.pad
-
-    def _encode_tokens(self, x: TextData) -> Latents:
-        ids, mask = x["input_ids"], x["attention_mask"]
-        if mask.device.type == "cpu" and bool((mask[:, 1:] > mask[:, :-1]).any()):
-            raise ArgumentError(f"{_OP}: texts must be padded on the right, where noise does not count positions")
-        encoder = self._generator.get_encoder()  # type: ignore[operator]
-        z = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        return Latents(z, mask, ids)
-
-    def _decode_text(self, latents: Latents, relaxed: bool = False, key: Key | None = None) -> TextData:
-        return self._relaxed(latents, key) if relaxed else self._generated(latents, key)
-
-    def _generated(self, latents: Latents, key: Key | None) -> TextData:
-        """Tokens from the decoder, and what the others see of their text."""
-        relaxation = self._labeler_side.relaxation
-        contents = self._decoder.generate(latents, self.generation, self.space.room + 1, key, relaxation.backend)
-        made: TextData = {**self.space.batch(contents)}
-        if not (self._labeler_side.same and self._student_side.same):
-            texts = self.space.texts(made)
-            made |= self._labeler_side.tokens_beside(texts) | self._student_side.tokens_beside(texts)
-        return {name: ids.to(latents.z.device) for name, ids in made.items()}
-
-    def _relaxed(self, latents: Latents, key: Key | None) -> TextData:
-        """The decoder's logits at all positions from one call, fed the tokens that z was encoded from."""
-        if latents.source is None or latents.mask is None:
-            raise ArgumentError(f"{_OP}: a relaxed text needs latents that know their tokens, as encode() gives them")
-        fed = self._generator.prepare_decoder_input_ids_from_labels(labels=latents.source)  # type: ignore[operator]
-        logits = self._decoder.output_of(latents, fed, use_cache=False).logits
-        content = latents.mask.bool() & ~torch.isin(latents.source, self.space.special_tensor(fed.device))
-        made: TextData = {"token_logits": logits, "content": content}
-        if key is not None and self._labeler_side.relaxation.gumbel:
-            made["key"] = key
-        return made
-
-
-def _decoder(generator: nn.Module, space: TokenSpace) -> Decoder:
-    """What the generator's decoder begins with, ends with and never makes."""
-    settings = [getattr(generator, name, None) for name in ("generation_config", "config")]
-
-    def setting(name: str, default: Any) -> Any:
-        found = (getattr(s, name, None) for s in settings)
-        return next((value for value in found if value is not None), default)
-
-    start = setting("decoder_start_token_id", None)
-    if start is None:
-        raise ArgumentError(f"{_OP}: the generator's config names no decoder_start_token_id; is it an encoder-decoder?")
-    end = setting("eos_token_id", space.tokenizer.eos_token_id)
-    ends = tuple(end) if isinstance(end, (list, tuple)) else (end,)
-    if None in ends or not ends:
-        raise ArgumentError(f"{_OP}: neither the generator nor its tokenizer names an eos_token_id, so no text ends")
-    known = 1 + max(space.vocabulary.values())
-    banned = tuple(sorted((space.special | {int(start)}) - set(ends)))
-    return Decoder(generator, (int(start), *space.prefix), ends, tuple(t for t in banned if t < known), known)
+        return self._generator.join(pieces)
 
 
 def _table(model: Any, given: nn.Module | None) -> nn.Module | None:
@@ -285,7 +201,3 @@ def _table(model: Any, given: nn.Module | None) -> nn.Module | None:
         return given
     found: nn.Module = model.get_input_embeddings()
     return found
-
-
-def _is_pretrained(model: Any) -> bool:
-    return isinstance(model, optional("transformers", "hf", _OP).PreTrainedModel)
