@@ -37,7 +37,8 @@ class DiffusersTeacher(Teacher):
             float16 overflows. It then stays float32. bfloat16 is left alone. Autocast is switched off with it.
         prior, labeler_transform, student_transform, max_batch: of :class:`tgt_fast.Teacher`.
 
-    Images are floating point, of any such dtype; they come back, like the latents, in the autoencoder's.
+    Images are floating point, of any such dtype; they come back, like the latents, in the autoencoder's. Not yet run on
+    a GPU.
 
     Raises:
         ArgumentError: a range that is none, or an autoencoder without a ``scaling_factor``.

@@ -39,6 +39,8 @@ class TextGenerator:
         self._decoder = _decoder(model, space)
 
     def encode(self, x: TextData) -> Latents:
+        if "input_ids" not in x or "attention_mask" not in x:
+            raise ArgumentError(f"{_OP}: data need input_ids and attention_mask, see tokenize(); got {sorted(x)}")
         ids, mask = x["input_ids"], x["attention_mask"]
         if mask.device.type == "cpu" and bool((mask[:, 1:] > mask[:, :-1]).any()):
             raise ArgumentError(f"{_OP}: texts must be padded on the right, where noise does not count positions")
@@ -87,6 +89,8 @@ class TextGenerator:
 
     def join(self, pieces: Sequence[TextData]) -> TextData:
         """Batches one after the other, padded on the right to the longest."""
+        if len({piece["key"].replica for piece in pieces if "key" in piece}) > 1:
+            raise ArgumentError(f"{_OP}: with gumbel=True relaxed texts are of one replica at a time; use replicas=1")
         if len(pieces) == 1 or "token_logits" in pieces[0]:
             return tree.concat(pieces)
         longest = {name: max(piece[name].shape[1] for piece in pieces) for name in pieces[0]}
