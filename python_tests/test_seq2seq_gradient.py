@@ -17,7 +17,7 @@ from torch import Tensor
 
 import tgt_fast as tgt
 from tgt_fast.errors import ArgumentError
-from tgt_fast.teacher import Key, Latents, Seq2SeqTeacher, TextClassifier
+from tgt_fast.teacher import Key, Latents, Seq2SeqTeacher, TextClassifier, generation
 from tgt_fast.train.rng import get_rng_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -273,3 +273,16 @@ def test_what_a_gradient_needs_is_asked_for_by_name() -> None:
         teacher.decode(Latents(teacher.encode(x).z, x["attention_mask"]), relaxed=True)
     with pytest.raises(ArgumentError, match="6 texts before and 1 after"):
         teacher.changes(x, teacher.tokenize(["good"]))
+
+
+def test_dropping_texts_that_have_ended_changes_no_other(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, _ = trained
+    x = teacher.tokenize(SENTENCES[:24])
+    made = []
+    for share in (0.0, generation._DROP, 1.0):  # none, the usual, each text at once
+        monkeypatch.setattr(generation, "_DROP", share)
+        made.append(tgt.LatentSampler(teacher, sigma=1.0, units="absolute", seed=1)(x, sample_ids=torch.arange(24), step=0).x)
+    lengths = made[0]["attention_mask"].sum(1)
+    assert lengths.min() < lengths.max()
+    assert toys.same(made[0], made[1])
+    assert toys.same(made[0], made[2])
