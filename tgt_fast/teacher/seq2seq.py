@@ -49,7 +49,8 @@ class Seq2SeqTeacher(Teacher):
         generation: how texts are decoded: drawn, greedily or by beam search; :class:`Generation`.
         max_length: >= 1, the most tokens of a text, special ones included, for each of the three.
         tau, gumbel, hard: of the relaxation, see :func:`tgt_fast.soft_embedding`. Noise is keyed as the sampler's.
-        minimum_overlap: in [0, 1], see :func:`align_vocabularies`; looked at when a relaxed text is first needed.
+        minimum_overlap: in [0, 1], see :func:`align_vocabularies`; looked at when a relaxed text is first needed. A token
+            that a reader lacks is read as the mean of its pieces there.
         max_batch: texts that go through a model at a time.
         backend: of ``sample_tokens`` and ``soft_embedding``.
 
