@@ -24,6 +24,7 @@ from tgt_fast.ops import _distill_library as distill
 from tgt_fast.ops import _latent_library as latent
 from tgt_fast.ops import _linear_library as linear
 from tgt_fast.ops import _sparse_library as sparse
+from tgt_fast.ops import _tokens_library as tokens
 from tgt_fast.ops.sparse import topk_teacher
 
 __all__ = ["op_samples"]
@@ -53,6 +54,7 @@ def op_samples(device: torch.device | str = "cpu", *, backend: str = "auto") -> 
     yield from _ascend(make, backend)
     yield from _linear(make, backend)
     yield from _sparse(make, backend)
+    yield from _tokens(make, backend)
 
 
 class _Maker:
@@ -272,3 +274,37 @@ def _sparse(make: _Maker, backend: str) -> Iterator[Sample]:
         state = sparse._sparse_forward(*args)[-1]
         args = (*given[:5], state, make.uniform(5), *distill.packed(both), tail, backend)
         yield sparse._sparse_backward, args, {}
+
+
+def _tokens(make: _Maker, backend: str) -> Iterator[Sample]:
+    classes, width = 13, 4
+
+    def key(samples: int) -> tuple[Any, ...]:
+        return None, 5, make.integers(2**40, samples), None, 3, 1
+
+    for count, layout in ((0, "dense"), (6, "dense"), (6, "sliced"), (6, "transposed"), (6, "every-other")):
+        for filters in ((1.0, None, None, None), (0.7, 5, 0.8, 0.1)):
+            rows = make.normal(count, classes, layout=layout)
+            yield tokens.sample_tokens, (rows, *filters, *key(count // 2), backend), {}
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        rows = make.normal(6, classes, dtype=dtype)
+        yield tokens.sample_tokens, (rows, 1.0, None, 0.9, None, *key(6), backend), {}
+    held = (make.integers(2**40, 1).reshape(()), 0, make.integers(9, 6), make.integers(9, 1).reshape(()), 0, 0)
+    yield tokens.sample_tokens, (make.normal(6, classes), 1.0, None, None, None, *held, backend), {}
+
+    both = torch.float32, torch.float32
+    forms = [(count, both, "dense") for count in (0, 6)] + [(6, both, layout) for layout in ("sliced", "transposed")]
+    forms += [(6, dtypes, "dense") for dtypes in ((torch.bfloat16, torch.float32), (torch.float32, torch.float16))]
+    for (count, dtypes, layout), hard in itertools.product(forms, (False, True)):
+        for grads in itertools.product((False, True), repeat=2):
+            rows = make.normal(count, classes, dtype=dtypes[0], layout=layout).requires_grad_(grads[0])
+            table = make.normal(classes, width, dtype=dtypes[1], layout=layout).requires_grad_(grads[1])
+            yield tokens.soft_embedding, (rows, table, 0.7, True, hard, *key(count // 2), backend), {}
+    for hard, keep in itertools.product((False, True), repeat=2):
+        rows, table = make.normal(6, classes), make.normal(classes, width)
+        options = (0.7, hard, hard, *key(6), backend)
+        yield tokens._soft_forward, (rows, table, *options, keep), {}
+        _, state, chosen = tokens._soft_forward(rows, table, *options, True)
+        wanted = (keep, hard)
+        args = (rows, table, state, chosen, make.normal(6, width), *options, *wanted)
+        yield tokens._soft_backward, args, {}
