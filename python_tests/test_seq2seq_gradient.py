@@ -256,6 +256,9 @@ def test_what_a_gradient_needs_is_asked_for_by_name() -> None:
         Seq2SeqTeacher(text_kit.bart(), text_kit.bart_tokenizer(), text_kit.distilbert())
     with pytest.raises(ArgumentError, match="need input_ids and attention_mask"):
         teacher.encode({"input_ids": x["input_ids"]})
+    for wrong in ({"tau": 0.0}, {"gumbel": 1}, {"minimum_overlap": 2.0}, {"backend": "fast"}, {"max_length": 0}):
+        with pytest.raises(ArgumentError, match=f"Seq2SeqTeacher: {next(iter(wrong))} must"):
+            text_teacher(**wrong)  # type: ignore[arg-type]
     drawn, learner = text_teacher(gumbel=True)
     options: dict[str, Any] = {"sigma": 0.5, "units": "absolute", "replicas": 2}
     with pytest.raises(ArgumentError, match="one replica at a time"):
@@ -281,7 +284,9 @@ def test_dropping_texts_that_have_ended_changes_no_other(trained: Any, monkeypat
     made = []
     for share in (0.0, generation._DROP, 1.0):  # none, the usual, each text at once
         monkeypatch.setattr(generation, "_DROP", share)
-        made.append(tgt.LatentSampler(teacher, sigma=1.0, units="absolute", seed=1)(x, sample_ids=torch.arange(24), step=0).x)
+        made.append(
+            tgt.LatentSampler(teacher, sigma=1.0, units="absolute", seed=1)(x, sample_ids=torch.arange(24), step=0).x
+        )
     lengths = made[0]["attention_mask"].sum(1)
     assert lengths.min() < lengths.max()
     assert toys.same(made[0], made[1])
