@@ -43,3 +43,7 @@ class UnknownIdError(TgtError, KeyError):
     """Sample ids that a teacher cache does not hold."""
 
     __str__ = Exception.__str__  # KeyError would show the message in quotes
+
+
+class DependencyError(TgtError, ImportError):
+    """An optional package that is not installed; the message names the extra that brings it."""
