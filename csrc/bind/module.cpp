@@ -29,6 +29,7 @@ using tgt::bind::FactorTuple;
 using tgt::bind::FilterTuple;
 using tgt::bind::matrix;
 using tgt::bind::MatrixTuple;
+using tgt::bind::noise;
 using tgt::bind::NoiseTuple;
 using tgt::bind::perturb_call;
 using tgt::bind::pointer;
