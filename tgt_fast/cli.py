@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tgt_fast.errors import TgtError
 
-BENCH_OPS = ("distill", "latent", "explore", "linear", "sparse")  # of bench/nouns.py, which imports all it measures
+# Those of bench/nouns.py, which imports all that it measures
+BENCH_OPS = ("distill", "latent", "explore", "linear", "sparse", "tokens")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
