@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from numerics import arithmetic_bar, assert_close, gradient_bar, magnitude
 from torch import Tensor
 
 import tgt_fast as tgt
+from tgt_fast import TeacherTopK
 from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.kernels.reference import distillation_loss as reference_loss
 
@@ -26,6 +28,7 @@ class Heads:
     teacher: tuple[float, float | None] = (1.0, None)
     target: Tensor | None = None
     vocabulary: dict[str, Any] = field(default_factory=dict)
+    record: TeacherTopK | None = None  # in the place of the teacher's tensors
 
     @property
     def present(self) -> list[str]:
@@ -80,8 +83,10 @@ def run(
         name: None if tensor is None else tensor.detach().requires_grad_(name in wanted)
         for name, tensor in case.tensors.items()
     }
-    arguments = dict(leaves)
-    if leaves["teacher_weight"] is None:
+    arguments: dict[str, Any] = dict(leaves)
+    if case.record is not None:
+        arguments["teacher_logits"] = case.record
+    elif leaves["teacher_weight"] is None:
         arguments = {**leaves, "teacher_logits": leaves["teacher_hidden"], "teacher_hidden": None}
     out = tgt.linear_distillation_loss(target=case.target, **arguments, **case.options(), **options)  # type: ignore[arg-type, misc]
     loss, stats = out if isinstance(out, tuple) else (out, None)
@@ -102,8 +107,9 @@ def truth(
     teacher = t["teacher_hidden"]
     if t["teacher_weight"] is not None:
         teacher = _logits(teacher, t["teacher_weight"], t["teacher_bias"], *case.teacher)
-    student_ids, teacher_ids = shared_ids(case, student.shape[-1], teacher.shape[-1])
-    student, teacher = student[..., student_ids], teacher[..., teacher_ids]
+    teacher_classes = teacher.shape[-1] if case.record is None else case.record.num_classes
+    student_ids, teacher_ids = shared_ids(case, student.shape[-1], teacher_classes)
+    student = student[..., student_ids]
     target = case.target
     if target is not None:
         place = torch.full((int(max(student_ids)) + 1,), -1)
@@ -111,14 +117,35 @@ def truth(
         target = torch.where(target >= 0, place[target.clamp(0, len(place) - 1)], target)
         target = target.reshape(-1)
     weight, normalizer = options.pop("sample_weight", None), options.pop("normalizer", None)
-    options.setdefault("teacher_temperature", options.get("temperature", 1.0))
-    loss, stats = reference_loss(
-        student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1]), target,
-        None if weight is None else weight.reshape(-1), normalizer, DistillOptions(**options), want_stats=True,
-    )  # fmt: skip
+    weight = None if weight is None else weight.reshape(-1)
+    student, stats = student.reshape(-1, student.shape[-1]), None
+    if case.record is not None:
+        loss: Any = tgt.distillation_loss(
+            student, _cut(case.record, teacher_ids), target, sample_weight=weight, normalizer=normalizer,
+            backend="reference", **options,
+        )  # fmt: skip
+    else:
+        teacher = teacher[..., teacher_ids].reshape(-1, len(teacher_ids))
+        options.setdefault("teacher_temperature", options.get("temperature", 1.0))
+        loss, stats = reference_loss(
+            student, teacher, target, weight, normalizer, DistillOptions(**options), want_stats=True
+        )
     if options.get("reduction") == "none":
         loss = loss.reshape(rows)
     return _differentiate(loss, {name: t[name] for name in wanted}, upstream, stats)
+
+
+def _cut(record: TeacherTopK, kept: list[int]) -> TeacherTopK:
+    """The record in float64, over the classes that are kept, entry by entry; its rows in one dimension."""
+    place = {own: new for new, own in enumerate(kept)}
+    ids, log_probs = record.ids.reshape(-1, record.k).clone(), record.log_probs.reshape(-1, record.k).double().clone()
+    for entry in itertools.product(*map(range, ids.shape)):
+        new = place.get(int(ids[entry]))
+        ids[entry] = 0 if new is None else new
+        log_probs[entry] = -math.inf if new is None else log_probs[entry]
+    rest = record.rest()
+    rest = None if rest is None else rest.double().reshape(-1)
+    return TeacherTopK(ids, log_probs, rest, record.temperature, len(kept), record.tail)
 
 
 def shared_ids(case: Heads, student_classes: int, teacher_classes: int) -> tuple[list[int], list[int]]:
@@ -164,6 +191,7 @@ def largest_logit(case: Heads, temperature: float) -> float:
 def assert_matches(case: Heads, found: Outcome, expected: Outcome, *, temperature: float = 1.0, per_row: float) -> None:
     """Loss and gradients within the bars of their dtypes. ``per_row``: the upstream gradient that a row sees."""
     present = [x for x in case.tensors.values() if x is not None]
+    present += [] if case.record is None else [case.record.log_probs]
     wide = any(x.dtype == torch.float64 for x in present)
     loss_dtype = torch.float64 if wide else torch.float32
     assert found.loss.dtype == loss_dtype

@@ -24,6 +24,7 @@ from tgt_fast.ops import _distill_library as distill
 from tgt_fast.ops import _latent_library as latent
 from tgt_fast.ops import _linear_library as linear
 from tgt_fast.ops import _sparse_library as sparse
+from tgt_fast.ops._sparse_record import TeacherTopK
 from tgt_fast.ops.sparse import topk_teacher
 
 __all__ = ["op_samples"]
@@ -188,7 +189,7 @@ def _linear(make: _Maker, backend: str) -> Iterator[Sample]:
     def tensors(
         count: int, *, grads: tuple[bool, ...] = (True,) * DIFFERENTIABLE, layout: str = "dense", biased: bool = True,
         dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32), given: bool = False,
-        extra: bool = False,
+        extra: bool = False, record: TeacherTopK | None = None,
     ) -> LinearTensors:  # fmt: skip
         sides: list[Tensor | None] = []
         for classes, width, dtype in zip((student_classes, teacher_classes), hidden, dtypes, strict=True):
@@ -197,12 +198,16 @@ def _linear(make: _Maker, backend: str) -> Iterator[Sample]:
             sides.append(make.normal(classes, dtype=dtype) if biased else None)
         if given:
             sides[3:] = [make.normal(count, teacher_classes, dtype=dtypes[1], layout=layout), None, None]
+        if record is not None:
+            sides[3:] = [record.log_probs, None, None]
         made: list[Any] = [x if x is None else x.requires_grad_(g) for x, g in zip(sides, grads, strict=True)]
         made.append(make.integers(5, count))
         if extra:
             ids = torch.arange(teacher_classes, device=made[0].device) - 2
             made += [make.uniform(count), ids.clamp_min(-1), ids[2:] != 5]
-        return LinearTensors(*made)
+        elif record is not None:
+            made += [None, None, None]
+        return LinearTensors(*made, *(() if record is None else (record.ids, record.rest())))
 
     def call(
         t: LinearTensors, heads: LinearOptions = padded, options: DistillOptions = both, stats: bool = False,
@@ -225,6 +230,16 @@ def _linear(make: _Maker, backend: str) -> Iterator[Sample]:
     without = (True,) * 4 + (False,) * 2
     yield call(tensors(4, given=True, grads=without))
     yield call(tensors(4, given=True, grads=without, extra=True), LinearOptions())
+    for count, (tail, grads), reduction in itertools.product((0, 4), zip(TAILS, some, strict=False), ("mean", "none")):
+        record = topk_teacher(make.normal(count, student_classes), 4, tail=tail)
+        heads = LinearOptions(student_softcap=3.0, tail=tail, record_classes=student_classes)
+        for dtypes in (halves, (torch.float32, torch.float32)):
+            student_alone = (*grads[:3], False, False, False)
+            given = tensors(count, grads=student_alone, dtypes=dtypes, record=record)
+            yield call(given, heads, DistillOptions(hard_weight=0.5, reduction=reduction))
+    record = topk_teacher(make.normal(4, teacher_classes), 4, tail="renormalize")
+    heads = LinearOptions(tail="renormalize", record_classes=teacher_classes)
+    yield call(tensors(4, grads=(True,) * 3 + (False,) * 3, record=record, extra=True), heads)
     for divide_by in ((make.uniform(1).reshape(()), None), (None, 7.0)):
         yield call(tensors(4), divide_by=divide_by)
     for wanted in [*some, (True,) * DIFFERENTIABLE]:

@@ -3,7 +3,7 @@
 A chunk's logits are made by PyTorch's matrix product, its row losses and the gradients of its logits by the distill
 kernel of a backend (in place, where the logits are not needed any more), the gradients of hidden states and heads by
 products again. The kernel is a module of the form of ``kernels.native.distill``: what it takes for a teacher's chunk is
-what the teacher's side gives, so that a side of another kind comes with a kernel of its own.
+what the teacher's side gives. A record's side gives records, and comes with the sparse kernel (:class:`RecordKernel`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from tgt_fast.kernels.linear_heads import Given, Head, Mapped
+from tgt_fast.kernels.linear_heads import Given, Head, Mapped, Recorded
 from tgt_fast.kernels.options import (
     DIFFERENTIABLE,
     DistillOptions,
@@ -23,8 +23,9 @@ from tgt_fast.kernels.options import (
     LinearForward,
     LinearOptions,
     LinearTensors,
+    Listed,
 )
-from tgt_fast.kernels.reference.linear import result_dtype, row_weights, vocabulary_of
+from tgt_fast.kernels.reference.linear import record_of, result_dtype, row_weights, vocabulary_of
 from tgt_fast.kernels.vocabulary import Vocabulary
 
 CPU_BUDGET: Final = 64 << 20  # bytes
@@ -97,11 +98,30 @@ def backward(
     return forward(kernel, tensors, normalizer, heads, options, wanted=wanted, upstream=d_loss).grads
 
 
+class RecordKernel:
+    """A backend's sparse kernel in the form of its distill kernel: the teacher's chunk is a record."""
+
+    def __init__(self, sparse: Any, distill: Any) -> None:
+        self._sparse = sparse
+        self.scale_ = sparse.scale_
+        self.workspace = getattr(distill, "workspace", None)
+
+    def forward(
+        self, student: Tensor, record: Listed, target: Tensor | None, sample_weight: Tensor | None,
+        normalizer: float | Tensor | None, options: DistillOptions, *, wanted: tuple[bool, bool], inplace: bool,
+        want_stats: bool,
+    ) -> Forward:  # fmt: skip
+        made: Forward = self._sparse.forward(
+            student, record, target, sample_weight, normalizer, options, wanted=wanted[0], inplace=inplace
+        )
+        return made
+
+
 class _Chunk(NamedTuple):
     at: slice
     slot: int
     student: Tensor  # [rows, C] our own memory
-    teacher: Tensor  # [rows, C]
+    teacher: Tensor | Listed  # [rows, C], or the rows of a record
 
 
 class _Job:
@@ -120,8 +140,11 @@ class _Job:
             t.student_hidden, t.student_weight, t.student_bias, heads.student_scale, heads.student_softcap,
             vocabulary.classes, counted, self.dtype, wanted[:3], self._empty,
         )  # fmt: skip
-        self._teacher: Head | Given | Mapped
-        if t.teacher_weight is None:
+        self._teacher: Head | Given | Mapped | Recorded
+        record = record_of(t, heads)
+        if record is not None:
+            self._teacher = Recorded(record, vocabulary)
+        elif t.teacher_weight is None:
             self._teacher = Given(t.teacher, vocabulary.teacher_classes, wanted[3])
         else:
             self._teacher = Head(
@@ -129,8 +152,9 @@ class _Job:
                 vocabulary.teacher_classes, counted, self.dtype, wanted[3:], self._empty,
             )  # fmt: skip
         self._own_teacher = t.teacher_weight is not None or vocabulary.source is not None
-        if vocabulary.source is not None and vocabulary.back is not None and vocabulary.unused is not None:
-            self._teacher = Mapped(self._teacher, vocabulary.source, vocabulary.back, vocabulary.unused)
+        source, back, unused = vocabulary.source, vocabulary.back, vocabulary.unused
+        if not isinstance(self._teacher, Recorded) and source is not None and back is not None and unused is not None:
+            self._teacher = Mapped(self._teacher, source, back, unused)
         self.wanted_logits = (self._student.wanted, self._teacher.wanted)
         # A softcap's derivative is made from the logits, so the gradient goes elsewhere.
         self.inplace = self._student.wanted and self._student.softcap is None
@@ -168,8 +192,9 @@ class _Job:
         student, teacher = self._student.logits(at, slot), self._teacher.logits(at, slot)
         if self._missing is not None:
             student.masked_fill_(self._missing, -math.inf)
-            fill = teacher.masked_fill_ if self._own_teacher else teacher.masked_fill
-            teacher = fill(self._missing, -math.inf)
+            if isinstance(teacher, Tensor):  # a record has left out such classes by itself
+                fill = teacher.masked_fill_ if self._own_teacher else teacher.masked_fill
+                teacher = fill(self._missing, -math.inf)
         return _Chunk(at, slot, student, teacher)
 
     def _overlapped(self, ats: list[slice]) -> Iterator[_Chunk]:
@@ -198,7 +223,9 @@ class _Job:
                 if number + 1 < len(ats):
                     coming = make(number + 1)
                 main.wait_event(made[chunk.slot])
-                chunk.teacher.record_stream(main)  # it may be memory of the second stream
+                for part in (chunk.teacher,) if isinstance(chunk.teacher, Tensor) else chunk.teacher[:3]:
+                    if part is not None:
+                        part.record_stream(main)  # it may be memory of the second stream
                 yield chunk
                 read[chunk.slot].record(main)
         finally:

@@ -12,6 +12,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from tgt_fast.kernels.options import Listed
+from tgt_fast.kernels.vocabulary import Vocabulary
+
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]  # memory for (shape, dtype), on the call's device
 
 _HALVES: Final = (torch.bfloat16, torch.float16)
@@ -71,6 +74,36 @@ class Given:
 
     def grads(self) -> tuple[Tensor | None, ...]:
         return self._d_logits, None, None
+
+
+class Recorded:
+    """A teacher whose top-k record is at hand: a chunk is its rows, by the classes of the loss. No gradient."""
+
+    wanted = False
+    narrow = False
+
+    def __init__(self, record: Listed, vocabulary: Vocabulary) -> None:
+        self._record = record
+        self._vocabulary = vocabulary
+
+    def bytes_a_row(self, width: int) -> int:
+        return self._record.ids.shape[1] * (self._record.ids.itemsize + self._record.log_probs.itemsize)
+
+    def allocate(self, rows: int, slots: int, empty: Empty) -> None:
+        return None
+
+    def logits(self, at: slice, slot: int) -> Listed:
+        ids, log_probs, tail, form = self._record
+        return self._vocabulary.align_record(Listed(ids[at], log_probs[at], None if tail is None else tail[at], form))
+
+    def expect(self, coefficient: Tensor, bound: float) -> None:
+        return None
+
+    def give_back(self, at: slice, slot: int, d_logits: Tensor, missing: Tensor | None) -> None:
+        return None
+
+    def grads(self) -> tuple[Tensor | None, ...]:
+        return None, None, None
 
 
 class Head:

@@ -79,21 +79,28 @@ class LinearOptions:
     teacher_softcap: float | None = None
     vocab_size: int | None = None  # the classes from it on are padding
     memory_budget: int | None = None  # bytes of a chunk's logits
+    tail: str | None = None  # of a teacher's top-k record, one of TAILS; None: there is no record
+    record_classes: int | None = None  # those that the record's ids point into
 
 
 class LinearTensors(NamedTuple):
-    """The tensors of a loss from hidden states. A teacher without a weight gives its logits themselves."""
+    """The tensors of a loss from hidden states.
+
+    A teacher without a weight gives its logits themselves or, where there are ids, the log-probabilities of a record.
+    """
 
     student_hidden: Tensor  # [N, Hs]
     student_weight: Tensor  # [Cs, Hs]
     student_bias: Tensor | None  # [Cs]
-    teacher: Tensor  # [N, Ht], or [N, Ct] logits
+    teacher: Tensor  # [N, Ht], or [N, Ct] logits, or [N, k] log-probabilities
     teacher_weight: Tensor | None  # [Ct, Ht]
     teacher_bias: Tensor | None  # [Ct]
     target: Tensor | None = None  # [N] int64
     sample_weight: Tensor | None = None  # [N]
     vocab_map: Tensor | None = None  # [Ct] the student's class of each of the teacher's, -1 for none
     vocab_mask: Tensor | None = None  # [Cs] bool, False: the class does not exist
+    record_ids: Tensor | None = None  # [N, k] int64, of the teacher's classes
+    record_tail: Tensor | None = None  # [N] log-probability of those that are not listed
 
 
 DIFFERENTIABLE: Final = 6  # of the LinearTensors, the first

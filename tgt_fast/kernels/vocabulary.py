@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tgt_fast.kernels.options import Listed
+
 
 class Vocabulary(NamedTuple):
     """The classes of the loss, which are the student's, and where each is found on the teacher's side."""
@@ -25,12 +27,32 @@ class Vocabulary(NamedTuple):
 
     def align(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """[..., Cs], [..., Ct] -> both [..., C], -inf where a class does not exist; differentiable."""
-        student, teacher = student[..., : self.classes], teacher[..., : self.teacher_classes]
+        teacher = teacher[..., : self.teacher_classes]
         if self.source is not None:
             teacher = teacher.index_select(-1, self.source)
         if self.missing is not None:
-            student, teacher = (x.masked_fill(self.missing, -math.inf) for x in (student, teacher))
-        return student, teacher
+            teacher = teacher.masked_fill(self.missing, -math.inf)
+        return self.align_student(student), teacher
+
+    def align_student(self, student: Tensor) -> Tensor:
+        """[..., Cs] -> [..., C]"""
+        student = student[..., : self.classes]
+        return student if self.missing is None else student.masked_fill(self.missing, -math.inf)
+
+    def align_record(self, record: Listed) -> Listed:
+        """The record by the classes of the loss. An entry whose class does not exist is padding.  [N, k]
+
+        Its tail stays as it is: the mass of such classes must not be in it.
+        """
+        ids = record.ids
+        there = (ids >= 0) & (ids < self.teacher_classes)
+        ids = torch.where(there, ids, 0)
+        if self.back is not None and self.unused is not None:
+            there = there & ~self.unused[ids]
+            ids = self.back[ids]
+        if self.missing is not None:
+            there = there & ~self.missing[ids]
+        return record._replace(ids=ids, log_probs=record.log_probs.masked_fill(~there, -math.inf))
 
     def without_missing(self, target: Tensor | None, ignore_index: int) -> Tensor | None:
         """The target, where it does not name a class that does not exist: such a row is dropped.  [N] -> [N]"""

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from tgt_fast.kernels.options import DistillOptions, DistillStats, LinearOptions
 from tgt_fast.ops._distill_arguments import make_options
 from tgt_fast.ops._linear_arguments import OP, make_heads
+from tgt_fast.ops._sparse_record import TeacherTopK
 from tgt_fast.ops.linear import linear_distillation_loss
+
+# The fields of LinearOptions that are options; a record brings the others along.
+_HEADS = (
+    "student_scale", "student_softcap", "teacher_scale", "teacher_softcap", "vocab_size", "memory_budget",
+)  # fmt: skip
 
 
 class LinearDistillationLoss(nn.Module):
@@ -70,7 +76,7 @@ class LinearDistillationLoss(nn.Module):
         self.return_stats = return_stats
         self.backend = backend
         self._keywords = {field.name: getattr(self.options, field.name) for field in fields(DistillOptions)}
-        self._keywords |= {field.name: getattr(self.heads, field.name) for field in fields(LinearOptions)}
+        self._keywords |= {name: getattr(self.heads, name) for name in _HEADS}
 
     def forward(
         self,
@@ -82,7 +88,7 @@ class LinearDistillationLoss(nn.Module):
         *,
         student_bias: Tensor | None = None,  # [Cs]
         teacher_bias: Tensor | None = None,  # [Ct]
-        teacher_logits: Tensor | None = None,  # [..., Ct]
+        teacher_logits: Tensor | TeacherTopK | None = None,  # [..., Ct]
         sample_weight: Tensor | None = None,  # [...]
         normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, DistillStats]:
@@ -102,7 +108,7 @@ class LinearDistillationLoss(nn.Module):
         *,
         student_bias: Tensor | None = None,  # [Cs]
         teacher_bias: Tensor | None = None,  # [Ct]
-        teacher_logits: Tensor | None = None,  # [..., Ct]
+        teacher_logits: Tensor | TeacherTopK | None = None,  # [..., Ct]
         sample_weight: Tensor | None = None,  # [...]
         normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, DistillStats]:

@@ -7,18 +7,25 @@ from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.kernels.options import DistillOptions, LinearOptions, LinearTensors
-from tgt_fast.kernels.reference.linear import vocabulary_of
+from tgt_fast.kernels.reference.linear import record_of, vocabulary_of
+from tgt_fast.kernels.vocabulary import Vocabulary
 from tgt_fast.ops import _checks
 from tgt_fast.ops._distill_arguments import check_row_values, check_rows
+from tgt_fast.ops._sparse_library import check_ids
+from tgt_fast.ops._sparse_record import TeacherTopK, check_options
 from tgt_fast.ops.vocabulary import check_labels_exist, check_vocabulary, check_vocabulary_values
 
 OP = "linear_distillation_loss"
 _LARGE = 1e30
+_NOT_SHARED = (
+    "its tail does not say how much of its mass lies on the others; take the record from the shared classes' logits "
+    "alone, or with tail='renormalize'"
+)
 
 
 def make_heads(
     student_scale: float, student_softcap: float | None, teacher_scale: float, teacher_softcap: float | None,
-    vocab_size: int | None, memory_budget: int | None,
+    vocab_size: int | None, memory_budget: int | None, record: TeacherTopK | None = None,
 ) -> LinearOptions:  # fmt: skip
     def positive(name: str, value: float) -> float:
         return _checks.number(OP, name, value, 0, _LARGE, open_low=True)
@@ -30,12 +37,14 @@ def make_heads(
         teacher_softcap=None if teacher_softcap is None else positive("teacher_softcap", teacher_softcap),
         vocab_size=None if vocab_size is None else _checks.integer(OP, "vocab_size", vocab_size, 1, 2**62),
         memory_budget=None if memory_budget is None else _checks.integer(OP, "memory_budget", memory_budget, 1, 2**62),
+        tail=None if record is None else record.tail,
+        record_classes=None if record is None else record.num_classes,
     )
 
 
 def check_teacher(
     teacher_hidden: Tensor | None, teacher_weight: Tensor | None, teacher_bias: Tensor | None,
-    teacher_logits: Tensor | None, heads: LinearOptions,
+    teacher_logits: Tensor | TeacherTopK | None, heads: LinearOptions,
 ) -> None:  # fmt: skip
     """That the teacher is given in one of the two ways."""
     if teacher_logits is None:
@@ -58,12 +67,25 @@ def check_teacher(
         raise ArgumentError(f"{OP}: teacher_logits are taken as they are, but {', '.join(extra)} is given too")
 
 
+def check_record(record: TeacherTopK, heads: LinearOptions, options: DistillOptions, want_stats: bool) -> None:
+    """That a loss of these options can be taken of the record, whose rows are not looked at."""
+    if want_stats:
+        raise ArgumentError(f"{OP}: return_stats=True needs the teacher's logits, got a top-k record")
+    check_options(OP, record, options)
+    if record.tail != "renormalize" and heads.vocab_size is not None and record.num_classes > heads.vocab_size:
+        raise ArgumentError(
+            f"{OP}: the record was taken over {record.num_classes} classes, of which vocab_size={heads.vocab_size} are "
+            f"shared, and {_NOT_SHARED}"
+        )
+
+
 def check_tensors(
     t: LinearTensors, normalizer: float | Tensor | None, heads: LinearOptions, options: DistillOptions
 ) -> None:
     """``t`` as the caller gave it: hidden states (..., H), targets and weights (...)."""
     linear = t.teacher_weight is not None
-    teacher_name = "teacher_hidden" if linear else "teacher_logits"
+    recorded = heads.record_classes is not None
+    teacher_name = "teacher_hidden" if linear else "the record's log_probs" if recorded else "teacher_logits"
     named = (
         ("student_hidden", t.student_hidden),
         ("student_weight", t.student_weight),
@@ -85,12 +107,14 @@ def check_tensors(
     if t.teacher_weight is not None:
         _check_head("teacher", t.teacher, t.teacher_weight, t.teacher_bias)
         teacher_classes = t.teacher_weight.shape[0]
+    if heads.record_classes is not None:
+        teacher_classes = heads.record_classes
     if t.teacher.dim() == 0 or t.student_hidden.shape[:-1] != t.teacher.shape[:-1]:
         raise ShapeError(
             f"{OP}: student_hidden {tuple(t.student_hidden.shape)} and {teacher_name} {tuple(t.teacher.shape)} differ "
             "in their rows"
         )
-    names = "student_weight", "teacher_weight" if linear else "teacher_logits"
+    names = "student_weight", "teacher_weight" if linear else "the record" if recorded else "teacher_logits"
     counts = t.student_weight.shape[0], teacher_classes
     check_vocabulary(OP, names, counts, t.student_hidden, heads.vocab_size, t.vocab_map, t.vocab_mask)
     check_rows(OP, "student_hidden", t.student_hidden, t.target, t.sample_weight, normalizer, options)
@@ -114,5 +138,24 @@ def check_values(t: LinearTensors, heads: LinearOptions, options: DistillOptions
     classes = student_classes if heads.vocab_size is None else heads.vocab_size
     check_row_values(OP, classes, t.target, t.sample_weight, options)
     check_vocabulary_values(OP, student_classes, t.vocab_map, t.student_hidden)
-    if t.target is not None and (t.vocab_map is not None or t.vocab_mask is not None):
+    mapped = t.vocab_map is not None or t.vocab_mask is not None
+    if t.target is not None and mapped:
         check_labels_exist(OP, t.target, vocabulary_of(t, heads).missing, t.student_hidden, options)
+    record = record_of(t, heads)
+    if record is not None and heads.record_classes is not None:
+        check_ids(OP, record, heads.record_classes, t.target, t.sample_weight, options)
+        if mapped and record.tail != "renormalize":
+            _check_tail(vocabulary_of(t, heads), heads.record_classes)
+
+
+def _check_tail(vocabulary: Vocabulary, classes: int) -> None:
+    """That every class of a record is shared, so that its tail is the mass of shared classes alone."""
+    own = torch.arange(classes) if vocabulary.back is None else vocabulary.back
+    lost = torch.zeros(classes, dtype=torch.bool) if vocabulary.unused is None else vocabulary.unused
+    if vocabulary.missing is not None:
+        lost = lost | vocabulary.missing[own]
+    if bool(lost.any()):
+        raise ArgumentError(
+            f"{OP}: vocab_map or vocab_mask leaves out class {int(lost.nonzero()[0])} of the record's {classes}, and "
+            f"{_NOT_SHARED}"
+        )

@@ -23,11 +23,12 @@ from tgt_fast.ops._linear_autograd import Call, Linear
 
 _TENSORS = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor teacher, Tensor? teacher_weight, "
-    "Tensor? teacher_bias, Tensor? target, Tensor? sample_weight, Tensor? vocab_map, Tensor? vocab_mask"
+    "Tensor? teacher_bias, Tensor? target, Tensor? sample_weight, Tensor? vocab_map, Tensor? vocab_mask, "
+    "Tensor? record_ids, Tensor? record_tail"
 )
 _HEADS = (
     "float student_scale, float? student_softcap, float teacher_scale, float? teacher_softcap, int? vocab_size, "
-    "int? memory_budget"
+    "int? memory_budget, str? tail, int? record_classes"
 )
 _DIVISOR = "Tensor? normalizer, float? divisor"  # the same on the device or as a number
 _WANTED = (
@@ -35,27 +36,28 @@ _WANTED = (
     "bool want_d_teacher_weight, bool want_d_teacher_bias"
 )
 _MANY = len(LinearTensors._fields)
-_SIX = 6  # of the LinearOptions
+_EIGHT = 8  # LinearOptions
 
 
 def packed_heads(heads: LinearOptions) -> tuple[Any, ...]:
     """The heads' options in the order of the schemas, which is that of the fields."""
     return (
         heads.student_scale, heads.student_softcap, heads.teacher_scale, heads.teacher_softcap, heads.vocab_size,
-        heads.memory_budget,
+        heads.memory_budget, heads.tail, heads.record_classes,
     )  # fmt: skip
 
 
 def _unpacked(values: tuple[Any, ...]) -> tuple[LinearOptions, DistillOptions, tuple[Any, ...]]:
-    rest = values[_SIX:]
-    return LinearOptions(*values[:_SIX]), DistillOptions(*rest[:_COUNT]), rest[_COUNT:]
+    rest = values[_EIGHT:]
+    return LinearOptions(*values[:_EIGHT]), DistillOptions(*rest[:_COUNT]), rest[_COUNT:]
 
 
 class Direct:
     """The driver on the row kernel of a backend, as autograd wants it."""
 
-    def __init__(self, backend: str) -> None:
-        self._kernel = select.kernel("distill", backend)
+    def __init__(self, backend: str, recorded: bool) -> None:
+        kernel = select.kernel("distill", backend)
+        self._kernel = linear_chunks.RecordKernel(select.kernel("sparse", backend), kernel) if recorded else kernel
 
     def forward(self, *arguments: Any, **keywords: Any) -> LinearForward:
         with torch.no_grad(), library.without_autocast():
@@ -69,9 +71,14 @@ class Direct:
         self._kernel.scale_(grad, d_loss)
 
 
+def chosen(backend: str, t: LinearTensors) -> str:
+    """The name of the backend whose row kernel runs: for a record, the one that has a kernel for records."""
+    present = [x for x in (*t[:DIFFERENTIABLE], t.record_ids, t.record_tail) if x is not None]
+    return select.choose("linear" if t.record_ids is None else "sparse", backend, present)
+
+
 def _direct(backend: str, t: LinearTensors) -> Direct:
-    present = [x for x in t[:DIFFERENTIABLE] if x is not None]
-    return Direct(select.choose("linear", backend, present))
+    return Direct(chosen(backend, t), t.record_ids is not None)
 
 
 # The kernels
@@ -148,6 +155,8 @@ def _loss_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _loss_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
     t, (normalizer, divisor, *packed_options) = LinearTensors(*arguments[:_MANY]), arguments[_MANY:]
+    if t.record_ids is not None:  # a record is data
+        t = t._replace(teacher=t.teacher.detach())
     if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in t[:DIFFERENTIABLE])):
         with torch._C._AutoDispatchBelowAutograd():
             without_graph: tuple[Tensor, Tensor] = linear_distillation_loss(*arguments)

@@ -55,16 +55,23 @@ def check_values(
 ) -> None:
     """What the compiled core checks while it runs, for the reference on a CPU."""
     check_targets(student, target, sample_weight, options)
+    check_ids(OP, record, student.shape[1], target, sample_weight, options)
+
+
+def check_ids(
+    op: str, record: Listed, classes: int, target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions
+) -> None:
+    """That the rows that count list classes that exist, each once."""
     if options.soft_weight == 0:
         return
-    counted = torch.ones(student.shape[0], dtype=torch.bool)
+    counted = torch.ones(record.ids.shape[0], dtype=torch.bool)
     if target is not None:
         counted &= target != options.ignore_index
     if sample_weight is not None:
         counted &= sample_weight != 0
-    found = find_bad_id(record.ids, record.log_probs, student.shape[1], counted)
+    found = find_bad_id(record.ids, record.log_probs, classes, counted)
     if found is not None:
-        raise ArgumentError(bad_id(OP, record.ids, *found, student.shape[1]))
+        raise ArgumentError(bad_id(op, record.ids, *found, classes))
 
 
 def _choose(backend: str, *tensors: Tensor | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,12 +13,13 @@ from torch.utils import _pytree as pytree
 
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.kernels.native.sparse import bad_id, find_bad_id
-from tgt_fast.kernels.options import TAILS
+from tgt_fast.kernels.options import SPARSE_DIVERGENCES, TAILS, DistillOptions
 from tgt_fast.ops import _checks
 
 OP: Final = "TeacherTopK"
 SMALL: Final = 1e-30
 LARGE: Final = 1e30  # of a temperature: its inverse is a finite float32
+CHECK_VARIABLE: Final = "TGT_FAST_CHECK_RECORDS"
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +153,27 @@ class TeacherTopK:
         rest = torch.where(everything | (listed == -math.inf), -math.inf, rest)
         rest = torch.where(listed.isnan(), math.nan, rest)
         return rest.to(torch.float64 if log_probs.dtype == torch.float64 else torch.float32)
+
+
+def check_options(op: str, record: TeacherTopK, options: DistillOptions) -> None:
+    """That a loss of these options can be taken of the record."""
+    if options.divergence not in SPARSE_DIVERGENCES:
+        raise ArgumentError(
+            f"{op}: divergence must be one of {SPARSE_DIVERGENCES} with a top-k record, got {options.divergence!r}"
+        )
+    for name in ("temperature", "teacher_temperature"):
+        if getattr(options, name) != record.temperature:
+            raise ArgumentError(
+                f"{op}: {name} is {getattr(options, name):g}, but the record was taken at {record.temperature:g}, and "
+                f"a record cannot be brought to another temperature; pass temperature={record.temperature:g}, or take "
+                "a new record from the teacher's logits"
+            )
+
+
+def check_where_asked(record: TeacherTopK) -> None:
+    """Looks at the ids, also on a device, where the environment asks for it."""
+    if os.environ.get(CHECK_VARIABLE, "") not in ("", "0") and not torch.compiler.is_compiling():
+        record.check()
 
 
 def _tensors(record: TeacherTopK) -> list[Tensor | None]:

@@ -12,10 +12,11 @@ from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, DistillStat
 from tgt_fast.kernels.reference import linear as reference_linear
 from tgt_fast.ops._distill_arguments import make_options
 from tgt_fast.ops._distill_library import packed
-from tgt_fast.ops._linear_arguments import OP, check_teacher, check_tensors, check_values, make_heads
+from tgt_fast.ops._linear_arguments import OP, check_record, check_teacher, check_tensors, check_values, make_heads
 from tgt_fast.ops._linear_autograd import Call, Linear
-from tgt_fast.ops._linear_library import Direct, packed_heads
+from tgt_fast.ops._linear_library import Direct, chosen, packed_heads
 from tgt_fast.ops._linear_library import linear_distillation_loss as linear_distillation_loss_op
+from tgt_fast.ops._sparse_record import TeacherTopK, check_where_asked
 from tgt_fast.ops.library import seen_by_dispatcher, split, without_autocast
 
 
@@ -29,7 +30,7 @@ def linear_distillation_loss(
     *,
     student_bias: Tensor | None = ...,
     teacher_bias: Tensor | None = ...,
-    teacher_logits: Tensor | None = ...,
+    teacher_logits: Tensor | TeacherTopK | None = ...,
     student_scale: float = ...,
     student_softcap: float | None = ...,
     teacher_scale: float = ...,
@@ -63,7 +64,7 @@ def linear_distillation_loss(
     *,
     student_bias: Tensor | None = ...,
     teacher_bias: Tensor | None = ...,
-    teacher_logits: Tensor | None = ...,
+    teacher_logits: Tensor | TeacherTopK | None = ...,
     student_scale: float = ...,
     student_softcap: float | None = ...,
     teacher_scale: float = ...,
@@ -97,7 +98,7 @@ def linear_distillation_loss(
     *,
     student_bias: Tensor | None = ...,
     teacher_bias: Tensor | None = ...,
-    teacher_logits: Tensor | None = ...,
+    teacher_logits: Tensor | TeacherTopK | None = ...,
     student_scale: float = ...,
     student_softcap: float | None = ...,
     teacher_scale: float = ...,
@@ -130,7 +131,7 @@ def linear_distillation_loss(
     *,
     student_bias: Tensor | None = None,  # [Cs]
     teacher_bias: Tensor | None = None,  # [Ct]
-    teacher_logits: Tensor | None = None,  # [..., Ct]
+    teacher_logits: Tensor | TeacherTopK | None = None,  # [..., Ct]
     student_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_scale: float = 1.0,
@@ -174,7 +175,7 @@ def linear_distillation_loss(
         target: ``(...)`` student's class indices, needed exactly when ``hard_weight > 0``.
         student_bias, teacher_bias: ``(Cs,)`` and ``(Ct,)``. Differentiable.
         teacher_logits: ``(..., Ct)`` instead of ``teacher_hidden`` and ``teacher_weight``; taken as they are.
-            Differentiable.
+            Differentiable. Or a :class:`TeacherTopK`, see below.
         student_scale, teacher_scale: factors of the logits, > 0.
         student_softcap, teacher_softcap: bounds of the logits, > 0.
         vocab_size: the first so many classes of both sides are the same, the others are padding: they get no
@@ -202,6 +203,12 @@ def linear_distillation_loss(
     come in. On a device (not yet run on a GPU) bfloat16 heads multiply in half precision with sums in float32: logits
     unrounded, their gradients rounded to float16 in units of the row's weight. Other dtypes multiply in float32.
 
+    **A top-k record of the teacher** as ``teacher_logits``: the loss that :func:`tgt_fast.distillation_loss` takes of
+    it, at the record's temperature, with its divergences and no statistics. ``vocab_size``, ``vocab_map`` and
+    ``vocab_mask`` see the record's ``num_classes`` as the teacher's. An entry whose class is not shared is left out.
+    How much of the tail lies on such classes a record does not say, so that with ``"bucket"`` and ``"uniform"`` all of
+    its classes must be shared. With ``"renormalize"`` a row none of whose entries is shared gives NaN.
+
     Raises:
         ShapeError, DTypeError, DeviceError, ArgumentError: before anything runs, with the offending values.
         BackendError: the backend asked for by name cannot run this call.
@@ -218,14 +225,22 @@ def linear_distillation_loss(
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing,
         ignore_index, unlabeled_index, reduction, OP,
     )  # fmt: skip
-    heads = make_heads(student_scale, student_softcap, teacher_scale, teacher_softcap, vocab_size, memory_budget)
+    record = teacher_logits if isinstance(teacher_logits, TeacherTopK) else None
+    heads = make_heads(
+        student_scale, student_softcap, teacher_scale, teacher_softcap, vocab_size, memory_budget, record
+    )  # fmt: skip
     check_teacher(teacher_hidden, teacher_weight, teacher_bias, teacher_logits, heads)
-    teacher = teacher_hidden if teacher_logits is None else teacher_logits
+    teacher, ids, rest = teacher_hidden if teacher_logits is None else teacher_logits, None, None
+    if record is not None:
+        check_record(record, heads, options, return_stats)
+        teacher, ids, rest = record.log_probs.detach(), record.ids, record.rest()
     given = LinearTensors(
         student_hidden, student_weight, student_bias, teacher, teacher_weight, teacher_bias, target,  # type: ignore[arg-type]
-        sample_weight, vocab_map, vocab_mask,
+        sample_weight, vocab_map, vocab_mask, ids, rest,
     )  # fmt: skip
     check_tensors(given, normalizer, heads, options)
+    if record is not None:
+        check_where_asked(record)
     shape = student_hidden.shape[:-1]
     loss: Tensor
     tensors = given._replace(
@@ -233,6 +248,8 @@ def linear_distillation_loss(
         teacher=_rows(given.teacher),
         target=None if target is None else target.reshape(-1).to(torch.int64),
         sample_weight=None if sample_weight is None else sample_weight.reshape(-1),
+        record_ids=None if ids is None else _rows(ids).to(torch.int64),
+        record_tail=None if rest is None else rest.reshape(-1),
     )
     if backend != "reference" and seen_by_dispatcher(*tensors):
         on_device, divisor = split(normalizer)
@@ -257,16 +274,12 @@ def _rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.dim() == 2 else matrix.reshape(-1, matrix.shape[-1])
 
 
-def _chosen(tensors: LinearTensors, backend: str) -> str:
-    return select.choose("linear", backend, [x for x in tensors[:DIFFERENTIABLE] if x is not None])
-
-
 def _all_at_once(tensors: LinearTensors, backend: str) -> bool:
     """Whether the formula itself runs: asked for by name, or for tensors that no compiled kernel takes.
 
     A device without kernels of its own is served in chunks, too, by the reference's row losses.
     """
-    if _chosen(tensors, backend) != "reference":
+    if chosen(backend, tensors) != "reference":
         return False
     plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors if x is not None)
     forward_mode = torch.autograd.forward_ad._current_level >= 0
@@ -288,7 +301,7 @@ def _run_in_chunks(
     want_stats: bool, backend: str,
 ) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
     """The direct door to the driver."""
-    kernel = Direct(_chosen(tensors, backend))
+    kernel = Direct(chosen(backend, tensors), tensors.record_ids is not None)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:DIFFERENTIABLE]):
         loss, rows = Linear.apply(normalizer, Call(heads, options, kernel, want_stats), *tensors)
     else:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from tgt_fast.errors import ArgumentError, ShapeError
+from tgt_fast.errors import ShapeError
 from tgt_fast.kernels import select
-from tgt_fast.kernels.options import SPARSE_DIVERGENCES, TAILS, DistillOptions, Listed
+from tgt_fast.kernels.options import TAILS, DistillOptions, Listed
 from tgt_fast.kernels.reference import sparse as reference_sparse
 from tgt_fast.ops import _checks
 from tgt_fast.ops._distill_arguments import OP, check_inplace, check_rows, check_student
@@ -18,10 +17,9 @@ from tgt_fast.ops._distill_autograd import Call, Distill
 from tgt_fast.ops._distill_library import dense_rows, packed
 from tgt_fast.ops._sparse_library import Bound, check_values
 from tgt_fast.ops._sparse_library import sparse_distillation_loss as sparse_distillation_loss_op
-from tgt_fast.ops._sparse_record import LARGE, SMALL, TeacherTopK
+from tgt_fast.ops._sparse_record import LARGE, SMALL, TeacherTopK, check_options, check_where_asked
 from tgt_fast.ops.library import seen_by_dispatcher, split
 
-CHECK_VARIABLE: Final = "TGT_FAST_CHECK_RECORDS"
 _PIECE: Final = 1 << 24  # logits of which a wider copy is made at once
 
 
@@ -110,8 +108,7 @@ def sparse_distillation_loss(
     rest = record.rest()
     ids, log_probs = record.ids.reshape(-1, k).to(torch.int64), record.log_probs.reshape(-1, k)
     rest = None if rest is None else rest.reshape(-1)
-    if os.environ.get(CHECK_VARIABLE, "") not in ("", "0") and not torch.compiler.is_compiling():
-        record.check()
+    check_where_asked(record)
 
     if backend != "reference" and seen_by_dispatcher(student_logits, ids, log_probs, rest, target, sample_weight):
         on_device, divisor = split(normalizer)
@@ -145,17 +142,7 @@ def _check(student: Tensor, record: TeacherTopK, options: DistillOptions) -> Non
         )
     _checks.same_device(OP, "student_logits", student, "the record", record.log_probs)
     _checks.real(OP, "log_probs", record.log_probs)
-    if options.divergence not in SPARSE_DIVERGENCES:
-        raise ArgumentError(
-            f"{OP}: divergence must be one of {SPARSE_DIVERGENCES} with a top-k record, got {options.divergence!r}"
-        )
-    for name in ("temperature", "teacher_temperature"):
-        if getattr(options, name) != record.temperature:
-            raise ArgumentError(
-                f"{OP}: {name} is {getattr(options, name):g}, but the record was taken at {record.temperature:g}, and "
-                f"a record cannot be brought to another temperature; pass temperature={record.temperature:g}, or take "
-                "a new record from the teacher's logits"
-            )
+    check_options(OP, record, options)
 
 
 def _run_reference(

@@ -10,11 +10,11 @@ import math
 import torch
 from torch import Tensor
 
-from tgt_fast.kernels.options import DistillOptions, DistillStats, LinearOptions, LinearTensors
-from tgt_fast.kernels.reference import distill
+from tgt_fast.kernels.options import DistillOptions, DistillStats, LinearOptions, LinearTensors, Listed
+from tgt_fast.kernels.reference import distill, sparse
 from tgt_fast.kernels.vocabulary import Vocabulary, shared
 
-__all__ = ["linear_distillation_loss", "logits", "result_dtype", "row_weights", "vocabulary_of"]
+__all__ = ["linear_distillation_loss", "logits", "record_of", "result_dtype", "row_weights", "vocabulary_of"]
 
 
 def logits(
@@ -49,6 +49,12 @@ def linear_distillation_loss(
         counted = (weights != 0)[:, None]
         student_hidden, teacher = torch.where(counted, student_hidden, 0.0), torch.where(counted, teacher, 0.0)
     student = logits(student_hidden, t.student_weight, t.student_bias, heads.student_scale, heads.student_softcap)
+    record = record_of(tensors, heads)
+    if record is not None:
+        student = vocabulary.align_student(student)
+        record = vocabulary.align_record(record)
+        loss = sparse.distillation_loss(student, record, target, t.sample_weight, normalizer, options)
+        return loss.to(result_dtype(tensors)), None
     teacher = logits(teacher, t.teacher_weight, t.teacher_bias, heads.teacher_scale, heads.teacher_softcap)
     student, teacher = vocabulary.align(student, teacher)
     loss, stats = distill.distillation_loss(
@@ -62,8 +68,18 @@ def linear_distillation_loss(
 
 def vocabulary_of(t: LinearTensors, heads: LinearOptions) -> Vocabulary:
     """The classes that both sides share."""
-    teacher_classes = t.teacher.shape[1] if t.teacher_weight is None else t.teacher_weight.shape[0]
+    if heads.record_classes is not None:
+        teacher_classes = heads.record_classes
+    else:
+        teacher_classes = t.teacher.shape[1] if t.teacher_weight is None else t.teacher_weight.shape[0]
     return shared(t.student_weight.shape[0], teacher_classes, heads.vocab_size, t.vocab_map, t.vocab_mask)
+
+
+def record_of(t: LinearTensors, heads: LinearOptions) -> Listed | None:
+    """The teacher's top-k record, if it gave one; its ids are the teacher's."""
+    if t.record_ids is None or heads.tail is None:
+        return None
+    return Listed(t.record_ids, t.teacher, t.record_tail, heads.tail)
 
 
 def row_weights(
