@@ -18,13 +18,13 @@ _USUAL = {
 
 
 class ContrastiveDistillationLoss(nn.Module):
-    r"""``softmax(teacher_q @ teacher_d.T / Tt)`` against ``softmax(student_q @ student_d.T / T)``, its options fixed once.
+    r"""``softmax(teacher_q @ teacher_d.T / Tt)`` against ``softmax(student_q @ student_d.T / T)``, with fixed options.
 
     The same options, checks and errors as :func:`tgt_fast.contrastive_distillation_loss`. It has no parameters.
 
     Args:
-        temperature, teacher_temperature, hard_weight, divergence, beta, soft_weight, label_smoothing, reduction, gather,
-        group, memory_budget, return_stats, backend: see :func:`tgt_fast.contrastive_distillation_loss`.
+        temperature, teacher_temperature, hard_weight, divergence, beta, soft_weight, label_smoothing, reduction,
+        gather, group, memory_budget, return_stats, backend: see :func:`tgt_fast.contrastive_distillation_loss`.
 
     >>> import tgt_fast as tgt
     >>> tgt.ContrastiveDistillationLoss(temperature=0.05, hard_weight=1.0)

@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from tgt_fast.kernels import select
 from tgt_fast.kernels.options import DistillStats, LinearOptions, LinearTensors
 from tgt_fast.kernels.reference import contrast as reference_contrast
 from tgt_fast.ops import _checks
@@ -204,7 +205,9 @@ def contrastive_distillation_loss(
     )  # fmt: skip
     if backend != "reference" and seen_by_dispatcher(*tensors):
         loss, stats = run_dispatched(tensors, normalizer, heads, options, return_stats, backend)
-    elif all_at_once(tensors, backend):
+        return loss if stats is None else (loss, stats)
+    select.choose("contrast", backend, t[:4])  # a backend that refuses does so by this op's name
+    if all_at_once(tensors, backend):
         with without_autocast():
             loss, stats = reference_contrast.contrastive_distillation_loss(
                 *t, normalizer, temperatures, options, return_stats
