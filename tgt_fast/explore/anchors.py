@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError
-from tgt_fast.explore.draws import Key, words
+from tgt_fast.explore.draws import words
 from tgt_fast.kernels.options import OP_PERTURB
 from tgt_fast.teacher import Latents, tree
+from tgt_fast.teacher.key import Key
 
 
 class AnchorPool:
@@ -47,7 +48,8 @@ class AnchorPool:
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"pool_latents": self.latents.z, "pool_labels": self.labels}
-        return state if self.latents.mask is None else {**state, "pool_mask": self.latents.mask}
+        optional = {"pool_mask": self.latents.mask, "pool_source": self.latents.source}
+        return state | {name: tensor for name, tensor in optional.items() if tensor is not None}
 
 
 class PoolBuilder:
