@@ -18,6 +18,7 @@ from tgt_fast.ops.distill import distillation_loss
 from tgt_fast.ops.latent import ascend_latents, perturb_latents
 from tgt_fast.ops.linear import linear_distillation_loss
 from tgt_fast.ops.sparse import topk_teacher
+from tgt_fast.ops.tokens import sample_tokens, soft_embedding
 from tgt_fast.ops.vocabulary import align_logits
 from tgt_fast.teacher import Latents, Teacher
 from tgt_fast.train import TGTObjective, fit
@@ -44,5 +45,7 @@ __all__ = [
     "linear_distillation_loss",
     "perturb_latents",
     "release_buffers",
+    "sample_tokens",
+    "soft_embedding",
     "topk_teacher",
 ]

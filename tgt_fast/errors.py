@@ -29,3 +29,7 @@ class BackendError(TgtError, RuntimeError):
 
 class CheckpointError(TgtError, RuntimeError):
     """A checkpoint that is corrupt, incomplete or of another program."""
+
+
+class DependencyError(TgtError, ImportError):
+    """An optional package that is not installed; the message names the extra that brings it."""

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError
-from tgt_fast.explore.draws import Key, words
+from tgt_fast.explore.draws import words
 from tgt_fast.kernels.options import OP_PERTURB
 from tgt_fast.teacher import Latents, tree
+from tgt_fast.teacher.key import Key
 
 
 class AnchorPool:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgt_fast.explore.draws import Key
+from tgt_fast.explore.draws import decoded
 from tgt_fast.explore.gradient import Student, climb, ways_up
 from tgt_fast.explore.guard import left_as_found
 from tgt_fast.explore.options import SamplerOptions
 from tgt_fast.teacher import Latents, Teacher, tree
+from tgt_fast.teacher.key import Key
 
 _LOG = logging.getLogger("tgt_fast")
 
@@ -74,14 +75,14 @@ class CompiledExploration:
             found: Latents = self._up(*arguments, device=start.z.device)
         return found, []
 
-    def examples(self, teacher: Teacher, latents: Latents) -> tuple[Any, Tensor]:
+    def examples(self, teacher: Teacher, latents: Latents, key: Key, replicas: int) -> tuple[Any, Tensor]:
         """:func:`examples`."""
-        made: tuple[Any, Tensor] = self._examples(teacher, latents, device=latents.z.device)
+        made: tuple[Any, Tensor] = self._examples(teacher, latents, key, replicas, device=latents.z.device)
         return made
 
 
-def examples(teacher: Teacher, latents: Latents) -> tuple[Any, Tensor]:
+def examples(teacher: Teacher, latents: Latents, key: Key, replicas: int) -> tuple[Any, Tensor]:
     """``Dec(z)`` and its labels, without a graph."""
     with torch.no_grad():
-        made = teacher.decode(latents)
+        made = decoded(teacher, latents, key, replicas)
         return made, teacher.label(made)

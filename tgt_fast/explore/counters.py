@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
-from tgt_fast.explore.draws import Key
 from tgt_fast.explore.options import checked_integer
 from tgt_fast.kernels.options import MAX_SAMPLE_ID, MAX_STEP
-from tgt_fast.ops._latent_library import check_ids
+from tgt_fast.ops._noise import check_ids
+from tgt_fast.teacher.key import Key
 
 
 class Counters:

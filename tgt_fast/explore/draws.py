@@ -1,9 +1,8 @@
-"""The key of random numbers, and the draws that exploration makes. No global generator is used."""
+"""The draws that exploration makes. No global generator is used."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,33 +11,12 @@ from tgt_fast._ranges import named_range
 from tgt_fast.explore.options import SamplerOptions
 from tgt_fast.kernels.reference.latent import philox4x32
 from tgt_fast.ops.latent import perturb_latents
-from tgt_fast.teacher import Latents
+from tgt_fast.teacher import Latents, Teacher, tree
+from tgt_fast.teacher.key import Key
 
 # Normals take a sample's counter blocks from 0 upwards, four numbers each: the last is out of their reach.
 _LAST_BLOCK = 0xFFFFFFFF
 _WORD = 0xFFFFFFFF
-
-
-@dataclass(frozen=True, eq=False)
-class Key:
-    """All that the noise of one call depends on."""
-
-    seed: Tensor  # 0-d int64
-    ids: Tensor  # [B] int64
-    step: int | Tensor  # 0-d int64 as a tensor
-    replica: int = 0
-
-    def on(self, device: torch.device) -> Key:
-        if self.ids.device == device:
-            return self
-        step = self.step.to(device) if isinstance(self.step, Tensor) else self.step
-        return replace(self, seed=self.seed.to(device), ids=self.ids.to(device), step=step)
-
-    def of_replica(self, replica: int) -> Key:
-        return replace(self, replica=replica)
-
-    def take(self, rows: Tensor) -> Key:
-        return replace(self, ids=self.ids[rows])
 
 
 def words(key: Key, op: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,6 +52,19 @@ def with_noise(
             backend=options.backend,
         )
     return latents.at_real(z)
+
+
+def decoded(teacher: Teacher, latents: Latents, key: Key, replicas: int, *, relaxed: bool = False) -> Any:
+    """``Dec(z)`` for latents [replicas * B, ...]; a decoder that draws numbers gets the key of each replica."""
+    if not teacher.decoder_takes_key:
+        return teacher.decode(latents, relaxed)
+    key, count = key.on(latents.z.device), key.ids.shape[0]
+    pieces = []
+    for replica in range(replicas):
+        rows = slice(replica * count, (replica + 1) * count)
+        mine = tree.map_batched(lambda leaf, rows=rows: leaf[rows], latents)  # type: ignore[misc]
+        pieces.append(teacher.decode(mine, relaxed, key.of_replica(replica)))
+    return teacher.join(pieces)
 
 
 def over_coordinates(scale: Tensor, z: Tensor) -> Tensor:

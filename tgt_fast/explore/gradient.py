@@ -13,12 +13,13 @@ from torch import Tensor
 
 from tgt_fast._ranges import named_range
 from tgt_fast.errors import ArgumentError, ShapeError
-from tgt_fast.explore.draws import Key, over_coordinates
+from tgt_fast.explore.draws import over_coordinates
 from tgt_fast.explore.guard import left_as_found, unwrapped, what_runs
 from tgt_fast.explore.options import SamplerOptions
 from tgt_fast.ops.distill import distillation_loss
 from tgt_fast.ops.latent import ascend_latents
 from tgt_fast.teacher import Latents, Teacher, tree
+from tgt_fast.teacher.key import Key
 from tgt_fast.teacher.teacher import checked_logits
 
 Student = Callable[..., Any]
@@ -66,7 +67,8 @@ def climb(
         if not options.record_disagreement:
             return latents, []
         with torch.no_grad():
-            last = [_disagreement(teacher, student, p, options) for p in tree.chunks(latents, teacher.max_batch)]
+            pieces = tree.chunks((latents, key), teacher.max_batch)
+            last = [_disagreement(teacher, student, *piece, options) for piece in pieces]
     return latents, [value.mean().item() for value in (*values, torch.cat(last))]
 
 
@@ -81,9 +83,9 @@ def ways_up(
     values: list[Tensor] | None = None,
 ) -> Latents:
     """The steps of :func:`climb`, for a student in eval mode; appends the disagreement before each to ``values``."""
-    latents = start
+    latents, key = start, key.on(start.z.device)
     for number in range(options.steps):
-        parts = [_slope(teacher, student, piece, options) for piece in tree.chunks(latents, teacher.max_batch)]
+        parts = [_slope(teacher, student, *piece, options) for piece in tree.chunks((latents, key), teacher.max_batch)]
         value, slope = (torch.cat(column) for column in zip(*parts, strict=True))
         if values is not None:
             values.append(value)
@@ -92,13 +94,15 @@ def ways_up(
     return latents
 
 
-def _slope(teacher: Teacher, student: Student, latents: Latents, options: SamplerOptions) -> tuple[Tensor, Tensor]:
+def _slope(
+    teacher: Teacher, student: Student, latents: Latents, key: Key, options: SamplerOptions
+) -> tuple[Tensor, Tensor]:
     """The disagreement of each sample, [B], and its gradient in z."""
     if torch.compiler.is_compiling():
-        return _slope_traced(teacher, student, latents, options)
+        return _slope_traced(teacher, student, latents, key, options)
     with named_range("slope"), torch.enable_grad():
         z = latents.z.detach().requires_grad_()
-        value = _disagreement(teacher, student, latents.at_real(z), options)
+        value = _disagreement(teacher, student, latents.at_real(z), key, options)
         slope: Tensor | None = None
         if value.requires_grad:
             # With respect to z alone: no parameter gradient is computed, none accumulated.
@@ -111,12 +115,12 @@ def _slope(teacher: Teacher, student: Student, latents: Latents, options: Sample
 
 
 def _slope_traced(
-    teacher: Teacher, student: Student, latents: Latents, options: SamplerOptions
+    teacher: Teacher, student: Student, latents: Latents, key: Key, options: SamplerOptions
 ) -> tuple[Tensor, Tensor]:
     """The same for a compiler, which does not look into ``torch.autograd.grad``."""
 
     def total(z: Tensor) -> tuple[Tensor, Tensor]:
-        value = _disagreement(teacher, student, latents.at_real(z), options)
+        value = _disagreement(teacher, student, latents.at_real(z), key, options)
         return value.sum(), value
 
     with torch.no_grad():  # outside of the gradient in z: the parameters are constants
@@ -124,8 +128,8 @@ def _slope_traced(
     return value, slope
 
 
-def _disagreement(teacher: Teacher, student: Student, latents: Latents, options: SamplerOptions) -> Tensor:
-    x = teacher.decode(latents, relaxed=True)
+def _disagreement(teacher: Teacher, student: Student, latents: Latents, key: Key, options: SamplerOptions) -> Tensor:
+    x = teacher.decode(latents, relaxed=True, key=key)
     theirs = teacher.label(x)
     ours = checked_logits(student(teacher.student_view(x)), latents.z.shape[0], "student")
     if ours.shape[-1] != theirs.shape[-1]:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from tgt_fast._ranges import named_range
 from tgt_fast.explore.bank import LatentBank, chain_key
-from tgt_fast.explore.draws import Key, with_noise, words
+from tgt_fast.explore.draws import with_noise, words
 from tgt_fast.explore.gradient import step_up
 from tgt_fast.explore.options import SamplerOptions
 from tgt_fast.kernels.options import OP_RESTART
 from tgt_fast.teacher import Latents, Teacher, tree
+from tgt_fast.teacher.key import Key
 
 _CPU = torch.device("cpu")
 

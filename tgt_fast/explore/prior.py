@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tgt_fast.explore.draws import Key, with_noise
+from tgt_fast.explore.draws import with_noise
 from tgt_fast.explore.options import SamplerOptions
 from tgt_fast.teacher import Latents, Teacher
+from tgt_fast.teacher.key import Key
 
 
 def prior_latents(teacher: Teacher, x: Any, key: Key, options: SamplerOptions) -> Latents:
@@ -23,4 +25,4 @@ def _origin(teacher: Teacher, x: Any, key: Key) -> Latents:
         dtype = torch.get_default_dtype() if like is None else like.dtype
         return Latents(torch.zeros(key.ids.shape[0], *teacher.prior, dtype=dtype, device=key.ids.device))
     anchors = teacher.encode(x)
-    return Latents(torch.zeros_like(anchors.z), anchors.mask)
+    return replace(anchors, z=torch.zeros_like(anchors.z))

@@ -17,7 +17,7 @@ from tgt_fast.explore.bank import LatentBank
 from tgt_fast.explore.calibration import StreamingStd, labels_of
 from tgt_fast.explore.compiled import CompiledExploration, examples
 from tgt_fast.explore.counters import Counters
-from tgt_fast.explore.draws import Key, with_noise
+from tgt_fast.explore.draws import decoded, with_noise
 from tgt_fast.explore.gradient import checked_student, climb
 from tgt_fast.explore.options import SamplerOptions, checked_integer
 from tgt_fast.explore.persistent import visit_chains
@@ -27,6 +27,7 @@ from tgt_fast.explore.synthetic import Synthetic
 from tgt_fast.kernels.options import MAX_SAMPLE_ID
 from tgt_fast.teacher import Latents, Teacher, tree
 from tgt_fast.teacher.batches import split_batch
+from tgt_fast.teacher.key import Key
 
 
 class LatentSampler:
@@ -216,11 +217,11 @@ class LatentSampler:
         with named_range(f"explore ({self.mode})"):
             if self.mode == "persistent":
                 latents = visit_chains(self.teacher, self._bank, x, key, self._scale_for, self.options)
-                made = self.teacher.decode(latents, relaxed=True)
+                made = decoded(self.teacher, latents, key, self.options.replicas, relaxed=True)
                 logits = self.teacher.label(made)
             else:
                 latents = tree.concat(self._explored(x, student, key))
-                made, logits = self._examples(self.teacher, latents)
+                made, logits = self._examples(self.teacher, latents, key, self.options.replicas)
         self._counters.advance(key.ids.shape[0], ids=sample_ids is None, step=step is None)
         return Synthetic(made, latents, logits, self.mode, key.ids.repeat(self.options.replicas))
 

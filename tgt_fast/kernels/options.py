@@ -123,6 +123,32 @@ class Listed(NamedTuple):
     tail: str  # one of TAILS
 
 
+@dataclass(frozen=True)
+class SampleOptions:
+    """Which tokens may be drawn and how likely, validated by ``tgt_fast.ops.tokens``. None: no such filter."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None  # below 1
+    min_p: float | None = None  # above 0
+
+
+@dataclass(frozen=True)
+class SoftOptions:
+    """How a soft embedding is made, validated by ``tgt_fast.ops.tokens``."""
+
+    tau: float = 1.0
+    gumbel: bool = False
+    hard: bool = False
+
+
+class SoftState(NamedTuple):
+    """What a forward knows of the rows of y = logits + noise, and a backward needs."""
+
+    rows: Tensor  # [2, N] max y, and sum exp((y - max y) / tau); float64 as soon as an input is, else float32
+    chosen: Tensor  # [N] int64, the first place of max y; empty where the embedding is soft
+
+
 class Forward(NamedTuple):
     """What one pass of a distill kernel over the logits returns."""
 

@@ -7,32 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels import select
-from tgt_fast.kernels.options import MAX_SAMPLE_ID, MAX_STEP
-from tgt_fast.ops import _checks, library
+from tgt_fast.ops import library
+from tgt_fast.ops._noise import KEY, KEY_COUNT, check_ids, check_step, packed, unpacked
 
-_KEY = "Tensor? device_seed, int seed, Tensor sample_ids, Tensor? device_step, int step, int replica"
 _KEEP = -1.0  # the sphere through z itself
-
-
-def check_ids(name: str, sample_ids: Tensor) -> None:
-    """On a CPU, where looking costs no synchronisation: ArgumentError unless 0 <= id < 2**48."""
-    if _checks.on_plain_cpu(sample_ids) and sample_ids.numel():
-        low, high = (int(bound) for bound in sample_ids.aminmax())
-        if low < 0 or high >= MAX_SAMPLE_ID:
-            raise ArgumentError(f"{name}: sample_ids must be in [0, 2**48), got {low if low < 0 else high}")
-
-
-def check_step(name: str, step: int | Tensor) -> None:
-    """The same for a step that a tensor holds."""
-    if isinstance(step, Tensor) and _checks.on_plain_cpu(step):
-        _checks.integer(name, "step", int(step), 0, MAX_STEP)
-
-
-def _signed(seed: int) -> int:
-    """The 64 bits of a seed as a schema's integer."""
-    return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 
 def _kernel(backend: str, *tensors: Tensor | None) -> Any:
@@ -108,7 +87,7 @@ def perturb_as_op(
     sigmas, sigma = library.split(per_sample, 0.0)
     op, rest = key["op"], {name: value for name, value in key.items() if name != "op"}
     out: Tensor = perturb_latents(
-        rows, sigmas, sigma, per_coordinate, *_packed(**rest), op, truncation,
+        rows, sigmas, sigma, per_coordinate, *packed(**rest), op, truncation,
         _KEEP if sphere_radius == "keep" else sphere_radius, backend,
     )  # fmt: skip
     return out
@@ -128,26 +107,9 @@ class _Dispatched:
             return perturb_as_op(rows, per_sample, per_coordinate, key, truncation, sphere_radius, self.backend)
 
 
-def _packed(seed: int | Tensor, sample_ids: Tensor, step: int | Tensor, replica: int) -> tuple[Any, ...]:
-    device_seed, seed_number = library.split(seed, 0)
-    device_step, step_number = library.split(step, 0)
-    return device_seed, _signed(seed_number), sample_ids, device_step, step_number, replica
-
-
-def _unpacked(
-    device_seed: Tensor | None, seed: int, sample_ids: Tensor, device_step: Tensor | None, step: int, replica: int
-) -> dict[str, Any]:
-    return {
-        "seed": seed if device_seed is None else device_seed,
-        "sample_ids": sample_ids,
-        "step": step if device_step is None else device_step,
-        "replica": replica,
-    }
-
-
 def _perturb_call(arguments: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...], str]:
     z, sigmas, sigma, per_coordinate, *rest = arguments
-    key, (op, truncation, radius, backend) = _unpacked(*rest[:6]), rest[6:]
+    key, (op, truncation, radius, backend) = unpacked(*rest[:KEY_COUNT]), rest[KEY_COUNT:]
     per_sample = sigma if sigmas is None else sigmas
     return (
         z,
@@ -174,7 +136,7 @@ def _perturb_autograd(*arguments: Any) -> Tensor:
 
 
 perturb_latents = library.define(
-    f"perturb_latents(Tensor z, Tensor? sigmas, float sigma, Tensor? per_coordinate, {_KEY}, int op, "
+    f"perturb_latents(Tensor z, Tensor? sigmas, float sigma, Tensor? per_coordinate, {KEY}, int op, "
     "float? truncation, float? sphere_radius, str backend) -> Tensor",
     _perturb_kernel,
     _perturb_fake,
@@ -193,7 +155,7 @@ def ascend_as_op(
     """The step as one call of the registered op."""
     out: Tensor = ascend_latents(
         z, grad, *library.split(step_size, 0.0), scale, anchor, *library.split(radius, 0.0), norm, radius_norm,
-        *library.split(sigma, 0.0), *_packed(seed, sample_ids, step, replica), backend,
+        *library.split(sigma, 0.0), *packed(seed, sample_ids, step, replica), backend,
     )  # fmt: skip
     return out
 
@@ -203,7 +165,7 @@ def _ascend_kernel(
     radii: Tensor | None, radius: float | None, norm: str, radius_norm: str, sigmas: Tensor | None, sigma: float,
     *rest: Any,
 ) -> Tensor:  # fmt: skip
-    key, backend = _unpacked(*rest[:6]), rest[6]
+    key, backend = unpacked(*rest[:KEY_COUNT]), rest[KEY_COUNT]
     check_ids("ascend_latents", key["sample_ids"])
     check_step("ascend_latents", key["step"])
     kernel = _kernel(backend, z, grad, anchor, steps, sigmas, radii, scale)
@@ -222,7 +184,7 @@ def _ascend_fake(z: Tensor, *_: Any) -> Tensor:
 ascend_latents = library.define(
     "ascend_latents(Tensor z, Tensor grad, Tensor? steps, float step_size, Tensor? scale, Tensor? anchor, "
     "Tensor? radii, float? radius, str norm, str radius_norm, Tensor? sigmas, float sigma, "
-    f"{_KEY}, str backend) -> Tensor",
+    f"{KEY}, str backend) -> Tensor",
     _ascend_kernel,
     _ascend_fake,
 )

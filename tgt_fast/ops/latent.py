@@ -9,18 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
+from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.kernels import select
-from tgt_fast.kernels.options import (
-    MAX_REPLICA,
-    MAX_STEP,
-    OP_PERTURB,
-    OP_RESTART,
-    RADIUS_NORMS,
-    STEP_NORMS,
-)
+from tgt_fast.kernels.options import OP_PERTURB, OP_RESTART, RADIUS_NORMS, STEP_NORMS
 from tgt_fast.ops import _checks
-from tgt_fast.ops._latent_library import ascend_as_op, check_ids, check_step, perturb, perturb_as_op
+from tgt_fast.ops._latent_library import ascend_as_op, perturb, perturb_as_op
+from tgt_fast.ops._noise import noise_key
 from tgt_fast.ops.library import seen_by_dispatcher
 
 _STREAMS = {"perturb": OP_PERTURB, "restart": OP_RESTART}
@@ -79,7 +73,7 @@ def perturb_latents(
     _check_latents(name, z)
     per_sample, per_coordinate = _factors(name, "sigma", sigma, z)
     stream = _STREAMS[_checks.choice(name, "op", op, tuple(_STREAMS))]
-    key = _noise_key(name, z, seed, sample_ids, step, replica, stream)
+    key = noise_key(name, "z", z, z.shape[0], seed, sample_ids, step, replica) | {"op": stream}
     if truncation is not None:
         truncation = _checks.number(name, "truncation", truncation, 0, _LARGE, open_low=True)
     if sphere_radius is not None and sphere_radius != "keep":
@@ -176,7 +170,7 @@ def ascend_latents(
     sigmas = _per_sample(name, "sigma", sigma, z, low=0)
     radii = None if radius is None else _per_sample(name, "radius", radius, z, low=0)
     per_coordinate = None if scale is None else _per_coordinate(name, "scale", scale, z)
-    key = _noise_key(name, z, seed, sample_ids, step, replica, None)
+    key = noise_key(name, "z", z, z.shape[0], seed, sample_ids, step, replica)
 
     rows, slope = _rows(z), _rows(grad)
     centre = None if anchor is None else _rows(anchor)
@@ -271,50 +265,3 @@ def _per_sample(name: str, what: str, value: float | Tensor, z: Tensor, low: flo
         raise ShapeError(f"{name}: {what} {tuple(value.shape)} must be a number or one a sample, ({z.shape[0]},)")
     _checks.finite_from(name, what, value.detach(), low)
     return value.detach().reshape(-1, 1).expand(z.shape[0], 1)
-
-
-def _noise_key(
-    name: str,
-    z: Tensor,
-    seed: int | Tensor,
-    sample_ids: Tensor | None,
-    step: int | Tensor,
-    replica: int,
-    op: int | None,
-) -> dict[str, Any]:
-    """The checked key of the noise. Integers that live in a tensor stay there."""
-    ids = torch.arange(z.shape[0], device=z.device) if sample_ids is None else _checked_ids(name, sample_ids, z)
-    seed = _whole(name, "seed", seed, -(2**63), 2**64)
-    step = _whole(name, "step", step, 0, MAX_STEP)
-    replica = _checks.integer(name, "replica", replica, 0, MAX_REPLICA)
-    key: dict[str, Any] = {"seed": seed, "sample_ids": ids, "step": step, "replica": replica}
-    if op is not None:
-        key["op"] = op
-    return key
-
-
-def _checked_ids(name: str, sample_ids: Tensor, z: Tensor) -> Tensor:
-    if not isinstance(sample_ids, Tensor):
-        raise DTypeError(f"{name}: sample_ids must be an integer tensor, got {type(sample_ids).__name__}")
-    if sample_ids.is_floating_point() or sample_ids.dtype == torch.bool or sample_ids.is_complex():
-        raise DTypeError(f"{name}: sample_ids must hold integers, got {sample_ids.dtype}")
-    if sample_ids.shape != (z.shape[0],):
-        raise ShapeError(f"{name}: sample_ids {tuple(sample_ids.shape)} must be one a sample of z {tuple(z.shape)}")
-    _checks.same_device(name, "sample_ids", sample_ids, "z", z)
-    if sample_ids.dtype != torch.int64:
-        sample_ids = sample_ids.to(torch.int64)
-    check_ids(name, sample_ids)
-    return sample_ids
-
-
-def _whole(name: str, what: str, value: int | Tensor, low: int, high: int) -> int | Tensor:
-    """An int, or a 0-d int64 tensor; what lies on another device is not looked at."""
-    if not isinstance(value, Tensor):
-        return _checks.integer(name, what, value, low, high)
-    if value.dim() != 0 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        found = f"{value.dtype} {tuple(value.shape)}"
-        raise ArgumentError(f"{name}: {what} must be an integer or a 0-d int64 tensor, got {found}")
-    value = value.to(torch.int64)
-    if what == "step":
-        check_step(name, value)
-    return value

@@ -1,6 +1,20 @@
-"""The frozen teacher and the latents that it works on."""
+"""The frozen teacher, the latents that it works on, and adapters for models of other libraries."""
 
+from tgt_fast.teacher.alignment import TokenMap, align_vocabularies
+from tgt_fast.teacher.consumer import TextClassifier
+from tgt_fast.teacher.generation import Generation
+from tgt_fast.teacher.key import Key
 from tgt_fast.teacher.latents import Latents
+from tgt_fast.teacher.seq2seq import Seq2SeqTeacher
 from tgt_fast.teacher.teacher import Teacher
 
-__all__ = ["Latents", "Teacher"]
+__all__ = [
+    "Generation",
+    "Key",
+    "Latents",
+    "Seq2SeqTeacher",
+    "Teacher",
+    "TextClassifier",
+    "TokenMap",
+    "align_vocabularies",
+]

@@ -23,12 +23,15 @@ class Latents:
             example (B, L) for z of (B, L, d); each of its dimensions is z's or 1. True (non-zero) marks a
             real position. Padding goes to the right: then noise, which is numbered position by position, is
             the same for an example alone and for the same example padded.
+        source: None, or what z was encoded from, where the decoder asks for it again: integers in the mask's shape,
+            such as the tokens (B, L) of a text. Exploration moves z and carries the source along.
 
-    A node of ``torch.utils._pytree``; the mask is a leaf only where there is one.
+    A node of ``torch.utils._pytree``; mask and source are leaves only where there are any.
     """
 
     z: Tensor
     mask: Tensor | None = None
+    source: Tensor | None = None
 
     @property
     def real(self) -> Tensor | None:
@@ -62,6 +65,9 @@ class Latents:
                     f"{what}: mask {tuple(self.mask.shape)} does not cover the leading dimensions of "
                     f"latents {tuple(self.z.shape)}"
                 )
+        if self.source is not None and (self.mask is None or self.source.shape != self.mask.shape):
+            of = None if self.mask is None else tuple(self.mask.shape)
+            raise ShapeError(f"{what}: source {tuple(self.source.shape)} is not of the mask's shape, {of}")
         return self
 
     def padded_to(self, shape: torch.Size | tuple[int, ...]) -> Latents:
@@ -79,7 +85,8 @@ class Latents:
         if mask is None or len(have) != len(shape) or any(g < 0 for g in grows) or any(grows[mask.ndim - 1 :]):
             raise ShapeError(f"latents of shape {have} do not fit where examples have shape {tuple(shape)}")
         widths = [g if mask.shape[1 + i] == have[i] else 0 for i, g in enumerate(grows[: mask.ndim - 1])]
-        return replace(self, z=_pad_right(self.z, grows), mask=_pad_right(mask, widths))
+        source = None if self.source is None else _pad_right(self.source, widths)
+        return replace(self, z=_pad_right(self.z, grows), mask=_pad_right(mask, widths), source=source)
 
 
 def _pad_right(x: Tensor, widths: list[int]) -> Tensor:
@@ -88,13 +95,14 @@ def _pad_right(x: Tensor, widths: list[int]) -> Tensor:
     return F.pad(x, [n for width in reversed(widths) for n in (0, width)])
 
 
-def _flatten(latents: Latents) -> tuple[list[Any], bool]:
-    return ([latents.z], False) if latents.mask is None else ([latents.z, latents.mask], True)
+def _flatten(latents: Latents) -> tuple[list[Any], tuple[bool, bool]]:
+    optional = (latents.mask, latents.source)
+    return [latents.z, *(x for x in optional if x is not None)], (optional[0] is not None, optional[1] is not None)
 
 
-def _unflatten(children: Any, has_mask: bool) -> Latents:
-    z, *mask = children
-    return Latents(z, mask[0] if has_mask else None)
+def _unflatten(children: Any, has: tuple[bool, bool]) -> Latents:
+    z, *rest = children
+    return Latents(z, rest[0] if has[0] else None, rest[-1] if has[1] else None)
 
 
 pytree.register_pytree_node(Latents, _flatten, _unflatten, serialized_type_name="tgt_fast.Latents")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tgt_fast._ranges import named_range
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.teacher import tree
+from tgt_fast.teacher.key import Key
 from tgt_fast.teacher.latents import Latents
 
 Inputs: TypeAlias = Any  # a tensor, or a pytree of tensors that share the batch dimension
@@ -35,7 +36,8 @@ class Teacher(nn.Module):
         decoder: latents -> data with the same B. It is called with the tensor z, or with the whole
             ``Latents`` where they carry a mask. If it has a parameter named ``relaxed`` it is told whether a
             differentiable output is wanted (decoders of discrete data); any other decoder is taken to be
-            differentiable as it is.
+            differentiable as it is. If it has a parameter named ``key`` it is given what its random choices are
+            keyed by (a :class:`tgt_fast.teacher.Key`: seed, sample ids, step, replica), or None.
         labeler: ``labeler_transform(data)`` -> logits [B, ..., C].
         prior: None; "normal" (z ~ N(0, I) in the shape of the encoder's latents); a shape such as (16,) (the
             same, and no encoder call is needed to learn the shape); or a callable that turns normal noise in
@@ -86,6 +88,7 @@ class Teacher(nn.Module):
             raise ArgumentError(f"Teacher: max_batch must be a positive integer or None, got {max_batch!r}")
         self.max_batch = max_batch
         self._decoder_takes_relaxed = _has_parameter(decoder, "relaxed")
+        self.decoder_takes_key = _has_parameter(decoder, "key")
         found = [owner for part in self._parts.values() if (owner := module_behind(part)) is not None]
         unique = {id(module): module for module in [*found, *modules]}
         self._frozen: tuple[nn.Module, ...] = tuple(unique.values())
@@ -164,12 +167,13 @@ class Teacher(nn.Module):
     def _encode(self, x: Inputs) -> Latents:
         return _as_latents(self.encoder(x), tree.batch_size(x), "encoder")
 
-    def decode(self, latents: Latents | Tensor, relaxed: bool = False) -> Inputs:
+    def decode(self, latents: Latents | Tensor, relaxed: bool = False, key: Key | None = None) -> Inputs:
         """``Dec(z)``, differentiable in z.
 
         Args:
             latents: B latents, or a bare tensor [B, ...].
             relaxed: ask a decoder of discrete data for an output through which gradients flow.
+            key: for a decoder that draws random numbers, what they are keyed by, with B ids; a sampler passes its own.
 
         Returns:
             Data, a pytree of B examples.
@@ -180,14 +184,26 @@ class Teacher(nn.Module):
         self._keep_frozen()
         if isinstance(latents, Tensor):
             latents = Latents(latents)
+        key = key if self.decoder_takes_key else None
         with named_range("decode"):
-            return tree.concat([self._decode(piece, relaxed) for piece in tree.chunks(latents, self.max_batch)])
+            pieces = tree.chunks((latents, key), self.max_batch)
+            return self.join([self._decode(*piece, relaxed) for piece in pieces])
 
-    def _decode(self, latents: Latents, relaxed: bool) -> Inputs:
-        options = {"relaxed": relaxed} if self._decoder_takes_relaxed else {}
+    def _decode(self, latents: Latents, key: Key | None, relaxed: bool) -> Inputs:
+        options: dict[str, Any] = {"relaxed": relaxed} if self._decoder_takes_relaxed else {}
+        if self.decoder_takes_key:
+            options["key"] = key
         x = self.decoder(latents.z if latents.mask is None else latents, **options)
         _same_batch("decoder", latents.z.shape[0], tree.batch_size(x, "decoder's output"))
         return x
+
+    def join(self, pieces: Sequence[Inputs]) -> Inputs:
+        """Batches of data one after the other. A teacher whose examples differ in length pads them here.
+
+        Raises:
+            ShapeError: the pieces differ in structure or in the shape of an example.
+        """
+        return tree.concat(pieces)
 
     def label(self, x: Inputs) -> Tensor:
         """``h(labeler_transform(x))``, logits [B, ..., C]; differentiable in x, no graph where x needs none.

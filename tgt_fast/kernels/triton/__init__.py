@@ -73,6 +73,8 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
         return reason
     if op == "sparse":
         return "there are no Triton kernels for top-k records"
+    if op in ("tokens", "soft_embedding"):
+        return "there are no Triton kernels for tokens"
     device = tensors[0].device
     if device.type not in ("cuda", "cpu"):
         return f"Triton's kernels serve CUDA tensors, these are on {device}"

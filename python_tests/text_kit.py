@@ -1,0 +1,154 @@
+"""Tiny texts, tokenizers and randomly initialised models of transformers' own classes; nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import toys
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import tgt_fast as tgt
+
+CLASSES = 3
+TEXTS = (
+    "the cat sat on the mat",
+    "A dog ran in the park, and then it slept",
+    "return the sum",
+    "good",
+    "it was a bad film but the music was good and the cat was not",
+    "open the file and read all of its lines",
+)
+
+
+@lru_cache
+def bart_tokenizer() -> Any:
+    """Byte-level BPE, <s> text </s>, as BART and RoBERTa have it."""
+    t = Tokenizer(models.BPE())
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    t.train_from_iterator(TEXTS * 3, trainer)
+    t.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    names = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "mask_token": "<mask>",
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=t, **names)
+
+
+@lru_cache
+def t5_tokenizer() -> Any:
+    """SentencePiece's way of writing words, text </s>, as T5 has it."""
+    t = Tokenizer(models.Unigram())
+    t.pre_tokenizer, t.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    letters = sorted({letter for text in TEXTS for letter in text if letter != " "})
+    trainer = trainers.UnigramTrainer(
+        vocab_size=120, special_tokens=special, unk_token="<unk>", initial_alphabet=letters, show_progress=False
+    )
+    t.train_from_iterator(TEXTS * 3, trainer)
+    t.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=t, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+
+
+@lru_cache
+def bert_tokenizer() -> Any:
+    """WordPiece in lower case, [CLS] text [SEP], as BERT and DistilBERT have it."""
+    t = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    t.normalizer, t.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    t.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    t.train_from_iterator(
+        TEXTS * 3, trainers.WordPieceTrainer(vocab_size=150, special_tokens=special, show_progress=False)
+    )
+    t.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=t, mask_token="[MASK]", **names)
+
+
+def bart(vocabulary: int | None = None, **options: Any) -> Any:
+    size = len(bart_tokenizer()) if vocabulary is None else vocabulary
+    shape = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 64}
+    for side in ("encoder", "decoder"):
+        shape |= {f"{side}_attention_heads": 2, f"{side}_ffn_dim": 48}
+    # A larger spread than is usual, so that an untrained model does not say the same everywhere.
+    config = BartConfig(vocab_size=size, init_std=0.4, **{**shape, **options})
+    return toys.seeded(lambda: BartForConditionalGeneration(config), 0)
+
+
+def t5() -> Any:
+    config = T5Config(
+        vocab_size=len(t5_tokenizer()) + 8,  # more than the tokenizer knows, as T5's own is
+        d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, initializer_factor=4.0,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return toys.seeded(lambda: T5ForConditionalGeneration(config), 0)
+
+
+def roberta(seed: int = 1, **options: Any) -> Any:
+    """Of BART's vocabulary."""
+    config = RobertaConfig(
+        vocab_size=len(bart_tokenizer()), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=48, max_position_embeddings=70, pad_token_id=1, num_labels=CLASSES,
+        initializer_range=0.3, **options,
+    )  # fmt: skip
+    return toys.seeded(lambda: RobertaForSequenceClassification(config), seed)
+
+
+def distilbert(seed: int = 2, tokenizer: Any = None) -> Any:
+    config = DistilBertConfig(
+        vocab_size=len(bert_tokenizer() if tokenizer is None else tokenizer), dim=24, n_heads=2, n_layers=1,
+        hidden_dim=48, max_position_embeddings=80, num_labels=CLASSES, initializer_range=0.3,
+    )  # fmt: skip
+    return toys.seeded(lambda: DistilBertForSequenceClassification(config), seed)
+
+
+KINDS = ("bart, roberta, roberta", "bart, distilbert, distilbert", "t5, roberta, distilbert")
+
+
+def text_teacher(kind: str = KINDS[0], **options: Any) -> tuple[tgt.teacher.Seq2SeqTeacher, tgt.teacher.TextClassifier]:
+    """A teacher (generator, labeler) and a student, by name."""
+    generator, labeler, student = kind.split(", ")
+    tokenizers = {"bart": bart_tokenizer, "t5": t5_tokenizer, "roberta": bart_tokenizer, "distilbert": bert_tokenizer}
+    classifiers = {"roberta": roberta, "distilbert": distilbert}
+    learner = tgt.teacher.TextClassifier(classifiers[student](seed=5))
+    options.setdefault("generation", tgt.teacher.Generation(max_new_tokens=10))
+    options.setdefault("max_length", 48)
+    teacher = tgt.teacher.Seq2SeqTeacher(
+        bart() if generator == "bart" else t5(), tokenizers[generator](), classifiers[labeler](),
+        labeler_tokenizer=tokenizers[labeler](), student=learner, student_tokenizer=tokenizers[student](), **options,
+    )  # fmt: skip
+    return teacher, learner
+
+
+def one(x: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+    """Example ``row`` alone, without padding."""
+    alone = {}
+    for name, value in x.items():
+        mask = x[name.replace("input_ids", "attention_mask")]
+        alone[name] = value[row : row + 1, : int(mask[row].sum())]
+    return alone

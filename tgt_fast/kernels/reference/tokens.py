@@ -1,0 +1,185 @@
+"""The meaning of the tokens ops: a token drawn from each row of logits, and the embedding of a soft one."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tgt_fast.kernels.options import OP_GUMBEL, OP_TOKENS, SampleOptions, SoftOptions, SoftState
+from tgt_fast.kernels.reference.latent import _words
+
+__all__ = ["gumbel_noise", "sample", "soft_backward", "soft_embedding", "soft_forward", "token_uniform"]
+
+
+def token_uniform(
+    seed: int | Tensor, sample_ids: Tensor, positions: int, *, step: int | Tensor = 0, replica: int | Tensor = 0
+) -> Tensor:
+    """One uniform number a position: (word + 1/2) / 2^32, word l of the sample's stream for position l.
+
+    Args:
+        seed, sample_ids, step, replica: the key, see :func:`standard_normal`.
+        positions: L, rows a sample.
+
+    Returns:
+        [B, L] float64, in (0, 1).
+    """
+    words = _words(seed, sample_ids, (positions + 3) // 4, step, replica, OP_TOKENS).to(torch.float64)
+    return (words.flatten(start_dim=1)[:, :positions] + 0.5) * 2.0**-32
+
+
+def gumbel_noise(
+    seed: int | Tensor,
+    sample_ids: Tensor,
+    positions: int,
+    classes: int,
+    *,
+    step: int | Tensor = 0,
+    replica: int | Tensor = 0,
+) -> Tensor:
+    """Standard Gumbel numbers, -log(-log u) with u = (word + 1/2) / 2^32.
+
+    Position l of a sample starts at block l * ceil(V / 4) of its stream, so that every row starts a block of four.
+
+    Returns:
+        [B, L, V] float32.
+    """
+    blocks = (classes + 3) // 4
+    words = _words(seed, sample_ids, positions * blocks, step, replica, OP_GUMBEL)
+    words = words.reshape(sample_ids.shape[0], positions, 4 * blocks)[..., :classes]
+    uniform = (words.to(torch.float64) + 0.5) * 2.0**-32
+    return -(-uniform.log()).log().to(torch.float32)
+
+
+def sample(
+    logits: Tensor,  # [N, V], rows of B samples with L = N / B positions each
+    options: SampleOptions,
+    *,
+    seed: int | Tensor,
+    sample_ids: Tensor,  # [B] int64
+    step: int | Tensor,
+    replica: int | Tensor,
+) -> Tensor:
+    """A token a row: of the kept ones in the order of their ids, the first whose cumulated weight exceeds u * total.
+
+    Tokens are ordered by value, largest first, and among equals by id. Of these: the first ``top_k``; of these the
+    shortest beginning that holds ``top_p`` of their mass; of these the ones at least ``min_p`` as likely as the first.
+
+    Returns:
+        [N] int64; -1 for a row that is no distribution: only -inf, or with +inf or NaN.
+    """
+    if logits.shape[0] == 0:
+        return torch.empty(0, dtype=torch.int64, device=logits.device)
+    x = logits.detach().to(torch.float64)
+    largest = x.amax(dim=-1, keepdim=True)
+    whole = (x < math.inf).all(dim=-1, keepdim=True) & (largest > -math.inf)
+    scaled = torch.where(whole, x - torch.where(whole, largest, 0.0), 0.0) / options.temperature
+    order = torch.sort(torch.where(whole, x, 0.0), dim=-1, descending=True, stable=True).indices
+    below = scaled.gather(-1, order)
+    kept = torch.ones_like(below, dtype=torch.bool)
+    if options.top_k is not None:
+        kept[:, options.top_k :] = False
+    if options.top_p is not None:
+        weight = below.exp() * kept
+        before = weight.cumsum(dim=-1) - weight
+        kept &= before < options.top_p * weight.sum(dim=-1, keepdim=True)
+    if options.min_p is not None:
+        kept &= below >= math.log(options.min_p)
+    weight = scaled.exp() * torch.zeros_like(kept).scatter(-1, order, kept)
+    mass = weight.cumsum(dim=-1)
+    positions = logits.shape[0] // sample_ids.shape[0]
+    uniform = token_uniform(seed, sample_ids, positions, step=step, replica=replica).reshape(-1, 1)
+    token = (mass <= uniform * mass[:, -1:]).sum(dim=-1)
+    return torch.where(whole[:, 0], token, -1)
+
+
+def _noisy(
+    logits: Tensor,  # [N, V]
+    options: SoftOptions,
+    *,
+    seed: int | Tensor,
+    sample_ids: Tensor,
+    step: int | Tensor,
+    replica: int | Tensor,
+) -> Tensor:
+    """The logits in float64, with their Gumbel noise where it is asked for."""
+    noisy = logits.to(torch.float64)
+    if options.gumbel and logits.shape[0]:
+        positions = logits.shape[0] // sample_ids.shape[0]
+        noise = gumbel_noise(seed, sample_ids, positions, logits.shape[1], step=step, replica=replica)
+        noisy = noisy + noise.reshape(noisy.shape).to(torch.float64)
+    return noisy
+
+
+def _first_largest(noisy: Tensor) -> Tensor:
+    """The place of each row's largest number, the first of several.  [N, V] -> [N]"""
+    place = torch.arange(noisy.shape[1], device=noisy.device)
+    largest = noisy == noisy.amax(dim=-1, keepdim=True)
+    return torch.where(largest, place, noisy.shape[1] - 1).amin(dim=-1)
+
+
+def _value(noisy: Tensor, table: Tensor, options: SoftOptions) -> Tensor:
+    """softmax(noisy / tau) @ table; with ``hard`` the row of the largest instead, whose gradient to the logits is that
+    of the soft one and whose gradient to the table is its own."""
+    wide = table.to(torch.float64)
+    probability = torch.softmax(noisy / options.tau, dim=-1)
+    if options.hard:
+        soft = probability @ wide.detach()
+        return wide[_first_largest(noisy)] + (soft - soft.detach())
+    return probability @ wide
+
+
+def soft_embedding(
+    logits: Tensor,  # [N, V], rows of B samples with L = N / B positions each
+    table: Tensor,  # [V, D]
+    options: SoftOptions,
+    **key: int | Tensor,  # seed, sample_ids, step, replica
+) -> Tensor:
+    """softmax((logits + noise) / tau) @ table, [N, D] in the table's dtype; float64 inside, differentiable."""
+    noisy = _noisy(logits, options, **key)  # type: ignore[arg-type]
+    return _value(noisy, table, options).to(table.dtype)
+
+
+def soft_forward(
+    logits: Tensor, table: Tensor, options: SoftOptions, *, keep: bool = False, **key: int | Tensor
+) -> tuple[Tensor, SoftState | None]:
+    """The same without a graph, and what the backward of a compiled kernel needs to know of each row."""
+    with torch.no_grad():
+        noisy = _noisy(logits, options, **key)  # type: ignore[arg-type]
+        out = _value(noisy, table, options).to(table.dtype)
+        if not keep:
+            return out, None
+        rows = torch.empty(2, logits.shape[0], dtype=torch.float64, device=logits.device)
+        if logits.shape[0]:
+            rows[0] = noisy.amax(dim=-1)
+            rows[1] = ((noisy - rows[0][:, None]) / options.tau).exp().sum(dim=-1)
+        wide = torch.float64 in (logits.dtype, table.dtype)
+        chosen = _first_largest(noisy) if options.hard and logits.shape[0] else rows.new_empty(0, dtype=torch.int64)
+        return out, SoftState(rows if wide else rows.to(torch.float32), chosen)
+
+
+def soft_backward(
+    logits: Tensor,
+    table: Tensor,
+    state: SoftState,
+    d_out: Tensor,  # [N, D]
+    options: SoftOptions,
+    *,
+    wanted: tuple[bool, bool],
+    **key: int | Tensor,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients to logits and table, written out: inside a registered op there is no autograd to ask."""
+    with torch.no_grad():
+        wide, upstream = table.to(torch.float64), d_out.to(torch.float64)
+        probability = torch.softmax(_noisy(logits, options, **key) / options.tau, dim=-1)  # type: ignore[arg-type]
+        d_logits = d_table = None
+        if wanted[0]:
+            slope = upstream @ wide.T
+            mean = (probability * slope).sum(dim=-1, keepdim=True)
+            d_logits = (probability * (slope - mean) / options.tau).to(logits.dtype)
+        if wanted[1] and options.hard:
+            d_table = torch.zeros_like(wide).index_put_((state.chosen,), upstream, accumulate=True).to(table.dtype)
+        elif wanted[1]:
+            d_table = (probability.T @ upstream).to(table.dtype)
+        return d_logits, d_table

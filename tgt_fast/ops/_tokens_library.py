@@ -1,0 +1,227 @@
+"""The tokens ops in PyTorch's dispatcher, and the derivative of the soft embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgt_fast.errors import ArgumentError
+from tgt_fast.kernels import select
+from tgt_fast.kernels.options import SampleOptions, SoftOptions, SoftState
+from tgt_fast.ops import library
+from tgt_fast.ops._distill_autograd import _save, _saved
+from tgt_fast.ops._distill_library import dense_rows
+from tgt_fast.ops._noise import KEY, KEY_COUNT, check_ids, check_step, packed, unpacked
+
+_SOFT = "float tau, bool gumbel, bool hard"
+_SOFT_COUNT = 3
+
+
+def _checked_key(name: str, rows: Tensor, arguments: tuple[Any, ...]) -> dict[str, Any]:
+    key = unpacked(*arguments)
+    check_ids(name, key["sample_ids"])
+    check_step(name, key["step"])
+    samples = key["sample_ids"].shape[0]
+    if rows.shape[0] % samples if samples else rows.shape[0]:
+        raise ArgumentError(f"{name}: {rows.shape[0]} rows are no whole number of positions for {samples} sample_ids")
+    return key
+
+
+# Drawing tokens
+
+
+def sample_as_op(logits: Tensor, options: SampleOptions, key: dict[str, Any], backend: str) -> Tensor:
+    """Tokens of rows [N, V] as one call of the registered op."""
+    ids: Tensor = sample_tokens(
+        logits, options.temperature, options.top_k, options.top_p, options.min_p, *packed(**key), backend
+    )
+    return ids
+
+
+def _sample_kernel(logits: Tensor, *rest: Any) -> Tensor:
+    options, key, backend = SampleOptions(*rest[:4]), _checked_key("sample_tokens", logits, rest[4:-1]), rest[-1]
+    rows = dense_rows(logits)
+    kernel = select.kernel("tokens", select.choose("tokens", backend, (rows,)))
+    ids: Tensor = kernel.sample(rows, options, **key)
+    return ids
+
+
+def _sample_fake(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+# The soft embedding
+
+
+def soft_embed(kernel: Any, logits: Tensor, table: Tensor, options: SoftOptions, key: dict[str, Any]) -> Tensor:
+    """softmax((logits + noise) / tau) @ table of rows [N, V] by a kernel; differentiable in both."""
+    if torch.is_grad_enabled() and (logits.requires_grad or table.requires_grad):
+        out: Tensor = library.apply(SoftEmbedding, logits, table, (kernel, options, key))
+        return out
+    without_graph: Tensor = kernel.soft_forward(logits, table, options, **key)[0]
+    return without_graph
+
+
+class SoftEmbedding(torch.autograd.Function):
+    """Keeps two numbers a row; the probabilities, noise included, are computed again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, table: Tensor, call: tuple[Any, SoftOptions, dict[str, Any]]) -> Tensor:
+        kernel, options, key = call
+        # Counters may advance in place before backward asks for the same noise again.
+        held = {name: v.clone() if isinstance(v, Tensor) and v.dim() == 0 else v for name, v in key.items()}
+        out, state = kernel.soft_forward(logits, table, options, keep=True, **key)
+        ctx.call = (kernel, options, {name: value for name, value in held.items() if name != "sample_ids"})
+        _save(ctx, logits, table, *state, key["sample_ids"])
+        result: Tensor = out
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> Any:  # type: ignore[override]
+        kernel, options, key = ctx.call
+        logits, table, rows, chosen, sample_ids = _saved(ctx)
+        grads = kernel.soft_backward(
+            logits, table, SoftState(rows, chosen), d_out, options, wanted=tuple(ctx.needs_input_grad[:2]),
+            sample_ids=sample_ids, **key,
+        )  # fmt: skip
+        if torch.is_grad_enabled():
+            grads = tuple(None if g is None else library.apply(_Once, g, logits, table, d_out) for g in grads)
+        return (*grads, None)
+
+
+class _Once(torch.autograd.Function):
+    """Passes a gradient on; differentiating it again is an error that says what to do."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *_: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("soft_embedding: the compiled backends have no second derivative; pass backend='reference'")
+
+
+def soft_as_op(logits: Tensor, table: Tensor, options: SoftOptions, key: dict[str, Any], backend: str) -> Tensor:
+    """The same as one call of the registered op."""
+    out: Tensor = soft_embedding(logits, table, *_packed_options(options), *packed(**key), backend)
+    return out
+
+
+def _packed_options(options: SoftOptions) -> tuple[float, bool, bool]:
+    return options.tau, options.gumbel, options.hard
+
+
+class _Dispatched:
+    """The kernel as autograd wants it, each call an op that a tracer can see."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def soft_forward(
+        self, logits: Tensor, table: Tensor, options: SoftOptions, *, keep: bool = False, **key: Any
+    ) -> tuple[Tensor, SoftState | None]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, rows, chosen = _soft_forward(
+                logits, table, *_packed_options(options), *packed(**key), self.backend, keep
+            )
+        return out, SoftState(rows, chosen) if keep else None
+
+    def soft_backward(
+        self, logits: Tensor, table: Tensor, state: SoftState, d_out: Tensor, options: SoftOptions, *,
+        wanted: tuple[bool, bool], **key: Any,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        with torch._C._AutoDispatchBelowAutograd():
+            d_logits, d_table = _soft_backward(
+                logits, table, *state, d_out, *_packed_options(options), *packed(**key), self.backend, *wanted
+            )
+        return d_logits if wanted[0] else None, d_table if wanted[1] else None
+
+
+def _kernel(backend: str, *tensors: Tensor) -> Any:
+    return select.kernel("tokens", select.choose("soft_embedding", backend, tensors))
+
+
+def _soft_call(rows: Tensor, rest: tuple[Any, ...]) -> tuple[SoftOptions, dict[str, Any], tuple[Any, ...]]:
+    """(options, key, what follows them in the schema)."""
+    options, rest = SoftOptions(*rest[:_SOFT_COUNT]), rest[_SOFT_COUNT:]
+    return options, _checked_key("soft_embedding", rows, rest[:KEY_COUNT]), rest[KEY_COUNT:]
+
+
+def _forward(logits: Tensor, table: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    options, key, (backend, keep) = _soft_call(logits, rest)
+    logits = dense_rows(logits)
+    out, state = _kernel(backend, logits, table).soft_forward(logits, table, options, keep=keep, **key)
+    rows, chosen = (logits.new_empty(0), logits.new_empty(0, dtype=torch.int64)) if state is None else state
+    return out, rows, chosen
+
+
+def _forward_fake(logits: Tensor, table: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hard, keep = rest[_SOFT_COUNT - 1], rest[-1]
+    count = logits.shape[0]
+    wide = torch.float64 if torch.float64 in (logits.dtype, table.dtype) else torch.float32
+    return (
+        table.new_empty(count, table.shape[1]),
+        logits.new_empty((2, count), dtype=wide) if keep else logits.new_empty(0),
+        logits.new_empty(count if keep and hard else 0, dtype=torch.int64),
+    )
+
+
+def _backward(
+    logits: Tensor, table: Tensor, rows: Tensor, chosen: Tensor, d_out: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    options, key, (backend, *wanted) = _soft_call(logits, rest)
+    logits = dense_rows(logits)
+    d_logits, d_table = _kernel(backend, logits, table).soft_backward(
+        logits, table, SoftState(rows, chosen), d_out, options, wanted=tuple(wanted), **key
+    )
+    return (
+        logits.new_empty(0) if d_logits is None else d_logits.contiguous(),
+        table.new_empty(0) if d_table is None else d_table.contiguous(),
+    )
+
+
+def _backward_fake(
+    logits: Tensor, table: Tensor, rows: Tensor, chosen: Tensor, d_out: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    return tuple(x.new_empty(x.shape if want else 0) for x, want in zip((logits, table), rest[-2:], strict=True))  # type: ignore[return-value]
+
+
+def _soft_kernel(logits: Tensor, table: Tensor, *rest: Any) -> Tensor:
+    return _forward(logits, table, *rest, False)[0]
+
+
+def _soft_fake(logits: Tensor, table: Tensor, *rest: Any) -> Tensor:
+    return _forward_fake(logits, table, *rest, False)[0]
+
+
+def _soft_autograd(logits: Tensor, table: Tensor, *rest: Any) -> Tensor:
+    options, (*key, backend) = SoftOptions(*rest[:_SOFT_COUNT]), rest[_SOFT_COUNT:]
+    return soft_embed(_Dispatched(backend), logits, table, options, unpacked(*key))
+
+
+sample_tokens = library.define(
+    f"sample_tokens(Tensor logits, float temperature, int? top_k, float? top_p, float? min_p, {KEY}, str backend) "
+    "-> Tensor",
+    _sample_kernel,
+    _sample_fake,
+)
+soft_embedding = library.define(
+    f"soft_embedding(Tensor logits, Tensor table, {_SOFT}, {KEY}, str backend) -> Tensor",
+    _soft_kernel,
+    _soft_fake,
+    _soft_autograd,
+)
+_soft_forward = library.define(
+    f"soft_embedding_forward(Tensor logits, Tensor table, {_SOFT}, {KEY}, str backend, bool keep) "
+    "-> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_soft_backward = library.define(
+    f"soft_embedding_backward(Tensor logits, Tensor table, Tensor rows, Tensor chosen, Tensor d_out, {_SOFT}, {KEY}, "
+    "str backend, bool want_logits, bool want_table) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)

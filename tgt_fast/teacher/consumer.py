@@ -1,0 +1,180 @@
+"""What labeler and student see of a text: its tokens in their own vocabulary, or a relaxed text in their embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tgt_fast.errors import ArgumentError
+from tgt_fast.ops.tokens import soft_embedding
+from tgt_fast.teacher.alignment import align_vocabularies
+from tgt_fast.teacher.key import Key
+from tgt_fast.teacher.token_space import TokenSpace
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """How a distribution over tokens becomes an embedding, see :func:`tgt_fast.soft_embedding`."""
+
+    tau: float = 1.0
+    gumbel: bool = False
+    hard: bool = False
+    minimum_overlap: float = 0.25
+    backend: str = "auto"
+
+
+class TextClassifier(nn.Module):
+    """``logits = model(**inputs).logits``: a classifier of transformers, called with a dict and giving logits alone.
+
+    >>> import torch, tgt_fast as tgt
+    >>> from transformers import DistilBertConfig, DistilBertForSequenceClassification
+    >>> config = DistilBertConfig(vocab_size=100, dim=16, n_heads=2, n_layers=1, hidden_dim=32, num_labels=3)
+    >>> student = tgt.teacher.TextClassifier(DistilBertForSequenceClassification(config))
+    >>> student({"input_ids": torch.ones(2, 5, dtype=torch.int64), "attention_mask": torch.ones(2, 5)}).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """inputs: ``input_ids`` or ``inputs_embeds``, and ``attention_mask`` -> logits [B, C]."""
+        logits: Tensor = self.model(**inputs).logits
+        return logits
+
+    def get_input_embeddings(self) -> nn.Module:
+        embeddings: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
+        return embeddings
+
+
+class Consumer:
+    """A model that reads the generator's texts: the labeler or the student.
+
+    Args:
+        name: "labeler" or "student", under which a batch may hold tokens of its own.
+        space: its tokens.
+        generator: the generator's.
+        embedding: its table of input embeddings, a module with a ``weight``; None where no gradient is asked for.
+    """
+
+    def __init__(
+        self, name: str, space: TokenSpace, generator: TokenSpace, embedding: nn.Module | None, relaxation: Relaxation
+    ) -> None:
+        self.name, self.space, self.generator = name, space, generator
+        self.embedding, self.relaxation = embedding, relaxation
+        self.same = space.same_as(generator)
+        self._map: Tensor | None = None  # [V] of the generator's tokens, made when first needed
+        self._ids, self._mask = f"{name}_input_ids", f"{name}_attention_mask"
+
+    def tokens_beside(self, texts: list[str]) -> dict[str, Tensor]:
+        """Its tokens of these texts, to be kept in a batch beside the generator's; nothing where they are the same."""
+        if self.same:
+            return {}
+        made = self.space.tokenize(texts)
+        return {self._ids: made["input_ids"], self._mask: made["attention_mask"]}
+
+    def __call__(self, x: Any) -> dict[str, Tensor]:
+        """A batch of the teacher's data -> ``input_ids`` or ``inputs_embeds``, and ``attention_mask``."""
+        if "token_logits" in x:
+            return self._embedded(x)
+        if self._ids in x:
+            return {"input_ids": x[self._ids], "attention_mask": x[self._mask]}
+        if self.same:
+            return {"input_ids": x["input_ids"], "attention_mask": x["attention_mask"]}
+        device = x["input_ids"].device
+        return {name: ids.to(device) for name, ids in self.space.tokenize(self.generator.texts(x)).items()}
+
+    def _embedded(self, x: dict[str, Any]) -> dict[str, Tensor]:
+        """Its prefix, the soft embeddings of the ordinary tokens, its suffix: in the order and at the places where
+        they would stand were they tokens."""
+        logits, content = x["token_logits"], x["content"]  # [B, L, V], bool [B, L]
+        table, shared, scale = self._table(logits.shape[-1], logits.device)
+        # Never all of them: a special token is not part of a text.
+        soft = self._soft(logits.masked_fill(~shared, -torch.inf), table, x.get("key"))  # [B, L, D]
+        prefix, suffix = self.space.prefix, self.space.suffix
+        own = [*prefix, *suffix, self.space.pad]
+        weight = self._weight()
+        fixed = weight[torch.tensor(own, device=weight.device)].to(soft.dtype).expand(soft.shape[0], -1, -1)
+        rows = torch.cat([soft, fixed], 1) * scale
+        where, mask = _places(content, len(prefix), len(suffix), self.space.room)
+        embeds = rows.gather(1, where[..., None].expand(-1, -1, rows.shape[-1]))
+        return {"inputs_embeds": embeds, "attention_mask": mask}
+
+    def _soft(self, logits: Tensor, table: Tensor, key: Key | None) -> Tensor:
+        how = self.relaxation
+        keyed: dict[str, Any] = {}
+        if key is not None and how.gumbel:
+            keyed = {"seed": key.seed, "sample_ids": key.ids, "step": key.step, "replica": key.replica}
+        return soft_embedding(
+            logits, table, tau=how.tau, gumbel=how.gumbel, hard=how.hard, backend=how.backend, **keyed
+        )
+
+    def _table(self, classes: int, device: torch.device) -> tuple[Tensor, Tensor, float]:
+        """Its embedding of each of the generator's tokens, [V, D]; which of them it has, bool [V]; their factor."""
+        weight = self._weight()
+        if self._map is None:
+            self._map = self._aligned(classes)
+        ids = self._map = self._map.to(device)
+        scale = float(getattr(self.embedding, "embed_scale", None) or 1.0)
+        if self.same and weight.shape[0] == classes:
+            return weight, ids >= 0, scale
+        return weight.index_select(0, ids.clamp_min(0)), ids >= 0, scale
+
+    def _aligned(self, classes: int) -> Tensor:
+        ids = torch.full((classes,), -1)
+        if self.same:
+            known = torch.tensor(sorted(self.generator.vocabulary.values()))
+            found = torch.full((int(known.max()) + 1,), -1)
+            found[known] = known
+        else:
+            how = self.relaxation
+            aligned = align_vocabularies(
+                self.generator.tokenizer, self.space.tokenizer, minimum_overlap=how.minimum_overlap
+            )
+            found = aligned.ids
+        shared = min(classes, found.numel())
+        ids[:shared] = found[:shared]
+        ids[sorted(token for token in self.generator.special if token < classes)] = -1
+        return ids
+
+    def _weight(self) -> Tensor:
+        weight = getattr(self.embedding, "weight", None)
+        if self.embedding is None or not isinstance(weight, Tensor):
+            raise ArgumentError(
+                f"Seq2SeqTeacher: a gradient reaches the {self.name} through its table of input embeddings: give "
+                f"{self.name}_embedding=, a module with a weight, or a {self.name} with get_input_embeddings()"
+            )
+        # In eval mode nobody trains the table, and its gradient would cost a matrix product.
+        return weight if self.embedding.training else weight.detach()
+
+
+def _places(content: Tensor, prefix: int, suffix: int, room: int) -> tuple[Tensor, Tensor]:
+    """For each place of the consumer's text the row that it takes of [soft rows (L), prefix, suffix, padding].
+
+    content: bool [B, L], the soft rows that stand for ordinary tokens; of these the first ``room``.
+
+    Returns:
+        int64 [B, T] and the attention mask, int64 [B, T], with T = prefix + min(L, room) + suffix.
+    """
+    rows, length = content.shape
+    device = content.device
+    order = content.long().cumsum(1) - 1  # [B, L], of the ordinary tokens
+    kept = content & (order < room)
+    count = kept.sum(1, keepdim=True)
+    total = prefix + min(length, room) + suffix
+    place = torch.arange(total, device=device).expand(rows, -1)
+    where = torch.full(
+        (rows, total + 1), length + prefix + suffix, device=device
+    )  # the last column takes what is left out
+    target = torch.where(kept, order + prefix, total)
+    where.scatter_(1, target, torch.arange(length, device=device).expand(rows, -1))
+    where = where[:, :total]
+    where = torch.where(place < prefix, length + place, where)
+    behind = place - prefix - count
+    where = torch.where((behind >= 0) & (behind < suffix), length + prefix + behind, where)
+    mask = (behind < suffix).long()
+    return where, mask
