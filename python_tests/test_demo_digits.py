@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+from tgt_fast.demos import networks, workers
 from tgt_fast.demos.digits import (
     data,
     diagnostics,
@@ -26,7 +27,6 @@ from tgt_fast.demos.digits import (
     run,
     teachers,
     tune,
-    workers,
 )
 from tgt_fast.demos.digits.augment import Augmentation, shifted, warped
 from tgt_fast.demos.digits.methods import StudentResult
@@ -153,7 +153,7 @@ def test_noise_has_its_strength() -> None:
 
 
 def test_the_student_is_the_one_described() -> None:
-    assert models.parameter_count(models.student()) == 64 * 24 + 24 + 24 * 10 + 10
+    assert networks.parameter_count(models.student()) == 64 * 24 + 24 + 24 * 10 + 10
 
 
 def test_folding_batchnorm_keeps_the_function() -> None:

@@ -7,6 +7,7 @@ core is loaded at first use.
 
 from __future__ import annotations
 
+from tgt_fast.cache import Fingerprint, TeacherCache, teacher_fingerprint
 from tgt_fast.explore import LatentSampler, Synthetic
 from tgt_fast.kernels.native import release_buffers
 from tgt_fast.kernels.options import DistillStats
@@ -31,12 +32,14 @@ __all__ = [
     "ContrastiveDistillationLoss",
     "DistillStats",
     "DistillationLoss",
+    "Fingerprint",
     "LatentSampler",
     "Latents",
     "LinearDistillationLoss",
     "Synthetic",
     "TGTObjective",
     "Teacher",
+    "TeacherCache",
     "TeacherTopK",
     "__version__",
     "align_logits",
@@ -51,5 +54,6 @@ __all__ = [
     "release_buffers",
     "sample_tokens",
     "soft_embedding",
+    "teacher_fingerprint",
     "topk_teacher",
 ]

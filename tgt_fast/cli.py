@@ -49,16 +49,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a teacher and, in seven ways, a student on scikit-learn's digits; write a report.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    digits.add_argument(
-        "--seeds", type=_seeds, default=argparse.SUPPRESS, metavar="N,N,...",
-        help="the runs to average (default: 0,1,2; with --quick: 0)",
-    )  # fmt: skip
-    digits.add_argument("--quick", action="store_true", help="one seed and fewer steps: less than a minute")
+    _demo_options(digits, seeds="0,1,2; with --quick: 0", quick="one seed and fewer steps: less than a minute")
     digits.add_argument("--curve", action="store_true", help="also train on fewer and on more labels")
-    digits.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="folder of the report")
-    digits.add_argument(
-        "--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="also write the numbers here"
-    )
 
     bench = commands.add_parser(
         "bench",
@@ -107,6 +99,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands.add_parser("doctor", help="what was built, what can run here, and why the rest cannot")
     return parser
+
+
+def _demo_options(demo: argparse.ArgumentParser, seeds: str, quick: str) -> None:
+    """What every demo takes. ``seeds``: those it runs by default; ``quick``: what --quick leaves out."""
+    demo.add_argument(
+        "--seeds", type=_seeds, default=argparse.SUPPRESS, metavar="N,N,...",
+        help=f"the runs to average (default: {seeds})",
+    )  # fmt: skip
+    demo.add_argument("--quick", action="store_true", help=quick)
+    demo.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="folder of the report")
+    demo.add_argument(
+        "--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="also write the numbers here"
+    )
 
 
 def _seeds(text: str) -> list[int]:

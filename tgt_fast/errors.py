@@ -33,3 +33,17 @@ class CheckpointError(TgtError, RuntimeError):
 
 class DependencyError(TgtError, ImportError):
     """An optional package that is not installed; the message names the extra that brings it."""
+
+
+class CacheError(TgtError, RuntimeError):
+    """A teacher cache that cannot be opened, written or read."""
+
+
+class StaleCacheError(CacheError):
+    """A teacher cache of another teacher, or of other settings; the message says what differs."""
+
+
+class UnknownIdError(TgtError, KeyError):
+    """Sample ids that a teacher cache does not hold."""
+
+    __str__ = Exception.__str__  # KeyError would show the message in quotes

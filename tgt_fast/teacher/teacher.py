@@ -140,6 +140,17 @@ class Teacher(nn.Module):
         return labeler
 
     @property
+    def labeler_transform(self) -> Callable[..., Any] | None:
+        transform: Callable[..., Any] | None = self._parts["labeler_transform"]
+        return transform
+
+    @property
+    def hidden_modules(self) -> tuple[nn.Module, ...]:
+        """Those named by ``modules=`` that no part shows."""
+        shown = {id(module_behind(part)) for part in self._parts.values()}
+        return tuple(module for module in self._frozen if id(module) not in shown)
+
+    @property
     def prior(self) -> Prior:
         prior: Prior = self._parts["prior"]
         return prior

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,19 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from tgt_fast._files import sha256, sync, write_text
 from tgt_fast.errors import CheckpointError
+
+__all__ = [
+    "make_writable",
+    "replace_file",
+    "reported",
+    "sha256",
+    "sync",
+    "temporary_name",
+    "write_tensors",
+    "write_text",
+]
 
 
 @contextmanager
@@ -59,30 +70,6 @@ def temporary_name(path: Path) -> Path:
     return path.parent / f".{path.name}.tmp"
 
 
-def write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    sync(path)
-
-
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     safetensors.torch.save_file(tensors, path)
     sync(path)
-
-
-def sync(path: Path) -> None:
-    """Have the data of a file, or the names in a folder, on the disk before the next step relies on it."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folder
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

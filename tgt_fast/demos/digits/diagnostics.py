@@ -10,11 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tgt_fast.demos import networks
 from tgt_fast.demos.digits import models
 from tgt_fast.demos.digits.data import CLASSES, SIDE, Images
 from tgt_fast.demos.digits.methods import sampler
-from tgt_fast.demos.digits.models import Weights
 from tgt_fast.demos.digits.settings import Settings
+from tgt_fast.demos.networks import Weights
 from tgt_fast.errors import ShapeError
 from tgt_fast.losses.distill import DistillationLoss
 from tgt_fast.teacher import Teacher
@@ -94,7 +95,7 @@ def diagnose(
     seed: int,
 ) -> Diagnostics:
     """Measure the sources of one seed. ``students``: weights by method, "distillation" among them."""
-    watcher = models.with_weights(models.student(), students["distillation"]).eval()
+    watcher = networks.with_weights(models.student(), students["distillation"]).eval()
     repeats = -(-SAMPLES // len(images))
     x = images.x.repeat(repeats, 1)[:SAMPLES]
     sources: dict[str, tuple[Tensor, Tensor | None]] = {
@@ -146,7 +147,7 @@ def _ascent(teacher: Teacher, images: Images, weights: Weights, settings: Settin
         "tgt-gradient", teacher, settings, seed, steps=ASCENT_STEPS, step_size=ASCENT_STEP_SIZE, anchors="batch",
         record_disagreement=True,
     ).calibrate([images.x])  # fmt: skip
-    climber(images.x, student=models.with_weights(models.student(), weights).eval())
+    climber(images.x, student=networks.with_weights(models.student(), weights).eval())
     return tuple(climber.last_disagreement)
 
 

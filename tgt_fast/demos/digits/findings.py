@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from tgt_fast.demos.digits.results import DemoResult, SampleFactor, average, mean, sample_factors
+from tgt_fast.demos.digits.results import DemoResult, SampleFactor, average, sample_factors
 from tgt_fast.demos.digits.settings import BASELINES
+from tgt_fast.report.numbers import Difference, mean
 
 LABELS = {
     "one-hot": "one-hot labels",
@@ -17,32 +15,6 @@ LABELS = {
     "tgt-gradient": "TGT gradient",
     "tgt-persistent": "TGT persistent",
 }
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far one method is ahead of another, seed by seed."""
-
-    points: Sequence[float]
-
-    @property
-    def mean(self) -> float:
-        return mean(self.points)
-
-    @property
-    def verdict(self) -> str:
-        """In words; a single seed, or seeds that disagree, decide nothing."""
-        size = f"{abs(self.mean):.1f} points"
-        if len(self.points) == 1:
-            return f"{'gained' if self.mean >= 0 else 'lost'} {size} in the one seed of this run, which decides nothing"
-        if min(self.points) > 0:
-            return f"gained {size}, in each of {len(self.points)} seeds"
-        if max(self.points) < 0:
-            return f"lost {size}, in each of {len(self.points)} seeds: it did not help"
-        return (
-            f"made no clear difference: {self.mean:+.1f} points on average, from {min(self.points):+.1f} to "
-            f"{max(self.points):+.1f} by seed"
-        )
 
 
 def difference(result: DemoResult, method: str, other: str) -> Difference:

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tgt_fast.demos import networks
 from tgt_fast.demos.digits import models
 from tgt_fast.demos.digits.augment import Augmentation
 from tgt_fast.demos.digits.data import Batches, Images
-from tgt_fast.demos.digits.models import Weights
 from tgt_fast.demos.digits.settings import Settings
 from tgt_fast.demos.digits.teachers import cosine
+from tgt_fast.demos.networks import Weights
 from tgt_fast.errors import ArgumentError
 from tgt_fast.explore import LatentSampler
 from tgt_fast.losses.distill import DistillationLoss
@@ -179,5 +180,5 @@ def _measured(
         seconds=seconds,
         per_class=tuple(100 * value for value in class_accuracy(logits, test.y)),
         curve=curve,
-        weights=models.weights_of(student),
+        weights=networks.weights_of(student),
     )

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tgt_fast.demos.digits.data import CLASSES, PIXELS, SIDE
-
-Weights = dict[str, npt.NDArray[np.generic]]
-Module = TypeVar("Module", bound=nn.Module)
 
 
 class Encoder(nn.Module):
@@ -77,21 +70,6 @@ def folded(network: nn.Sequential) -> nn.Sequential:
         elif not isinstance(layer, nn.Dropout):
             layers.append(layer)
     return nn.Sequential(*layers).eval()
-
-
-def parameter_count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def weights_of(module: nn.Module) -> Weights:
-    """The weights alone. As numpy arrays, because a tensor would be sent to another process as shared memory."""
-    return {name: value.detach().numpy().copy() for name, value in module.state_dict().items()}
-
-
-def with_weights(module: Module, weights: Weights) -> Module:
-    """The module itself, with these weights."""
-    module.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
-    return module
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -7,19 +7,13 @@ from pathlib import Path
 from tgt_fast.demos.digits import findings
 from tgt_fast.demos.digits.data import CLASSES
 from tgt_fast.demos.digits.findings import LABELS
-from tgt_fast.demos.digits.models import parameter_count, student
-from tgt_fast.demos.digits.results import (
-    DemoResult,
-    average,
-    commit,
-    deviation,
-    learning_curve,
-    mean,
-    sample_factors,
-    versions,
-)
+from tgt_fast.demos.digits.models import student
+from tgt_fast.demos.digits.results import PACKAGES, DemoResult, average, learning_curve, sample_factors
 from tgt_fast.demos.digits.settings import BASELINES, METHODS
+from tgt_fast.demos.networks import parameter_count
 from tgt_fast.report import Page, plots
+from tgt_fast.report.identity import commit, versions
+from tgt_fast.report.numbers import deviation, mean
 from tgt_fast.report.plots import Bar, Series, Tile
 
 COLORS = {
@@ -345,6 +339,6 @@ def _setup(page: Page, result: DemoResult) -> None:
     page.command("python -m tgt_fast.demos.digits.tune")
     page.footer(
         f"Seeds {', '.join(map(str, result.seeds))}. "
-        + ", ".join(f"{name} {version}" for name, version in versions().items())
+        + ", ".join(f"{name} {version}" for name, version in versions(PACKAGES).items())
         + f". Commit: {commit()}."
     )

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-import tgt_fast
 from tgt_fast.demos.digits.diagnostics import Diagnostics
 from tgt_fast.demos.digits.methods import StudentResult
 from tgt_fast.demos.digits.settings import BASELINES, METHODS, Settings
 from tgt_fast.demos.digits.teachers import TeacherQuality
+from tgt_fast.report.identity import commit, versions
+from tgt_fast.report.numbers import mean, summary
+
+PACKAGES = ("scikit-learn",)  # whose versions belong to the result
 
 
 @dataclass(frozen=True)
@@ -51,15 +48,6 @@ class DemoResult:
     def lead(self) -> float:
         """Points by which tgt-gradient is ahead of the best method that is no teacher-guided training."""
         return self.accuracy("tgt-gradient") - self.accuracy(self.best(BASELINES))
-
-
-def mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def deviation(values: Sequence[float]) -> float:
-    """The sample standard deviation; 0 for a single value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def average(students: Sequence[StudentResult], name: str) -> float:
@@ -121,18 +109,13 @@ def as_json(result: DemoResult) -> dict[str, Any]:
     methods: dict[str, Any] = {}
     for method in METHODS:
         students = result.of(method)
-        accuracies = result.accuracies(method)
         methods[method] = {
-            "accuracy": {
-                "mean": mean(accuracies),
-                "std": deviation(accuracies),
-                "per_seed": accuracies,
-            },
+            "accuracy": summary(result.accuracies(method)),
             **{name: average(students, name) for name in ("head", "middle", "tail", "agreement", "mean_kl", "seconds")},
         }
     content: dict[str, Any] = {
         "methods": methods,
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         "seeds": list(result.seeds),
         "commit": commit(),
         "teacher": {
@@ -153,37 +136,3 @@ def as_json(result: DemoResult) -> dict[str, Any]:
         }
         content["sample_size_factors"] = [vars(factor) for factor in sample_factors(result)]
     return content
-
-
-def versions() -> dict[str, str]:
-    import sklearn
-
-    return {
-        "tgt-fast": tgt_fast.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "scikit-learn": sklearn.__version__,
-    }
-
-
-def commit() -> str:
-    """The checkout's commit ("-dirty" with changes), or, outside a checkout of this project, the package's version."""
-    package = Path(tgt_fast.__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(package), *arguments], capture_output=True, text=True, timeout=10, check=True
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip()
-
-    # A package installed below somebody else's repository is not tracked by it.
-    if git("ls-files", "--error-unmatch", "__init__.py") is None:
-        return f"tgt-fast {tgt_fast.__version__}"
-    head = git("rev-parse", "HEAD")
-    if head is None:
-        return f"tgt-fast {tgt_fast.__version__}"
-    return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no", ".") else "")

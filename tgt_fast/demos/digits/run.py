@@ -11,11 +11,12 @@ from tgt_fast.demos.digits import diagnostics, teachers
 from tgt_fast.demos.digits.data import Images, class_counts, load_digits, long_tailed
 from tgt_fast.demos.digits.diagnostics import Diagnostics
 from tgt_fast.demos.digits.methods import StudentResult, train_student
-from tgt_fast.demos.digits.models import Weights
 from tgt_fast.demos.digits.results import DemoResult
 from tgt_fast.demos.digits.settings import BASELINES, METHODS, Settings
 from tgt_fast.demos.digits.teachers import TeacherQuality, TeacherWeights
-from tgt_fast.demos.digits.workers import Crew, cores, crew
+from tgt_fast.demos.networks import Weights
+from tgt_fast.demos.progress import Progress
+from tgt_fast.demos.workers import Crew, cores, crew
 from tgt_fast.errors import ArgumentError
 
 CURVE_FACTORS = (0.25, 0.5, 2.0, 4.0, 8.0, 1000.0)  # times the labels of the main experiment; the last: all 900
@@ -23,8 +24,6 @@ CURVE_METHODS = ("one-hot", "distillation", "tgt-gradient")
 # The longest first, so that no core waits at the end for one that began late.
 _BY_LENGTH = ("tgt-gradient", "tgt-persistent", "tgt-random", "tgt-prior", *reversed(BASELINES))
 _WATCHED = ("distillation", "tgt-random", "tgt-gradient")  # students whose disagreement is followed
-
-Progress = Callable[[str, int, int], None]  # phase, done, total
 
 
 @dataclass

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tgt_fast.demos import networks
 from tgt_fast.demos.digits import models
 from tgt_fast.demos.digits.augment import warped
 from tgt_fast.demos.digits.data import Images
-from tgt_fast.demos.digits.models import Weights, with_weights
 from tgt_fast.demos.digits.settings import Settings
+from tgt_fast.demos.networks import Weights, with_weights
 from tgt_fast.teacher import Teacher
 from tgt_fast.train.rng import isolated_rng
 
@@ -59,7 +60,7 @@ def train_vae(images: Images, settings: Settings, seed: int) -> tuple[Weights, W
 
         parameters = [*encoder.parameters(), *decoder.parameters()]
         _minimise(loss, torch.optim.Adam(parameters, settings.vae_rate, fused=True), settings.vae_steps)
-    return models.weights_of(encoder), models.weights_of(decoder)
+    return networks.weights_of(encoder), networks.weights_of(decoder)
 
 
 def train_labeler(images: Images, settings: Settings, seed: int) -> Weights:
@@ -74,7 +75,7 @@ def train_labeler(images: Images, settings: Settings, seed: int) -> Weights:
 
         optimizer = torch.optim.AdamW(labeler.parameters(), settings.labeler_rate, weight_decay=1e-2, fused=True)
         _minimise(loss, optimizer, settings.labeler_steps)
-    return models.weights_of(models.folded(labeler))
+    return networks.weights_of(models.folded(labeler))
 
 
 def cosine(steps: int) -> Callable[[int], float]:

@@ -18,13 +18,13 @@ from tgt_fast.demos.digits import teachers
 from tgt_fast.demos.digits.augment import Augmentation
 from tgt_fast.demos.digits.data import class_counts, load_digits, long_tailed, validation_split
 from tgt_fast.demos.digits.methods import StudentResult
-from tgt_fast.demos.digits.models import Weights
-from tgt_fast.demos.digits.results import mean
 from tgt_fast.demos.digits.run import student_task
 from tgt_fast.demos.digits.settings import METHODS, Settings
 from tgt_fast.demos.digits.teachers import TeacherWeights
-from tgt_fast.demos.digits.workers import Crew, cores, crew
+from tgt_fast.demos.networks import Weights
+from tgt_fast.demos.workers import Crew, cores, crew
 from tgt_fast.report import prepare_file, write_json
+from tgt_fast.report.numbers import mean
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,6 @@
+"""Teacher outputs by sample id, on disk."""
+
+from tgt_fast.cache.cache import TeacherCache
+from tgt_fast.cache.fingerprint import Fingerprint, teacher_fingerprint
+
+__all__ = ["Fingerprint", "TeacherCache", "teacher_fingerprint"]

@@ -1,0 +1,59 @@
+"""Where each sample lies: sorted ids, searched for a whole batch at a time."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+Places = NDArray[np.int64]  # segment << ROW_BITS | row; MISSING where there is none
+
+ROW_BITS: Final = 32
+ROW_MASK: Final = (1 << ROW_BITS) - 1
+MISSING: Final = -1
+
+
+def places(segment: int, rows: int) -> Places:
+    """Those of a segment's rows, in order."""
+    return np.arange(rows, dtype=np.int64) + (segment << ROW_BITS)
+
+
+class Index:
+    """16 bytes a sample. Of an id that is added twice the first place stays."""
+
+    def __init__(self) -> None:
+        self.ids: Ids = np.empty(0, np.int64)
+        self._places: Places = np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def find(self, ids: Ids) -> Places:
+        """The place of each id, or MISSING."""
+        size = len(self.ids)
+        if not size:
+            return np.full(len(ids), MISSING, np.int64)
+        if self.ids[-1] - self.ids[0] == size - 1:  # consecutive ids, as those of a whole data set: no search
+            at = ids - self.ids[0]
+            inside = (at >= 0) & (at < size)
+            return np.where(inside, self._places[np.where(inside, at, 0)], MISSING)
+        at = np.minimum(np.searchsorted(self.ids, ids), size - 1)
+        return np.where(self.ids[at] == ids, self._places[at], MISSING)
+
+    def add(self, ids: Ids, where: Places, *, replace: bool = False) -> None:
+        """Take ids in; with ``replace`` those that are there already move to the new place."""
+        ids, first = np.unique(ids, return_index=True)
+        where = where[first]
+        if not len(self.ids):
+            self.ids, self._places = ids, where
+            return
+        at = np.searchsorted(self.ids, ids)
+        known = self.ids[np.minimum(at, len(self.ids) - 1)] == ids
+        if replace:
+            self._places[at[known]] = where[known]
+        new = ~known
+        if new.any():
+            self.ids = np.insert(self.ids, at[new], ids[new])
+            self._places = np.insert(self._places, at[new], where[new])

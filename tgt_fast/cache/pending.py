@@ -1,0 +1,55 @@
+"""Rows that wait in memory until there are enough of them for a shard."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tgt_fast.cache.index import MISSING, Ids, Places, places
+from tgt_fast.cache.layout import Layout, Rows
+
+
+class Pending:
+    """A segment that grows; no id twice."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._ids: Ids = np.empty(0, np.int64)
+        self._fields = layout.empty(0)
+        self._rows: dict[int, int] = {}
+
+    @property
+    def ids(self) -> Ids:
+        return self._ids[: len(self._rows)]
+
+    @property
+    def fields(self) -> Rows:
+        return {name: rows[: len(self._rows)] for name, rows in self._fields.items()}
+
+    @property
+    def bytes(self) -> int:
+        return len(self._rows) * (self._layout.row_bytes + 8)
+
+    def find(self, ids: Ids, where: Places, number: int | None) -> None:
+        """Write the places of those ids that are here into ``where``; the segment's number is ``number``."""
+        assert number is not None
+        found = [self._rows.get(i, MISSING) for i in ids.tolist()]
+        rows = np.array(found, np.int64).reshape(len(ids))
+        here = rows != MISSING
+        where[here] = places(number, 1)[0] + rows[here]
+
+    def append(self, ids: Ids, rows: Rows) -> None:
+        start, stop = len(self._rows), len(self._rows) + len(ids)
+        if stop > len(self._ids):
+            self._grow(max(stop, 2 * len(self._ids)))
+        self._ids[start:stop] = ids
+        for name, field in self._fields.items():
+            field[start:stop] = rows[name]
+        self._rows.update(zip(ids.tolist(), range(start, stop), strict=True))
+
+    def _grow(self, capacity: int) -> None:
+        used = len(self._rows)
+        fields, ids = self._layout.empty(capacity), np.empty(capacity, np.int64)
+        ids[:used] = self._ids[:used]
+        for name, rows in self._fields.items():
+            fields[name][:used] = rows[:used]
+        self._ids, self._fields = ids, fields

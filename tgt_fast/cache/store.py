@@ -1,0 +1,301 @@
+"""The rows of a folder: shards of all writers, what this process has yet to write, and where each sample lies."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tgt_fast.cache.fingerprint import Fingerprint
+from tgt_fast.cache.index import MISSING, ROW_BITS, ROW_MASK, Ids, Index, Places, places
+from tgt_fast.cache.layout import Layout, Rows
+from tgt_fast.cache.manifest import Manifest
+from tgt_fast.cache.pending import Pending
+from tgt_fast.cache.shard import SUFFIX, TEMPORARY, TORN, Shard, TornError, write_shard
+from tgt_fast.errors import CacheError, ShapeError, StaleCacheError
+
+_ABANDONED: Final = 3600.0  # seconds; no write of a shard takes so long
+_LARGE_ROW: Final = 4096  # bytes, from which a copy a row costs less than copying everything twice
+
+
+class Store:
+    """What :class:`TeacherCache` keeps its rows in; knows bytes and ids, but no teacher.
+
+    Args:
+        folder: of the cache.
+        fingerprint: of the rows; None: whatever the folder holds.
+        writable: whether rows may be added, and torn shards be set aside.
+        shard_bytes: rows wait in memory until they are so many bytes.
+        checksums: compare a shard's checksum before its first row is read.
+    """
+
+    def __init__(
+        self, folder: Path, fingerprint: Fingerprint | None, *, writable: bool, shard_bytes: int, checksums: bool
+    ) -> None:
+        self.folder, self.writable = folder, writable
+        self._shard_bytes, self.checksums = shard_bytes, checksums
+        self._process = os.getpid()
+        self._segments: list[Shard | Pending | None] = []  # None: a shard that was dropped
+        self._unchecked: set[int] = set()
+        self._seen: set[str] = set()  # names of files
+        self._index = Index()
+        self._pending: int | None = None  # its segment
+        self.torn: dict[str, str] = {}  # what is wrong with each shard that was dropped, by name
+        if writable:
+            with reported(folder, "write to"):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._sweep()
+        self.manifest = Manifest.read(folder)
+        if self.manifest is None and not writable:
+            raise CacheError(f"there is no teacher cache in {folder}")
+        if self.manifest is not None and fingerprint is not None:
+            self.manifest.accept(folder, fingerprint)
+        self.fingerprint = fingerprint
+        self.refresh()
+
+    # What there is
+
+    @property
+    def layout(self) -> Layout | None:
+        return None if self.manifest is None else self.manifest.layout
+
+    @property
+    def shards(self) -> list[Shard]:
+        return [segment for segment in self._segments if isinstance(segment, Shard)]
+
+    def __len__(self) -> int:
+        return len(self.ids())
+
+    def ids(self) -> Ids:
+        """All of them, ascending."""
+        pending = self._waiting()
+        return self._index.ids.copy() if pending is None else np.union1d(self._index.ids, pending.ids)
+
+    def refresh(self) -> None:
+        """Take in the shards that other writers have finished since."""
+        if self.manifest is None:
+            self.manifest = Manifest.read(self.folder)
+        if self.manifest is None:
+            return
+        if self.fingerprint is not None:
+            self.manifest.accept(self.folder, self.fingerprint)
+        with reported(self.folder, "read"):
+            names = [name for name in os.listdir(self.folder) if name.endswith(SUFFIX) and not name.startswith(".")]
+        for name in sorted(set(names) - self._seen):  # by the time of writing: of two rows the older one counts
+            self._seen.add(name)
+            self._take(self.folder / name, self.manifest)
+
+    def _take(self, path: Path, manifest: Manifest) -> None:
+        try:
+            with reported(path, "read", but=(FileNotFoundError,)):
+                shard = Shard(path, manifest.layout)
+            if shard.fingerprint != manifest.fingerprint:
+                shard.check()
+                raise StaleCacheError(
+                    f"{path} was made under fingerprint {shard.fingerprint}, but the manifest beside it names "
+                    f"{manifest.fingerprint}: move one of them to a folder of its own"
+                )
+        except FileNotFoundError:  # another process found it torn
+            return
+        except TornError as error:
+            self._set_aside(path, str(error))
+            return
+        self._attach(shard)
+
+    def _attach(self, shard: Shard) -> None:
+        number = len(self._segments)
+        self._segments.append(shard)
+        if self.checksums:
+            self._unchecked.add(number)
+        self._index.add(shard.ids, places(number, shard.rows))
+
+    def find(self, ids: Ids) -> Places:
+        """Where the samples lie, in shards that are whole. What a torn one held is missing."""
+        while True:
+            where = self._index.find(ids)
+            pending = self._waiting()
+            if pending is not None:
+                pending.find(ids, where, number=self._pending)
+            if not self._unchecked:
+                return where
+            used = {int(n) for n in np.unique(where[where >= 0] >> ROW_BITS)} & self._unchecked
+            torn = [number for number in sorted(used) if not self._is_sound(number)]
+            if not torn:
+                return where
+
+    def _is_sound(self, number: int) -> bool:
+        shard = self._segments[number]
+        assert isinstance(shard, Shard)
+        self._unchecked.discard(number)
+        try:
+            shard.check()
+        except TornError as error:
+            self._segments[number] = None
+            self._reindex()
+            self._set_aside(shard.path, str(error))
+            return False
+        return True
+
+    def _reindex(self) -> None:
+        self._index = Index()
+        for number, segment in enumerate(self._segments):
+            if segment is not None and number != self._pending:
+                self._index.add(segment.ids, places(number, len(segment.ids)))
+
+    def _set_aside(self, path: Path, reason: str) -> None:
+        self.torn[path.name] = reason
+        if self.writable:
+            with reported(path, "rename"), suppress(FileNotFoundError):  # another process did
+                os.replace(path, path.with_name(path.name + TORN))
+        then = "its rows count as missing" if self.writable else "its rows are left out"
+        warnings.warn(f"the shard {path} of a teacher cache is torn: {reason}; {then}", stacklevel=2)
+
+    def check(self) -> dict[str, str]:
+        """Compare every checksum now; what is wrong with each torn shard, by name."""
+        self.refresh()
+        for number, segment in enumerate(self._segments):
+            if isinstance(segment, Shard):
+                self._is_sound(number)
+        return dict(self.torn)
+
+    # Rows out and in
+
+    def gather(self, where: Places, names: Collection[str]) -> Rows:
+        """The fields ``names`` of the rows at these places, none of which is missing, in the order asked."""
+        layout = self.layout
+        assert layout is not None
+        out = layout.empty(len(where), names)
+        order = np.argsort(where, kind="stable")  # by shard, and in the order of the file
+        ordered = where[order]
+        numbers = ordered >> ROW_BITS
+        cuts = [0, *(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(where)]
+        for start, stop in itertools.pairwise(cuts):
+            if start == stop:
+                continue
+            segment = self._segments[int(numbers[start])]
+            assert segment is not None
+            to, rows = order[start:stop], ordered[start:stop] & ROW_MASK
+            for name in out:
+                _copy(segment.fields[name], rows, out[name], to, whole=stop - start == len(where))
+        return out
+
+    def append(self, ids: Ids, rows: Rows, layout: Layout) -> int:
+        """Store samples; of ids that are there already the first rows stay. Returns how many were new.
+
+        Raises:
+            CacheError: the folder is read only, or cannot be written.
+            ShapeError: the rows are of another layout than those in the folder.
+        """
+        self._own()
+        self.agree(layout)
+        new = np.flatnonzero(self.find(ids) == MISSING)
+        new = new[np.sort(np.unique(ids[new], return_index=True)[1])]
+        if not len(new):
+            return 0
+        pending = self._waiting()
+        if pending is None:
+            pending = Pending(layout)
+            self._pending = len(self._segments)
+            self._segments.append(pending)
+        pending.append(ids[new], {name: rows[name][new] for name in layout.fields})
+        if pending.bytes >= self._shard_bytes:
+            self.flush()
+        return len(new)
+
+    def agree(self, layout: Layout) -> None:
+        """
+        Raises:
+            ShapeError: rows of this layout do not belong here.
+        """
+        if self.manifest is None:
+            assert self.fingerprint is not None
+            with reported(self.folder, "write to"):
+                self.manifest = Manifest(self.fingerprint, layout).create(self.folder)
+            self.manifest.accept(self.folder, self.fingerprint)
+            self.refresh()
+        difference = self.manifest.layout.difference(layout)
+        if difference:
+            raise ShapeError(
+                f"TeacherCache: all rows of a cache share one layout; those in {self.folder} and these differ in "
+                f"{difference}. Pad samples to one size, or keep a cache a size"
+            )
+
+    def flush(self) -> None:
+        """Write what waits in memory as a shard.
+
+        Raises:
+            CacheError: it cannot be written; the rows still wait.
+        """
+        self._own()
+        pending, number, manifest = self._waiting(), self._pending, self.manifest
+        if pending is None or number is None or manifest is None:
+            return
+        ids, rows = pending.ids, pending.fields
+        with reported(self.folder, "write to"):
+            path = write_shard(self.folder, ids, rows, manifest.layout, manifest.fingerprint)
+        self._seen.add(path.name)
+        with reported(path, "read"):
+            self._segments[number] = shard = Shard(path, manifest.layout)
+        shard.checked = True  # these bytes were in memory a moment ago
+        self._pending = None
+        # What was served from memory goes on being served, also where another writer has finished the id meanwhile.
+        self._index.add(ids, places(number, len(ids)), replace=True)
+
+    def close(self) -> None:
+        """Write what waits; let go of the maps."""
+        if os.getpid() == self._process:
+            self.flush()
+        self._segments, self._index, self._pending = [], Index(), None
+
+    def _waiting(self) -> Pending | None:
+        segment = None if self._pending is None else self._segments[self._pending]
+        return segment if isinstance(segment, Pending) else None
+
+    def _own(self) -> None:
+        """After a fork: what the parent had waiting is read here, but is for the parent to write."""
+        if os.getpid() == self._process:
+            return
+        self._process = os.getpid()
+        pending, number = self._waiting(), self._pending
+        if pending is not None and number is not None:
+            self._index.add(pending.ids, places(number, len(pending.ids)), replace=True)
+        self._pending = None
+
+    def _sweep(self) -> None:
+        """Remove what killed writers left half written."""
+        for path in self.folder.glob(f".*{TEMPORARY}"):
+            with suppress(FileNotFoundError):  # another process did
+                if time.time() - path.stat().st_mtime > _ABANDONED:
+                    path.unlink()
+
+
+def _copy(source: NDArray[Any], rows: Places, out: NDArray[Any], to: NDArray[Any], *, whole: bool) -> None:
+    """``out[to] = source[rows]``"""
+    if source.shape[1] >= _LARGE_ROW:
+        for row, place in zip(rows.tolist(), to.tolist(), strict=True):
+            out[place] = source[row]
+    elif whole:  # one shard has all: in the order asked, straight to its place
+        in_order = np.empty_like(rows)
+        in_order[to] = rows
+        np.take(source, in_order, axis=0, out=out, mode="clip")  # "raise" would go through a buffer
+    else:
+        out[to] = np.take(source, rows, axis=0)
+
+
+@contextmanager
+def reported(path: Path, verb: str, but: tuple[type[OSError], ...] = ()) -> Iterator[None]:
+    """An error of the file system becomes a CacheError, but for those that the caller wants to see."""
+    try:
+        yield
+    except but:
+        raise
+    except OSError as error:
+        raise CacheError(f"cannot {verb} {path}: {error.strerror or error}") from error

@@ -1,0 +1,1 @@
+"""Distillation of a language model on text that every Python installation has."""
