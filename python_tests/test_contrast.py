@@ -418,7 +418,7 @@ def test_errors_name_the_op_and_the_values(name: str) -> None:
 
 def test_a_backend_that_cannot_run() -> None:
     nowhere = [torch.zeros(4, 3, device="meta")] * 4
-    with pytest.raises(BackendError, match="contrast: backend 'native' cannot run this call.*meta"):
+    with pytest.raises(BackendError, match=r"contrast: backend 'native' cannot run this call.*meta"):
         contrastive(*nowhere, temperature=1.0, backend="native")
 
 
