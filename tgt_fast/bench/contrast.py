@@ -1,7 +1,8 @@
 """Cases of the op noun contrast: in-batch scores of two pairs of towers against each other, forward and backward.
 
 A case is one of the noun linear whose classes are the batch's passages, with scores divided by a temperature instead of
-a squared factor; floor, bytes and checks are its: of a ``Spec``, ``rows`` are queries and ``classes`` passages. More passages than queries: each brings synthetic ones.
+a squared factor; floor, bytes and checks are its. Of a ``Spec``, ``rows`` are queries and ``classes`` passages: more of
+these, for each query brings synthetic ones.
 """
 
 from __future__ import annotations
