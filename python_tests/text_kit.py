@@ -35,6 +35,17 @@ TEXTS = (
     "open the file and read all of its lines",
 )
 
+NOUNS, VERBS = ("film", "book", "song", "meal", "game", "park"), ("was", "seemed", "is")
+MOODS = (("good", "great", "fine", "lovely"), ("bad", "poor", "awful", "dull"), ("long", "old", "short", "new"))
+SENTENCES = tuple(
+    f"the {noun} {verb} {word}" + (" to me" if (place + len(noun)) % 3 == 0 else "")
+    for noun in NOUNS
+    for verb in VERBS
+    for place, mood in enumerate(MOODS)
+    for word in mood
+)
+SENTENCE_CLASSES = torch.tensor([place for _ in NOUNS for _ in VERBS for place, mood in enumerate(MOODS) for _ in mood])
+
 
 @lru_cache
 def bart_tokenizer() -> Any:
@@ -44,9 +55,9 @@ def bart_tokenizer() -> Any:
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=450, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    t.train_from_iterator(TEXTS * 3, trainer)
+    t.train_from_iterator(TEXTS * 3 + SENTENCES, trainer)
     t.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
     names = {
         "bos_token": "<s>",
@@ -66,9 +77,9 @@ def t5_tokenizer() -> Any:
     special = ["<pad>", "</s>", "<unk>"]
     letters = sorted({letter for text in TEXTS for letter in text if letter != " "})
     trainer = trainers.UnigramTrainer(
-        vocab_size=120, special_tokens=special, unk_token="<unk>", initial_alphabet=letters, show_progress=False
+        vocab_size=200, special_tokens=special, unk_token="<unk>", initial_alphabet=letters, show_progress=False
     )
-    t.train_from_iterator(TEXTS * 3, trainer)
+    t.train_from_iterator(TEXTS * 3 + SENTENCES, trainer)
     t.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=t, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
 
@@ -81,7 +92,7 @@ def bert_tokenizer() -> Any:
     t.decoder = decoders.WordPiece()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     t.train_from_iterator(
-        TEXTS * 3, trainers.WordPieceTrainer(vocab_size=150, special_tokens=special, show_progress=False)
+        TEXTS * 3 + SENTENCES, trainers.WordPieceTrainer(vocab_size=250, special_tokens=special, show_progress=False)
     )
     t.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
@@ -96,7 +107,7 @@ def bart(vocabulary: int | None = None, **options: Any) -> Any:
     for side in ("encoder", "decoder"):
         shape |= {f"{side}_attention_heads": 2, f"{side}_ffn_dim": 48}
     # A larger spread than is usual, so that an untrained model does not say the same everywhere.
-    config = BartConfig(vocab_size=size, init_std=0.4, **{**shape, **options})
+    config = BartConfig(vocab_size=size, **{"init_std": 0.4, **shape, **options})
     return toys.seeded(lambda: BartForConditionalGeneration(config), 0)
 
 
@@ -152,3 +163,33 @@ def one(x: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
         mask = x[name.replace("input_ids", "attention_mask")]
         alone[name] = value[row : row + 1, : int(mask[row].sum())]
     return alone
+
+
+def trained_teacher(steps: int = 120, **options: Any) -> tuple[tgt.teacher.Seq2SeqTeacher, tgt.teacher.TextClassifier]:
+    """A generator that has learned to say again what it read, through noise; a labeler that knows the moods, in tokens
+    of its own; a student that knows nothing yet, in tokens of its own. Three tokenizers, seconds of training."""
+    x = bart_tokenizer()(list(SENTENCES), padding=True, return_tensors="pt")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        generator, labeler = bart(init_std=0.1, d_model=48, dropout=0.0), distilbert()
+        optimizer = torch.optim.Adam([*generator.parameters(), *labeler.parameters()], lr=6e-3)
+        read = bert_tokenizer()(list(SENTENCES), padding=True, return_tensors="pt")
+        labels = x["input_ids"].masked_fill(x["attention_mask"] == 0, -100)
+        for step in range(steps):
+            rows = torch.randperm(len(SENTENCES))[:32]
+            mask = x["attention_mask"][rows]
+            z = generator.get_encoder()(input_ids=x["input_ids"][rows], attention_mask=mask).last_hidden_state
+            z = z + 0.5 * z.std().detach() * torch.randn_like(z)
+            loss = generator(encoder_outputs=(z,), attention_mask=mask, labels=labels[rows]).loss
+            if step < 60:
+                loss = loss + labeler(**{n: v[rows] for n, v in read.items()}, labels=SENTENCE_CLASSES[rows]).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    learner = tgt.teacher.TextClassifier(roberta(seed=5))
+    options.setdefault("generation", tgt.teacher.Generation(max_new_tokens=16, top_p=0.9))
+    teacher = tgt.teacher.Seq2SeqTeacher(
+        generator, bart_tokenizer(), labeler, labeler_tokenizer=bert_tokenizer(), student=learner, max_length=24,
+        **options,
+    )  # fmt: skip
+    return teacher, learner

@@ -19,8 +19,8 @@ _ROWS: Final = 256  # of a chunk
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # hidden, weight, teacher's two, target -> 0-d
 
 
-def loss_of(name: str, divergence: str, temperature: float) -> Loss:
-    """A rival's loss.
+def loss_of(name: str, divergence: str, temperature: float, scale: float = 1.0) -> Loss:
+    """A rival's loss, of logits ``scale * hidden @ weight.T`` on both sides.
 
     Raises:
         UnfitError: the rival has nothing that computes it.
@@ -30,7 +30,10 @@ def loss_of(name: str, divergence: str, temperature: float) -> Loss:
     on_logits = distill_rivals.loss_of(rivals.EAGER, divergence, temperature)
 
     def loss(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, target: Tensor) -> Tensor:
-        return on_logits(hidden @ weight.T, teacher @ teacher_weight.T, target)
+        student, other = hidden @ weight.T, teacher @ teacher_weight.T
+        if scale != 1.0:
+            student, other = student * scale, other * scale
+        return on_logits(student, other, target)
 
     def chunked(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, target: Tensor) -> Tensor:
         """As a user saves memory with PyTorch alone: a chunk's logits are made again in backward."""

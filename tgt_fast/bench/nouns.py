@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from tgt_fast.bench import distill, explore, latent, linear, sparse
+from tgt_fast.bench import contrast, distill, explore, latent, linear, sparse
 from tgt_fast.bench.case import Case
 
 NOUNS: Final[dict[str, Callable[[torch.device, bool], list[Case]]]] = {
@@ -16,4 +16,5 @@ NOUNS: Final[dict[str, Callable[[torch.device, bool], list[Case]]]] = {
     "explore": explore.cases,
     "linear": linear.cases,
     "sparse": sparse.cases,
+    "contrast": contrast.cases,
 }

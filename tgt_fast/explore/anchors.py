@@ -48,7 +48,8 @@ class AnchorPool:
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"pool_latents": self.latents.z, "pool_labels": self.labels}
-        return state if self.latents.mask is None else {**state, "pool_mask": self.latents.mask}
+        optional = {"pool_mask": self.latents.mask, "pool_source": self.latents.source}
+        return state | {name: tensor for name, tensor in optional.items() if tensor is not None}
 
 
 class PoolBuilder:

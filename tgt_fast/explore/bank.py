@@ -91,6 +91,8 @@ class LatentBank:
         state = {"bank_chains": torch.tensor(list(self._slots)), "bank_latents": latents.z}
         if latents.mask is not None:
             state["bank_mask"] = latents.mask
+        if latents.source is not None:
+            state["bank_source"] = latents.source
         if anchors is not None:
             state["bank_anchors"] = anchors
         return state
@@ -111,7 +113,8 @@ class LatentBank:
                 shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
                 raise CheckpointError(f"LatentSampler: the bank's tensors do not fit together: {shapes}")
             kept = slice(max(0, count - self.size), None)
-            latents = Latents(z[kept].clone(), None if "bank_mask" not in state else state["bank_mask"][kept].clone())
+            mask, source = (state[n][kept].clone() if n in state else None for n in ("bank_mask", "bank_source"))
+            latents = Latents(z[kept].clone(), mask, source)
             try:
                 latents.check(latents.z.shape[0], "bank")
                 fresh.visit(chains[kept].tolist(), latents, None if anchors is None else anchors[kept].clone())
@@ -136,7 +139,8 @@ class LatentBank:
             store = tree.take(latents, torch.zeros(0, dtype=torch.int64))
             self._anchors = None if anchors is None else anchors[:0]
         store, old = _moved(store, latents.z.device), self._anchors
-        if len(store.z.shape) != len(latents.z.shape) or (store.mask is None) != (latents.mask is None):
+        carries = [(x.mask is None, x.source is None) for x in (store, latents)]
+        if len(store.z.shape) != len(latents.z.shape) or carries[0] != carries[1]:
             have, given = tuple(store.z.shape[1:]), tuple(latents.z.shape[1:])
             raise ShapeError(f"LatentSampler: latents of shape {given} do not fit a bank of shape {have}")
         shape = tuple(max(a, b) for a, b in zip(store.z.shape[1:], latents.z.shape[1:], strict=True))
@@ -160,6 +164,8 @@ class LatentBank:
         store.z[rows] = padded.z.detach().to(store.z)
         if store.mask is not None and padded.mask is not None:
             store.mask[rows] = padded.mask.to(store.mask)
+        if store.source is not None and padded.source is not None:
+            store.source[rows] = padded.source.to(store.source)
         if self._anchors is not None and anchors is not None:
             self._anchors[rows] = replace(latents, z=anchors).padded_to(shape).z.to(store.z)
 

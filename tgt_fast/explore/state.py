@@ -15,8 +15,8 @@ from tgt_fast.explore.options import NAMED, SamplerOptions
 from tgt_fast.teacher import Latents
 
 _COUNTERS: Final = ("seed", "step", "next_id")
-_BANK: Final = ("bank_chains", "bank_latents", "bank_mask", "bank_anchors")
-_POOL: Final = ("pool_latents", "pool_mask", "pool_labels")
+_BANK: Final = ("bank_chains", "bank_latents", "bank_mask", "bank_source", "bank_anchors")
+_POOL: Final = ("pool_latents", "pool_mask", "pool_source", "pool_labels")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ def _pool(state: dict[str, Any]) -> AnchorPool | None:
     if labels.dtype != torch.int64 or labels.shape != z.shape[:1] or not labels.numel():
         found = f"{labels.dtype} {tuple(labels.shape)}"
         raise CheckpointError(f"LatentSampler: pool_labels {found} do not fit latents {tuple(z.shape)}")
-    latents = Latents(z, _tensor(state, "pool_mask") if "pool_mask" in state else None)
+    mask, source = (_tensor(state, name) if name in state else None for name in ("pool_mask", "pool_source"))
+    latents = Latents(z, mask, source)
     try:
         latents.check(z.shape[0], "pool")
     except (ValueError, TypeError) as error:

@@ -22,11 +22,13 @@ class TokenMap:
 
     Attributes:
         ids: [V] int64, the other vocabulary's id of each token, -1 where it has none.
+        spelled: for each token, the ids that stand for it: its counterpart's, or those of its text, or none.
         overlap: the share of ordinary (not special) tokens that have a counterpart, in [0, 1].
     """
 
     ids: Tensor
     overlap: float
+    spelled: tuple[tuple[int, ...], ...]
 
 
 def align_vocabularies(source: Any, target: Any, *, minimum_overlap: float = 0.25) -> TokenMap:
@@ -44,8 +46,9 @@ def align_vocabularies(source: Any, target: Any, *, minimum_overlap: float = 0.2
         minimum_overlap: in [0, 1].
 
     Returns:
-        A :class:`TokenMap`. Tokens without a counterpart are -1: in a relaxed text they get no probability, which the
-        tokens that do have one share.
+        A :class:`TokenMap`. A token without a counterpart is -1; in a relaxed text it is read as the mean of the
+        embeddings of the tokens that the target makes of its text. One of which it makes nothing, as of a lone space,
+        gets no probability, and the reader has no place for it.
 
     Raises:
         ArgumentError: the overlap is below ``minimum_overlap``.
@@ -57,8 +60,9 @@ def align_vocabularies(source: Any, target: Any, *, minimum_overlap: float = 0.2
     read_mine, read_theirs = _reader(mine), _reader(theirs)
     found: dict[tuple[bool, str], int] = {}
     for token, place in sorted(theirs.items(), key=lambda item: item[1], reverse=True):
-        if place not in other_special:
-            found[read_theirs(token)] = place  # of two spellings of one text the lower id stays
+        begins, text = read_theirs(token)
+        if place not in other_special:  # of two spellings of one text the lower id stays
+            found[(begins, token if text is None else text)] = place
     lower = not any(text != text.lower() for _, text in found)
     ids = torch.full((1 + max(mine.values(), default=0),), -1)
     ordinary, hits = len(mine) - len(special), 0
@@ -66,6 +70,7 @@ def align_vocabularies(source: Any, target: Any, *, minimum_overlap: float = 0.2
         if place in special:
             continue
         begins, text = read_mine(token)
+        text = token if text is None else text  # the same where it is spelled alike
         spellings = [text, text.lower()] if lower else [text]
         keys = ((at, spelled) for spelled in spellings for at in (begins, not begins))
         ids[place] = match = next((found[key] for key in keys if key in found), -1)
@@ -79,11 +84,27 @@ def align_vocabularies(source: Any, target: Any, *, minimum_overlap: float = 0.2
             f"other vocabulary of {len(theirs)}, fewer than minimum_overlap={minimum_overlap:.1%}; use tokenizers that "
             "are closer, or explore without gradients, where texts are tokenized anew"
         )
-    return TokenMap(ids, overlap)
+    return TokenMap(ids, overlap, _spelled(mine, special, read_mine, ids, target))
+
+
+def _spelled(
+    vocabulary: dict[str, int], special: set[int], read: Any, ids: Tensor, target: Any
+) -> tuple[tuple[int, ...], ...]:
+    spelled: list[tuple[int, ...]] = [(match,) if match >= 0 else () for match in ids.tolist()]
+    missing = {place: read(token)[1] for token, place in vocabulary.items() if ids[place] < 0 and place not in special}
+    missing = {place: text for place, text in missing.items() if text is not None and text.strip()}
+    if missing:
+        made = target(list(missing.values()), add_special_tokens=False)["input_ids"]
+        for place, tokens in zip(missing, made, strict=True):
+            spelled[place] = tuple(tokens)
+    return tuple(spelled)
 
 
 def _reader(vocabulary: dict[str, int]) -> Any:
-    """token -> (begins a word, its text), by the kind of tokenizer that such a vocabulary is of."""
+    """token -> (begins a word, its text), by the kind of tokenizer that such a vocabulary is of.
+
+    The text is None where a token is a part of a character.
+    """
     counts = {kind: sum(token.startswith(mark) for token in vocabulary) for kind, mark in _SPACE.items()}
     pieces = sum(token.startswith(_CONTINUES) and len(token) > len(_CONTINUES) for token in vocabulary)
     kind, most = max(counts.items(), key=lambda item: item[1])
@@ -103,11 +124,11 @@ def _read_metaspace(token: str) -> tuple[bool, str]:
     return _split_space(token.replace(_SPACE["metaspace"], " "))
 
 
-def _read_bytes(token: str) -> tuple[bool, str]:
+def _read_bytes(token: str) -> tuple[bool, str | None]:
     try:
         text = bytes(_bytes_of_characters()[character] for character in token).decode()
-    except (KeyError, UnicodeDecodeError):  # a part of a character: the same only where it is spelled alike
-        return False, token
+    except (KeyError, UnicodeDecodeError):
+        return False, None
     return _split_space(text)
 
 

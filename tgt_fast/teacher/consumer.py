@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tgt_fast.errors import ArgumentError
 from tgt_fast.ops.tokens import soft_embedding
@@ -67,7 +68,7 @@ class Consumer:
         self.name, self.space, self.generator = name, space, generator
         self.embedding, self.relaxation = embedding, relaxation
         self.same = space.same_as(generator)
-        self._map: Tensor | None = None  # [V] of the generator's tokens, made when first needed
+        self._spelling: tuple[Tensor, Tensor, Tensor] | None = None  # made when first needed
         self._ids, self._mask = f"{name}_input_ids", f"{name}_attention_mask"
 
     def tokens_beside(self, texts: list[str]) -> dict[str, Tensor]:
@@ -92,15 +93,15 @@ class Consumer:
         """Its prefix, the soft embeddings of the ordinary tokens, its suffix: in the order and at the places where
         they would stand were they tokens."""
         logits, content = x["token_logits"], x["content"]  # [B, L, V], bool [B, L]
-        table, shared, scale = self._table(logits.shape[-1], logits.device)
+        table, readable = self._table(logits.shape[-1], logits.device)
         # Never all of them: a special token is not part of a text.
-        soft = self._soft(logits.masked_fill(~shared, -torch.inf), table, x.get("key"))  # [B, L, D]
+        soft = self._soft(logits.masked_fill(~readable, -torch.inf), table, x.get("key"))  # [B, L, D]
         prefix, suffix = self.space.prefix, self.space.suffix
         own = [*prefix, *suffix, self.space.pad]
         weight = self._weight()
         fixed = weight[torch.tensor(own, device=weight.device)].to(soft.dtype).expand(soft.shape[0], -1, -1)
-        rows = torch.cat([soft, fixed], 1) * scale
-        where, mask = _places(content, len(prefix), len(suffix), self.space.room)
+        rows = torch.cat([soft, fixed], 1) * float(getattr(self.embedding, "embed_scale", None) or 1.0)
+        where, mask = _places(content & readable[x["source"]], len(prefix), len(suffix), self.space.room)
         embeds = rows.gather(1, where[..., None].expand(-1, -1, rows.shape[-1]))
         return {"inputs_embeds": embeds, "attention_mask": mask}
 
@@ -113,33 +114,32 @@ class Consumer:
             logits, table, tau=how.tau, gumbel=how.gumbel, hard=how.hard, backend=how.backend, **keyed
         )
 
-    def _table(self, classes: int, device: torch.device) -> tuple[Tensor, Tensor, float]:
-        """Its embedding of each of the generator's tokens, [V, D]; which of them it has, bool [V]; their factor."""
+    def _table(self, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Its embedding of each of the generator's tokens, [V, D], and which of them it can read, bool [V]."""
         weight = self._weight()
-        if self._map is None:
-            self._map = self._aligned(classes)
-        ids = self._map = self._map.to(device)
-        scale = float(getattr(self.embedding, "embed_scale", None) or 1.0)
+        if self._spelling is None:
+            self._spelling = self._spelled(classes)
+        ids, starts, readable = self._spelling = _on(self._spelling, device)
         if self.same and weight.shape[0] == classes:
-            return weight, ids >= 0, scale
-        return weight.index_select(0, ids.clamp_min(0)), ids >= 0, scale
+            return weight, readable
+        return F.embedding_bag(ids, weight, starts, mode="mean"), readable
 
-    def _aligned(self, classes: int) -> Tensor:
-        ids = torch.full((classes,), -1)
+    def _spelled(self, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The ids that stand for the generator's tokens, one after the other; where each one's begin; whether it has
+        any, and is not special."""
+        known = self.generator.vocabulary.values()
+        spelled: dict[int, tuple[int, ...]]
         if self.same:
-            known = torch.tensor(sorted(self.generator.vocabulary.values()))
-            found = torch.full((int(known.max()) + 1,), -1)
-            found[known] = known
+            spelled = {token: (token,) for token in known}
         else:
             how = self.relaxation
-            aligned = align_vocabularies(
-                self.generator.tokenizer, self.space.tokenizer, minimum_overlap=how.minimum_overlap
-            )
-            found = aligned.ids
-        shared = min(classes, found.numel())
-        ids[:shared] = found[:shared]
-        ids[sorted(token for token in self.generator.special if token < classes)] = -1
-        return ids
+            tokenizers = self.generator.tokenizer, self.space.tokenizer
+            spelled = dict(enumerate(align_vocabularies(*tokenizers, minimum_overlap=how.minimum_overlap).spelled))
+        bags = [spelled.get(token, ()) for token in range(classes)]
+        lengths = torch.tensor([len(bag) for bag in bags])
+        readable = lengths > 0
+        readable[[token for token in self.generator.special if token < classes]] = False
+        return torch.tensor([token for bag in bags for token in bag]), lengths.cumsum(0) - lengths, readable
 
     def _weight(self) -> Tensor:
         weight = getattr(self.embedding, "weight", None)
@@ -150,6 +150,11 @@ class Consumer:
             )
         # In eval mode nobody trains the table, and its gradient would cost a matrix product.
         return weight if self.embedding.training else weight.detach()
+
+
+def _on(tensors: tuple[Tensor, Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    first, second, third = (tensor.to(device) for tensor in tensors)
+    return first, second, third
 
 
 def _places(content: Tensor, prefix: int, suffix: int, room: int) -> tuple[Tensor, Tensor]:

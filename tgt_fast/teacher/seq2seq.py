@@ -186,9 +186,22 @@ class Seq2SeqTeacher(Teacher):
         Raises:
             ArgumentError: relaxed data, which stand for no one text.
         """
-        if "input_ids" not in x:
-            raise ArgumentError(f"{_OP}: a relaxed text has no one string; decode its latents without relaxed=True")
-        return self._generator.space.texts(x)
+        return self._generator.texts(x)
+
+    def changes(self, before: TextData, after: TextData) -> dict[str, float]:
+        """How often decoded texts differ: ``{"texts": share of texts, "tokens": share of places}`` that do.
+
+        Exploration moves latents; whether their texts move, too, is seen only by decoding both. Compare what one
+        sampler makes in mode "random" with what another one makes in mode "gradient", of the same seed, scale, sample
+        ids and step: the same start, before and after its steps.
+
+        Args:
+            before, after: two batches of data of one size, in the same order. A place is one of the longer text's.
+
+        Raises:
+            ArgumentError: batches of different size, or relaxed data.
+        """
+        return self._generator.changes(before, after)
 
     def join(self, pieces: Sequence[TextData]) -> TextData:
         """Batches one after the other, padded on the right to the longest."""

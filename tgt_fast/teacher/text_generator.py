@@ -56,6 +56,18 @@ class TextGenerator:
             made |= self.tokens_beside(self.space.texts(made))
         return {name: value.to(latents.z.device) for name, value in made.items()}
 
+    def texts(self, x: TextData) -> list[str]:
+        return self.space.texts(_hard(x))
+
+    def changes(self, before: TextData, after: TextData) -> dict[str, float]:
+        pairs = [self.space.contents(_hard(x)) for x in (before, after)]
+        if len(pairs[0]) != len(pairs[1]):
+            raise ArgumentError(f"{_OP}: {len(pairs[0])} texts before and {len(pairs[1])} after cannot be compared")
+        texts = sum(a != b for a, b in zip(*pairs, strict=True))
+        places = [max(len(a), len(b)) for a, b in zip(*pairs, strict=True)]
+        alike = sum(x == y for a, b in zip(*pairs, strict=True) for x, y in zip(a, b, strict=False))
+        return {"texts": texts / len(places), "tokens": (sum(places) - alike) / max(1, sum(places))}
+
     def tokens_beside(self, texts: list[str]) -> TextData:
         """The tokens of labeler and student, where they are others than the generator's."""
         labeler, student = (side.tokens_beside(texts) for side in self.sides)
@@ -68,7 +80,7 @@ class TextGenerator:
         fed = self.model.prepare_decoder_input_ids_from_labels(labels=latents.source)  # type: ignore[operator]
         logits = self._decoder.output_of(latents, fed, use_cache=False).logits
         content = latents.mask.bool() & ~torch.isin(latents.source, self.space.special_tensor(fed.device))
-        made: TextData = {"token_logits": logits, "content": content}
+        made: TextData = {"token_logits": logits, "content": content, "source": latents.source}
         if key is not None and self.relaxation.gumbel:
             made["key"] = key
         return made
@@ -93,6 +105,12 @@ class TextGenerator:
             return 0
         own = {f"{side.name}_input_ids": side.space.pad for side in self.sides}
         return own.get(name, self.space.pad)
+
+
+def _hard(x: TextData) -> TextData:
+    if "input_ids" not in x:
+        raise ArgumentError(f"{_OP}: a relaxed text has no one string; decode its latents without relaxed=True")
+    return x
 
 
 def _decoder(model: nn.Module, space: TokenSpace) -> Decoder:

@@ -1,0 +1,1 @@
+"""What the demos on text share: a pretrained sentence encoder, a vocabulary, a small generator of texts."""
