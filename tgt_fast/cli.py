@@ -1,4 +1,4 @@
-"""The command line: ``tgt-fast demo digits``, ``tgt-fast bench``, ``tgt-fast profile`` and ``tgt-fast doctor``."""
+"""The command line: ``tgt-fast demo``, ``bench``, ``profile``, ``cache`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif given.command == "profile":
             _profile(given)
         else:
-            _digits(given)
+            _demo(given)
     except TgtError as error:
         print(f"tgt-fast: error: {error}", file=sys.stderr)
         return 1
@@ -51,6 +51,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     _demo_options(digits, seeds="0,1,2; with --quick: 0", quick="one seed and fewer steps: less than a minute")
     digits.add_argument("--curve", action="store_true", help="also train on fewer and on more labels")
+
+    lm = demos.add_parser(
+        "lm",
+        help="a one-layer language model learns from a four-layer one, without logits and from a cache (needs [demo])",
+        description="Pretrain a teacher on the standard library's source and docstrings, distil it into a student with "
+        "few and with much text, with and without a cache of the teacher's outputs; write a report.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _demo_options(lm, seeds="0,1,2; with --quick: 0", quick="one seed and fewer steps: less than a minute")
 
     bench = commands.add_parser(
         "bench",
@@ -182,19 +191,18 @@ def _profile(given: argparse.Namespace) -> None:
     run_profile(given.out, chosen_device(given.device), given.steps, given.mode, Console())
 
 
-def _digits(given: argparse.Namespace) -> None:
+def _demo(given: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from tgt_fast.demos.digits.command import run_command
+    seeds, json, console = getattr(given, "seeds", None), getattr(given, "json", None), Console()
+    if given.demo == "lm":
+        from tgt_fast.demos.lm.command import run_command as run_lm
 
-    run_command(
-        getattr(given, "seeds", None),
-        given.quick,
-        given.curve,
-        given.out,
-        getattr(given, "json", None),
-        Console(),
-    )
+        run_lm(seeds, given.quick, given.out, json, console)
+    else:
+        from tgt_fast.demos.digits.command import run_command as run_digits
+
+        run_digits(seeds, given.quick, given.curve, given.out, json, console)
 
 
 if __name__ == "__main__":
