@@ -33,6 +33,12 @@ class Texts:
         return Texts(tuple(self.text[row] for row in rows.tolist()), self.y[rows], self.ids[rows])
 
 
+def at_most(texts: Texts, count: int) -> Texts:
+    """The first ``count`` texts of each class: as many of each where there are so many."""
+    kept = [(texts.y == c).nonzero().flatten()[:count] for c in texts.y.unique()]
+    return texts.take(torch.cat(kept))
+
+
 def choose_classes(corpus: Corpus, count: int) -> list[str]:
     """The ``count`` public subpackages with most texts for training, the largest first.
 

@@ -25,7 +25,7 @@ class Pool:
 
     ids: Tensor  # [M, L] int64, as the student reads them
     logits: Tensor  # [M, C] float32, the labeler's
-    anchors: Tensor  # [M] int64, the rows that they were made from (batch anchors)
+    anchors: Tensor  # [M] int64, rows of the labelled texts that they were made from
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -37,44 +37,54 @@ class Pool:
 
 def make_sampler(teacher: Seq2SeqTeacher, texts: Texts, settings: Settings, seed: int, **options: Any) -> LatentSampler:
     """The sampler, calibrated on the labelled texts."""
-    chosen: dict[str, Any] = {
-        "mode": "random", "sigma": settings.sigma, "anchors": settings.anchors, "seed": seed,
-        "step_size": settings.step_size,
-    }  # fmt: skip
+    chosen: dict[str, Any] = {"mode": "random", "sigma": settings.sigma, "step_size": settings.step_size, "seed": seed}
     sampler = LatentSampler(teacher, **{**chosen, **options})
-    return sampler.calibrate((x, y) for _, x, y in _batches(texts))
+    return sampler.calibrate(x for _, _, x in _batches(texts, torch.arange(len(texts))))
 
 
 def explore(
     sampler: LatentSampler,
     texts: Texts,
     steps: Sequence[int],
-    length: int,
+    settings: Settings,
     student: nn.Module | None = None,
-    progress: Callable[[], None] = lambda: None,
+    climbed: Callable[[tuple[float, float]], None] = lambda disagreement: None,
 ) -> Pool:
-    """A synthetic text of each anchor for each of ``steps``, numbers that key the noise."""
-    made = []
+    """As many synthetic texts as there are labelled ones, for each of ``steps``, numbers that key the noise.
+
+    ``climbed`` is told the mean disagreement of each batch before and after the gradient's steps.
+    """
+    made, length = [], settings.generator.max_length
     for step in steps:
-        for rows, x, _ in _batches(texts):
-            synth = sampler(x, sample_ids=rows, step=step, student=student)
+        anchors = chosen_anchors(texts.y, settings.anchors, step)
+        for places, rows, x in _batches(texts, anchors):
+            synth = sampler(x, sample_ids=places, step=step, student=student)
             ids = synth.x["input_ids"][:, :length]
-            made.append(
-                Pool(
-                    F.pad(ids, (0, length - ids.shape[1]), value=PAD),
-                    synth.teacher_logits.float().detach(),
-                    rows,
-                )
-            )
-        progress()
+            padded = F.pad(ids, (0, length - ids.shape[1]), value=PAD)
+            made.append(Pool(padded, synth.teacher_logits.float().detach(), rows))
+            if sampler.last_disagreement:
+                climbed((sampler.last_disagreement[0], sampler.last_disagreement[-1]))
     return Pool.joined(made)
 
 
-def _batches(texts: Texts) -> Iterator[tuple[Tensor, dict[str, Tensor], Tensor]]:
-    """(rows, data, classes), texts of about one length together: little padding."""
-    order = (texts.ids != PAD).sum(1).argsort(stable=True)
-    for rows in order.split(_BATCH):
+def chosen_anchors(y: Tensor, how: str, step: int) -> Tensor:
+    """Rows of the anchors, int64 [N], of N labelled texts of classes y.
+
+    "batch": each once. "balanced": each is of a class drawn evenly, so that rare classes' texts are used more often.
+    """
+    if how == "batch":
+        return torch.arange(len(y))
+    generator = torch.Generator().manual_seed(step)
+    weight = 1.0 / torch.bincount(y)[y].double()
+    return torch.multinomial(weight, len(y), replacement=True, generator=generator)
+
+
+def _batches(texts: Texts, anchors: Tensor) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    """(places among the anchors, their rows, data), texts of about one length together: little padding."""
+    order = (texts.ids[anchors] != PAD).sum(1).argsort(stable=True)
+    for places in order.split(_BATCH):
+        rows = anchors[places]
         ids = texts.ids[rows]
         real = ids != PAD
         longest = int(real.sum(1).max())
-        yield rows, {"input_ids": ids[:, :longest], "attention_mask": real[:, :longest].long()}, texts.y[rows]
+        yield places, rows, {"input_ids": ids[:, :longest], "attention_mask": real[:, :longest].long()}

@@ -19,6 +19,7 @@ class StudentSettings:
     temperature: float = 2.0
     hard_weight: float = 1.0
     dropout: float = 0.1
+    weight_decay: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Settings:
     characters: int = 400  # of a text that are read
     classes: int = 20
     labels: int = 500
+    test_per_class: int = 50  # texts at most, so that accuracy counts all classes alike
     decay: float = 0.85  # labelled examples of a class, relative to the next larger one
     # teacher
     vocabulary: int = 4000
@@ -46,9 +48,7 @@ class Settings:
     layers: int = 1
     steps: int = 400
     batch: int = 64  # examples a step: all real ones, or half of them synthetic
-    students: dict[str, StudentSettings] = field(
-        default_factory=lambda: dict.fromkeys(METHODS, StudentSettings())
-    )
+    students: dict[str, StudentSettings] = field(default_factory=lambda: dict.fromkeys(METHODS, StudentSettings()))
     # exploration
     variants: int = 12  # synthetic texts of an anchor
     sigma: float = 2.0
@@ -57,6 +57,7 @@ class Settings:
     anchors: str = "batch"
     step_size: float = 4.0
     refreshes: int = 4  # of the gradient's texts over a training
+    gradient_variants: int = 1  # of an anchor at each
     evaluations: int = 10  # points of a learning curve
 
 
