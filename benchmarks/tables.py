@@ -30,6 +30,16 @@ DIGITS_NAMES = {
 }
 
 
+LM_NAMES = {
+    "one-hot": "one-hot labels",
+    "distillation": "distillation, hidden states and heads",
+    "distillation-records": "distillation, records made each step",
+    "distillation-cached": "distillation, records from the cache",
+    "one-hot-plenty": "one-hot labels, text in plenty",
+    "distillation-plenty": "distillation, text in plenty",
+}
+
+
 def _grid(header: list[str], rows: list[list[str]]) -> str:
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
@@ -71,6 +81,42 @@ def digits(record: dict[str, Any]) -> str:
         f"torch {record['versions']['torch']}; commit {record['commit'][:7]}."
     )
     return _grid(["", "accuracy", "head", "middle", "tail", "agreement", "KL", "s"], rows) + "\n\n" + caption
+
+
+def lm(record: dict[str, Any]) -> str:
+    rows = []
+    for key, name in LM_NAMES.items():
+        method = record["methods"][key]
+        bits = method["bits_per_byte"]
+        rows.append(
+            [
+                name,
+                f"{bits['mean']:.3f} ± {bits['std']:.3f}",
+                f"{method['windows']:.0f}",
+                f"{method['steps']:.0f}",
+                f"{method['step_ms']:.0f}",
+                f"{method['seconds']:.1f}",
+            ]
+        )
+    teacher, settings, seeds = record["teacher"], record["settings"], len(record["seeds"])
+    untrained = record["methods"]["one-hot"]["before"]
+    peaks = record["loss_peak_bytes"]
+    cached = record["methods"]["distillation-cached"]
+    memory = (
+        f"Peak memory of the loss of 8,192 tokens: {peaks['linear'] / 1e6:.0f} MB from hidden states, "
+        f"{peaks['logits'] / 1e6:.0f} MB from logits, {peaks['eager'] / 1e6:.0f} MB in eager PyTorch. "
+        if peaks
+        else ""
+    )
+    caption = (
+        f"Bits per byte of held-out modules of the standard library (mean and standard deviation of {seeds} seeds); "
+        f"the four-layer teacher: {teacher['bits_per_byte']:.3f}, an untrained student: {untrained:.2f}. "
+        f"{settings['tokens']:,} tokens, windows of {settings['length']}. A step: the median on one core, behind the "
+        f"first epoch. The cache keeps {settings['k']} classes a token in {cached['cache_bytes'] / 1e6:.1f} MB. "
+        f"{memory}`tgt-fast demo lm`; torch {record['versions']['torch']}; commit "
+        f"{record['commit'][:7]}."
+    )
+    return _grid(["", "bits per byte", "windows", "steps", "ms a step", "s"], rows) + "\n\n" + caption
 
 
 def distill(record: dict[str, Any]) -> str:
@@ -161,6 +207,7 @@ PEERS = ("liger", "orda", "quack", "cce")
 NOT_YET = {"distill-cuda": "*Not yet measured on a GPU.*", "latent-cuda": "*Not yet measured on a GPU.*"}
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "digits": digits,
+    "lm": lm,
     "distill-cpu": distill,
     "latent-cpu": latent,
     "explore-cpu": explore,

@@ -103,6 +103,8 @@ def test_pieces_of_max_batch_give_what_one_call_gives() -> None:
     assert whole.texts(a.x) == pieces.texts(b.x)
     assert toys.same(a.x, b.x)
     torch.testing.assert_close(a.teacher_logits, b.teacher_logits, rtol=1e-4, atol=1e-5)
+    a, b = (teacher.decode(teacher.encode(x)) for teacher in (whole, pieces))  # and so without a key
+    assert toys.same(a, b)
 
 
 def test_no_global_random_number_is_drawn() -> None:

@@ -252,6 +252,14 @@ def test_what_a_gradient_needs_is_asked_for_by_name() -> None:
     alone = Seq2SeqTeacher(text_kit.bart(), text_kit.bart_tokenizer(), text_kit.roberta(), max_length=48)
     with pytest.raises(ArgumentError, match="give student_embedding="):
         climber(alone)(x, student=student)
+    with pytest.raises(ArgumentError, match=r"labeler embeds 153 tokens.*give labeler_tokenizer="):
+        Seq2SeqTeacher(text_kit.bart(), text_kit.bart_tokenizer(), text_kit.distilbert())
+    with pytest.raises(ArgumentError, match="need input_ids and attention_mask"):
+        teacher.encode({"input_ids": x["input_ids"]})
+    drawn, learner = text_teacher(gumbel=True)
+    options: dict[str, Any] = {"sigma": 0.5, "units": "absolute", "replicas": 2}
+    with pytest.raises(ArgumentError, match="one replica at a time"):
+        tgt.LatentSampler(drawn, "persistent", **options)(x, sample_ids=IDS)
     strict, learner = text_teacher(KINDS[1], minimum_overlap=0.95)
     strict.texts(
         tgt.LatentSampler(strict, sigma=0.1, units="absolute")(strict.tokenize(TEXTS)).x

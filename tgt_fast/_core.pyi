@@ -7,6 +7,7 @@ Matrix = tuple[int, int, int]  # pointer, row stride in elements, dtype code (cs
 Record = tuple[int, int, int, Matrix, Matrix, int]
 Factor = tuple[float, int]  # a number, or a pointer to one a sample
 Noise = tuple[int, int, int, int, int]  # seed, pointer to ids, step, replica, op
+Filter = tuple[float, int, float, float]  # temperature, k or 0, p or 1, logarithm of the least ratio to the largest
 
 ROW_STATE: int
 BAD_TARGET: int
@@ -120,6 +121,49 @@ def latent_ascend(
     norm: int,
     radius_norm: int,
     key: Noise,
+    threads: int,
+) -> None: ...
+def tokens_sample(
+    rows: int,
+    classes: int,
+    positions: int,
+    logits: Matrix,
+    filter: Filter,
+    key: Noise,
+    tokens: int,
+    threads: int,
+) -> None: ...
+def tokens_soft_forward(
+    first: int,
+    rows: int,
+    classes: int,
+    positions: int,
+    wide: bool,
+    logits: Matrix,
+    tau: float,
+    gumbel: bool,
+    key: Noise,
+    largest: int,
+    sum: int,
+    weights: int,
+    chosen: int,
+    threads: int,
+) -> None: ...
+def tokens_soft_backward(
+    first: int,
+    rows: int,
+    classes: int,
+    positions: int,
+    wide: bool,
+    logits: Matrix,
+    tau: float,
+    gumbel: bool,
+    key: Noise,
+    largest: int,
+    sum: int,
+    weights: int,
+    slope: int,
+    d_logits: Matrix,
     threads: int,
 ) -> None: ...
 def build_info() -> dict[str, Any]: ...

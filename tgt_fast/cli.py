@@ -1,4 +1,4 @@
-"""The command line: ``tgt-fast demo digits``, ``tgt-fast bench``, ``tgt-fast profile`` and ``tgt-fast doctor``."""
+"""The command line: ``tgt-fast demo``, ``bench``, ``profile``, ``cache`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif given.command == "profile":
             _profile(given)
         else:
-            _digits(given)
+            _demo(given)
     except TgtError as error:
         print(f"tgt-fast: error: {error}", file=sys.stderr)
         return 1
@@ -51,6 +51,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     _demo_options(digits, seeds="0,1,2; with --quick: 0", quick="one seed and fewer steps: less than a minute")
     digits.add_argument("--curve", action="store_true", help="also train on fewer and on more labels")
+
+    lm = demos.add_parser(
+        "lm",
+        help="a one-layer language model learns from a four-layer one, without logits and from a cache (needs [demo])",
+        description="Pretrain a teacher on the standard library's source and docstrings, distil it into a student with "
+        "few and with much text, with and without a cache of the teacher's outputs; write a report.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _demo_options(lm, seeds="0,1,2; with --quick: 0", quick="one seed and fewer steps: less than a minute")
+
+    docstrings = demos.add_parser(
+        "docstrings",
+        help="a small transformer learns from 500 labelled documentation strings and from texts that a BART writes "
+        "(needs [text])",
+        description="Train a generator on the documentation strings of the installed packages, a head on a pretrained "
+        "sentence encoder and, in four ways, a student that tells subpackages apart; write a report.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _demo_options(docstrings, seeds="0,1,2; with --quick: 0", quick="one seed and 3,000 texts: less than two minutes")
+    _cache_option(docstrings)
 
     bench = commands.add_parser(
         "bench",
@@ -112,6 +132,13 @@ def _demo_options(demo: argparse.ArgumentParser, seeds: str, quick: str) -> None
     demo.add_argument(
         "--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="also write the numbers here"
     )
+
+
+def _cache_option(demo: argparse.ArgumentParser) -> None:
+    demo.add_argument(
+        "--no-cache", dest="cache", action="store_false", default=argparse.SUPPRESS,
+        help="use nothing that an earlier run kept in the user's cache folder, and keep nothing",
+    )  # fmt: skip
 
 
 def _seeds(text: str) -> list[int]:
@@ -182,19 +209,22 @@ def _profile(given: argparse.Namespace) -> None:
     run_profile(given.out, chosen_device(given.device), given.steps, given.mode, Console())
 
 
-def _digits(given: argparse.Namespace) -> None:
+def _demo(given: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from tgt_fast.demos.digits.command import run_command
+    seeds, json, console = getattr(given, "seeds", None), getattr(given, "json", None), Console()
+    if given.demo == "lm":
+        from tgt_fast.demos.lm.command import run_command as run_lm
 
-    run_command(
-        getattr(given, "seeds", None),
-        given.quick,
-        given.curve,
-        given.out,
-        getattr(given, "json", None),
-        Console(),
-    )
+        run_lm(seeds, given.quick, given.out, json, console)
+    elif given.demo == "docstrings":
+        from tgt_fast.demos.docstrings.command import run_command as run_docstrings
+
+        run_docstrings(seeds, given.quick, given.out, json, getattr(given, "cache", True), console)
+    else:
+        from tgt_fast.demos.digits.command import run_command as run_digits
+
+        run_digits(seeds, given.quick, given.curve, given.out, json, console)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from tgt_fast.kernels.select import DEFAULT_VARIABLE, backends
 
-_OPTIONAL = ("scikit-learn", "matplotlib", "triton")
+_OPTIONAL = ("scikit-learn", "matplotlib", "triton", "transformers", "diffusers", "timm")
 
 
 def facts() -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@
 #include "../common/distill.h"
 #include "../common/latent.h"
 #include "../common/sparse.h"
+#include "../common/tokens.h"
 
 namespace tgt::bind {
 
@@ -46,6 +47,22 @@ inline NoiseKey noise(const NoiseTuple& from) {
   key.replica = std::get<3>(from);
   key.op = std::get<4>(from);
   return key;
+}
+
+// (temperature, k or 0, p or 1, logarithm of the least ratio to the largest probability)
+using FilterTuple = std::tuple<double, int64_t, double, double>;
+
+inline SampleCall sample_call(int64_t rows, int64_t classes, int64_t positions, const MatrixTuple& logits,
+                              const FilterTuple& filter, const NoiseTuple& key, uintptr_t tokens) {
+  SampleCall call;
+  call.rows = rows;
+  call.classes = classes;
+  call.positions = positions;
+  call.logits = matrix(logits);
+  std::tie(call.temperature, call.top_k, call.top_p, call.log_min_p) = filter;
+  call.noise = noise(key);
+  call.tokens = pointer<int64_t>(tokens);
+  return call;
 }
 
 }  // namespace tgt::bind

@@ -151,6 +151,13 @@ void ascend(int64_t samples, int64_t size, std::tuple<int, int, int> types, uint
   expect_success(cuda::ascend(call, device, stream_of(stream)));
 }
 
+void sample(int64_t rows, int64_t classes, int64_t positions, const MatrixTuple& logits, const FilterTuple& filter,
+            const NoiseTuple& key, const DeviceKeyTuple& on_device, uintptr_t tokens, uintptr_t stream) {
+  const cuda::DeviceKey device{pointer<int64_t>(std::get<0>(on_device)), pointer<int64_t>(std::get<1>(on_device))};
+  const SampleCall call = sample_call(rows, classes, positions, logits, filter, key, tokens);
+  expect_success(cuda::sample(call, device, stream_of(stream)));
+}
+
 // What this core's own CUDA runtime sees: "" or why there is no device. Without a driver the count is left untouched.
 std::string device_problem() {
   int count = 0;
@@ -173,6 +180,7 @@ void add_cuda(py::module_& m) {
   m.def("cuda_sparse_backward", &sparse_backward, release);
   m.def("cuda_latent_perturb", &perturb, release);
   m.def("cuda_latent_ascend", &ascend, release);
+  m.def("cuda_tokens_sample", &sample, release);
   m.def("cuda_device_problem", &device_problem, release);
 }
 

@@ -9,6 +9,7 @@
 #include "../cpu/latent.h"
 #include "../cpu/sparse.h"
 #include "../cpu/thread_pool.h"
+#include "../cpu/tokens.h"
 #include "arguments.h"
 #include "options.h"
 #if defined(TGT_HAVE_CUDA)
@@ -22,6 +23,7 @@ namespace {
 using tgt::DType;
 using tgt::bind::factor;
 using tgt::bind::FactorTuple;
+using tgt::bind::FilterTuple;
 using tgt::bind::matrix;
 using tgt::bind::MatrixTuple;
 using tgt::bind::noise;
@@ -149,6 +151,49 @@ void ascend(int64_t samples, int64_t size, std::tuple<int, int, int> types, uint
   tgt::cpu::ascend(call, threads);
 }
 
+void sample(int64_t rows, int64_t classes, int64_t positions, const MatrixTuple& logits, const FilterTuple& filter,
+            const NoiseTuple& key, uintptr_t tokens, int threads) {
+  tgt::cpu::sample(tgt::bind::sample_call(rows, classes, positions, logits, filter, key, tokens), threads);
+}
+
+tgt::SoftCall soft_call(int64_t first, int64_t rows, int64_t classes, int64_t positions, bool wide,
+                        const MatrixTuple& logits, double tau, bool gumbel, const NoiseTuple& key, uintptr_t largest,
+                        uintptr_t sum, uintptr_t weights) {
+  tgt::SoftCall call;
+  call.first = first;
+  call.rows = rows;
+  call.classes = classes;
+  call.positions = positions;
+  call.wide = wide;
+  call.logits = matrix(logits);
+  call.tau = tau;
+  call.gumbel = gumbel;
+  call.noise = noise(key);
+  call.largest = pointer<void>(largest);
+  call.sum = pointer<void>(sum);
+  call.weights = pointer<void>(weights);
+  return call;
+}
+
+void soft_forward(int64_t first, int64_t rows, int64_t classes, int64_t positions, bool wide, const MatrixTuple& logits,
+                  double tau, bool gumbel, const NoiseTuple& key, uintptr_t largest, uintptr_t sum, uintptr_t weights,
+                  uintptr_t chosen, int threads) {
+  tgt::SoftCall call =
+      soft_call(first, rows, classes, positions, wide, logits, tau, gumbel, key, largest, sum, weights);
+  call.chosen = pointer<int64_t>(chosen);
+  tgt::cpu::soft_forward(call, threads);
+}
+
+void soft_backward(int64_t first, int64_t rows, int64_t classes, int64_t positions, bool wide,
+                   const MatrixTuple& logits, double tau, bool gumbel, const NoiseTuple& key, uintptr_t largest,
+                   uintptr_t sum, uintptr_t weights, uintptr_t slope, const MatrixTuple& d_logits, int threads) {
+  tgt::SoftCall call =
+      soft_call(first, rows, classes, positions, wide, logits, tau, gumbel, key, largest, sum, weights);
+  call.slope = pointer<void>(slope);
+  call.d_logits = matrix(d_logits);
+  tgt::cpu::soft_backward(call, threads);
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = TGT_COMPILER;
@@ -191,6 +236,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("sparse_backward", &sparse_backward, release);
   m.def("latent_perturb", &perturb, release);
   m.def("latent_ascend", &ascend, release);
+  m.def("tokens_sample", &sample, release);
+  m.def("tokens_soft_forward", &soft_forward, release);
+  m.def("tokens_soft_backward", &soft_backward, release);
   m.def("build_info", &build_info);
 #if defined(TGT_HAVE_CUDA)
   tgt::bind::add_cuda(m);

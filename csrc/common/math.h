@@ -134,7 +134,10 @@ struct Log<V, float> {
     const Int offset = bit_cast<Int>(x) - 0x3f3504f3;  // bits of sqrt(1/2)
     const Int exponent = offset >> 23;
     const V m = bit_cast<V>((offset & 0x007fffff) + 0x3f3504f3);
-    const V f = m - 1.0f;
+    return of_parts(m - 1.0f, exponent);
+  }
+  // log((1 + f) 2^exponent)
+  static TGT_HD V of_parts(V f, typename Traits<V>::Int exponent) {
     const V g = f * f;
     const V tail =
         polynomial(f, 3.3333331174e-1f, -2.4999993993e-1f, 2.0000714765e-1f, -1.6668057665e-1f, 1.4249322787e-1f,

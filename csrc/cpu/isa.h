@@ -4,6 +4,7 @@
 #include "../common/distill.h"
 #include "../common/latent.h"
 #include "../common/sparse.h"
+#include "../common/tokens.h"
 
 namespace tgt::cpu {
 
@@ -16,6 +17,9 @@ struct Kernels {
   void (*ascend)(const AscendCall&, int64_t begin, int64_t end);
   void (*sparse_forward)(const SparseCall&, int64_t begin, int64_t end);
   void (*sparse_backward)(const SparseCall&, int64_t begin, int64_t end);
+  void (*sample)(const SampleCall&, int64_t begin, int64_t end);
+  void (*soft_forward)(const SoftCall&, int64_t begin, int64_t end);
+  void (*soft_backward)(const SoftCall&, int64_t begin, int64_t end);
 };
 
 // The widest set that was built and that this CPU has.

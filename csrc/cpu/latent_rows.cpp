@@ -2,62 +2,26 @@
 //
 // A sample is handled block by block in the first-level cache. Where a projection needs the norm of the whole moved
 // sample, the moved sample waits in a scratch row of the thread, so that noise is drawn once.
-#include <cstdlib>
 #include <initializer_list>
 
 #include "blocks.h"
 #include "isa.h"
+#include "noise.h"
+#include "scratch.h"
 
 namespace tgt {
 inline namespace TGT_ISA {
 namespace {
 
-constexpr int kWordLanes = kSimdBytes / 4;
-
-struct Key {
-  uint32_t seed_low, seed_high, id_low, id_high, op_step;
-};
-
-Key key_of(const NoiseKey& noise, int64_t sample) {
-  const uint64_t id = static_cast<uint64_t>(noise.ids[sample]);
-  return {static_cast<uint32_t>(noise.seed), static_cast<uint32_t>(noise.seed >> 32), static_cast<uint32_t>(id),
-          static_cast<uint32_t>(id >> 32) | noise.replica << 16, noise.op << 28 | noise.step};
-}
-
-template <class W>
-TGT_HD Block<W> words(const Key& key, W block) {
-  return philox4x32(Block<W>{block, W{} + key.id_low, W{} + key.id_high, W{} + key.op_step}, key.seed_low,
-                    key.seed_high);
-}
-
-// Lane i of a vector: i.
-TGT_HD VUInt32 lane_numbers() {
-  VUInt32 numbers;
-  for (int i = 0; i < kWordLanes; ++i) numbers[i] = i;
-  return numbers;
-}
-
 // Standard normals [at, at + count) of a sample; `at` is a multiple of 4 lanes. Writes whole vectors: `to` needs room
 // for count rounded up to 4 * kWordLanes.
 void draw_normals(const Key& key, int64_t at, int count, float* to) {
+  const InOrder in_order;
   const VUInt32 lanes = lane_numbers();
-  VInt32 low_half, high_half;  // interleave two vectors: their lower halves, their upper halves
-  for (int i = 0; i < kWordLanes; ++i) {
-    low_half[i] = (i & 1) * kWordLanes + i / 2;
-    high_half[i] = low_half[i] + kWordLanes / 2;
-  }
   for (int done = 0; done < count; done += 4 * kWordLanes) {
     const Block<VUInt32> w = words(key, lanes + static_cast<uint32_t>((at + done) / 4));
     const Pair<VFloat> first = normal_pair<VFloat>(w.x0, w.x1), second = normal_pair<VFloat>(w.x2, w.x3);
-    // Lane i of the four vectors is block i's four numbers: interleave twice to get them in order.
-    const VFloat even_low = __builtin_shuffle(first.first, second.first, low_half);
-    const VFloat even_high = __builtin_shuffle(first.first, second.first, high_half);
-    const VFloat odd_low = __builtin_shuffle(first.second, second.second, low_half);
-    const VFloat odd_high = __builtin_shuffle(first.second, second.second, high_half);
-    store(to + done, __builtin_shuffle(even_low, odd_low, low_half));
-    store(to + done + kWordLanes, __builtin_shuffle(even_low, odd_low, high_half));
-    store(to + done + 2 * kWordLanes, __builtin_shuffle(even_high, odd_high, low_half));
-    store(to + done + 3 * kWordLanes, __builtin_shuffle(even_high, odd_high, high_half));
+    in_order.write(to + done, first.first, first.second, second.first, second.second);
   }
 }
 
@@ -79,22 +43,6 @@ void draw(const NoiseKey& noise, const Key& key, int64_t at, int count, float* t
     draw_normals(key, at, count, to);
   }
 }
-
-// Memory of a thread for one sample, kept while it handles its share of them.
-template <class Real>
-class Scratch {
- public:
-  explicit Scratch(int64_t size) : data_(size ? static_cast<Real*>(std::malloc(size * sizeof(Real))) : nullptr) {
-    if (size && !data_) abort();  // as the C++ runtime would
-  }
-  ~Scratch() { std::free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  Real* data() { return data_; }
-
- private:
-  Real* data_;
-};
 
 template <class Body>  // body(at, count)
 void each_block(int64_t size, Body body) {

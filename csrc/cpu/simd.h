@@ -152,6 +152,34 @@ TGT_HD void store_part(Real* to, typename Lanes<Real>::Vector value, int count) 
   for (int i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
+// Bit i: whether lane i of a comparison's result is true.
+TGT_HD unsigned lane_bits(VInt32 mask) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return static_cast<unsigned>(_mm256_movemask_ps((__m256)mask));
+#elif defined(__x86_64__)
+  return static_cast<unsigned>(_mm_movemask_ps((__m128)mask));
+#else
+  unsigned bits = 0;
+  for (int i = 0; i < Lanes<float>::kCount; ++i) bits |= static_cast<unsigned>(mask[i] != 0) << i;
+  return bits;
+#endif
+}
+TGT_HD unsigned lane_bits(VInt64 mask) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi64_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return static_cast<unsigned>(_mm256_movemask_pd((__m256d)mask));
+#elif defined(__x86_64__)
+  return static_cast<unsigned>(_mm_movemask_pd((__m128d)mask));
+#else
+  unsigned bits = 0;
+  for (int i = 0; i < Lanes<double>::kCount; ++i) bits |= static_cast<unsigned>(mask[i] != 0) << i;
+  return bits;
+#endif
+}
+
 // A fixed tree over the lanes, in double.
 template <class V>
 TGT_HD double sum_lanes(V value) {

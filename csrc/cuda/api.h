@@ -4,6 +4,7 @@
 #include "../common/distill.h"
 #include "../common/latent.h"
 #include "../common/sparse.h"
+#include "../common/tokens.h"
 
 #if defined(TGT_EMULATED_GPU)
 #include "../emulator/gpu.h"
@@ -48,5 +49,7 @@ struct DeviceKey {
 
 Failure perturb(const PerturbCall& call, const DeviceKey& key, cudaStream_t stream);
 Failure ascend(const AscendCall& call, const DeviceKey& key, cudaStream_t stream);
+
+Failure sample(const SampleCall& call, const DeviceKey& key, cudaStream_t stream);
 
 }  // namespace tgt::cuda

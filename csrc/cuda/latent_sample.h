@@ -4,24 +4,12 @@
 // included: memory is read once (and from cache again), and the result has the same bits.
 #pragma once
 
-#include "api.h"
+#include "noise.h"
 #include "team.h"
 #include "vectors.h"
 
 namespace tgt::cuda {
 inline namespace TGT_ISA {
-
-struct Key {
-  uint32_t seed_low, seed_high, id_low, id_high, op_step;
-};
-
-TGT_DEVICE Key key_of(const NoiseKey& noise, const DeviceKey& device, int64_t sample) {
-  const uint64_t seed = device.seed ? static_cast<uint64_t>(*device.seed) : noise.seed;
-  const uint32_t step = device.step ? static_cast<uint32_t>(*device.step) & 0x0fffffffu : noise.step;
-  const uint64_t id = static_cast<uint64_t>(noise.ids[sample]);
-  return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(id),
-          (static_cast<uint32_t>(id >> 32) & 0xffffu) | noise.replica << 16, noise.op << 28 | step};
-}
 
 // Standard normals 8 k to 8 k + 7 of a sample: two blocks of the generator. `mass`: of the truncated normal, or 0.
 TGT_DEVICE Eight<float> draw_eight(const Key& key, int64_t k, double bound, double mass) {

@@ -50,7 +50,7 @@ def peak_in_fresh_process(case: Case, contender: str, *, quick: bool, number: in
     return int(done.stdout.split()[-1])
 
 
-def _resident_peak() -> int:
+def resident_peak() -> int:
     """Bytes. Of this program alone: ru_maxrss begins with the parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
@@ -70,9 +70,9 @@ def _main(noun: str, number: int, contender: str, quick: bool) -> int:
     _call(smallest.build(), contender)()  # what is loaded at first use is no part of a call
     work = cases[number].build()
     call = _call(work, contender)
-    before = _resident_peak()
+    before = resident_peak()
     result = call()
-    after = _resident_peak()
+    after = resident_peak()
     del result
     return after - before
 

@@ -75,8 +75,10 @@ class Bar:
         return sum(self.points) / len(self.points)
 
 
-def bars(items: Sequence[Bar], title: str, unit: str, low: float = 0.0, high: float | None = None) -> bytes:
-    """Horizontal bars from top to bottom with every single point and the mean as a number."""
+def bars(
+    items: Sequence[Bar], title: str, unit: str, low: float = 0.0, high: float | None = None, form: str = ".1f"
+) -> bytes:
+    """Horizontal bars from top to bottom with every single point and, in ``form``, the mean as a number."""
     with figure(9, 0.9 + 0.46 * len(items)) as (made, axes):
         top = max(max(item.points) for item in items) if high is None else high
         for row, item in enumerate(items):
@@ -84,7 +86,7 @@ def bars(items: Sequence[Bar], title: str, unit: str, low: float = 0.0, high: fl
             axes.plot(item.points, [row] * len(item.points), "o", ms=5, mfc="white", mec=INK, mew=1.0, zorder=3)
             end = max(item.mean, *item.points)
             axes.annotate(
-                f"{item.mean:.1f}", (end, row), xytext=(9, 0), textcoords="offset points",
+                format(item.mean, form), (end, row), xytext=(9, 0), textcoords="offset points",
                 va="center", ha="left", fontweight="bold", fontsize=10.5,
             )  # fmt: skip
         axes.set_yticks(range(len(items)), [item.label for item in items])

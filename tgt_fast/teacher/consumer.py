@@ -68,6 +68,12 @@ class Consumer:
         self.name, self.space, self.generator = name, space, generator
         self.embedding, self.relaxation = embedding, relaxation
         self.same = space.same_as(generator)
+        weight, most = getattr(embedding, "weight", None), max(space.vocabulary.values(), default=-1)
+        if isinstance(weight, Tensor) and weight.shape[0] <= most:
+            raise ArgumentError(
+                f"Seq2SeqTeacher: the {name} embeds {weight.shape[0]} tokens, its tokenizer makes ids up to {most}: "
+                f"give {name}_tokenizer="
+            )
         self._spelling: tuple[Tensor, Tensor, Tensor] | None = None  # made when first needed
         self._ids, self._mask = f"{name}_input_ids", f"{name}_attention_mask"
 

@@ -74,7 +74,7 @@ class Decoder:
     banned: tuple[int, ...]
     known: int  # the ids below it are the tokenizer's; a model may have more, as padding
 
-    def generate(self, latents: Latents, how: Generation, most: int, key: Key | None, backend: str) -> list[list[int]]:
+    def generate(self, latents: Latents, how: Generation, most: int, key: Key, backend: str) -> list[list[int]]:
         """The ids of each text, without what opens and ends it."""
         most = min(most, how.max_new_tokens)
         made = (
@@ -92,7 +92,7 @@ class Decoder:
         )
 
     @torch.no_grad()
-    def _token_by_token(self, latents: Latents, how: Generation, most: int, key: Key | None, backend: str) -> Tensor:
+    def _token_by_token(self, latents: Latents, how: Generation, most: int, key: Key, backend: str) -> Tensor:
         rows, device = latents.z.shape[0], latents.z.device
         ends = torch.tensor(self.end, device=device)
         inputs = torch.tensor(self.first, device=device).expand(rows, -1)
@@ -147,15 +147,12 @@ def encoded(z: Tensor) -> Any:
     return outputs.BaseModelOutput(last_hidden_state=z)
 
 
-def _choose(logits: Tensor, how: Generation, key: Key | None, place: int, most: int, backend: str) -> Tensor:
+def _choose(logits: Tensor, how: Generation, key: Key, place: int, most: int, backend: str) -> Tensor:
     """The next token of each text, int64 [B]."""
     options: dict[str, Any] = {"temperature": 0.0}
     if how.strategy == "sample":
         options = {"temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p, "min_p": how.min_p}
-    if key is not None:
-        # Every token of a text draws anew: a step of the sampler is as many of the noise as a text has tokens.
-        step = key.step * most + place
-        options |= {"seed": key.seed, "sample_ids": key.ids, "step": step, "replica": key.replica}
-    else:
-        options["step"] = place
+    # Every token of a text draws anew: a step of the sampler is as many of the noise as a text has tokens.
+    step = key.step * most + place
+    options |= {"seed": key.seed, "sample_ids": key.ids, "step": step, "replica": key.replica}
     return sample_tokens(logits, backend=backend, **options)

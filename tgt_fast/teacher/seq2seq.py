@@ -54,8 +54,9 @@ class Seq2SeqTeacher(Teacher):
         backend: of ``sample_tokens`` and ``soft_embedding``.
 
     A text that is drawn depends on its anchor and its key (seed, sample id, step, replica) alone, not on the texts
-    beside it, up to the rounding of the models' own arithmetic. Decoding runs on the host, token by token: each waits
-    for the device.
+    beside it, up to the rounding of the models' own arithmetic. Each token takes a step of the noise: the sampler's own
+    may go up to 2**28 / (tokens a text). Decoding runs from the host, which waits for the device after each token. Not
+    yet run on a GPU.
 
     Raises:
         ArgumentError: an option out of range, a labeler that is the student, or a tokenizer without tokens.

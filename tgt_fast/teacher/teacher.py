@@ -37,7 +37,7 @@ class Teacher(nn.Module):
             ``Latents`` where they carry a mask. If it has a parameter named ``relaxed`` it is told whether a
             differentiable output is wanted (decoders of discrete data); any other decoder is taken to be
             differentiable as it is. If it has a parameter named ``key`` it is given what its random choices are
-            keyed by (a :class:`tgt_fast.teacher.Key`: seed, sample ids, step, replica), or None.
+            keyed by (a :class:`tgt_fast.teacher.Key`: seed, sample ids, step, replica).
         labeler: ``labeler_transform(data)`` -> logits [B, ..., C].
         prior: None; "normal" (z ~ N(0, I) in the shape of the encoder's latents); a shape such as (16,) (the
             same, and no encoder call is needed to learn the shape); or a callable that turns normal noise in
@@ -185,6 +185,7 @@ class Teacher(nn.Module):
             latents: B latents, or a bare tensor [B, ...].
             relaxed: ask a decoder of discrete data for an output through which gradients flow.
             key: for a decoder that draws random numbers, what they are keyed by, with B ids; a sampler passes its own.
+                By default seed 0, ids 0..B-1, step 0.
 
         Returns:
             Data, a pytree of B examples.
@@ -195,7 +196,10 @@ class Teacher(nn.Module):
         self._keep_frozen()
         if isinstance(latents, Tensor):
             latents = Latents(latents)
-        key = key if self.decoder_takes_key else None
+        if not self.decoder_takes_key:
+            key = None
+        elif key is None:
+            key = Key(torch.tensor(0), torch.arange(latents.z.shape[0], device=latents.z.device), 0)
         with named_range("decode"):
             pieces = tree.chunks((latents, key), self.max_batch)
             return self.join([self._decode(*piece, relaxed) for piece in pieces])

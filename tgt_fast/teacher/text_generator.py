@@ -39,16 +39,18 @@ class TextGenerator:
         self._decoder = _decoder(model, space)
 
     def encode(self, x: TextData) -> Latents:
+        if "input_ids" not in x or "attention_mask" not in x:
+            raise ArgumentError(f"{_OP}: data need input_ids and attention_mask, see tokenize(); got {sorted(x)}")
         ids, mask = x["input_ids"], x["attention_mask"]
         if mask.device.type == "cpu" and bool((mask[:, 1:] > mask[:, :-1]).any()):
             raise ArgumentError(f"{_OP}: texts must be padded on the right, where noise does not count positions")
         encoder = self.model.get_encoder()  # type: ignore[operator]
         return Latents(encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask, ids)
 
-    def decode(self, latents: Latents, relaxed: bool = False, key: Key | None = None) -> TextData:
+    def decode(self, latents: Latents, *, relaxed: bool, key: Key) -> TextData:
         return self._relaxed(latents, key) if relaxed else self._generated(latents, key)
 
-    def _generated(self, latents: Latents, key: Key | None) -> TextData:
+    def _generated(self, latents: Latents, key: Key) -> TextData:
         """Tokens from the decoder, and what the others see of their text."""
         contents = self._decoder.generate(latents, self.generation, self.space.room + 1, key, self.relaxation.backend)
         made: TextData = {**self.space.batch(contents)}
@@ -73,7 +75,7 @@ class TextGenerator:
         labeler, student = (side.tokens_beside(texts) for side in self.sides)
         return {**labeler, **student}
 
-    def _relaxed(self, latents: Latents, key: Key | None) -> TextData:
+    def _relaxed(self, latents: Latents, key: Key) -> TextData:
         """The decoder's logits at all positions from one call, fed the tokens that z was encoded from."""
         if latents.source is None or latents.mask is None:
             raise ArgumentError(f"{_OP}: a relaxed text needs latents that know their tokens, as encode() gives them")
@@ -81,12 +83,14 @@ class TextGenerator:
         logits = self._decoder.output_of(latents, fed, use_cache=False).logits
         content = latents.mask.bool() & ~torch.isin(latents.source, self.space.special_tensor(fed.device))
         made: TextData = {"token_logits": logits, "content": content, "source": latents.source}
-        if key is not None and self.relaxation.gumbel:
+        if self.relaxation.gumbel:
             made["key"] = key
         return made
 
     def join(self, pieces: Sequence[TextData]) -> TextData:
         """Batches one after the other, padded on the right to the longest."""
+        if len({piece["key"].replica for piece in pieces if "key" in piece}) > 1:
+            raise ArgumentError(f"{_OP}: with gumbel=True relaxed texts are of one replica at a time; use replicas=1")
         if len(pieces) == 1 or "token_logits" in pieces[0]:
             return tree.concat(pieces)
         longest = {name: max(piece[name].shape[1] for piece in pieces) for name in pieces[0]}

@@ -44,7 +44,6 @@ class Text:
     validation: Windows
     test: Windows
     bytes_of: Tensor  # [tokens] int64
-    tokenizer: Tokenizer
 
 
 def make_text(corpus: Corpus, settings: Settings) -> Text:
@@ -60,7 +59,6 @@ def make_text(corpus: Corpus, settings: Settings) -> Text:
         validation=cut((module.text[:limit] for module in corpus.validation), settings.validation),
         test=cut((module.text[:limit] for module in corpus.test), settings.test),
         bytes_of=torch.tensor([len(token) for token in tokenizer.bytes_of]),
-        tokenizer=tokenizer,
     )
 
 

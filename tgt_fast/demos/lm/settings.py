@@ -21,13 +21,13 @@ class Settings:
     length: int = 128  # tokens of a window
     few: int = 200  # windows that a student with few data has
     validation: int = 192  # windows
-    test: int = 192
+    test: int = 128
     # teacher
     teacher_width: int = 128
     teacher_layers: int = 4
     teacher_heads: int = 4
     teacher_steps: int = 640
-    teacher_rate: float = 2e-3
+    teacher_rate: float = 3e-3
     # student
     width: int = 64
     layers: int = 1
@@ -54,7 +54,7 @@ class Settings:
 
 
 def quick(settings: Settings) -> Settings:
-    """A smaller teacher of fewer steps, and fewer steps of the student."""
+    """Less text, and fewer steps of teacher and students."""
     return replace(
-        settings, teacher_steps=120, steps=60, one_hot_steps=60, evaluations=2, test=96, train_bytes=1_500_000
+        settings, teacher_steps=100, steps=50, one_hot_steps=50, evaluations=2, test=96, train_bytes=1_500_000
     )

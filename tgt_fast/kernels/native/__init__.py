@@ -72,8 +72,6 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
     reason = not_plain(tensors)
     if reason is not None:
         return reason
-    if op in ("tokens", "soft_embedding"):
-        return "the core has no kernels for tokens"
     for tensor in tensors:
         if tensor.device.type == "cuda":
             if op == "soft_embedding":

@@ -31,20 +31,20 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _noise(
+def noise(
     seed: int | Tensor, sample_ids: Tensor, step: int | Tensor, replica: int, op: int
 ) -> tuple[int, int, int, int, int]:
     return int(seed) & _UINT64, sample_ids.data_ptr(), int(step), int(replica), op
 
 
-def _device_noise(
+def device_noise(
     seed: int | Tensor, sample_ids: Tensor, step: int | Tensor, replica: int, op: int
 ) -> tuple[tuple[int, int, int, int, int], tuple[int, int]]:
     """The key with its integers that live on the device left there: numbers, and addresses that replace them."""
     (seed_number, seed_at), (step_number, step_at) = (
         (0, value.data_ptr()) if isinstance(value, Tensor) else (value, 0) for value in (seed, step)
     )
-    return _noise(seed_number, sample_ids, step_number, replica, op), (seed_at, step_at)
+    return noise(seed_number, sample_ids, step_number, replica, op), (seed_at, step_at)
 
 
 def on_device(device: torch.device, value: int | Tensor) -> int | Tensor:
@@ -83,7 +83,7 @@ def perturb(
     engine = cuda.engine(z)
     if engine is not None:
         seed, step = on_device(z.device, seed), on_device(z.device, step)
-        key = _device_noise(seed, sample_ids, step, int(replica), op)
+        key = device_noise(seed, sample_ids, step, int(replica), op)
         with engine.current(z) as stream:
             engine.core.cuda_latent_perturb(
                 *z.shape, DTYPES[z.dtype], z.data_ptr(), out.data_ptr(), sigma.packed(), _pointer(scale), *key,
@@ -92,7 +92,7 @@ def perturb(
         return out
     core().latent_perturb(
         *z.shape, DTYPES[z.dtype], z.data_ptr(), out.data_ptr(), sigma.packed(), _pointer(scale),
-        _noise(seed, sample_ids, step, replica, op), truncation or 0.0, radius, torch.get_num_threads(),
+        noise(seed, sample_ids, step, replica, op), truncation or 0.0, radius, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -125,7 +125,7 @@ def ascend(
     engine = cuda.engine(z)
     if engine is not None:
         seed, step = on_device(z.device, seed), on_device(z.device, step)
-        key = _device_noise(seed, sample_ids, step, int(replica), OP_ASCEND)
+        key = device_noise(seed, sample_ids, step, int(replica), OP_ASCEND)
         with engine.current(z) as stream:
             engine.core.cuda_latent_ascend(
                 *z.shape, types, z.data_ptr(), grad.data_ptr(), _pointer(anchor), out.data_ptr(), steps.packed(),
@@ -136,6 +136,6 @@ def ascend(
     core().latent_ascend(
         *z.shape, types, z.data_ptr(), grad.data_ptr(), _pointer(anchor), out.data_ptr(), steps.packed(),
         sigmas.packed(), radii.packed(), _pointer(unit), STEP_NORMS.index(norm), RADIUS_NORMS.index(radius_norm),
-        _noise(seed, sample_ids, step, replica, OP_ASCEND), torch.get_num_threads(),
+        noise(seed, sample_ids, step, replica, OP_ASCEND), torch.get_num_threads(),
     )  # fmt: skip
     return out

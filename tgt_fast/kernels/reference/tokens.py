@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tgt_fast.kernels.options import OP_GUMBEL, OP_TOKENS, SampleOptions, SoftOptions, SoftState
 from tgt_fast.kernels.reference.latent import _words
+from tgt_fast.kernels.tokens_table import given_back
 
 __all__ = ["gumbel_noise", "sample", "soft_backward", "soft_embedding", "soft_forward", "token_uniform"]
 
@@ -113,10 +114,13 @@ def _noisy(
 
 
 def _first_largest(noisy: Tensor) -> Tensor:
-    """The place of each row's largest number, the first of several.  [N, V] -> [N]"""
+    """The place of each row's largest number, the first of several; -1 for no distribution.  [N, V] -> [N]"""
+    if noisy.shape[0] == 0:
+        return torch.empty(0, dtype=torch.int64, device=noisy.device)
     place = torch.arange(noisy.shape[1], device=noisy.device)
-    largest = noisy == noisy.amax(dim=-1, keepdim=True)
-    return torch.where(largest, place, noisy.shape[1] - 1).amin(dim=-1)
+    largest = noisy.amax(dim=-1, keepdim=True)
+    first = torch.where(noisy == largest, place, noisy.shape[1]).amin(dim=-1)
+    return torch.where(largest[:, 0].abs() < math.inf, first, -1)
 
 
 def _value(noisy: Tensor, table: Tensor, options: SoftOptions) -> Tensor:
@@ -126,7 +130,8 @@ def _value(noisy: Tensor, table: Tensor, options: SoftOptions) -> Tensor:
     probability = torch.softmax(noisy / options.tau, dim=-1)
     if options.hard:
         soft = probability @ wide.detach()
-        return wide[_first_largest(noisy)] + (soft - soft.detach())
+        chosen = _first_largest(noisy)[:, None]
+        return torch.where(chosen >= 0, wide[chosen[:, 0]], math.nan) + (soft - soft.detach())
     return probability @ wide
 
 
@@ -155,7 +160,7 @@ def soft_forward(
             rows[0] = noisy.amax(dim=-1)
             rows[1] = ((noisy - rows[0][:, None]) / options.tau).exp().sum(dim=-1)
         wide = torch.float64 in (logits.dtype, table.dtype)
-        chosen = _first_largest(noisy) if options.hard and logits.shape[0] else rows.new_empty(0, dtype=torch.int64)
+        chosen = _first_largest(noisy) if options.hard else rows.new_empty(0, dtype=torch.int64)
         return out, SoftState(rows if wide else rows.to(torch.float32), chosen)
 
 
@@ -179,7 +184,7 @@ def soft_backward(
             mean = (probability * slope).sum(dim=-1, keepdim=True)
             d_logits = (probability * (slope - mean) / options.tau).to(logits.dtype)
         if wanted[1] and options.hard:
-            d_table = torch.zeros_like(wide).index_put_((state.chosen,), upstream, accumulate=True).to(table.dtype)
+            d_table = given_back(table, state.chosen, upstream)
         elif wanted[1]:
             d_table = (probability.T @ upstream).to(table.dtype)
         return d_logits, d_table

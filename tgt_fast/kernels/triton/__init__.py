@@ -33,6 +33,7 @@ class Kernels(NamedTuple):
     distill: ModuleType
     finish: ModuleType
     latent: ModuleType
+    tokens: ModuleType
     interpreted: bool
 
 
@@ -47,15 +48,15 @@ def load() -> Kernels | str:
         return "Triton is not installed; pip install triton"
     try:
         language = importlib.import_module("triton.language")
-        names = ("distill_kernels", "distill_finish", "latent_kernels")
-        distill, finish, latent = (importlib.import_module(f"tgt_fast.kernels.triton.{name}") for name in names)
+        names = ("distill_kernels", "distill_finish", "latent_kernels", "tokens_kernels")
+        distill, finish, latent, tokens = (importlib.import_module(f"tgt_fast.kernels.triton.{name}") for name in names)
     except Exception as error:  # a Triton that is broken, too old or built for another machine
         return f"Triton does not load ({type(error).__name__}: {error})"
     # What Triton's own functions are was settled when Triton was imported, maybe by somebody else.
     interpreted = "Interpreted" in type(language.sum).__name__
     if interpreted != ("Interpreted" in type(distill.distill_fwd_kernel).__name__):
         return "TRITON_INTERPRET changed after Triton was imported; set it before, or not at all"
-    return Kernels(distill, finish, latent, interpreted)
+    return Kernels(distill, finish, latent, tokens, interpreted)
 
 
 def kernels() -> Kernels:
@@ -73,8 +74,10 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
         return reason
     if op == "sparse":
         return "there are no Triton kernels for top-k records"
-    if op in ("tokens", "soft_embedding"):
-        return "there are no Triton kernels for tokens"
+    if op == "tokens":
+        return "there is no Triton kernel that draws tokens"
+    if op == "soft_embedding" and any(tensor.dtype == torch.float64 for tensor in tensors):
+        return "there is no Triton kernel for a soft embedding in float64"
     device = tensors[0].device
     if device.type not in ("cuda", "cpu"):
         return f"Triton's kernels serve CUDA tensors, these are on {device}"

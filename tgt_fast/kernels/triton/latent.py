@@ -20,7 +20,7 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-def _key(
+def noise_key(
     device: torch.device, seed: int | Tensor, sample_ids: Tensor, step: int | Tensor, replica: int, op: int
 ) -> tuple[Any, ...]:
     """The key as the kernels take it: ids, seed's place and halves, step's place, op and step, replica."""
@@ -81,7 +81,7 @@ def perturb(
     arguments = (
         z, out, sigma_at, scale, before, after, *z.shape, tiles, *sigma, *two_floats(radius),
         *two_floats(bound), *two_floats(math.erf(bound / math.sqrt(2.0))),
-        *_key(z.device, seed, sample_ids, step, replica, op),
+        *noise_key(z.device, seed, sample_ids, step, replica, op),
     )  # fmt: skip
     with running_on(z):
         for phase in phases:
@@ -128,7 +128,7 @@ def ascend(
     unit = None if scale is None else vector(scale, wide)
     arguments = (
         z, grad, anchor, unit, out, squares, distances, *z.shape, tiles, *_factor(step_size, wide),
-        *_factor(sigma, wide), *_factor(radius, wide), *_key(z.device, seed, sample_ids, step, replica, OP_ASCEND),
+        *_factor(sigma, wide), *_factor(radius, wide), *noise_key(z.device, seed, sample_ids, step, replica, OP_ASCEND),
     )  # fmt: skip
     with running_on(z):
         for phase in phases:

@@ -57,7 +57,12 @@ def log_positive(x):
     """log(m 2^e) = e log 2 + log m of normal float32, m in [sqrt(1/2), sqrt(2)): exact enough where x is near 1."""
     offset = x.to(tl.int32, bitcast=True) - 0x3F3504F3
     e = (offset >> 23).to(tl.float32)
-    f = ((offset & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
+    return log_of_parts(((offset & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0, e)
+
+
+@triton.jit
+def log_of_parts(f, e):
+    """log((1 + f) 2^e)"""
     g = f * f
     tail = f * 0.0 + 7.0376836292e-2
     tail = tl.fma(f, tail, -1.1514610310e-1)
@@ -145,3 +150,23 @@ def draw(block, c1, c2, c3, k0, k1, bound, mass, TRUNCATED: tl.constexpr):
         n0, n1 = normal_pair(x0, x1)
         n2, n3 = normal_pair(x2, x3)
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
+
+
+@triton.jit
+def gumbel(word):
+    """-log(-log(u)), u = (word + 1/2) 2^-32: the inner logarithm from 1 - u where u is above 1/2."""
+    upper = (word >> 31) != 0
+    y = uniform(tl.where(upper, ~word, word))
+    x = tl.where(upper, 1.0 - y, y)
+    offset = x.to(tl.int32, bitcast=True) - 0x3F3504F3
+    exponent = offset >> 23
+    m = ((offset & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)
+    exponential = -log_of_parts(tl.where(exponent == 0, -y, m - 1.0), exponent.to(tl.float32))
+    return -log_positive(exponential)
+
+
+@triton.jit
+def draw_gumbels(block, c1, c2, c3, k0, k1):
+    """The four Gumbel numbers of each block of the stream, [R, K] uint32, in order.  -> [R, 4 K] float32"""
+    x0, x1, x2, x3 = philox4x32(block, c1, c2, c3, k0, k1)
+    return tl.interleave(tl.interleave(gumbel(x0), gumbel(x2)), tl.interleave(gumbel(x1), gumbel(x3)))

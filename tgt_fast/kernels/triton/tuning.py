@@ -152,3 +152,25 @@ def latent_plan(samples: int, size: int, *, alone: bool, device: torch.device | 
         return Plan("rows", max(1, min(power_of_two(samples), (1 << 17) // block)), block, 1)
     block = min(block, 1024 if alone else 4096 if size <= 4096 else 2048)
     return Plan("rows", max(1, min(64, 1024 // block)), block, max(4, block // 256))
+
+
+class SoftPlan(NamedTuple):
+    """How a soft embedding is cut: tiles of rows, of the vocabulary and of the embedding, each a power of 2."""
+
+    rows: int
+    classes: int
+    width: int
+    splits: int  # of the vocabulary in forward, so that few rows still fill the chip
+    warps: int
+
+
+def soft_plan(rows: int, classes: int, width: int, device: torch.device | None) -> SoftPlan:
+    """``device``: None where kernels are interpreted. Not yet timed."""
+    tile = min(256, max(16, power_of_two(width)))
+    if device is None:
+        tiles = -(-classes // 1024)
+        return SoftPlan(min(64, max(16, power_of_two(rows))), min(1024, max(16, power_of_two(classes))), tile, tiles, 1)
+    tile = min(tile, 128)
+    programs = -(-rows // 64) * -(-width // tile)
+    splits = max(1, min(64, 264 // programs, -(-classes // 512)))
+    return SoftPlan(64, 64, tile, splits, 8)

@@ -1,0 +1,143 @@
+"""How the settings were chosen: ``python -m tgt_fast.demos.lm.tune [GROUP ...] [--seeds N,...] [--json FILE]``.
+
+Judged by the bits per byte of the validation text; the test text is used for nothing. The seeds are other ones than the
+demo's. Each group varies something about the settings that stand in ``settings.py``. Distillation with text in plenty
+takes over what was chosen for few windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from tgt_fast.demos.lm.corpus import Corpus, load_corpus
+from tgt_fast.demos.lm.data import Text, make_text
+from tgt_fast.demos.lm.settings import METHODS, Settings
+from tgt_fast.demos.lm.students import StudentResult, train_student
+from tgt_fast.demos.lm.teachers import TeacherResult, train_teacher
+from tgt_fast.demos.workers import Crew, cores, crew
+from tgt_fast.report import prepare_file, write_json
+from tgt_fast.report.numbers import mean
+
+Options = dict[str, Any]
+
+
+def _each(**values: Sequence[Any]) -> list[Options]:
+    """Every combination of the values."""
+    return [dict(zip(values, choice, strict=True)) for choice in product(*values.values())]
+
+
+GROUPS: dict[str, tuple[str, list[Options]]] = {
+    "teacher": ("teacher", _each(teacher_rate=(1.5e-3, 3e-3))),
+    "one-hot": ("one-hot", _each(one_hot_rate=(3e-3, 1e-2, 2e-2), one_hot_steps=(100, 200))),
+    "one-hot-plenty": ("one-hot-plenty", _each(one_hot_rate=(5e-3, 1e-2, 2e-2))),
+    "distillation": ("distillation", _each(rate=(5e-3, 1e-2, 2e-2))),
+    "labels": ("distillation", _each(temperature=(1.0, 2.0), hard_weight=(0.0, 0.5))),
+}
+
+
+@dataclass
+class _Trial:
+    """One choice: a method under some settings, and what it reached so far, by seed."""
+
+    method: str
+    options: Options
+    settings: Settings
+    reached: dict[int, float] = field(default_factory=dict)
+
+
+def trials(group: str, base: Settings) -> list[_Trial]:
+    """The trials of a group."""
+    if group == "methods":
+        return [_Trial(method, {}, base) for method in METHODS]
+    method, choices = GROUPS[group]
+    return [_Trial(method, options, replace(base, **options)) for options in choices]
+
+
+def tune(
+    groups: Sequence[str],
+    seeds: Sequence[int],
+    workers: int,
+    base: Settings | None = None,
+    corpus: Corpus | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """For each group its trials with their bits per byte of validation text, the best first."""
+    base = base or Settings()
+    text = make_text(load_corpus() if corpus is None else corpus, base)
+    found = {group: trials(group, base) for group in groups}
+    every = [trial for some in found.values() for trial in some]
+    with crew(workers) as team:
+        for trial in every:
+            if trial.method == "teacher":
+                team.submit(
+                    train_teacher, text, text.validation, trial.settings, then=partial(_teacher_reached, trial)
+                )  # fmt: skip
+        students = [trial for trial in every if trial.method != "teacher"]
+        if students:
+            then = partial(_taught, team, text, students, seeds)
+            team.submit(train_teacher, text, text.validation, base, then=then)
+        team.finish()
+    return {
+        group: sorted(
+            (
+                {
+                    "method": trial.method,
+                    "options": trial.options,
+                    "bits_per_byte": mean(list(trial.reached.values())),
+                    "per_seed": list(trial.reached.values()),
+                }
+                for trial in some
+            ),
+            key=lambda row: row["bits_per_byte"],
+        )
+        for group, some in found.items()
+    }
+
+
+def _teacher_reached(trial: _Trial, teacher: TeacherResult) -> None:
+    trial.reached[0] = teacher.bits_per_byte
+
+
+def _taught(team: Crew, text: Text, students: Sequence[_Trial], seeds: Sequence[int], teacher: TeacherResult) -> None:
+    for trial in students:
+        for seed in seeds:
+            team.submit(
+                train_student, trial.method, teacher, text, text.validation, trial.settings, seed,
+                then=partial(_student_reached, trial),
+            )  # fmt: skip
+
+
+def _student_reached(trial: _Trial, student: StudentResult) -> None:
+    trial.reached[student.seed] = student.bits_per_byte
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="choose the lm demo's settings on its validation text")
+    names = [*GROUPS, "methods"]
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(names)} (default: all)")
+    parser.add_argument("--seeds", default="101")
+    parser.add_argument("--workers", type=int, default=min(cores(), 8))
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    unknown = set(arguments.groups) - set(names)
+    if unknown:
+        parser.error(f"no such group: {', '.join(sorted(unknown))}")
+    file = prepare_file(arguments.json) if arguments.json else None
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    found = tune(arguments.groups or names, seeds, arguments.workers)
+    for group, rows in found.items():
+        print(group)
+        for row in rows:
+            options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
+            print(f"  {row['bits_per_byte']:.4f}  {row['method']:24s} {options}")
+    if file is not None:
+        write_json(file, {"seeds": seeds, "groups": found})
+
+
+if __name__ == "__main__":
+    main()
