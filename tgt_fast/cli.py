@@ -72,6 +72,17 @@ def _parser() -> argparse.ArgumentParser:
     _demo_options(docstrings, seeds="0,1,2; with --quick: 0", quick="one seed and 3,000 texts: less than two minutes")
     _cache_option(docstrings)
 
+    retrieval = demos.add_parser(
+        "retrieval",
+        help="a one-layer retriever learns from 200 pairs and from passages that a BART writes (needs [text])",
+        description="Train a generator on the documentation strings of the installed packages and, in four ways, an "
+        "encoder that finds the text a summary belongs to, with a pretrained sentence encoder as the teacher; write a "
+        "report.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _demo_options(retrieval, seeds="0,1,2; with --quick: 0", quick="one seed and 3,000 texts: less than two minutes")
+    _cache_option(retrieval)
+
     bench = commands.add_parser(
         "bench",
         help="how fast each op is here, beside plain copies and its rivals",
@@ -221,6 +232,10 @@ def _demo(given: argparse.Namespace) -> None:
         from tgt_fast.demos.docstrings.command import run_command as run_docstrings
 
         run_docstrings(seeds, given.quick, given.out, json, getattr(given, "cache", True), console)
+    elif given.demo == "retrieval":
+        from tgt_fast.demos.retrieval.command import run_command as run_retrieval
+
+        run_retrieval(seeds, given.quick, given.out, json, getattr(given, "cache", True), console)
     else:
         from tgt_fast.demos.digits.command import run_command as run_digits
 

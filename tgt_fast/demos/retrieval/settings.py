@@ -16,7 +16,7 @@ DEPTHS = (1, 20, 100)  # recall within so many passages
 class StudentSettings:
     """How one method trains its student."""
 
-    rate: float = 5e-3
+    rate: float = 1e-2
     temperature: float = 0.1  # of the student's scores, which are cosines
     teacher_temperature: float = 0.1
     soft_weight: float = 1.0
@@ -29,7 +29,7 @@ class Settings:
 
     # texts
     limit: int | None = None  # texts of the corpus that are used
-    labels: int = 500  # pairs that the student is given
+    labels: int = 200  # pairs that the student is given
     uniform: int = 1000  # other passages, from which the uniform negatives are drawn
     length: int = 48  # tokens that generator and student read of a text
     query_tokens: int = 32  # that the teacher reads
@@ -51,7 +51,7 @@ class Settings:
     heads: int = 4
     dropout: float = 0.1
     vector: int = 128  # numbers of a text's vector
-    steps: int = 300
+    steps: int = 400
     texts: int = 128  # that the student reads a step: pairs, or half pairs and half further passages
     students: dict[str, StudentSettings] = field(
         default_factory=lambda: {
@@ -67,10 +67,10 @@ def quick(settings: Settings) -> Settings:
     return replace(
         settings,
         limit=3000,
-        labels=300,
+        labels=100,
         uniform=300,
         variants=3,
         generator=replace(settings.generator, steps=200),
-        steps=100,
+        steps=120,
         evaluations=4,
     )

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tgt_fast.demos.networks import Weights
-from tgt_fast.demos.retrieval.data import token_rows
+from tgt_fast.demos.retrieval.data import Vectors
 from tgt_fast.demos.retrieval.settings import Settings
 from tgt_fast.demos.text.generator import PAD, load_generator
-from tgt_fast.demos.text.sentences import SentenceEncoder, load_sentence_encoder
+from tgt_fast.demos.text.sentences import WIDTH, SentenceEncoder, load_sentence_encoder
 from tgt_fast.demos.text.vocabulary import word_pieces
 from tgt_fast.explore import LatentSampler
 from tgt_fast.teacher import Generation, Seq2SeqTeacher
 
-Array = npt.NDArray[np.generic]  # a tensor would be sent to another process as shared memory
 _BATCH = 128
 
 
@@ -32,12 +30,12 @@ def sentence_encoder() -> SentenceEncoder:
 
 
 @dataclass(frozen=True)
-class Synthetic:
-    """M passages made of each of n."""
+class Written:
+    """Synthetic passages, M of each of n."""
 
-    ids: Array  # [n, M, L] int64, as the student reads them
-    vectors: Array  # [n, M, 384] float32, the teacher's
-    texts: tuple[str, ...]  # the first one of each
+    passages: Vectors  # [n M]
+    texts: tuple[str, ...]  # the first one of each of the n
+    seconds: float  # to write and to label them
 
 
 def build_teacher(vocabulary: Sequence[str], generator: Weights, settings: Settings) -> Seq2SeqTeacher:
@@ -55,41 +53,32 @@ def build_teacher(vocabulary: Sequence[str], generator: Weights, settings: Setti
     )
 
 
-def explore(
-    teacher: Seq2SeqTeacher,
-    passages: Sequence[str],
-    settings: Settings,
-    seed: int,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Synthetic:
-    """``settings.variants`` passages of each one, decoded from its noised encoding, and the teacher's vectors of them."""
-    s = settings
-    ids = token_rows(passages, word_pieces_of(teacher))
+@torch.no_grad()
+def explore(teacher: Seq2SeqTeacher, passages: Tensor, settings: Settings, seed: int) -> Written:
+    """``settings.variants`` texts of each passage, decoded from its noised encoding, and what the teacher says of them.
+
+    Args:
+        passages: int64 [n, L], in the generator's tokens.
+    """
+    s, ids = settings, passages
+    begun = time.perf_counter()
     made = torch.zeros(len(ids), s.variants, s.length, dtype=torch.int64)
-    vectors: Tensor | None = None
+    vectors = torch.zeros(len(ids), s.variants, WIDTH)
     texts = [""] * len(ids)
     sampler = LatentSampler(teacher, mode="random", sigma=s.sigma, seed=seed)
     order = (ids != PAD).sum(1).argsort(stable=True)  # texts of about one length together: little padding
-    sampler.calibrate(_data(ids[rows]) for rows in order.split(_BATCH))
+    batches = torch.split(order, _BATCH)
+    sampler.calibrate(_data(ids[rows]) for rows in batches)
     for variant in range(s.variants):
-        for rows in order.split(_BATCH):
+        for rows in batches:
             synthetic = sampler(_data(ids[rows]), sample_ids=rows, step=variant)
             found = synthetic.x["input_ids"][:, : s.length]
             made[rows, variant] = F.pad(found, (0, s.length - found.shape[1]), value=PAD)
-            if vectors is None:
-                vectors = torch.zeros(len(ids), s.variants, synthetic.teacher_logits.shape[1])
             vectors[rows, variant] = synthetic.teacher_logits.float()
             if not variant:
                 for row, text in zip(rows.tolist(), teacher.texts(synthetic.x), strict=True):
                     texts[row] = text
-        progress(variant + 1)
-    assert vectors is not None
-    return Synthetic(made.numpy(), vectors.numpy(), tuple(texts))
-
-
-def word_pieces_of(teacher: Seq2SeqTeacher) -> object:
-    """The generator's tokenizer, which is the student's too."""
-    return teacher._generator.space.tokenizer
+    return Written(Vectors(made.flatten(0, 1), vectors.flatten(0, 1)), tuple(texts), time.perf_counter() - begun)
 
 
 def _data(ids: Tensor) -> dict[str, Tensor]:
