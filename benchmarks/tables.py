@@ -40,6 +40,14 @@ LM_NAMES = {
 }
 
 
+DOCSTRINGS_NAMES = {
+    "one-hot": "one-hot labels",
+    "distillation": "distillation",
+    "tgt-random": "TGT random",
+    "tgt-gradient": "TGT gradient",
+}
+
+
 def _grid(header: list[str], rows: list[list[str]]) -> str:
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
@@ -81,6 +89,34 @@ def digits(record: dict[str, Any]) -> str:
         f"torch {record['versions']['torch']}; commit {record['commit'][:7]}."
     )
     return _grid(["", "accuracy", "head", "middle", "tail", "agreement", "KL", "s"], rows) + "\n\n" + caption
+
+
+def docstrings(record: dict[str, Any]) -> str:
+    rows = []
+    for key, name in DOCSTRINGS_NAMES.items():
+        method = record["methods"][key]
+        accuracy = method["accuracy"]
+        rows.append(
+            [
+                name,
+                f"{accuracy['mean']:.1f} ± {accuracy['std']:.1f}",
+                *(f"{method[part]:.1f}" for part in ("head", "middle", "tail", "agreement")),
+                f"{method['mean_kl']:.3f}",
+                f"{method['synthetic']:,.0f}",
+                f"{method['seconds']:.1f}",
+            ]
+        )
+    texts, pool = record["texts"], record["pool"]
+    caption = (
+        f"Test accuracy in percent (mean and standard deviation of {len(record['seeds'])} seeds) over {texts['test']} "
+        f"texts of other modules, by class frequency, agreement and mean KL divergence with the labeler (which is "
+        f"right in {record['labeler_accuracy']:.1f} %), synthetic texts, seconds of training. {sum(texts['counts'])} "
+        f"long-tailed labelled texts; every method sees as many texts a step. Writing and labelling "
+        f"{pool['texts']:,} texts takes {pool['seconds']:.0f} s on one core. `tgt-fast demo docstrings`, "
+        f"{record['total_seconds']:.0f} s; torch {record['versions']['torch']}; commit {record['commit'][:7]}."
+    )
+    header = ["", "accuracy", "head", "middle", "tail", "agreement", "KL", "synthetic", "s"]
+    return _grid(header, rows) + "\n\n" + caption
 
 
 def lm(record: dict[str, Any]) -> str:
@@ -207,6 +243,7 @@ PEERS = ("liger", "orda", "quack", "cce")
 NOT_YET = {"distill-cuda": "*Not yet measured on a GPU.*", "latent-cuda": "*Not yet measured on a GPU.*"}
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "digits": digits,
+    "docstrings": docstrings,
     "lm": lm,
     "distill-cpu": distill,
     "latent-cpu": latent,

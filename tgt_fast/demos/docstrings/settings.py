@@ -15,7 +15,7 @@ METHODS = BASELINES + TGT_METHODS
 class StudentSettings:
     """How one method trains its student."""
 
-    rate: float = 2e-3
+    rate: float = 4e-3
     temperature: float = 2.0
     hard_weight: float = 1.0
     dropout: float = 0.1
@@ -37,8 +37,8 @@ class Settings:
     vocabulary: int = 4000
     generator: GeneratorSettings = field(default_factory=GeneratorSettings)
     labeler_hidden: int = 256
-    labeler_dropout: float = 0.3
-    labeler_steps: int = 1000
+    labeler_dropout: float = 0.5
+    labeler_steps: int = 300
     labeler_rate: float = 2e-3
     labeler_smoothing: float = 0.05
     labeler_batch: int = 256
@@ -51,10 +51,10 @@ class Settings:
     students: dict[str, StudentSettings] = field(default_factory=lambda: dict.fromkeys(METHODS, StudentSettings()))
     # exploration
     variants: int = 12  # synthetic texts of an anchor
-    sigma: float = 2.0
-    draw_temperature: float = 0.8
+    sigma: float = 2.5
+    draw_temperature: float = 0.9
     draw_top_p: float | None = 0.95
-    anchors: str = "batch"
+    anchors: str = "balanced"  # over classes, or "batch": each labelled text as often as any other
     step_size: float = 4.0
     refreshes: int = 4  # of the gradient's texts over a training
     gradient_variants: int = 1  # of an anchor at each
@@ -67,7 +67,6 @@ def quick(settings: Settings) -> Settings:
         settings,
         limit=3000,
         generator=replace(settings.generator, steps=200),
-        labeler_steps=300,
         steps=200,
         variants=4,
         evaluations=5,
