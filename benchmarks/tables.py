@@ -43,8 +43,8 @@ LM_NAMES = {
 DOCSTRINGS_NAMES = {
     "one-hot": "one-hot labels",
     "distillation": "distillation",
-    "tgt-random": "TGT random",
-    "tgt-gradient": "TGT gradient",
+    "tgt-random": "teacher-guided, random",
+    "tgt-gradient": "teacher-guided, gradient",
 }
 
 

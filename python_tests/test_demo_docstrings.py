@@ -12,7 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 from tgt_fast import cli
 from tgt_fast.demos.artifacts import Artifacts
@@ -25,7 +25,10 @@ from tgt_fast.demos.text import generator, sentences, vocabulary
 from tgt_fast.demos.text.generator import MASK, PAD, SEP, GeneratorSettings
 from tgt_fast.errors import ArgumentError, TgtError
 
-WORDS = "sort list tree node heap queue file path read write open close sum mean matrix vector".split()
+WORDS = (
+    "sort", "list", "tree", "node", "heap", "queue", "file", "path", "read", "write", "open", "close", "sum", "mean",
+    "matrix", "vector",
+)  # fmt: skip
 CLASSES = ("alpha", "beta", "gamma")
 TINY = Settings(
     classes=3, labels=12, decay=0.7, test_per_class=5, vocabulary=60, labeler_hidden=8, labeler_steps=4,
@@ -52,6 +55,8 @@ def corpus_of(labels: tuple[str, ...] = CLASSES, modules: int = 9) -> Corpus:
 def encoder() -> Iterator[sentences.SentenceEncoder]:
     """A sentence encoder of the real class of model and size of output, with random weights, in the place of the
     pretrained one."""
+    import transformers
+
     pieces = [*vocabulary.SPECIAL, *"abcdefghijklmnopqrstuvwxyz0123456789", *WORDS, "as", "says"]
     pieces += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
     torch.manual_seed(0)

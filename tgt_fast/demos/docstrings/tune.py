@@ -41,7 +41,7 @@ GROUPS: dict[str, tuple[str, str, list[Options]]] = {
     **{method: (method, "student", _STUDENT) for method in METHODS},
     "noise": ("tgt-random", "exploration", _each(sigma=(1.5, 2.5))),
     "anchors": ("tgt-random", "exploration", _each(anchors=("batch", "balanced"))),
-    "ascent": ("tgt-gradient", "exploration", _each(step_size=(4.0, 16.0))),
+    "ascent": ("tgt-gradient", "exploration", _each(step_size=(8.0, 16.0))),
 }
 
 
