@@ -35,7 +35,7 @@ class Settings:
     decay: float = 0.85  # labelled examples of a class, relative to the next larger one
     # teacher
     vocabulary: int = 4000
-    generator: GeneratorSettings = field(default_factory=lambda: GeneratorSettings(steps=700))
+    generator: GeneratorSettings = field(default_factory=lambda: GeneratorSettings(steps=900))
     labeler_hidden: int = 256
     labeler_dropout: float = 0.5
     labeler_steps: int = 300
@@ -57,7 +57,7 @@ class Settings:
         }
     )
     # exploration
-    variants: int = 6  # synthetic texts of an anchor
+    variants: int = 8  # synthetic texts of an anchor
     sigma: float = 2.5
     draw_temperature: float = 0.9
     draw_top_p: float | None = 0.95
