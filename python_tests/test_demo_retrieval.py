@@ -18,12 +18,14 @@ pytest.importorskip("transformers")
 from tgt_fast import cli
 from tgt_fast.demos.artifacts import Artifacts
 from tgt_fast.demos.corpus import Corpus, Entry
-from tgt_fast.demos.retrieval import command, data, findings, methods, page, results, run, settings, teachers
+from tgt_fast.demos.retrieval import command, data, findings, methods, page, results, run, settings, teachers, tune
 from tgt_fast.demos.retrieval.data import Labelled, Vectors
 from tgt_fast.demos.retrieval.results import DemoResult
 from tgt_fast.demos.retrieval.settings import METHODS, Settings, StudentSettings
 from tgt_fast.demos.text.generator import GeneratorSettings
 from tgt_fast.errors import ArgumentError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = Settings(
     labels=12, uniform=7, length=12, vocabulary=60, variants=2, width=8, heads=2, vector=8, steps=4, texts=16,
@@ -225,3 +227,19 @@ def test_the_command(
     monkeypatch.setattr(command, "NEEDED", {"a_package_that_does_not_exist": "nothing"})
     assert cli.main(["demo", "retrieval", "--out", str(tmp_path / "r")]) != 0
     assert "tgt-fast[text]" in capsys.readouterr().err
+
+
+def test_tuning_looks_at_validation_pairs_alone(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    plain = run.prepare
+    monkeypatch.setattr(run, "prepare", lambda *given: asked.append(given[3]) or plain(*given))
+    groups = {
+        "distillation": ("distillation", [{"rate": 1e-2}, {"rate": 2e-2}]),
+        "noise": ("tgt-random", [{"sigma": 0.5}]),
+    }
+    monkeypatch.setattr(tune, "GROUPS", groups)
+    found = tune.tune(list(groups), (7,), 0, TINY, corpus())
+    assert set(asked) == {"validation"}
+    assert [len(rows) for rows in found.values()] == [2, 1]
+    best, second = (row["recall"] for row in found["distillation"])
+    assert best >= second

@@ -35,7 +35,7 @@ class Texts:
 
 def at_most(texts: Texts, count: int) -> Texts:
     """The first ``count`` texts of each class: as many of each where there are so many."""
-    kept = [(texts.y == c).nonzero().flatten()[:count] for c in texts.y.unique()]
+    kept = [(texts.y == c).nonzero().flatten()[:count] for c in sorted(set(texts.y.tolist()))]
     return texts.take(torch.cat(kept))
 
 

@@ -183,7 +183,7 @@ def _loss(
 def logits_of(student: Student, texts: Texts) -> Tensor:
     """float32 [N, C], in eval mode."""
     student.eval()
-    found = torch.cat([student(as_input(ids)) for ids in texts.ids.split(256)])
+    found = torch.cat([student(as_input(ids)) for ids in torch.split(texts.ids, 256)])
     student.train()
     return found
 

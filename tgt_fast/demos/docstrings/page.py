@@ -157,9 +157,9 @@ def _exploration(page: Page, result: DemoResult) -> None:
         ("label", "what", "text"),
         rows,
         "Labelled texts with their classes, and texts made of them with the labeler's opinion and its probability: "
-        "what the student is taught is that opinion, all of it, not the label of the text it was made from. Texts are cut, "
-        "and in the tokens of the generator, which knows no capital letters. The first seed; the gradient's are those "
-        "of its last round.",
+        "what the student is taught is that opinion, all of it, not the label of the text it was made from. Texts are "
+        "cut, and in the tokens of the generator, which knows no capital letters. The first seed; the gradient's are "
+        "those of its last round.",
         strong=range(1, len(rows), 2),
         prose=True,
     )

@@ -82,7 +82,7 @@ def chosen_anchors(y: Tensor, how: str, step: int) -> Tensor:
 def _batches(texts: Texts, anchors: Tensor) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
     """(places among the anchors, their rows, data), texts of about one length together: little padding."""
     order = (texts.ids[anchors] != PAD).sum(1).argsort(stable=True)
-    for places in order.split(_BATCH):
+    for places in torch.split(order, _BATCH):
         rows = anchors[places]
         ids = texts.ids[rows]
         real = ids != PAD

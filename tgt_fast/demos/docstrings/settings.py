@@ -15,10 +15,10 @@ METHODS = BASELINES + TGT_METHODS
 class StudentSettings:
     """How one method trains its student."""
 
-    rate: float = 2e-3
+    rate: float = 4e-3
     temperature: float = 2.0
     hard_weight: float = 1.0
-    dropout: float = 0.1
+    dropout: float = 0.3
     weight_decay: float = 0.01
 
 
@@ -35,10 +35,10 @@ class Settings:
     decay: float = 0.85  # labelled examples of a class, relative to the next larger one
     # teacher
     vocabulary: int = 4000
-    generator: GeneratorSettings = field(default_factory=GeneratorSettings)
+    generator: GeneratorSettings = field(default_factory=lambda: GeneratorSettings(steps=900))
     labeler_hidden: int = 256
-    labeler_dropout: float = 0.3
-    labeler_steps: int = 1000
+    labeler_dropout: float = 0.5
+    labeler_steps: int = 300
     labeler_rate: float = 2e-3
     labeler_smoothing: float = 0.05
     labeler_batch: int = 256
@@ -46,17 +46,24 @@ class Settings:
     width: int = 96
     heads: int = 4
     layers: int = 1
-    steps: int = 400
+    steps: int = 600
     batch: int = 64  # examples a step: all real ones, or half of them synthetic
-    students: dict[str, StudentSettings] = field(default_factory=lambda: dict.fromkeys(METHODS, StudentSettings()))
+    students: dict[str, StudentSettings] = field(
+        default_factory=lambda: {
+            "one-hot": StudentSettings(rate=4e-3),
+            "distillation": StudentSettings(rate=4e-3),
+            "tgt-random": StudentSettings(rate=8e-3),
+            "tgt-gradient": StudentSettings(rate=8e-3),
+        }
+    )
     # exploration
-    variants: int = 12  # synthetic texts of an anchor
-    sigma: float = 2.0
-    draw_temperature: float = 0.8
+    variants: int = 8  # synthetic texts of an anchor
+    sigma: float = 2.5
+    draw_temperature: float = 0.9
     draw_top_p: float | None = 0.95
-    anchors: str = "batch"
-    step_size: float = 4.0
-    refreshes: int = 4  # of the gradient's texts over a training
+    anchors: str = "balanced"  # over classes, or "batch": each labelled text as often as any other
+    step_size: float = 16.0
+    refreshes: int = 2  # of the gradient's texts over a training
     gradient_variants: int = 1  # of an anchor at each
     evaluations: int = 10  # points of a learning curve
 
@@ -67,7 +74,6 @@ def quick(settings: Settings) -> Settings:
         settings,
         limit=3000,
         generator=replace(settings.generator, steps=200),
-        labeler_steps=300,
         steps=200,
         variants=4,
         evaluations=5,

@@ -110,26 +110,30 @@ def explore_task(vocabulary: list[str], generator: Weights, passages: Tensor, se
 
 class _Run:
     def __init__(
-        self, workers: Crew, prepared: Prepared, settings: Settings, seeds: Sequence[int], artifacts: Artifacts,
-        progress: Progress,
+        self, workers: Crew, prepared: Prepared, settings: Settings, seeds: Sequence[int], methods: Sequence[str],
+        artifacts: Artifacts, progress: Progress,
     ) -> None:  # fmt: skip
         self.crew, self.prepared, self.settings, self.seeds = workers, prepared, settings, seeds
-        self.artifacts, self.progress = artifacts, progress
+        self.methods, self.artifacts, self.progress = methods, artifacts, progress
+        self.writes = any(method in TGT_METHODS for method in methods)
         self.vectors: dict[tuple[str, str], Tensor] = {}
         self.written: dict[int, Written] = {}
         self.students: list[StudentResult] = []
         self.done: dict[str, int] = {}
         self.totals = {
-            "generator": 1, "teacher": 4, "synthetic texts": len(seeds), "students": len(METHODS) * len(seeds),
+            "generator": 1, "teacher": 4, "synthetic texts": len(seeds), "students": len(methods) * len(seeds),
         }  # fmt: skip
+        if not self.writes:
+            del self.totals["generator"], self.totals["synthetic texts"]
 
     def start(self) -> None:
         for phase in self.totals:
             self._step(phase, 0)
         p, s = self.prepared, self.settings
-        self.crew.submit(
-            generator_task, p.unlabelled, p.vocabulary, p.fingerprint, s, self.artifacts, then=self._generator
-        )
+        if self.writes:
+            self.crew.submit(
+                generator_task, p.unlabelled, p.vocabulary, p.fingerprint, s, self.artifacts, then=self._generator
+            )
         for name, pairs in p.pairs.items():
             for kind, most in (("queries", s.query_tokens), ("passages", s.passage_tokens)):
                 self.crew.submit(
@@ -154,8 +158,8 @@ class _Run:
         self._step("teacher")
         if len(self.vectors) < self.totals["teacher"]:
             return
-        for method in BASELINES:  # they need no generator
-            for seed in self.seeds:
+        for method in self.methods:
+            for seed in self.seeds if method in BASELINES else ():  # they need no generator
                 self._student(method, seed)
         for seed in self.written:
             self._with_synthetic(seed)
@@ -167,8 +171,9 @@ class _Run:
             self._with_synthetic(seed)
 
     def _with_synthetic(self, seed: int) -> None:
-        for method in TGT_METHODS:
-            self._student(method, seed)
+        for method in self.methods:
+            if method in TGT_METHODS:
+                self._student(method, seed)
 
     def labelled(self, name: str) -> Labelled:
         """Pairs with what the teacher thinks of them."""
@@ -197,6 +202,8 @@ class _Run:
     def examples(self) -> tuple[Example, ...]:
         """Passages of the first seed, and what was made of them."""
         seed = self.seeds[0]
+        if seed not in self.written:
+            return ()
         rows, written = self.prepared.rows[seed], self.written[seed]
         count = min(EXAMPLES, len(rows))
         pairs = self.prepared.pairs["train"].take(rows[:count])
@@ -216,6 +223,7 @@ def run_demo(
     seeds: Sequence[int] = (0, 1, 2),
     settings: Settings | None = None,
     *,
+    methods: Sequence[str] = METHODS,
     corpus: Corpus | None = None,
     artifacts: Artifacts | None = None,
     workers: int | None = None,
@@ -227,6 +235,7 @@ def run_demo(
     Args:
         seeds: of the students and the choice of labelled pairs; teacher and test pairs are always the same.
         settings: hyper-parameters; by default those chosen on the validation pairs.
+        methods: some of them; the report is about all.
         corpus: by default the documentation strings of the installed packages.
         artifacts: where corpus, generator and the teacher's vectors of an earlier run are looked for, and kept.
         workers: processes; by default one a core, at most 8; 0: none but this one. Recalls do not depend on it.
@@ -247,7 +256,7 @@ def run_demo(
     prepared = prepare(corpus, settings, seeds, test)
     progress("texts", 1, 1)
     with crew(min(cores(), 8) if workers is None else workers) as team:
-        run = _Run(team, prepared, settings, seeds, artifacts, progress)
+        run = _Run(team, prepared, settings, seeds, methods, artifacts, progress)
         run.start()
         team.finish()
     order = {seed: place for place, seed in enumerate(seeds)}

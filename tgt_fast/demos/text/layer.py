@@ -25,4 +25,5 @@ class Layer(nn.Module):
         scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
         seen = scores.masked_fill(~real[:, None, None], -torch.inf).softmax(-1)
         x = x + self.drop(self.out((seen @ v).transpose(1, 2).flatten(2)))
-        return x + self.drop(self.feed(self.norms[1](x)))
+        fed: Tensor = self.drop(self.feed(self.norms[1](x)))
+        return x + fed

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,8 @@ class SentenceEncoder(nn.Module):
         self.model, self.tokenizer = model, tokenizer
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        given = {k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+        dtype = cast(torch.dtype, self.model.dtype)
+        given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
         hidden = self.model(**given).last_hidden_state.float()  # [B, L, 384]
         real = inputs["attention_mask"][..., None].float()
         return F.normalize((hidden * real).sum(1) / real.sum(1).clamp_min(1), dim=1)
