@@ -58,10 +58,10 @@ def tune(
 ) -> dict[str, list[dict[str, Any]]]:
     """For each group its choices with their recalls on the validation pairs, the best first."""
     base = base or Settings()
-    found = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for group in groups:
         method, choices = GROUPS[group]
-        rows = []
+        rows: list[dict[str, Any]] = []
         for options in choices:
             result = run_demo(
                 seeds, settings_of(base, method, options), methods=(method,), corpus=corpus, artifacts=artifacts,
