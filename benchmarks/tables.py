@@ -42,6 +42,14 @@ LM_NAMES = {
 }
 
 
+DOCSTRINGS_NAMES = {
+    "one-hot": "one-hot labels",
+    "distillation": "distillation",
+    "tgt-random": "teacher-guided, random",
+    "tgt-gradient": "teacher-guided, gradient",
+}
+
+
 def _grid(header: list[str], rows: list[list[str]]) -> str:
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
@@ -85,6 +93,34 @@ def digits(record: dict[str, Any]) -> str:
     return _grid(["", "accuracy", "head", "middle", "tail", "agreement", "KL", "s"], rows) + "\n\n" + caption
 
 
+def docstrings(record: dict[str, Any]) -> str:
+    rows = []
+    for key, name in DOCSTRINGS_NAMES.items():
+        method = record["methods"][key]
+        accuracy = method["accuracy"]
+        rows.append(
+            [
+                name,
+                f"{accuracy['mean']:.1f} ± {accuracy['std']:.1f}",
+                *(f"{method[part]:.1f}" for part in ("head", "middle", "tail", "agreement")),
+                f"{method['mean_kl']:.3f}",
+                f"{method['synthetic']:,.0f}",
+                f"{method['seconds']:.1f}",
+            ]
+        )
+    texts, pool = record["texts"], record["pool"]
+    caption = (
+        f"Test accuracy in percent (mean and standard deviation of {len(record['seeds'])} seeds) over {texts['test']} "
+        f"texts of other modules, by class frequency, agreement and mean KL divergence with the labeler (which is "
+        f"right in {record['labeler_accuracy']:.1f} %), synthetic texts, seconds of training. {sum(texts['counts'])} "
+        f"long-tailed labelled texts; every method sees as many texts a step. Writing and labelling "
+        f"{pool['texts']:,} texts takes {pool['seconds']:.0f} s on one core. `tgt-fast demo docstrings`, "
+        f"{record['total_seconds']:.0f} s; torch {record['versions']['torch']}; commit {record['commit'][:7]}."
+    )
+    header = ["", "accuracy", "head", "middle", "tail", "agreement", "KL", "synthetic", "s"]
+    return _grid(header, rows) + "\n\n" + caption
+
+
 def lm(record: dict[str, Any]) -> str:
     rows = []
     for key, name in LM_NAMES.items():
@@ -119,6 +155,33 @@ def lm(record: dict[str, Any]) -> str:
         f"{record['commit'][:7]}."
     )
     return _grid(["", "bits per byte", "windows", "steps", "ms a step", "s"], rows) + "\n\n" + caption
+
+
+RETRIEVAL_NAMES = {
+    "one-hot": "one-hot labels",
+    "distillation": "distillation",
+    "uniform-negatives": "distillation + real further passages",
+    "tgt-random": "teacher-guided, random",
+}
+
+
+def retrieval(record: dict[str, Any]) -> str:
+    depths = list(record["teacher"])
+    rows = []
+    for key, name in RETRIEVAL_NAMES.items():
+        method = record["methods"][key]
+        found = [method["per_seed"][depth] for depth in depths]
+        rows.append([name, *(f"{one['mean']:.1f} ± {one['std']:.1f}" for one in found), f"{method['seconds']:.1f}"])
+    rows.append(["the teacher itself", *(f"{record['teacher'][depth]:.1f}" for depth in depths), ""])
+    pairs = record["pairs"]
+    caption = (
+        f"Percent of {pairs['test']} summaries of other modules whose passage is among the first so many (mean and "
+        f"standard deviation of {len(record['seeds'])} seeds), seconds of training. {pairs['labelled']} labelled "
+        f"pairs; every method reads as many texts a step. Writing and labelling a seed's synthetic passages takes "
+        f"{record['writing_seconds']:.0f} s on one core. `tgt-fast demo retrieval`, {record['total_seconds']:.0f} s; "
+        f"torch {record['versions']['torch']}; commit {record['commit'][:7]}."
+    )
+    return _grid(["", *(f"recall@{depth}" for depth in depths), "s"], rows) + "\n\n" + caption
 
 
 def distill(record: dict[str, Any]) -> str:
@@ -302,6 +365,8 @@ NOT_YET = {f"{noun}-cuda": "*Not yet measured on a GPU.*" for noun in ("distill"
 CACHE_RIVALS = ("over_memmap", "over_pread", "over_safe_open", "over_file")
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "digits": digits,
+    "docstrings": docstrings,
+    "retrieval": retrieval,
     "lm": lm,
     "distill-cpu": distill,
     "linear-cpu": linear,

@@ -12,9 +12,11 @@ from tgt_fast.explore import LatentSampler, Synthetic
 from tgt_fast.kernels.native import release_buffers
 from tgt_fast.kernels.options import DistillStats
 from tgt_fast.kernels.select import backends, explain
+from tgt_fast.losses.contrast import ContrastiveDistillationLoss
 from tgt_fast.losses.distill import DistillationLoss
 from tgt_fast.losses.linear import LinearDistillationLoss
 from tgt_fast.ops._sparse_record import TeacherTopK
+from tgt_fast.ops.contrast import contrastive_distillation_loss
 from tgt_fast.ops.distill import distillation_loss
 from tgt_fast.ops.latent import ascend_latents, perturb_latents
 from tgt_fast.ops.linear import linear_distillation_loss
@@ -27,6 +29,7 @@ from tgt_fast.train import TGTObjective, fit
 __version__ = "0.1.0"
 
 __all__ = [
+    "ContrastiveDistillationLoss",
     "DistillStats",
     "DistillationLoss",
     "Fingerprint",
@@ -42,6 +45,7 @@ __all__ = [
     "align_logits",
     "ascend_latents",
     "backends",
+    "contrastive_distillation_loss",
     "distillation_loss",
     "explain",
     "fit",

@@ -10,7 +10,7 @@ from pathlib import Path
 from tgt_fast.errors import TgtError
 
 # Those of bench/nouns.py, which imports all that it measures
-BENCH_OPS = ("distill", "latent", "explore", "linear", "sparse", "tokens")
+BENCH_OPS = ("distill", "latent", "explore", "linear", "sparse", "tokens", "contrast")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,6 +66,28 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _demo_options(lm, seeds="0,1,2; with --quick: 0", quick="one seed and fewer steps: less than a minute")
+
+    docstrings = demos.add_parser(
+        "docstrings",
+        help="a small transformer learns from 500 labelled documentation strings and from texts that a BART writes "
+        "(needs [text])",
+        description="Train a generator on the documentation strings of the installed packages, a head on a pretrained "
+        "sentence encoder and, in four ways, a student that tells subpackages apart; write a report.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _demo_options(docstrings, seeds="0,1,2; with --quick: 0", quick="one seed and 3,000 texts: less than two minutes")
+    _cache_option(docstrings)
+
+    retrieval = demos.add_parser(
+        "retrieval",
+        help="a one-layer retriever learns from 200 pairs and from passages that a BART writes (needs [text])",
+        description="Train a generator on the documentation strings of the installed packages and, in four ways, an "
+        "encoder that finds the text a summary belongs to, with a pretrained sentence encoder as the teacher; write a "
+        "report.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _demo_options(retrieval, seeds="0,1,2; with --quick: 0", quick="one seed and 3,000 texts: less than two minutes")
+    _cache_option(retrieval)
 
     bench = commands.add_parser(
         "bench",
@@ -128,6 +150,13 @@ def _demo_options(demo: argparse.ArgumentParser, seeds: str, quick: str) -> None
     demo.add_argument(
         "--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="also write the numbers here"
     )
+
+
+def _cache_option(demo: argparse.ArgumentParser) -> None:
+    demo.add_argument(
+        "--no-cache", dest="cache", action="store_false", default=argparse.SUPPRESS,
+        help="use nothing that an earlier run kept in the user's cache folder, and keep nothing",
+    )  # fmt: skip
 
 
 def _add_cache(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -274,6 +303,14 @@ def _demo(given: argparse.Namespace) -> None:
         from tgt_fast.demos.lm.command import run_command as run_lm
 
         run_lm(seeds, given.quick, given.out, json, console)
+    elif given.demo == "docstrings":
+        from tgt_fast.demos.docstrings.command import run_command as run_docstrings
+
+        run_docstrings(seeds, given.quick, given.out, json, getattr(given, "cache", True), console)
+    elif given.demo == "retrieval":
+        from tgt_fast.demos.retrieval.command import run_command as run_retrieval
+
+        run_retrieval(seeds, given.quick, given.out, json, getattr(given, "cache", True), console)
     else:
         from tgt_fast.demos.digits.command import run_command as run_digits
 

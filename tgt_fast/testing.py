@@ -243,6 +243,14 @@ def _linear(make: _Maker, backend: str) -> Iterator[Sample]:
     record = topk_teacher(make.normal(4, teacher_classes), 4, tail="renormalize")
     heads = LinearOptions(tail="renormalize", record_classes=teacher_classes)
     yield call(tensors(4, grads=(True,) * 3 + (False,) * 3, record=record, extra=True), heads)
+    for count, reduction in itertools.product((0, 4), ("mean", "none")):  # as the contrastive loss calls it
+        both_scaled = LinearOptions(20.0, None, 10.0, None, memory_budget=1)
+        queries = tensors(count, biased=False)._replace(
+            teacher_weight=make.normal(student_classes, hidden[1]).requires_grad_(),
+            class_ids=make.integers(6, student_classes), own_class=make.integers(student_classes, count),
+        )  # fmt: skip
+        queries = queries._replace(target=queries.own_class)
+        yield call(queries, both_scaled, DistillOptions(hard_weight=1.0, reduction=reduction), stats=True)
     for divide_by in ((make.uniform(1).reshape(()), None), (None, 7.0)):
         yield call(tensors(4), divide_by=divide_by)
     for wanted in [*some, (True,) * DIFFERENTIABLE]:

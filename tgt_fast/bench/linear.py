@@ -131,6 +131,9 @@ def our_loss(
 class LinearWork(Work):
     """Hidden states and heads whose logits have a standard deviation of 2, of 8 in every sixteenth row."""
 
+    temperature = TEMPERATURE
+    scale = 1.0  # of both sides' logits
+
     def __init__(self, spec: Spec, device: torch.device) -> None:
         self.spec = spec
         generator = torch.Generator(device).manual_seed(0)
@@ -156,7 +159,7 @@ class LinearWork(Work):
         return self._step(functools.partial(our_loss, spec=self.spec, backend=backend))
 
     def rival(self, name: str) -> Call:
-        loss = linear_rivals.loss_of(name, self.spec.divergence, TEMPERATURE)
+        loss = linear_rivals.loss_of(name, self.spec.divergence, self.temperature, self.scale)
         if self.spec.frozen and name not in (rivals.EAGER, rivals.COMPILE, linear_rivals.CHUNKED):
             raise UnfitError("has no gradient to the teacher's hidden states")
         return self._step(rivals.compiled(loss) if name == rivals.COMPILE else loss)
@@ -202,14 +205,14 @@ class LinearWork(Work):
 
     @property
     def _floor_loss(self) -> float:
-        return 1e-2 * TEMPERATURE**2 / math.sqrt(self.spec.rows)
+        return 1e-2 * self.temperature**2 / math.sqrt(self.spec.rows)
 
     def _floor_gradient(self, truth: Tensor) -> float:
-        return 1e-2 * TEMPERATURE * math.sqrt(truth.shape[0]) / self.spec.rows
+        return 1e-2 * self.temperature * self.scale * math.sqrt(truth.shape[0]) / self.spec.rows
 
     def _teacher_of(self, at: slice, teacher: Tensor, teacher_weight: Tensor) -> Any:
         """The teacher of some rows, for the truth."""
-        return (teacher[at] @ teacher_weight.T).requires_grad_(self.spec.frozen)
+        return (self.scale * (teacher[at] @ teacher_weight.T)).requires_grad_(self.spec.frozen)
 
     @functools.cached_property
     def _truth(self) -> tuple[Tensor, dict[str, Tensor], float]:
@@ -224,22 +227,22 @@ class LinearWork(Work):
         step = max(1, _PIECE // spec.classes)
         for row in range(0, spec.rows, step):
             at = slice(row, row + step)
-            student = (hidden[at] @ weight.T).requires_grad_()
+            student = (self.scale * (hidden[at] @ weight.T)).requires_grad_()
             other = self._teacher_of(at, teacher, teacher_weight)
             with torch.enable_grad():
                 part = tgt.distillation_loss(
-                    student, other, self.target[at], divergence=spec.divergence, temperature=TEMPERATURE,
+                    student, other, self.target[at], divergence=spec.divergence, temperature=self.temperature,
                     hard_weight=1.0, reduction="sum", backend="reference",
                 ) / spec.rows  # fmt: skip
                 grads = torch.autograd.grad(part, [student, other] if spec.frozen else [student])
             loss += part.detach()
             largest = max(largest, float(student.detach().abs().amax()))
             if isinstance(other, Tensor):
-                largest = max(largest, float(other.detach().abs().amax()) / TEMPERATURE)
-            d_hidden[at] = grads[0] @ weight
-            d_weight += grads[0][:, classes].T @ hidden[at]
+                largest = max(largest, float(other.detach().abs().amax()) / self.temperature)
+            d_hidden[at] = self.scale * (grads[0] @ weight)
+            d_weight += self.scale * (grads[0][:, classes].T @ hidden[at])
             if spec.frozen:
-                d_teacher[at] = grads[1] @ teacher_weight
+                d_teacher[at] = self.scale * (grads[1] @ teacher_weight)
         made = {"d_hidden": self._edges(d_hidden), "d_weight": d_weight, "d_teacher": self._edges(d_teacher)}
         return loss, {name: made[name] for name in self.leaves}, largest
 

@@ -21,20 +21,27 @@ _ROWS: Final = 256  # of a chunk
 Loss = Callable[..., Tensor]  # hidden, weight, what there is of the teacher, target -> 0-d
 
 
-def loss_of(name: str, divergence: str, temperature: float) -> Loss:
+def loss_of(name: str, divergence: str, temperature: float, scale: float = 1.0) -> Loss:
     """A rival's loss of hidden [N, Hs], weight [C, Hs], teacher [N, Ht], teacher_weight [C, Ht], target [N].
+
+    Logits are ``scale * hidden @ weight.T`` on both sides.
 
     Raises:
         UnfitError: the rival has nothing that computes it.
     """
     if name == LINEAR_CE:
+        if scale != 1.0:
+            raise UnfitError("takes no factor of the logits")
         return _linear_cross_entropy(divergence, temperature)
     if name not in (rivals.EAGER, rivals.COMPILE, CHUNKED):
         raise UnfitError("has no such divergence of two heads together with the hard term")
     on_logits = distill_rivals.loss_of(rivals.EAGER, divergence, temperature)
 
     def loss(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, target: Tensor) -> Tensor:
-        return on_logits(hidden @ weight.T, teacher @ teacher_weight.T, target)
+        student, other = hidden @ weight.T, teacher @ teacher_weight.T
+        if scale != 1.0:
+            student, other = student * scale, other * scale
+        return on_logits(student, other, target)
 
     return _chunked(loss, whole=(1, 3)) if name == CHUNKED else loss
 

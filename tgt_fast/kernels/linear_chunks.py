@@ -25,6 +25,7 @@ from tgt_fast.kernels.options import (
     LinearTensors,
     Listed,
 )
+from tgt_fast.kernels.reference.contrast import same_as_own
 from tgt_fast.kernels.reference.linear import record_of, result_dtype, row_weights, vocabulary_of
 from tgt_fast.kernels.vocabulary import Vocabulary
 
@@ -122,6 +123,7 @@ class _Chunk(NamedTuple):
     slot: int
     student: Tensor  # [rows, C] our own memory
     teacher: Tensor | Listed  # [rows, C], or the rows of a record
+    missing: Tensor | None  # [C] or [rows, C] bool, the classes that do not exist
 
 
 class _Job:
@@ -138,6 +140,7 @@ class _Job:
         self._classes, self._missing = vocabulary.classes, vocabulary.missing
         default = CPU_BUDGET if self.device.type == "cpu" else DEVICE_BUDGET
         self._budget = default if heads.memory_budget is None else heads.memory_budget
+        self._class_ids, self._own_class = t.class_ids, t.own_class
         self._student = Head(
             t.student_hidden, t.student_weight, t.student_bias, heads.student_scale, heads.student_softcap,
             vocabulary.classes, counted, self.dtype, wanted[:3], self._empty, self._budget,
@@ -173,6 +176,7 @@ class _Job:
         """The chunks in order, of equal length but for the last; a chunk's memory is the next one's."""
         width = self.dtype.itemsize
         beside = width * self._classes * self._teacher.wanted  # the kernel's gradient of the teacher's logits
+        beside += self._classes * (self._class_ids is not None)
         a_row = self._student.bytes_a_row(width) + self._teacher.bytes_a_row(width) + beside
         slots = 2 if overlaps(self.device) else 1
         most = max(1, self._budget // (a_row * slots))
@@ -190,12 +194,16 @@ class _Job:
 
     def _chunk(self, at: slice, slot: int) -> _Chunk:
         student, teacher = self._student.logits(at, slot), self._teacher.logits(at, slot)
-        if self._missing is not None:
-            student.masked_fill_(self._missing, -math.inf)
+        missing = self._missing
+        if self._class_ids is not None and self._own_class is not None:
+            copies = same_as_own(self._class_ids, self._own_class[at])
+            missing = copies if missing is None else copies | missing
+        if missing is not None:
+            student.masked_fill_(missing, -math.inf)
             if isinstance(teacher, Tensor):  # a record has left out such classes by itself
                 fill = teacher.masked_fill_ if self._own_teacher else teacher.masked_fill
-                teacher = fill(self._missing, -math.inf)
-        return _Chunk(at, slot, student, teacher)
+                teacher = fill(missing, -math.inf)
+        return _Chunk(at, slot, student, teacher, missing)
 
     def _overlapped(self, ats: list[slice]) -> Iterator[_Chunk]:
         """The next chunk is made on a second stream while its reader works on this one.
@@ -245,7 +253,7 @@ class _Job:
     def give_back(self, chunk: _Chunk, d_student: Tensor | None, d_teacher: Tensor | None) -> None:
         for side, grad in ((self._student, d_student), (self._teacher, d_teacher)):
             if grad is not None:
-                side.give_back(chunk.at, chunk.slot, grad, self._missing)
+                side.give_back(chunk.at, chunk.slot, grad, chunk.missing)
 
     def grads(self) -> tuple[Tensor | None, ...]:
         return (*self._student.grads(), *self._teacher.grads())

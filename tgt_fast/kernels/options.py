@@ -101,6 +101,8 @@ class LinearTensors(NamedTuple):
     vocab_mask: Tensor | None = None  # [Cs] bool, False: the class does not exist
     record_ids: Tensor | None = None  # [N, k] int64, of the teacher's classes
     record_tail: Tensor | None = None  # [N] log-probability of those that are not listed
+    class_ids: Tensor | None = None  # [Cs] int64; for a row, of the classes with its own one's id only that one exists
+    own_class: Tensor | None = None  # [N] int64, the row's own; negative: it has none. Neither goes with a record
 
 
 DIFFERENTIABLE: Final = 6  # of the LinearTensors, the first

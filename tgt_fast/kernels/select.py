@@ -21,7 +21,7 @@ from torch import Tensor
 from tgt_fast.errors import ArgumentError, BackendError
 from tgt_fast.kernels import native, reference, triton
 
-OPS: Final = ("distill", "latent", "linear", "sparse", "tokens", "soft_embedding")  # the last two are of one noun
+OPS: Final = ("distill", "latent", "linear", "sparse", "contrast", "tokens", "soft_embedding")  # the last two: one noun
 BACKENDS: Final[dict[str, ModuleType]] = {"native": native, "triton": triton, "reference": reference}
 DEFAULT_VARIABLE: Final = "TGT_FAST_BACKEND"
 

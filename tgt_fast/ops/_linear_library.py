@@ -25,7 +25,7 @@ from tgt_fast.ops._packing import DIVISOR, OPTIONS, or_nothing, packed, unpacked
 _TENSORS = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor teacher, Tensor? teacher_weight, "
     "Tensor? teacher_bias, Tensor? target, Tensor? sample_weight, Tensor? vocab_map, Tensor? vocab_mask, "
-    "Tensor? record_ids, Tensor? record_tail"
+    "Tensor? record_ids, Tensor? record_tail, Tensor? class_ids, Tensor? own_class"
 )
 _HEADS = (
     "float student_scale, float? student_softcap, float teacher_scale, float? teacher_softcap, int? vocab_size, "

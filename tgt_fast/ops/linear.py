@@ -254,14 +254,10 @@ def linear_distillation_loss(
         record_tail=None if rest is None else rest.reshape(-1),
     )
     if backend != "reference" and seen_by_dispatcher(*tensors):
-        on_device, divisor = split(normalizer)
-        loss, rows = linear_distillation_loss_op(
-            *tensors, on_device, divisor, *packed_heads(heads), *packed(options), return_stats, backend
-        )
-        stats = DistillStats.from_rows(rows) if return_stats else None
+        loss, stats = run_dispatched(tensors, normalizer, heads, options, return_stats, backend)
     else:
         check_values(tensors, heads, options)
-        run = _run_reference if _all_at_once(tensors, backend) else _run_in_chunks
+        run = _run_reference if all_at_once(tensors, backend) else run_in_chunks
         loss, stats = run(tensors, normalizer, heads, options, return_stats, backend)
 
     if reduction == "none":
@@ -276,7 +272,7 @@ def _rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.dim() == 2 else matrix.reshape(-1, matrix.shape[-1])
 
 
-def _all_at_once(tensors: LinearTensors, backend: str) -> bool:
+def all_at_once(tensors: LinearTensors, backend: str) -> bool:
     """Whether the formula itself runs: asked for by name, or for tensors that no compiled kernel takes.
 
     A device without kernels of its own is served in chunks, too, by the reference's row losses.
@@ -298,7 +294,19 @@ def _run_reference(
         return reference_linear.linear_distillation_loss(tensors, normalizer, heads, options, want_stats)
 
 
-def _run_in_chunks(
+def run_dispatched(
+    tensors: LinearTensors, normalizer: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
+    want_stats: bool, backend: str,
+) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
+    """The dispatcher's door to the driver."""
+    on_device, divisor = split(normalizer)
+    loss, rows = linear_distillation_loss_op(
+        *tensors, on_device, divisor, *packed_heads(heads), *packed(options), want_stats, backend
+    )
+    return loss, DistillStats.from_rows(rows) if want_stats else None
+
+
+def run_in_chunks(
     tensors: LinearTensors, normalizer: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
     want_stats: bool, backend: str,
 ) -> tuple[Tensor, DistillStats | None]:  # fmt: skip

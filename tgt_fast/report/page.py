@@ -38,6 +38,8 @@ th, td { padding: .42rem .7rem; border-bottom: 1px solid var(--line); text-align
 th { font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--line); white-space: normal;
   vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
+table.prose td, table.prose th { text-align: left; vertical-align: top; }
+table.prose td:last-child { white-space: normal; }
 tr.strong td { background: var(--tint); font-weight: 600; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
 code { font: .9rem/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
@@ -102,8 +104,9 @@ class Page:
         rows: Sequence[Sequence[str]],
         caption: str = "",
         strong: Sequence[int] = (),
+        prose: bool = False,
     ) -> None:
-        """A table; ``strong``: the rows to set off.
+        """A table; ``strong``: the rows to set off; ``prose``: of text to read, in lines that break, not of numbers.
 
         Raises:
             ArgumentError: a row of another length than the header.
@@ -116,7 +119,8 @@ class Page:
             mark = ' class="strong"' if number in strong else ""
             lines.append(f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
         text = f"<caption>{escape(caption)}</caption>" if caption else ""
-        body = f"<table>{text}<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+        kind = ' class="prose"' if prose else ""
+        body = f"<table{kind}>{text}<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
         self._body.append(f'<div class="scroll">{body}</div>')
 
     def footer(self, text: str) -> None:

@@ -1,0 +1,70 @@
+"""``tgt-fast demo docstrings``: checks first, then the run under a progress bar, then table, page and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from tgt_fast.demos.artifacts import Artifacts, cache_folder
+from tgt_fast.demos.command import Outputs, result_table
+from tgt_fast.demos.progress import bars
+from tgt_fast.demos.text import NEEDED
+
+if TYPE_CHECKING:
+    from tgt_fast.demos.docstrings.results import DemoResult
+
+_HEADER = ("method", "accuracy", "head", "mid", "tail", "agree", "KL", "seconds")  # fits 80 columns
+
+
+def run_command(
+    seeds: Sequence[int] | None, quick: bool, out: Path, json_file: Path | None, cache: bool, console: Console
+) -> None:
+    """Run the demo and write its report.
+
+    Args:
+        cache: use what an earlier run made and kept, and keep what this one makes.
+
+    Raises:
+        ArgumentError, CheckpointError: a missing package, or an output that cannot be written; both found before the
+            work begins.
+    """
+    outputs = Outputs.prepare(NEEDED, out, json_file, extra="text")
+
+    from tgt_fast.demos.docstrings import page, results, run, settings
+
+    chosen = settings.Settings()
+    if quick:
+        chosen = settings.quick(chosen)
+    if seeds is None:
+        seeds = (0,) if quick else (0, 1, 2)
+    artifacts = Artifacts(cache_folder() if cache else None)
+    with bars(console) as progress:
+        result = run.run_demo(seeds, chosen, artifacts=artifacts, progress=progress)
+    outputs.write_numbers(results.as_json(result))
+    index = page.write_page(result, outputs.folder)
+    print_result(result, console)
+    outputs.say_where(index, console)
+
+
+def print_result(result: DemoResult, console: Console) -> None:
+    """The table and what it says."""
+    from tgt_fast.demos.docstrings import findings, page
+    from tgt_fast.demos.docstrings.settings import BASELINES, METHODS
+
+    seeds = len(result.seeds)
+    table = result_table(
+        f"Test accuracy in percent: {result.texts.test} texts, {sum(result.texts.counts)} labelled, "
+        f"{seeds} seed{'s' * (seeds > 1)}",
+        _HEADER,
+    )
+    best = result.best(METHODS)
+    for method, row in zip(METHODS, page.table_rows(result), strict=True):
+        table.add_row(*row, style="bold" if method == best else None, end_section=method == BASELINES[-1])
+    console.print()
+    console.print(table)
+    for sentence in findings.findings(result):
+        console.print(f"• {sentence}", highlight=False)
+    console.print(f"{result.seconds:.0f} s in all.", highlight=False)
