@@ -364,10 +364,10 @@ PEAK = """
 
 
 def test_no_scores_are_kept_beyond_a_chunk(native: str, child_environment: dict[str, str]) -> None:
-    """4096 x 8192 scores take 128 MiB in float32; a chunk of them 16."""
+    """4096 x 8192 scores take 128 MiB in float32, and eager PyTorch keeps several such; a chunk of them 16."""
     ours, eager = (child(PEAK.format(ours=flag), child_environment) for flag in (True, False))
     assert ours < 64 * MIB
-    assert eager > 500 * MIB
+    assert eager > 3 * 128 * MIB
 
 
 # Errors
