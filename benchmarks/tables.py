@@ -19,6 +19,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
+TOP_K, TOP_P = 50, 0.95  # of tgt_fast/bench/tokens.py
+
 DIGITS_NAMES = {
     "one-hot": "one-hot labels",
     "distillation": "distillation",
@@ -202,6 +204,56 @@ def distill(record: dict[str, Any]) -> str:
     return _grid(["distillation loss", "ms", "over eager", "over torch.compile", "copy"], rows) + "\n\n" + caption
 
 
+def linear(record: dict[str, Any]) -> str:
+    """On either device: the floor is arithmetic, so a rate of that and not of bytes."""
+    measured = _measured(record)
+    others = ("eager", "compile", "chunked", "linear_cross_entropy", *PEERS)
+    shown = [
+        (key, f"over {_CALLED.get(key, key)}") for key in others if any(row.get(f"over_{key}") for row in measured)
+    ]
+    rows = [
+        [
+            f"{row['op']}, {row['shape']}, {row['dtype']}",
+            f"{row['milliseconds']['ours']:.3g}",
+            f"{row['flops'] / row['milliseconds']['ours'] / 1e9:.3g}",
+            *(_times(row.get(f"over_{key}")) for key, _ in shown),
+            f"{row['extra_memory_bytes'] / 2**20:.0f}" if row.get("extra_memory_bytes") is not None else "-",
+        ]
+        for row in measured
+    ]
+    peak = next(row["peak_extra"] for row in measured if "peak_extra" in row)
+    peaks = ", ".join(f"{_CALLED.get(name, name)} {peak[name]:.2f}" for name in peak if name != "ours")
+    caption = (
+        "Forward and backward, rows x (hidden sizes of student and teacher) x classes: median milliseconds, TFLOP/s of "
+        "the products that the loss and the gradients take, the speed relative to rivals in the same run, and the peak "
+        "of memory beyond what is returned. Chunks: the loss of 256 rows at a time under `torch.utils.checkpoint`. "
+        "`linear_cross_entropy`: both terms by PyTorch's own function, which has chunks for labels alone. Peak of the "
+        "first row with its gradients, in units of the student's logits: "
+        f"{peak['ours']:.2f}, {peaks}. " + _source(record)
+    )
+    header = ["distillation loss from hidden states", "ms", "TFLOP/s", *(name for _, name in shown), "extra MiB"]
+    return _grid(header, rows) + "\n\n" + caption
+
+
+def sparse(record: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{row['op']}, {row['shape']}, {row['dtype']}",
+            f"{row['milliseconds']['ours']:.3g}",
+            _times(row["over_eager"]),
+            _times(row["over_compile"]),
+            f"{row['milliseconds']['copy'] / row['milliseconds']['ours']:.0%}",
+        ]
+        for row in _measured(record)
+    ]
+    caption = (
+        "Forward and backward, median milliseconds, beside the dense KL divergence from the teacher's logits, which is "
+        "what there is without a record. The last column is the time of plainly copying as many bytes. "
+    )
+    header = ["loss against a top-k record", "ms", "over dense eager", "over dense torch.compile", "copy"]
+    return _grid(header, rows) + "\n\n" + caption + _source(record)
+
+
 def latent(record: dict[str, Any]) -> str:
     rows = [
         [
@@ -230,6 +282,47 @@ def explore(record: dict[str, Any]) -> str:
         "Eager: the same written with `loss.backward()`. "
     )
     return _grid(["exploration", "ms", "eager ms", "over eager"], rows) + "\n\n" + caption + _source(record)
+
+
+def cache(record: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["case"],
+            row["order"],
+            f"{row['rows_per_second']:,.0f}",
+            f"{row['bytes_per_second'] / 1e6:,.0f}",
+            *("-" if row.get(name) is None else f"{row[name]:.2f}x" for name in CACHE_RIVALS),
+        ]
+        for row in _measured(record)
+    ]
+    caption = (
+        "`TeacherCache.read` in batches, and its speed relative to plain reads of rows of as many bytes in the same "
+        "run: `numpy.memmap` indexed by the ids, `os.pread` and safetensors' `safe_open` a row, `read()` of a file. In "
+        "order and shuffled: out of the page cache. Cold: a cache is opened and read once in order, from the disk, "
+        f"checksums included. Other programs were at work (load average {record['load']:.1f}). "
+    )
+    header = ["teacher cache", "order", "rows/s", "MB/s", "over memmap", "over pread", "over safe_open", "over read()"]
+    return _grid(header, rows) + "\n\n" + caption + _source(record)
+
+
+def tokens(record: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{row['op']}, {row['shape']}",
+            f"{row['milliseconds']['ours']:.3g}",
+            f"{row['milliseconds']['eager']:.3g}",
+            _times(row["over_eager"]),
+        ]
+        for row in _measured(record)
+    ]
+    peak = next(row["peak_extra"] for row in record["rows"] if "peak_extra" in row)
+    share = (peak["ours"] - 1) / (peak["eager"] - 1)
+    caption = (
+        f"Sampling, top-k {TOP_K} and top-p {TOP_P}, against a sort, a cut and `torch.multinomial`; a soft embedding, "
+        "forward and backward to the logits, against `F.gumbel_softmax(logits) @ table` (plain: `torch.softmax`). Peak "
+        f"extra memory of the one with noise, beyond its gradient: {share:.0%} of eager's. "
+    )
+    return _grid(["tokens, float32", "ms", "eager ms", "over eager"], rows) + "\n\n" + caption + _source(record)
 
 
 def cuda(record: dict[str, Any]) -> str:
@@ -267,16 +360,24 @@ def cuda(record: dict[str, Any]) -> str:
 
 
 PEERS = ("liger", "orda", "quack", "cce")
-NOT_YET = {"distill-cuda": "*Not yet measured on a GPU.*", "latent-cuda": "*Not yet measured on a GPU.*"}
+_CALLED = {"compile": "torch.compile", "chunked": "chunks", "linear_cross_entropy": "`linear_cross_entropy`"}
+NOT_YET = {f"{noun}-cuda": "*Not yet measured on a GPU.*" for noun in ("distill", "linear", "sparse", "latent")}
+CACHE_RIVALS = ("over_memmap", "over_pread", "over_safe_open", "over_file")
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "digits": digits,
     "docstrings": docstrings,
     "retrieval": retrieval,
     "lm": lm,
     "distill-cpu": distill,
+    "linear-cpu": linear,
+    "sparse-cpu": sparse,
     "latent-cpu": latent,
     "explore-cpu": explore,
+    "cache-cpu": cache,
+    "tokens-cpu": tokens,
     "distill-cuda": cuda,
+    "linear-cuda": linear,
+    "sparse-cuda": cuda,
     "latent-cuda": cuda,
 }
 

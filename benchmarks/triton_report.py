@@ -23,7 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from tgt_fast.kernels.options import DIVERGENCES
-from tgt_fast.kernels.triton.tuning import LATENT_REGISTERS, elementwise_plan, latent_plan, shipped_plan, streaming_of
+from tgt_fast.kernels.triton.tuning import (
+    LATENT_REGISTERS,
+    SOFT_REGISTERS,
+    elementwise_plan,
+    latent_plan,
+    shipped_plan,
+    soft_plan,
+    streaming_of,
+)
 
 DEFAULT = ("sm_90",)
 FULL = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -31,8 +39,10 @@ FULL = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 CLASSES = (10, 4096, 128256)  # a row of every kind of plan
 POINTERS = {"target": "i64", "weight": "fp64", "divisor_at": "fp64", "ids": "i64", "seed_at": "i64", "step_at": "i64"}
-INTEGERS = re.compile(r"rows|classes|tiles|samples|size|replica|op_step|seed_(low|high)|\w+_index|\w*stride")
-ALIGNED = re.compile(r"classes|size|\w*stride")
+INTEGERS = re.compile(
+    r"rows|classes|tiles|samples|size|replica|positions|splits|width|op_step|seed_(low|high)|\w+_index|\w*stride"
+)
+ALIGNED = re.compile(r"classes|size|width|\w*stride")
 
 
 @dataclass(frozen=True)
@@ -157,6 +167,36 @@ def latent_jobs(architecture: str) -> Iterator[Job]:
     )
 
 
+def soft_jobs(architecture: str) -> Iterator[Job]:
+    """The soft embedding, forward and both gradients, with and without noise, by the type of the table."""
+    import torch
+
+    device = torch.device("cuda")  # only tells the GPU's table from the interpreter's
+    precision = "tf32x3" if architecture.startswith("sm_") else "ieee"
+    state = dict.fromkeys(("sums", "largest", "total", "mean"), "fp32") | {"chosen": "i64"}
+    for kind, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        plan = soft_plan(512, 30522, 384, dtype, device)
+        cut = {"ROWS": plan.rows, "CLASSES": plan.classes, "WIDTH": plan.width}
+        pointers = state | dict.fromkeys(("logits", "table", "d_out", "d_logits", "d_table"), kind)
+        for noise in (False, True):
+            constants: dict[str, Any] = {"GUMBEL": noise, "PRECISION": precision, **cut}
+            if not noise:
+                constants |= {"ids": None}
+            label = kind + (" gumbel" if noise else "")
+            for name in ("soft_fwd_kernel", "soft_bwd_logits_kernel", "soft_bwd_table_kernel"):
+                forward = {"HARD": False, "chosen": None} if name == "soft_fwd_kernel" else {}
+                yield Job(
+                    "tokens_kernels", name, architecture, label, pointers, constants | forward, plan.warps,
+                    registers=SOFT_REGISTERS,
+                )  # fmt: skip
+    constants = {"GUMBEL": True, "PRECISION": precision, "HARD": True, "sums": None, **cut}
+    pointers = state | {"logits": "bf16", "table": "bf16"}
+    yield Job(
+        "tokens_kernels", "soft_fwd_kernel", architecture, "hard bf16", pointers, constants, plan.warps,
+        registers=SOFT_REGISTERS,
+    )  # fmt: skip
+
+
 def compile_job(job: Job) -> Row:
     """Compiles it, in a process of its own pool, and reads the machine code's resources."""
     import importlib
@@ -232,7 +272,7 @@ def main() -> int:
     jobs = [
         job
         for architecture in args.arch or (FULL if args.full else DEFAULT)
-        for source in (distill_jobs, small_jobs, latent_jobs)
+        for source in (distill_jobs, small_jobs, latent_jobs, soft_jobs)
         for job in source(architecture)
     ]
     with ProcessPoolExecutor(args.jobs) as pool:

@@ -11,6 +11,12 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
+# Of several processes that run tests side by side each gets its share of the cores, and so do its children.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
 import emulated_gpu
 import hypothesis
 import pytest
@@ -22,6 +28,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import tgt_fast
+from tgt_fast.kernels import select
 from tgt_fast.kernels import triton as triton_backend
 from tgt_fast.kernels.native import cuda
 
@@ -191,6 +198,28 @@ def _device(request: pytest.FixtureRequest) -> Iterator[None]:
 def child_environment() -> dict[str, str]:
     """An environment in which a child process imports the same tgt_fast as this one."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+@pytest.fixture
+def compiled_for_records(request: pytest.FixtureRequest) -> None:
+    """Skips what asks for a backend without kernels for top-k records."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and callspec.params.get("backend") == "triton":
+        pytest.skip("Triton has no kernels for records")
+
+
+@pytest.fixture(params=["formula", "native", "reference rows"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The value of ``backend`` for a loss from hidden states.
+
+    The formula itself, chunks on the compiled kernel, or chunks on the reference's rows.
+    """
+    if request.param == "formula":
+        return "reference"
+    if request.param == "native":
+        return str(request.getfixturevalue("native"))
+    monkeypatch.setattr(select, "choose", lambda op, backend, tensors: "reference")
+    return "auto"
 
 
 @pytest.fixture(scope="session", autouse=True)

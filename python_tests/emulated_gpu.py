@@ -6,6 +6,7 @@ tensors. What the emulation cannot show: instructions of the chip itself, timing
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -52,25 +53,40 @@ def build(cache: Path) -> ModuleType:
     for path in everything:
         digest.update(path.read_bytes())
     library = cache / digest.hexdigest()[:16] / f"_emulated_gpu{suffix}"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-
-        def compile_one(source: Path) -> Path:
-            to = library.parent / f"{source.name}.o"
-            _run([str(COMPILER), *FLAGS, *includes, "-x", "c++", "-c", str(source), "-o", str(to)])
-            return to
-
-        with ThreadPoolExecutor(2) as pool:
-            objects = [str(path) for path in pool.map(compile_one, sources)]
-        _run([str(COMPILER), "-shared", "-o", f"{library}.new", *objects])
-        os.replace(f"{library}.new", library)  # whole or not at all
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(library.parent / "lock"):
+        if not library.exists():
+            _compile(library, sources)
     spec = importlib.util.spec_from_file_location("_emulated_gpu", library)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """For one process at a time: of several that run tests side by side, the first compiles and the others wait."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # the system gives it back when a process dies
+        yield
+
+
+def _compile(library: Path, sources: list[Path]) -> None:
+    import pybind11
+
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+
+    def compile_one(source: Path) -> Path:
+        to = library.parent / f"{source.name}.o"
+        _run([str(COMPILER), *FLAGS, *includes, "-x", "c++", "-c", str(source), "-o", str(to)])
+        return to
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = [str(path) for path in pool.map(compile_one, sources)]
+    _run([str(COMPILER), "-shared", "-o", f"{library}.new", *objects])
+    os.replace(f"{library}.new", library)  # whole or not at all
 
 
 def _run(command: list[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,10 @@ from tgt_fast import TeacherTopK
 from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.kernels.reference import distillation_loss as reference_loss
 
+BUDGETS = {"one row": 1, "three rows": 3 * 4 * 23 * 4, "all rows": 1 << 30}  # bytes, of seven rows of 23 classes
+THREE_ROWS = 3 * (4 * 23 + 5 * 12)  # bytes, of a student's logits and a record of five classes
 NAMES = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias")
+STUDENT = NAMES[:3]
 
 
 @dataclass
@@ -72,6 +75,24 @@ def heads(
         tensors["teacher_weight"] = tensors["teacher_bias"] = None
     target = torch.randint(0, min(classes), shape, generator=generator) if labeled else None
     return Heads(tensors, target=target, **options)
+
+
+def recorded(
+    rows: int | tuple[int, ...] = 7, classes: tuple[int, int] = (23, 23), *, k: int = 5, tail: str = "bucket",
+    temperature: float = 1.0, dtype: torch.dtype = torch.float32, log_probs: torch.dtype | None = None, **options: Any,
+) -> Heads:  # fmt: skip
+    """A student's head, and a record of a teacher that agrees with it more or less."""
+    case = heads(rows, classes, (8, 6), dtypes=(dtype, torch.float64), given=True, **options)
+    logits = case.tensors["teacher_hidden"]
+    assert logits is not None
+    record = tgt.topk_teacher(logits.to(torch.float64 if dtype == torch.float64 else torch.float32), k, temperature)
+    rest = record.rest()
+    assert rest is not None
+    if log_probs is not None:
+        record = replace(record, log_probs=record.log_probs.to(log_probs), tail_log_prob=rest.to(log_probs))
+    case.record = replace(record, tail=tail)
+    case.tensors["teacher_hidden"] = None
+    return case
 
 
 def run(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgt_fast.kernels.native import distill, latent, sparse
+from tgt_fast.kernels.native import distill, latent, sparse, tokens
 from tgt_fast.kernels.options import Forward, Listed
 
 
@@ -86,6 +86,7 @@ def tensors_moved_to(device: torch.device) -> Iterator[None]:
         (sparse, "scale_", mover.in_place(sparse.scale_)),
         (latent, "perturb", mover.plain(latent.perturb)),
         (latent, "ascend", mover.plain(latent.ascend)),
+        (tokens, "sample", mover.plain(tokens.sample)),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, function in replaced:

@@ -164,3 +164,7 @@ def test_what_a_reader_cannot_read_has_no_place_and_no_probability() -> None:
     assert (logits.grad[0, 1] == 0).all()
     assert (logits.grad[0, :, [0, 1, 2, 9, 10]] == 0).all()
     assert (logits.grad[0, [0, 2]].abs().sum(1) > 0).all()
+    nothing = side({"token_logits": logits, "content": content & False, "source": source})
+    assert nothing["attention_mask"].tolist() == [[1, 0, 0, 0]]
+    assert torch.equal(nothing["inputs_embeds"][0, 0], embedding.weight[0])  # padding, as such a text's tokens are
+    assert side.space.batch([[]])["input_ids"].tolist() == [[0]]

@@ -48,6 +48,14 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("usage: tgt-fast")
 
 
+def test_the_help_of_bench_lists_every_op(capsys: pytest.CaptureFixture[str]) -> None:
+    from tgt_fast.bench.nouns import NOUNS
+
+    assert tuple(NOUNS) == cli.BENCH_OPS
+    status("bench", "--help")
+    assert f"{', '.join(NOUNS)} (default: all)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert status("--version") == 0
     assert capsys.readouterr().out == f"tgt-fast {tgt_fast.__version__}\n"

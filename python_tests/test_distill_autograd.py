@@ -98,6 +98,7 @@ def test_backward_accumulates_into_grad(backend: str) -> None:
 def test_backward_twice_with_retain_graph_gives_the_same_gradient(
     backend: str, divergence: str, reduction: str, dtype: torch.dtype
 ) -> None:
+    """A buffer scaled in place and handed out again would give the second caller a gradient scaled twice."""
     student, teacher, target = leaves(dtype)
     loss = distillation_loss(
         student, teacher, target, divergence=divergence, reduction=reduction, backend=backend, **OPTIONS

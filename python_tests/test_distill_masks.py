@@ -248,6 +248,7 @@ def test_statistics_of_rows_that_do_not_count_or_are_no_distribution(backend: st
 
 
 def test_mismatched_class_counts_are_named_and_minus_infinity_pads_without_adding_mass(backend: str) -> None:
+    """A vocabulary padded with logits of 0 gives mass to tokens that do not exist, and every other one less."""
     student, teacher = logits(4, 12, 0), logits(4, 10, 1)
     with pytest.raises(ShapeError, match=r"12.*10(.|\n)*-inf"):
         distillation_loss(student, teacher, backend=backend)

@@ -23,6 +23,7 @@ PROGRAM = r"""
 #include <cstring>
 #include "common/distill.h"
 #include "common/latent.h"
+#include "common/tokens.h"
 using namespace tgt;
 
 static void philox(const char* c0, const char* c1, const char* c2, const char* c3, const char* k0, const char* k1) {
@@ -86,6 +87,13 @@ int main(int argc, char** argv) {
       const BFloat16 brain = narrow<BFloat16>(x);
       std::fwrite(&half, 2, 1, stdout);
       std::fwrite(&brain, 2, 1, stdout);
+    }
+  }
+  if (!std::strcmp(argv[1], "gumbel")) {
+    uint32_t word;
+    while (std::fread(&word, 4, 1, stdin) == 1) {
+      const float number = gumbel<float>(word);
+      std::fwrite(&number, 4, 1, stdout);
     }
   }
   if (!std::strcmp(argv[1], "exp")) {
@@ -191,6 +199,27 @@ def test_elementary_functions_are_accurate_to_a_rounding_or_two(program: Path) -
     assert wide < 1e-15
     assert log < 3e-7
     assert underflow == 0.0
+
+
+def gumbel_words() -> np.ndarray:
+    """Where the number is largest and smallest, round the middle, where the branches meet, and at random."""
+    ends = np.concatenate([np.arange(700), 2**32 - 1 - np.arange(700), 2**31 + np.arange(-300, 300)])
+    turns = np.concatenate([int(share * 2**32) + np.arange(-48, 48) for share in (0.5**0.5, 1 - 0.5**0.5, 0.25)])
+    return np.concatenate([ends, turns, np.random.default_rng(0).integers(0, 2**32, 4096 - 2288)]).astype(np.uint32)
+
+
+def exact_gumbels(words: np.ndarray) -> np.ndarray:
+    uniform = (words.astype(np.float64) + 0.5) / 2.0**32
+    return -np.log(-np.log(uniform))
+
+
+def test_gumbel_numbers_are_accurate_at_both_ends(program: Path) -> None:
+    words = gumbel_words()
+    found = np.frombuffer(run(program, "gumbel", stdin=words.tobytes()), np.float32)
+    assert np.abs(found - exact_gumbels(words)).max() < 1e-6 * 4
+    assert np.abs((found - exact_gumbels(words)) / np.maximum(1, np.abs(found))).max() < 5e-7
+    assert 22.8 < found.max() < 22.9
+    assert -3.2 < found.min() < -3.1
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")

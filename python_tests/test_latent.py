@@ -222,7 +222,7 @@ ERRORS: list[tuple[type[Exception], dict[str, Any], str]] = [
     (ArgumentError, {"sigma": torch.ones(3, requires_grad=True)}, "grad"),
     (DeviceError, {"sigma": torch.ones(3, device="meta")}, "meta.*cpu"),
     (ShapeError, {"sample_ids": torch.arange(3)}, r"\(3,\).*\(4, 3\)"),
-    (DTypeError, {"sample_ids": torch.rand(4)}, "float32"),
+    (DTypeError, {"sample_ids": torch.zeros(4)}, "float32"),
     (DTypeError, {"sample_ids": [0, 1, 2, 3]}, "list"),
     (DeviceError, {"sample_ids": torch.arange(4, device="meta")}, "meta.*cpu"),
     (ArgumentError, {"seed": 0.5}, "0.5"),

@@ -35,6 +35,7 @@ def leaves(case: Heads) -> dict[str, Any]:
 def test_backward_twice_and_inputs_as_they_were(
     backend: str, reduction: str, dtype: torch.dtype, softcap: float | None
 ) -> None:
+    """Gradients made in place must not reach what the caller holds, nor be scaled twice over one graph."""
     case = heads(dtypes=(dtype, dtype), student=(2.0, softcap))
     t = leaves(case)
     before = {name: tensor.detach().clone() for name, tensor in t.items()}

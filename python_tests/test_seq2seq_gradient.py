@@ -17,7 +17,7 @@ from torch import Tensor
 
 import tgt_fast as tgt
 from tgt_fast.errors import ArgumentError
-from tgt_fast.teacher import Key, Latents, Seq2SeqTeacher, TextClassifier
+from tgt_fast.teacher import Key, Latents, Seq2SeqTeacher, TextClassifier, generation
 from tgt_fast.train.rng import get_rng_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -256,6 +256,9 @@ def test_what_a_gradient_needs_is_asked_for_by_name() -> None:
         Seq2SeqTeacher(text_kit.bart(), text_kit.bart_tokenizer(), text_kit.distilbert())
     with pytest.raises(ArgumentError, match="need input_ids and attention_mask"):
         teacher.encode({"input_ids": x["input_ids"]})
+    for wrong in ({"tau": 0.0}, {"gumbel": 1}, {"minimum_overlap": 2.0}, {"backend": "fast"}, {"max_length": 0}):
+        with pytest.raises(ArgumentError, match=f"Seq2SeqTeacher: {next(iter(wrong))} must"):
+            text_teacher(**wrong)  # type: ignore[arg-type]
     drawn, learner = text_teacher(gumbel=True)
     options: dict[str, Any] = {"sigma": 0.5, "units": "absolute", "replicas": 2}
     with pytest.raises(ArgumentError, match="one replica at a time"):
@@ -273,3 +276,18 @@ def test_what_a_gradient_needs_is_asked_for_by_name() -> None:
         teacher.decode(Latents(teacher.encode(x).z, x["attention_mask"]), relaxed=True)
     with pytest.raises(ArgumentError, match="6 texts before and 1 after"):
         teacher.changes(x, teacher.tokenize(["good"]))
+
+
+def test_dropping_texts_that_have_ended_changes_no_other(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, _ = trained
+    x = teacher.tokenize(SENTENCES[:24])
+    made = []
+    for share in (0.0, generation._DROP, 1.0):  # none, the usual, each text at once
+        monkeypatch.setattr(generation, "_DROP", share)
+        made.append(
+            tgt.LatentSampler(teacher, sigma=1.0, units="absolute", seed=1)(x, sample_ids=torch.arange(24), step=0).x
+        )
+    lengths = made[0]["attention_mask"].sum(1)
+    assert lengths.min() < lengths.max()
+    assert toys.same(made[0], made[1])
+    assert toys.same(made[0], made[2])

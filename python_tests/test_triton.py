@@ -137,11 +137,13 @@ def test_a_factor_that_leaves_float32_is_carried_in_two(interpreted: str) -> Non
 
 # Latents
 
+TILED = 151  # three tiles of 64: a first, one between, and a last that is not full
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"truncation": 2.0}, {"sphere_radius": "keep"}, {"sphere_radius": 3.0}])
 def test_perturb_in_tiles(interpreted: str, options: dict[str, Any], dtype: torch.dtype) -> None:
-    z = torch.randn(3, 601, generator=torch.Generator().manual_seed(0)).to(dtype)
+    z = torch.randn(3, TILED, generator=torch.Generator().manual_seed(0)).to(dtype)
     key: dict[str, Any] = {"seed": -5, "sample_ids": torch.tensor([0, 2**40 + 3, 2**48 - 1]), "step": 7, "replica": 9}
     rest = {"truncation": None, "sphere_radius": None, **options}
     whole = native_latent.perturb(z, 0.7, None, op=OP_PERTURB, **key, **rest)
@@ -153,11 +155,11 @@ def test_perturb_in_tiles(interpreted: str, options: dict[str, Any], dtype: torc
 @pytest.mark.parametrize("norm", ["l2", "linf", "raw"])
 @pytest.mark.parametrize("radius_norm", [None, "l2", "linf"])
 def test_ascend_in_tiles(interpreted: str, norm: str, radius_norm: str | None) -> None:
-    z, grad, anchor = torch.randn(3, 3, 601, generator=torch.Generator().manual_seed(0))
+    z, grad, anchor = torch.randn(3, 3, TILED, generator=torch.Generator().manual_seed(0))
     grad[1] = 0
     options: dict[str, Any] = {
-        "step_size": 0.7, "scale": torch.linspace(0, 1, 601), "anchor": anchor if radius_norm else None,
-        "radius": torch.tensor([0.1, 20.0, 1e9]) if radius_norm else None, "norm": norm,
+        "step_size": 0.7, "scale": torch.linspace(0, 1, TILED), "anchor": anchor if radius_norm else None,
+        "radius": torch.tensor([0.1, 10.0, 1e9]) if radius_norm else None, "norm": norm,
         "radius_norm": radius_norm or "l2", "sigma": 0.3, "seed": torch.tensor(2**63 - 5),
         "sample_ids": torch.arange(3), "step": torch.tensor(3), "replica": 0,
     }  # fmt: skip
@@ -175,6 +177,16 @@ def test_the_words_of_the_stream_are_those_of_the_reference(interpreted: str) ->
     out = torch.empty(4, 64, dtype=torch.int64)
     words_kernel[(1,)](counters, keys, out)
     assert torch.equal(out, torch.stack(philox4x32(tuple(counters), tuple(keys))))  # type: ignore[arg-type]
+
+
+def test_the_gumbel_numbers_of_the_stream_are_exact_at_both_ends(interpreted: str) -> None:
+    from test_headers import exact_gumbels, gumbel_words
+    from triton_words import gumbel_kernel
+
+    words = gumbel_words()
+    out = torch.empty(4096)
+    gumbel_kernel[(1,)](torch.from_numpy(words.astype("int64")), out)
+    torch.testing.assert_close(out.double(), torch.from_numpy(exact_gumbels(words)), rtol=5e-7, atol=5e-7)
 
 
 # The choice of the backend

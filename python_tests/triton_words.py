@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from tgt_fast.kernels.triton.philox import philox4x32
+from tgt_fast.kernels.triton.philox import gumbel, philox4x32
 
 
 @triton.jit
@@ -22,3 +22,10 @@ def words_kernel(counters, keys, out):
     tl.store(out + 64 + lane, x1.to(tl.int64))
     tl.store(out + 128 + lane, x2.to(tl.int64))
     tl.store(out + 192 + lane, x3.to(tl.int64))
+
+
+@triton.jit
+def gumbel_kernel(words, out):
+    """words: [4096] int64, out: [4096] float32."""
+    at = tl.arange(0, 4096)[None, :]
+    tl.store(out + at, gumbel(tl.load(words + at).to(tl.uint32)))

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from tgt_fast.errors import TgtError
 
+# Those of bench/nouns.py, which imports all that it measures
+BENCH_OPS = ("distill", "latent", "explore", "linear", "sparse", "tokens")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 (it could not be done), 2 (misuse), 130 (interrupted)."""
@@ -17,6 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.command == "doctor":
             _doctor()
+        elif given.command == "cache":
+            return _cache(given)
         elif given.command == "bench":
             return _bench(given)
         elif given.command == "profile":
@@ -27,8 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tgt-fast: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        # A benchmark writes its file after every case; the others write at the end.
-        print("tgt-fast: interrupted" + ("" if given.command == "bench" else "; nothing was written"), file=sys.stderr)
+        # A benchmark writes its file after every case and a cache what it has; the others write at the end.
+        kept = given.command in ("bench", "cache")
+        print("tgt-fast: interrupted" + ("" if kept else "; nothing was written"), file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         sys.stderr.close()
@@ -95,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_names,
         default=argparse.SUPPRESS,
         metavar="OP,...",
-        help="distill, latent (default: all)",
+        help=f"{', '.join(BENCH_OPS)} (default: all)",
     )
     bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure")
     bench.add_argument("--shapes", choices=("quick", "full"), default="full", help="few small cases, or all of them")
@@ -128,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument(
         "--mode", choices=("random", "gradient", "persistent", "prior"), default="gradient", help="of exploration"
     )
+    _add_cache(commands)
     commands.add_parser("doctor", help="what was built, what can run here, and why the rest cannot")
     return parser
 
@@ -150,6 +157,47 @@ def _cache_option(demo: argparse.ArgumentParser) -> None:
         "--no-cache", dest="cache", action="store_false", default=argparse.SUPPRESS,
         help="use nothing that an earlier run kept in the user's cache folder, and keep nothing",
     )  # fmt: skip
+
+
+def _add_cache(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    cache = commands.add_parser("cache", help="a teacher's outputs on disk, by sample id")
+    verbs = cache.add_subparsers(dest="cache", required=True, metavar="VERB")
+    build = verbs.add_parser(
+        "build",
+        help="ask a teacher about every sample that is not stored yet",
+        description="Ask a teacher about every sample of a data set that the cache does not hold. Run it again to go "
+        "on where it was interrupted; several may run at once, on a part of the data each.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    build.add_argument("folder", type=Path, help="of the cache; made if need be")
+    for name, gives in (("teacher", "a teacher"), ("data", "batches (ids, x, ...)")):
+        build.add_argument(
+            f"--{name}", required=True, metavar="MODULE:FACTORY", default=argparse.SUPPRESS,
+            help=f"a function without arguments that returns {gives}",
+        )  # fmt: skip
+    form = build.add_mutually_exclusive_group()
+    form.add_argument("--topk", type=int, default=64, metavar="K", help="classes that a record lists")
+    form.add_argument("--dense", action="store_true", help="store logits")
+    build.add_argument("--temperature", type=float, default=2.0, metavar="T", help="of the records")
+    build.add_argument("--tail", choices=("bucket", "renormalize", "uniform"), default="bucket", help="of the records")
+    build.add_argument("--latents", action="store_true", help="store the encoder's latents, too")
+    build.add_argument(
+        "--dtype", choices=("float64", "float32", "bfloat16", "float16"), default=argparse.SUPPRESS,
+        help="round outputs to this (default: not rounded)",
+    )  # fmt: skip
+    build.add_argument(
+        "--teacher-version", default=argparse.SUPPRESS, metavar="NAME",
+        help="stands for the code of teacher and transforms in the fingerprint (default: their sources)",
+    )  # fmt: skip
+    build.add_argument(
+        "--batch-size", type=int, default=argparse.SUPPRESS, metavar="N",
+        help="samples that the teacher is given at a time (default: those of a batch)",
+    )  # fmt: skip
+    for verb, does in (
+        ("info", "what a cache holds"),
+        ("verify", "compare all checksums; exit status 1: some are torn"),
+    ):
+        verbs.add_parser(verb, help=does).add_argument("folder", type=Path, help="of the cache")
 
 
 def _seeds(text: str) -> list[int]:
@@ -178,6 +226,33 @@ def _doctor() -> None:
     from tgt_fast.doctor import print_doctor
 
     print_doctor(Console())
+
+
+def _cache(given: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from tgt_fast.cache import command
+
+    console = Console()
+    if given.cache == "info":
+        command.info(given.folder, console)
+    elif given.cache == "verify":
+        return int(not command.verify(given.folder, console))
+    else:
+        command.build(
+            given.folder,
+            given.teacher,
+            given.data,
+            console,
+            batch_size=getattr(given, "batch_size", None),
+            k=None if given.dense else given.topk,
+            temperature=given.temperature,
+            tail=given.tail,
+            latents=given.latents,
+            dtype=command.dtype_named(getattr(given, "dtype", None)),
+            version=getattr(given, "teacher_version", None),
+        )
+    return 0
 
 
 def _bench(given: argparse.Namespace) -> int:

@@ -31,10 +31,6 @@ class CheckpointError(TgtError, RuntimeError):
     """A checkpoint that is corrupt, incomplete or of another program."""
 
 
-class DependencyError(TgtError, ImportError):
-    """An optional package that is not installed; the message names the extra that brings it."""
-
-
 class CacheError(TgtError, RuntimeError):
     """A teacher cache that cannot be opened, written or read."""
 
@@ -47,3 +43,7 @@ class UnknownIdError(TgtError, KeyError):
     """Sample ids that a teacher cache does not hold."""
 
     __str__ = Exception.__str__  # KeyError would show the message in quotes
+
+
+class DependencyError(TgtError, ImportError):
+    """An optional package that is not installed; the message names the extra that brings it."""

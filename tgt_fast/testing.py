@@ -24,6 +24,8 @@ from tgt_fast.ops import _distill_library as distill
 from tgt_fast.ops import _latent_library as latent
 from tgt_fast.ops import _linear_library as linear
 from tgt_fast.ops import _sparse_library as sparse
+from tgt_fast.ops import _tokens_library as tokens
+from tgt_fast.ops._packing import packed
 from tgt_fast.ops._sparse_record import TeacherTopK
 from tgt_fast.ops.sparse import topk_teacher
 
@@ -54,6 +56,7 @@ def op_samples(device: torch.device | str = "cpu", *, backend: str = "auto") -> 
     yield from _ascend(make, backend)
     yield from _linear(make, backend)
     yield from _sparse(make, backend)
+    yield from _tokens(make, backend)
 
 
 class _Maker:
@@ -98,36 +101,36 @@ def _distill(make: _Maker, backend: str) -> Iterator[Sample]:
     for count, grads, options in itertools.product(
         (0, 5), itertools.product((False, True), repeat=2), (both, DistillOptions(reduction="none"))
     ):
-        args = (*rows(count, options, grads=grads), None, None, *distill.packed(options))
+        args = (*rows(count, options, grads=grads), None, None, *packed(options))
         yield distill.distillation_loss, (*args, True, backend), {}
     for layout in ("sliced", "transposed", "every-other"):
-        args = (*rows(5, both, grads=(True, True), layout=layout), None, None, *distill.packed(both))
+        args = (*rows(5, both, grads=(True, True), layout=layout), None, None, *packed(both))
         yield distill.distillation_loss, (*args, False, backend), {}
     for divergence in DIVERGENCES:
         options = DistillOptions(divergence=divergence, temperature=2.0, teacher_temperature=3.0, reduction="sum")
-        args = (*rows(5, options, grads=(True, True), weighted=True), None, None, *distill.packed(options))
+        args = (*rows(5, options, grads=(True, True), weighted=True), None, None, *packed(options))
         yield distill.distillation_loss, (*args, True, backend), {}
     halves = (torch.float16, torch.float16)
     for dtypes in (halves, (torch.bfloat16, torch.float32), (torch.float64, torch.bfloat16)):
-        args = (*rows(5, both, grads=(True, True), dtypes=dtypes), None, None, *distill.packed(both))
+        args = (*rows(5, both, grads=(True, True), dtypes=dtypes), None, None, *packed(both))
         yield distill.distillation_loss, (*args, False, backend), {}
     for divide_by in ((make.uniform(1).reshape(()), None), (None, 7.0)):
-        args = (*rows(5, plain), *divide_by, *distill.packed(plain), False, backend)
+        args = (*rows(5, plain), *divide_by, *packed(plain), False, backend)
         yield distill.distillation_loss, args, {}
     for wanted in itertools.product((False, True), repeat=2):
-        args = (*rows(5, both, grads=(False, False)), None, None, *distill.packed(both), False, backend, *wanted, True)
+        args = (*rows(5, both, grads=(False, False)), None, None, *packed(both), False, backend, *wanted, True)
         yield distill._distill_forward, args, {}
         student, teacher, target, _ = rows(5, both, grads=(False, False))
         state = _distill_state(student, teacher, target, both, backend)
-        args = (student, teacher, target, state, make.uniform(5), *distill.packed(both), backend, *wanted)
+        args = (student, teacher, target, state, make.uniform(5), *packed(both), backend, *wanted)
         yield distill._distill_backward, args, {}
     for factor in (make.uniform(5), make.uniform(1).reshape(())):
-        yield distill._distill_scale_, (make.normal(5, classes), factor, backend), {}
+        yield distill.distill_scale_, (make.normal(5, classes), factor, backend), {}
 
 
 def _distill_state(student: Tensor, teacher: Tensor, target: Tensor, options: DistillOptions, backend: str) -> Tensor:
     made = distill._distill_forward(
-        student, teacher, target, None, None, None, *distill.packed(options), False, backend, False, False, True
+        student, teacher, target, None, None, None, *packed(options), False, backend, False, False, True
     )
     state: Tensor = made[-1]
     assert state.shape[1] == ROW_STATE
@@ -213,7 +216,7 @@ def _linear(make: _Maker, backend: str) -> Iterator[Sample]:
         t: LinearTensors, heads: LinearOptions = padded, options: DistillOptions = both, stats: bool = False,
         divide_by: tuple[Tensor | None, float | None] = (None, None),
     ) -> Sample:  # fmt: skip
-        args = (*t, *divide_by, *linear.packed_heads(heads), *distill.packed(options), stats, backend)
+        args = (*t, *divide_by, *linear.packed_heads(heads), *packed(options), stats, backend)
         return linear.linear_distillation_loss, args, {}
 
     some = [tuple(i in wanted for i in range(DIFFERENTIABLE)) for wanted in ((), (0,), (3,), (0, 1), (1, 2, 4, 5))]
@@ -252,7 +255,7 @@ def _linear(make: _Maker, backend: str) -> Iterator[Sample]:
         yield call(tensors(4), divide_by=divide_by)
     for wanted in [*some, (True,) * DIFFERENTIABLE]:
         t = tensors(4, grads=(False,) * DIFFERENTIABLE)
-        options = (*linear.packed_heads(padded), *distill.packed(both))
+        options = (*linear.packed_heads(padded), *packed(both))
         yield linear._linear_distill_forward, (*t, None, None, *options, False, backend, *wanted), {}
         yield linear._linear_distill_backward, (*t, None, 5.0, make.uniform(4), *options, backend, *wanted), {}
 
@@ -272,26 +275,60 @@ def _sparse(make: _Maker, backend: str) -> Iterator[Sample]:
 
     both = DistillOptions(hard_weight=0.5, label_smoothing=0.1)
     for count, grad, options in itertools.product((0, 5), (False, True), (both, DistillOptions(reduction="none"))):
-        args = (*tensors(count, options, grad=grad), None, None, *distill.packed(options), "bucket", backend)
+        args = (*tensors(count, options, grad=grad), None, None, *packed(options), "bucket", backend)
         yield sparse.sparse_distillation_loss, args, {}
     for layout in ("sliced", "transposed", "every-other"):
-        args = (*tensors(5, both, layout=layout), None, None, *distill.packed(both), "bucket", backend)
+        args = (*tensors(5, both, layout=layout), None, None, *packed(both), "bucket", backend)
         yield sparse.sparse_distillation_loss, args, {}
     for divergence, tail in itertools.product(SPARSE_DIVERGENCES, TAILS):
         options = DistillOptions(divergence=divergence, temperature=2.0, teacher_temperature=2.0, reduction="sum")
-        args = (*tensors(5, options, tail, weighted=True), None, None, *distill.packed(options), tail, backend)
+        args = (*tensors(5, options, tail, weighted=True), None, None, *packed(options), tail, backend)
         yield sparse.sparse_distillation_loss, args, {}
     halves = (torch.float16, torch.float16)
     for dtypes in (halves, (torch.bfloat16, torch.float32), (torch.float64, torch.bfloat16)):
-        args = (*tensors(5, both, dtypes=dtypes), None, None, *distill.packed(both), "bucket", backend)
+        args = (*tensors(5, both, dtypes=dtypes), None, None, *packed(both), "bucket", backend)
         yield sparse.sparse_distillation_loss, args, {}
     for divide_by in ((make.uniform(1).reshape(()), None), (None, 7.0)):
-        args = (*tensors(5, both), *divide_by, *distill.packed(both), "bucket", backend)
+        args = (*tensors(5, both), *divide_by, *packed(both), "bucket", backend)
         yield sparse.sparse_distillation_loss, args, {}
     for tail, wanted in itertools.product(TAILS, (False, True)):
         given = tensors(5, both, tail, grad=False)
-        args = (*given, None, None, *distill.packed(both), tail, backend, wanted, True)
+        args = (*given, None, None, *packed(both), tail, backend, wanted, True)
         yield sparse._sparse_forward, args, {}
         state = sparse._sparse_forward(*args)[-1]
-        args = (*given[:5], state, make.uniform(5), *distill.packed(both), tail, backend)
+        args = (*given[:5], state, make.uniform(5), *packed(both), tail, backend)
         yield sparse._sparse_backward, args, {}
+
+
+def _tokens(make: _Maker, backend: str) -> Iterator[Sample]:
+    classes, width = 13, 4
+
+    def key(samples: int) -> tuple[Any, ...]:
+        return None, 5, make.integers(2**40, samples), None, 3, 1
+
+    for count, layout in ((0, "dense"), (6, "dense"), (6, "sliced"), (6, "transposed"), (6, "every-other")):
+        for filters in ((1.0, None, None, None), (0.7, 5, 0.8, 0.1)):
+            rows = make.normal(count, classes, layout=layout)
+            yield tokens.sample_tokens, (rows, *filters, *key(count // 2), backend), {}
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        rows = make.normal(6, classes, dtype=dtype)
+        yield tokens.sample_tokens, (rows, 1.0, None, 0.9, None, *key(6), backend), {}
+    held = (make.integers(2**40, 1).reshape(()), 0, make.integers(9, 6), make.integers(9, 1).reshape(()), 0, 0)
+    yield tokens.sample_tokens, (make.normal(6, classes), 1.0, None, None, None, *held, backend), {}
+
+    both = torch.float32, torch.float32
+    forms = [(count, both, "dense") for count in (0, 6)] + [(6, both, layout) for layout in ("sliced", "transposed")]
+    forms += [(6, dtypes, "dense") for dtypes in ((torch.bfloat16, torch.float32), (torch.float32, torch.float16))]
+    for (count, dtypes, layout), hard in itertools.product(forms, (False, True)):
+        for grads in itertools.product((False, True), repeat=2):
+            rows = make.normal(count, classes, dtype=dtypes[0], layout=layout).requires_grad_(grads[0])
+            table = make.normal(classes, width, dtype=dtypes[1], layout=layout).requires_grad_(grads[1])
+            yield tokens.soft_embedding, (rows, table, 0.7, True, hard, *key(count // 2), backend), {}
+    for hard, keep in itertools.product((False, True), repeat=2):
+        rows, table = make.normal(6, classes), make.normal(classes, width)
+        options = (0.7, hard, hard, *key(6), backend)
+        yield tokens._soft_forward, (rows, table, *options, keep), {}
+        _, state, chosen = tokens._soft_forward(rows, table, *options, True)
+        wanted = (keep, hard)
+        args = (rows, table, state, chosen, make.normal(6, width), *options, *wanted)
+        yield tokens._soft_backward, args, {}

@@ -4,7 +4,7 @@
 #include <string>
 
 #include "../cuda/api.h"
-#include "arguments.h"
+#include "calls.h"
 
 namespace py = pybind11;
 
@@ -26,18 +26,8 @@ void distill_forward(const DistillOptions& options, int64_t rows, int64_t classe
                      double host_normalizer, uintptr_t workspace, uintptr_t row_loss, uintptr_t loss,
                      const MatrixTuple& d_student, const MatrixTuple& d_teacher, uintptr_t state, uintptr_t stats,
                      const PlanTuple& plan, uintptr_t stream) {
-  DistillCall call;
-  call.options = options;
-  call.rows = rows;
-  call.classes = classes;
-  call.student = matrix(student);
-  call.teacher = matrix(teacher);
-  call.target = pointer<int64_t>(target);
-  call.weight = pointer<double>(weight);
-  call.row_loss = pointer<void>(row_loss);
-  call.d_student = matrix(d_student);
-  call.d_teacher = matrix(d_teacher);
-  call.state = pointer<RowState>(state);
+  DistillCall call = distill_call(options, rows, classes, student, teacher, target, state, d_student, d_teacher);
+  add_rows(call, weight, row_loss);
   call.stats = pointer<void>(stats);
   const cuda::Plan how{static_cast<cuda::Path>(std::get<0>(plan)), std::get<1>(plan), std::get<2>(plan)};
   expect_success(cuda::distill_forward(call, pointer<double>(normalizer), host_normalizer, pointer<double>(workspace),
@@ -48,18 +38,8 @@ void distill_backward(const DistillOptions& options, int64_t rows, int64_t class
                       const MatrixTuple& teacher, uintptr_t target, uintptr_t state, uintptr_t upstream,
                       bool upstream_per_row, const MatrixTuple& d_student, const MatrixTuple& d_teacher,
                       uintptr_t stream) {
-  DistillCall call;
-  call.options = options;
-  call.rows = rows;
-  call.classes = classes;
-  call.student = matrix(student);
-  call.teacher = matrix(teacher);
-  call.target = pointer<int64_t>(target);
-  call.state = pointer<RowState>(state);
-  call.upstream = pointer<void>(upstream);
-  call.upstream_per_row = upstream_per_row;
-  call.d_student = matrix(d_student);
-  call.d_teacher = matrix(d_teacher);
+  DistillCall call = distill_call(options, rows, classes, student, teacher, target, state, d_student, d_teacher);
+  add_upstream(call, upstream, upstream_per_row);
   expect_success(cuda::distill_backward(call, stream_of(stream)));
 }
 
@@ -72,17 +52,8 @@ void sparse_forward(const DistillOptions& options, int64_t rows, int64_t classes
                     const RecordTuple& from, uintptr_t target, uintptr_t weight, uintptr_t normalizer,
                     double host_normalizer, uintptr_t workspace, uintptr_t row_loss, uintptr_t loss,
                     const MatrixTuple& d_student, uintptr_t state, const PlanTuple& plan, uintptr_t stream) {
-  SparseCall call;
-  call.base.options = options;
-  call.base.rows = rows;
-  call.base.classes = classes;
-  call.base.student = matrix(student);
-  call.base.target = pointer<int64_t>(target);
-  call.base.weight = pointer<double>(weight);
-  call.base.row_loss = pointer<void>(row_loss);
-  call.base.d_student = matrix(d_student);
-  call.record = record(from);
-  call.state = pointer<SparseState>(state);
+  SparseCall call = sparse_call(options, rows, classes, student, from, target, state, d_student);
+  add_rows(call.base, weight, row_loss);
   const cuda::Plan how{static_cast<cuda::Path>(std::get<0>(plan)), std::get<1>(plan), std::get<2>(plan)};
   expect_success(cuda::sparse_forward(call, pointer<double>(normalizer), host_normalizer, pointer<double>(workspace),
                                       pointer<void>(loss), how, stream_of(stream)));
@@ -91,17 +62,8 @@ void sparse_forward(const DistillOptions& options, int64_t rows, int64_t classes
 void sparse_backward(const DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
                      const RecordTuple& from, uintptr_t target, uintptr_t state, uintptr_t upstream,
                      bool upstream_per_row, const MatrixTuple& d_student, uintptr_t stream) {
-  SparseCall call;
-  call.base.options = options;
-  call.base.rows = rows;
-  call.base.classes = classes;
-  call.base.student = matrix(student);
-  call.base.target = pointer<int64_t>(target);
-  call.base.upstream = pointer<void>(upstream);
-  call.base.upstream_per_row = upstream_per_row;
-  call.base.d_student = matrix(d_student);
-  call.record = record(from);
-  call.state = pointer<SparseState>(state);
+  SparseCall call = sparse_call(options, rows, classes, student, from, target, state, d_student);
+  add_upstream(call.base, upstream, upstream_per_row);
   expect_success(cuda::sparse_backward(call, stream_of(stream)));
 }
 
@@ -111,17 +73,7 @@ using DeviceKeyTuple = std::tuple<uintptr_t, uintptr_t>;
 void perturb(int64_t samples, int64_t size, int type, uintptr_t z, uintptr_t out, const FactorTuple& sigma,
              uintptr_t scale, const NoiseTuple& key, const DeviceKeyTuple& on_device, double truncation,
              double sphere_radius, uintptr_t stream) {
-  PerturbCall call;
-  call.samples = samples;
-  call.size = size;
-  call.type = static_cast<DType>(type);
-  call.z = pointer<void>(z);
-  call.out = pointer<void>(out);
-  call.sigma = factor(sigma);
-  call.scale = pointer<void>(scale);
-  call.noise = noise(key);
-  call.noise.truncation = truncation;
-  call.sphere_radius = sphere_radius;
+  const PerturbCall call = perturb_call(samples, size, type, z, out, sigma, scale, key, truncation, sphere_radius);
   const cuda::DeviceKey device{pointer<int64_t>(std::get<0>(on_device)), pointer<int64_t>(std::get<1>(on_device))};
   expect_success(cuda::perturb(call, device, stream_of(stream)));
 }
@@ -130,23 +82,8 @@ void ascend(int64_t samples, int64_t size, std::tuple<int, int, int> types, uint
             uintptr_t anchor, uintptr_t out, const FactorTuple& step_size, const FactorTuple& sigma,
             const FactorTuple& radius, uintptr_t scale, int norm, int radius_norm, const NoiseTuple& key,
             const DeviceKeyTuple& on_device, uintptr_t stream) {
-  AscendCall call;
-  call.samples = samples;
-  call.size = size;
-  call.z_type = static_cast<DType>(std::get<0>(types));
-  call.grad_type = static_cast<DType>(std::get<1>(types));
-  call.anchor_type = static_cast<DType>(std::get<2>(types));
-  call.z = pointer<void>(z);
-  call.grad = pointer<void>(grad);
-  call.anchor = pointer<void>(anchor);
-  call.out = pointer<void>(out);
-  call.step_size = factor(step_size);
-  call.sigma = factor(sigma);
-  call.radius = factor(radius);
-  call.scale = pointer<void>(scale);
-  call.norm = static_cast<StepNorm>(norm);
-  call.radius_norm = static_cast<RadiusNorm>(radius_norm);
-  call.noise = noise(key);
+  const AscendCall call =
+      ascend_call(samples, size, types, z, grad, anchor, out, step_size, sigma, radius, scale, norm, radius_norm, key);
   const cuda::DeviceKey device{pointer<int64_t>(std::get<0>(on_device)), pointer<int64_t>(std::get<1>(on_device))};
   expect_success(cuda::ascend(call, device, stream_of(stream)));
 }

@@ -11,6 +11,7 @@
 #include "../cpu/thread_pool.h"
 #include "../cpu/tokens.h"
 #include "arguments.h"
+#include "calls.h"
 #include "options.h"
 #if defined(TGT_HAVE_CUDA)
 #include "cuda.h"
@@ -20,34 +21,28 @@ namespace py = pybind11;
 
 namespace {
 
-using tgt::DType;
-using tgt::bind::factor;
+using tgt::bind::add_rows;
+using tgt::bind::add_upstream;
+using tgt::bind::ascend_call;
+using tgt::bind::distill_call;
 using tgt::bind::FactorTuple;
 using tgt::bind::FilterTuple;
 using tgt::bind::matrix;
 using tgt::bind::MatrixTuple;
 using tgt::bind::noise;
 using tgt::bind::NoiseTuple;
+using tgt::bind::perturb_call;
 using tgt::bind::pointer;
 using tgt::bind::RecordTuple;
+using tgt::bind::sparse_call;
 
 std::tuple<int, int64_t> distill_forward(const tgt::DistillOptions& options, int64_t rows, int64_t classes,
                                          const MatrixTuple& student, const MatrixTuple& teacher, uintptr_t target,
                                          uintptr_t weight, double normalizer, uintptr_t row_loss, uintptr_t loss,
                                          const MatrixTuple& d_student, const MatrixTuple& d_teacher, uintptr_t state,
                                          uintptr_t stats, int threads) {
-  tgt::DistillCall call;
-  call.options = options;
-  call.rows = rows;
-  call.classes = classes;
-  call.student = matrix(student);
-  call.teacher = matrix(teacher);
-  call.target = pointer<int64_t>(target);
-  call.weight = pointer<double>(weight);
-  call.row_loss = pointer<void>(row_loss);
-  call.d_student = matrix(d_student);
-  call.d_teacher = matrix(d_teacher);
-  call.state = pointer<tgt::RowState>(state);
+  tgt::DistillCall call = distill_call(options, rows, classes, student, teacher, target, state, d_student, d_teacher);
+  add_rows(call, weight, row_loss);
   call.stats = pointer<void>(stats);
   const tgt::StatusAt status = tgt::cpu::distill_forward(call, normalizer, pointer<void>(loss), threads);
   return {static_cast<int>(status.status), status.row};
@@ -56,18 +51,8 @@ std::tuple<int, int64_t> distill_forward(const tgt::DistillOptions& options, int
 void distill_backward(const tgt::DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
                       const MatrixTuple& teacher, uintptr_t target, uintptr_t state, uintptr_t upstream,
                       bool upstream_per_row, const MatrixTuple& d_student, const MatrixTuple& d_teacher, int threads) {
-  tgt::DistillCall call;
-  call.options = options;
-  call.rows = rows;
-  call.classes = classes;
-  call.student = matrix(student);
-  call.teacher = matrix(teacher);
-  call.target = pointer<int64_t>(target);
-  call.state = pointer<tgt::RowState>(state);
-  call.upstream = pointer<void>(upstream);
-  call.upstream_per_row = upstream_per_row;
-  call.d_student = matrix(d_student);
-  call.d_teacher = matrix(d_teacher);
+  tgt::DistillCall call = distill_call(options, rows, classes, student, teacher, target, state, d_student, d_teacher);
+  add_upstream(call, upstream, upstream_per_row);
   tgt::cpu::distill_backward(call, threads);
 }
 
@@ -80,17 +65,8 @@ std::tuple<int, int64_t> sparse_forward(const tgt::DistillOptions& options, int6
                                         const MatrixTuple& student, const RecordTuple& record, uintptr_t target,
                                         uintptr_t weight, double normalizer, uintptr_t row_loss, uintptr_t loss,
                                         const MatrixTuple& d_student, uintptr_t state, int threads) {
-  tgt::SparseCall call;
-  call.base.options = options;
-  call.base.rows = rows;
-  call.base.classes = classes;
-  call.base.student = matrix(student);
-  call.base.target = pointer<int64_t>(target);
-  call.base.weight = pointer<double>(weight);
-  call.base.row_loss = pointer<void>(row_loss);
-  call.base.d_student = matrix(d_student);
-  call.record = tgt::bind::record(record);
-  call.state = pointer<tgt::SparseState>(state);
+  tgt::SparseCall call = sparse_call(options, rows, classes, student, record, target, state, d_student);
+  add_rows(call.base, weight, row_loss);
   const tgt::StatusAt status = tgt::cpu::sparse_forward(call, normalizer, pointer<void>(loss), threads);
   return {static_cast<int>(status.status), status.row};
 }
@@ -98,56 +74,22 @@ std::tuple<int, int64_t> sparse_forward(const tgt::DistillOptions& options, int6
 void sparse_backward(const tgt::DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
                      const RecordTuple& record, uintptr_t target, uintptr_t state, uintptr_t upstream,
                      bool upstream_per_row, const MatrixTuple& d_student, int threads) {
-  tgt::SparseCall call;
-  call.base.options = options;
-  call.base.rows = rows;
-  call.base.classes = classes;
-  call.base.student = matrix(student);
-  call.base.target = pointer<int64_t>(target);
-  call.base.upstream = pointer<void>(upstream);
-  call.base.upstream_per_row = upstream_per_row;
-  call.base.d_student = matrix(d_student);
-  call.record = tgt::bind::record(record);
-  call.state = pointer<tgt::SparseState>(state);
+  tgt::SparseCall call = sparse_call(options, rows, classes, student, record, target, state, d_student);
+  add_upstream(call.base, upstream, upstream_per_row);
   tgt::cpu::sparse_backward(call, threads);
 }
 
 void perturb(int64_t samples, int64_t size, int type, uintptr_t z, uintptr_t out, const FactorTuple& sigma,
              uintptr_t scale, const NoiseTuple& key, double truncation, double sphere_radius, int threads) {
-  tgt::PerturbCall call;
-  call.samples = samples;
-  call.size = size;
-  call.type = static_cast<DType>(type);
-  call.z = pointer<void>(z);
-  call.out = pointer<void>(out);
-  call.sigma = factor(sigma);
-  call.scale = pointer<void>(scale);
-  call.noise = noise(key);
-  call.noise.truncation = truncation;
-  call.sphere_radius = sphere_radius;
+  const tgt::PerturbCall call = perturb_call(samples, size, type, z, out, sigma, scale, key, truncation, sphere_radius);
   tgt::cpu::perturb(call, threads);
 }
 
 void ascend(int64_t samples, int64_t size, std::tuple<int, int, int> types, uintptr_t z, uintptr_t grad,
             uintptr_t anchor, uintptr_t out, const FactorTuple& step_size, const FactorTuple& sigma,
             const FactorTuple& radius, uintptr_t scale, int norm, int radius_norm, const NoiseTuple& key, int threads) {
-  tgt::AscendCall call;
-  call.samples = samples;
-  call.size = size;
-  call.z_type = static_cast<DType>(std::get<0>(types));
-  call.grad_type = static_cast<DType>(std::get<1>(types));
-  call.anchor_type = static_cast<DType>(std::get<2>(types));
-  call.z = pointer<void>(z);
-  call.grad = pointer<void>(grad);
-  call.anchor = pointer<void>(anchor);
-  call.out = pointer<void>(out);
-  call.step_size = factor(step_size);
-  call.sigma = factor(sigma);
-  call.radius = factor(radius);
-  call.scale = pointer<void>(scale);
-  call.norm = static_cast<tgt::StepNorm>(norm);
-  call.radius_norm = static_cast<tgt::RadiusNorm>(radius_norm);
-  call.noise = noise(key);
+  const tgt::AscendCall call =
+      ascend_call(samples, size, types, z, grad, anchor, out, step_size, sigma, radius, scale, norm, radius_norm, key);
   tgt::cpu::ascend(call, threads);
 }
 

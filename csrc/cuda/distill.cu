@@ -3,6 +3,7 @@
 #include "distill.h"
 #include "distill_on_chip.h"
 #include "distill_small.h"
+#include "reduce.h"
 
 namespace tgt::cuda {
 namespace {
@@ -51,7 +52,7 @@ Layout layout_of(const DistillCall& call, const Plan& plan, const Chip& chip) {
 
 cudaError_t forward_rows(DeviceCall d, const Plan& plan, cudaStream_t stream) {
   Chip chip;
-  const cudaError_t error = find_chip(reinterpret_cast<const void*>(&distill_count_kernel), chip);
+  const cudaError_t error = find_chip(reinterpret_cast<const void*>(distill_stats_kernel<float>), chip);
   if (error != cudaSuccess) return error;
   const Layout layout = layout_of(d.call, plan, chip);
   d.vectors_per_block = layout.vectors;
@@ -62,13 +63,6 @@ cudaError_t forward_rows(DeviceCall d, const Plan& plan, cudaStream_t stream) {
     if (layout.path == Path::kStream) return launch_distill_fwd_stream<float, D>(d, stream);
     return launch_distill_fwd<D>(d, layout.path, layout.cluster, bulk, layout.shared_bytes, stream);
   });
-}
-
-template <class Real>
-cudaError_t launch_distill_reduce(const DeviceCall& d, void* loss, cudaStream_t stream) {
-  return launch(distill_reduce_kernel<Real>, 1, kReduceThreads, kTeamBytes, 1, stream,
-                static_cast<const Real*>(d.call.row_loss), d.call.rows, d.divisor, d.call.divisor,
-                static_cast<Real*>(loss));
 }
 
 template <class Real>
@@ -85,20 +79,8 @@ cudaError_t launch_distill_scale(int64_t rows, int64_t classes, const Matrix& gr
 Failure distill_forward(const DistillCall& call, const double* normalizer, double host_normalizer, double* workspace,
                         void* loss, Plan plan, cudaStream_t stream) {
   DeviceCall d = device_call(call);
-  const auto reduction = static_cast<Reduction>(call.options.reduction);
-  if (reduction == Reduction::kMean) {
-    if (normalizer) {
-      d.divisor = normalizer;
-    } else if (host_normalizer >= 0) {
-      d.call.divisor = host_normalizer;
-    } else if (!call.weight && !call.target) {
-      d.call.divisor = static_cast<double>(call.rows);
-    } else {
-      const cudaError_t error = launch(distill_count_kernel, 1, kReduceThreads, kTeamBytes, 1, stream, d, workspace);
-      if (error != cudaSuccess) return {error, "distill_count_kernel"};
-      d.divisor = workspace;
-    }
-  }
+  const Failure uncounted = choose_divisor(d, normalizer, host_normalizer, workspace, stream);
+  if (uncounted.error != cudaSuccess) return uncounted;
   if (call.rows > 0 && call.stats) {  // before the logits are overwritten in place
     const cudaError_t error =
         call.wide() ? launch(distill_stats_kernel<double>, call.rows, kStatsThreads, kTeamBytes, 1, stream, d)
@@ -109,10 +91,7 @@ Failure distill_forward(const DistillCall& call, const double* normalizer, doubl
     const cudaError_t error = forward_rows(d, plan, stream);
     if (error != cudaSuccess) return {error, "distill_fwd_kernel"};
   }
-  if (reduction == Reduction::kNone) return {};
-  const cudaError_t error =
-      call.wide() ? launch_distill_reduce<double>(d, loss, stream) : launch_distill_reduce<float>(d, loss, stream);
-  return {error, "distill_reduce_kernel"};
+  return reduce_rows(d, call.wide(), loss, stream);
 }
 
 Failure distill_backward(const DistillCall& call, cudaStream_t stream) {

@@ -1,4 +1,4 @@
-// The kernels round the losses of rows: the divisor, the reduction, statistics, and the upstream gradient.
+// The kernels round the losses of rows: their statistics, and the upstream gradient.
 #pragma once
 
 #include "distill_stream.h"
@@ -6,39 +6,7 @@
 namespace tgt::cuda {
 inline namespace TGT_ISA {
 
-constexpr int kReduceThreads = 1024, kScaleThreads = 256, kScaleBlocks = 2048, kStatsThreads = 512;
-
-struct Total {
-  double value = 0;
-};
-struct AddTotals {
-  TGT_DEVICE Total operator()(const Total& a, const Total& b) const { return {a.value + b.value}; }
-};
-
-// The divisor of the mean: the counted rows, or their weights. One block, so that the order is fixed.
-__global__ void TGT_BOUNDS(kReduceThreads, 1)
-    distill_count_kernel(const TGT_GRID_CONSTANT DeviceCall d, double* divisor) {
-  const BlockTeam team;
-  Total mine;
-  for (int64_t i = team.thread; i < d.call.rows; i += team.size) {
-    const RowHead head = open_row(d, i);
-    if (!(head.flags & kDropped)) mine.value += head.weight;
-  }
-  const Total all = merge_all(team, mine, 0, AddTotals());
-  if (team.leads()) *divisor = all.value;
-}
-
-template <class Real>
-__global__ void TGT_BOUNDS(kReduceThreads, 1)
-    distill_reduce_kernel(const Real* row_loss, int64_t rows, const double* divisor_at, double divisor, Real* loss) {
-  const BlockTeam team;
-  Total mine;
-  for (int64_t i = team.thread; i < rows; i += team.size) mine.value += row_loss[i];
-  const Total all = merge_all(team, mine, 0, AddTotals());
-  if (!team.leads()) return;
-  if (divisor_at) divisor = *divisor_at;
-  *loss = Real(divisor == 0 ? 0 : all.value / divisor);
-}
+constexpr int kScaleThreads = 256, kScaleBlocks = 2048, kStatsThreads = 512;
 
 // grad *= factor. Reads nothing but the factor where that is 1.
 template <class Real>

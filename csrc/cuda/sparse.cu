@@ -1,6 +1,7 @@
 // The loss against a top-k record on a device: which kernels a call takes, in which order.
 #include "api.h"
 #include "chip.h"
+#include "reduce.h"
 #include "sparse_kernels.h"
 
 namespace tgt::cuda {
@@ -70,31 +71,13 @@ cudaError_t forward_rows(SparseDeviceCall d, bool wide, const Plan& plan, cudaSt
 Failure sparse_forward(const SparseCall& call, const double* normalizer, double host_normalizer, double* workspace,
                        void* loss, Plan plan, cudaStream_t stream) {
   SparseDeviceCall d = device_call(call);
-  const auto reduction = static_cast<Reduction>(call.base.options.reduction);
-  if (reduction == Reduction::kMean) {
-    if (normalizer) {
-      d.base.divisor = normalizer;
-    } else if (host_normalizer >= 0) {
-      d.base.call.divisor = host_normalizer;
-    } else if (!call.base.weight && !call.base.target) {
-      d.base.call.divisor = static_cast<double>(call.base.rows);
-    } else {
-      const cudaError_t error =
-          launch(sparse_count_kernel<double>, 1, kSparseReduceThreads, kTeamBytes, 1, stream, d, workspace);
-      if (error != cudaSuccess) return {error, "sparse_count_kernel"};
-      d.base.divisor = workspace;
-    }
-  }
+  const Failure uncounted = choose_divisor(d.base, normalizer, host_normalizer, workspace, stream);
+  if (uncounted.error != cudaSuccess) return uncounted;
   if (call.base.rows > 0) {
     const cudaError_t error = forward_rows(d, call.wide(), plan, stream);
     if (error != cudaSuccess) return {error, "sparse_fwd_kernel"};
   }
-  if (reduction == Reduction::kNone) return {};
-  const cudaError_t error = call.wide() ? launch(sparse_reduce_kernel<double>, 1, kSparseReduceThreads, kTeamBytes, 1,
-                                                 stream, d, static_cast<double*>(loss))
-                                        : launch(sparse_reduce_kernel<float>, 1, kSparseReduceThreads, kTeamBytes, 1,
-                                                 stream, d, static_cast<float*>(loss));
-  return {error, "sparse_reduce_kernel"};
+  return reduce_rows(d.base, call.wide(), loss, stream);
 }
 
 Failure sparse_backward(const SparseCall& call, cudaStream_t stream) {

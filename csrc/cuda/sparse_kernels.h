@@ -226,43 +226,5 @@ __global__ void TGT_BOUNDS(kSparseStreamThreads, 1) sparse_bwd_kernel(const TGT_
       call.options, [&](auto divergence) { write_sparse_gradient<decltype(divergence), Real>(d, team, row, i, own); });
 }
 
-// Round the rows: the divisor of the mean, and the reduction. One block each, so that the order is fixed.
-
-constexpr int kSparseReduceThreads = 1024;
-
-struct SparseTotal {
-  double value = 0;
-};
-struct AddSparseTotals {
-  TGT_DEVICE SparseTotal operator()(const SparseTotal& a, const SparseTotal& b) const { return {a.value + b.value}; }
-};
-
-template <class Real>
-__global__ void TGT_BOUNDS(kSparseReduceThreads, 1)
-    sparse_count_kernel(const TGT_GRID_CONSTANT SparseDeviceCall d, double* divisor) {
-  const BlockTeam team;
-  SparseTotal mine;
-  for (int64_t i = team.thread; i < d.base.call.rows; i += team.size) {
-    const RowHead head = open_row(d.base, i);
-    if (!(head.flags & kDropped)) mine.value += head.weight;
-  }
-  const SparseTotal all = merge_all(team, mine, 0, AddSparseTotals());
-  if (team.leads()) *divisor = all.value;
-}
-
-template <class Real>
-__global__ void TGT_BOUNDS(kSparseReduceThreads, 1)
-    sparse_reduce_kernel(const TGT_GRID_CONSTANT SparseDeviceCall d, Real* loss) {
-  const BlockTeam team;
-  SparseTotal mine;
-  for (int64_t i = team.thread; i < d.base.call.rows; i += team.size) {
-    mine.value += static_cast<const Real*>(d.base.call.row_loss)[i];
-  }
-  const SparseTotal all = merge_all(team, mine, 0, AddSparseTotals());
-  if (!team.leads()) return;
-  const double divisor = d.base.divisor ? *d.base.divisor : d.base.call.divisor;
-  *loss = Real(divisor == 0 ? 0 : all.value / divisor);
-}
-
 }  // namespace TGT_ISA
 }  // namespace tgt::cuda

@@ -82,6 +82,11 @@ class Case:
     numbers: Mapping[str, int | str | bool] = field(default_factory=dict)  # what the result files say of the case
     compiled: bool = True  # whether torch.compile is given the seconds that it takes
     peak: bool = False  # on a CPU: measure its peak memory, which takes a process a contender
+    kernels: str = ""  # the op whose kernels ours needs, where that is not the noun
+
+    @property
+    def kernels_of(self) -> str:
+        return self.kernels or self.noun
 
     @property
     def title(self) -> str:

@@ -39,18 +39,22 @@ class Spec:
     dtype: torch.dtype
     divergence: str = "forward_kl"
     frozen: bool = False  # gradients to both sides' hidden states through frozen heads, as exploration wants them
+    k: int = 0  # > 0: the teacher is a record of so many classes (linear_record.py)
     compiled: bool = True
     peak: bool = False
 
     @property
     def op(self) -> str:
-        return f"{self.divergence} + CE" + (", frozen heads" if self.frozen else "")
+        record = f", record of {self.k}" if self.k else ""
+        return f"{self.divergence} + CE" + (", frozen heads" if self.frozen else "") + record
 
     @property
     def flops(self) -> int:
         student, teacher = (
             2 * self.rows * self.classes * width for width in (self.student_hidden, self.teacher_hidden)
         )
+        if self.k:
+            return 3 * student
         return 2 * student + 2 * teacher if self.frozen else 3 * student + teacher
 
 
@@ -60,12 +64,14 @@ _CPU_FULL = (
     Spec(2048, 256, 256, 32000, _F32, "jsd", compiled=False),
     Spec(2048, 256, 256, 32000, _F32, frozen=True, compiled=False),
     Spec(1024, 256, 256, 32000, _BF16, compiled=False),
+    Spec(2048, 256, 256, 32000, _F32, k=64, compiled=False, peak=True),
     Spec(256, 64, 64, 1000, _F32, compiled=False),
 )
 _CPU_QUICK = (
     Spec(64, 32, 48, 4000, _F32),
     Spec(64, 32, 48, 4000, _BF16, "jsd"),
     Spec(64, 32, 48, 1000, _F32, frozen=True),
+    Spec(64, 32, 48, 4000, _F32, k=16),
 )
 _CUDA_FULL = (
     Spec(8192, 4096, 4096, 128256, _BF16),
@@ -73,6 +79,7 @@ _CUDA_FULL = (
     Spec(8192, 2048, 4096, 151936, _BF16, compiled=False),
     Spec(8192, 4096, 4096, 128256, _BF16, "jsd", compiled=False),
     Spec(8192, 4096, 4096, 128256, _BF16, frozen=True, compiled=False),
+    Spec(8192, 4096, 4096, 128256, _BF16, k=64, compiled=False),
 )
 _CUDA_QUICK = (Spec(2048, 2048, 2048, 32000, _BF16), Spec(2048, 2048, 2048, 32000, _BF16, frozen=True, compiled=False))
 
@@ -87,7 +94,7 @@ def case(spec: Spec, device: torch.device) -> Case:
     logits = spec.rows * spec.classes * spec.dtype.itemsize
     students, teachers = ((spec.rows + spec.classes) * width for width in (spec.student_hidden, spec.teacher_hidden))
     written = spec.rows * (spec.student_hidden + spec.teacher_hidden) if spec.frozen else students
-    moved = (students + teachers + written) * spec.dtype.itemsize
+    moved = (students + (0 if spec.k else teachers) + written) * spec.dtype.itemsize + spec.rows * spec.k * 12
     return Case(
         noun="linear",
         op=spec.op,
@@ -98,14 +105,16 @@ def case(spec: Spec, device: torch.device) -> Case:
         # A device that runs out says so and loses one row; a CPU's process is killed, so its estimate is eager's.
         bytes_needed=2 * moved + (4 << 30 if device.type == "cuda" else 10 * logits + (1 << 29)),
         unit_bytes=logits,
-        build=lambda: LinearWork(spec, device),
+        build=lambda: (RecordWork if spec.k else LinearWork)(spec, device),
         rivals=linear_rivals.ALL,
         numbers={
             "rows": spec.rows, "student_hidden": spec.student_hidden, "teacher_hidden": spec.teacher_hidden,
-            "classes": spec.classes, "divergence": spec.divergence, "frozen": spec.frozen, "flops": spec.flops,
+            "classes": spec.classes, "divergence": spec.divergence, "frozen": spec.frozen, "k": spec.k,
+            "flops": spec.flops,
         },
         compiled=spec.compiled,
         peak=spec.peak,
+        kernels="sparse" if spec.k else "",
     )  # fmt: skip
 
 
@@ -201,12 +210,16 @@ class LinearWork(Work):
     def _floor_gradient(self, truth: Tensor) -> float:
         return 1e-2 * self.temperature * self.scale * math.sqrt(truth.shape[0]) / self.spec.rows
 
+    def _teacher_of(self, at: slice, teacher: Tensor, teacher_weight: Tensor) -> Any:
+        """The teacher of some rows, for the truth."""
+        return (self.scale * (teacher[at] @ teacher_weight.T)).requires_grad_(self.spec.frozen)
+
     @functools.cached_property
     def _truth(self) -> tuple[Tensor, dict[str, Tensor], float]:
         """The float64 loss over all rows, the gradients at the edges, and the largest argument of exp."""
         spec, device = self.spec, self.hidden.device
-        operands: list[Any] = [x.detach().double() for x in self.operands]
-        hidden, weight, teacher, teacher_weight = operands
+        heads: list[Any] = [self.hidden, self.weight, self.teacher, self.teacher_weight]
+        hidden, weight, teacher, teacher_weight = (x.detach().double() for x in heads)
         classes = edge_rows(spec.classes, _CHECKED_ROWS).to(device)
         loss, largest = torch.zeros((), dtype=torch.float64, device=device), 0.0
         d_hidden, d_teacher = torch.zeros_like(hidden), torch.zeros_like(teacher)
@@ -215,7 +228,7 @@ class LinearWork(Work):
         for row in range(0, spec.rows, step):
             at = slice(row, row + step)
             student = (self.scale * (hidden[at] @ weight.T)).requires_grad_()
-            other = (self.scale * (teacher[at] @ teacher_weight.T)).requires_grad_(spec.frozen)
+            other = self._teacher_of(at, teacher, teacher_weight)
             with torch.enable_grad():
                 part = tgt.distillation_loss(
                     student, other, self.target[at], divergence=spec.divergence, temperature=self.temperature,
@@ -223,12 +236,51 @@ class LinearWork(Work):
                 ) / spec.rows  # fmt: skip
                 grads = torch.autograd.grad(part, [student, other] if spec.frozen else [student])
             loss += part.detach()
-            largest = max(
-                largest, float(student.detach().abs().amax()), float(other.detach().abs().amax()) / self.temperature
-            )
+            largest = max(largest, float(student.detach().abs().amax()))
+            if isinstance(other, Tensor):
+                largest = max(largest, float(other.detach().abs().amax()) / self.temperature)
             d_hidden[at] = self.scale * (grads[0] @ weight)
             d_weight += self.scale * (grads[0][:, classes].T @ hidden[at])
             if spec.frozen:
                 d_teacher[at] = self.scale * (grads[1] @ teacher_weight)
         made = {"d_hidden": self._edges(d_hidden), "d_weight": d_weight, "d_teacher": self._edges(d_teacher)}
         return loss, {name: made[name] for name in self.leaves}, largest
+
+
+class RecordWork(LinearWork):
+    """The same, and of the teacher its record alone."""
+
+    def __init__(self, spec: Spec, device: torch.device) -> None:
+        super().__init__(spec, device)
+        self.record = self._recorded()
+        self.operands = (self.hidden, self.weight)
+
+    def ours(self, backend: str) -> Call:
+        return self._step(
+            lambda hidden, weight, target: tgt.linear_distillation_loss(
+                hidden, weight, teacher_logits=self.record, target=target, divergence=self.spec.divergence,
+                temperature=TEMPERATURE, hard_weight=1.0, backend=backend,
+            )
+        )  # fmt: skip
+
+    def rival(self, name: str) -> Call:
+        loss = linear_rivals.loss_of_record(name, self.spec.divergence, TEMPERATURE)
+        loss = rivals.compiled(loss) if name == rivals.COMPILE else loss
+        record = (self.record.ids, self.record.log_probs, self.record.tail_log_prob)
+        return self._step(lambda hidden, weight, target: loss(hidden, weight, *record, target))
+
+    def _recorded(self) -> tgt.TeacherTopK:
+        step = max(1, _PIECE // self.spec.classes)
+        with torch.no_grad():
+            head = self.teacher_weight.float().T
+            pieces = [
+                tgt.topk_teacher(self.teacher[row : row + step].float() @ head, self.spec.k, TEMPERATURE)
+                for row in range(0, self.spec.rows, step)
+            ]
+        ids, log_probs, rest = (
+            torch.cat([getattr(piece, name) for piece in pieces]) for name in ("ids", "log_probs", "tail_log_prob")
+        )
+        return tgt.TeacherTopK(ids, log_probs, rest, TEMPERATURE, self.spec.classes)
+
+    def _teacher_of(self, at: slice, teacher: Tensor, teacher_weight: Tensor) -> Any:
+        return self.record[at]

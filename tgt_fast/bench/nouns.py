@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from tgt_fast.bench import contrast, distill, explore, latent, linear, sparse
+from tgt_fast.bench import contrast, distill, explore, latent, linear, sparse, tokens
 from tgt_fast.bench.case import Case
 
 NOUNS: Final[dict[str, Callable[[torch.device, bool], list[Case]]]] = {
@@ -17,4 +17,5 @@ NOUNS: Final[dict[str, Callable[[torch.device, bool], list[Case]]]] = {
     "linear": linear.cases,
     "sparse": sparse.cases,
     "contrast": contrast.cases,
+    "tokens": tokens.cases,
 }

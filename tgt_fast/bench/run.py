@@ -148,14 +148,14 @@ def _backends(case: Case, work: Work, plan: Plan) -> list[str]:
             found.append(name)
             continue
         order = ORDER.get(case.device.type, ())  # without an interpreted backend, whose time says nothing
-        able = [n for n in order if n != "reference" and BACKENDS[n].refusal(case.noun, work.operands) is None]
+        able = [n for n in order if n != "reference" and BACKENDS[n].refusal(case.kernels_of, work.operands) is None]
         found += able or ["reference"]
     return list(dict.fromkeys(found))
 
 
 def _checked(name: str, case: Case, work: Work, calls: dict[str, Call]) -> Standing:
     """One of ours, checked; it joins the calls that are timed only if it is right."""
-    refusal = BACKENDS[name].refusal(case.noun, work.operands)
+    refusal = BACKENDS[name].refusal(case.kernels_of, work.operands)
     if refusal is not None:
         return Standing(SKIPPED, refusal)
     try:

@@ -4,41 +4,47 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+from tgt_fast.cache.asking import SampleIds, as_ids, ask, lacking
 from tgt_fast.cache.fingerprint import Fingerprint, teacher_fingerprint
 from tgt_fast.cache.index import MISSING, Ids, Places
 from tgt_fast.cache.layout import Layout, Rows
 from tgt_fast.cache.outputs import LABELS, LATENTS, OP, Settings
 from tgt_fast.cache.store import Store
-from tgt_fast.errors import ArgumentError, CacheError, DTypeError, ShapeError, UnknownIdError
+from tgt_fast.errors import ArgumentError, CacheError, ShapeError, UnknownIdError
 from tgt_fast.ops import _checks
 from tgt_fast.ops._sparse_record import TeacherTopK
-from tgt_fast.teacher import Latents, Teacher, tree
-from tgt_fast.teacher.modes import eval_mode
-from tgt_fast.teacher.teacher import checked_logits
+from tgt_fast.teacher import Latents, tree
 
-SampleIds = Tensor | Sequence[int]
-_ID_LIMIT: Final = 1 << 48  # as of the noise that belongs to a sample
 _SHOWN: Final = 5  # ids in a message
+
+
+class Contents(NamedTuple):
+    """Of the folder of a cache."""
+
+    layout: Layout
+    shards: dict[str, int]  # bytes of a file by its name
+    torn: dict[str, str]  # what is wrong by name
 
 
 class TeacherCache:
     r"""``cache.label(x, ids) == topk_teacher(teacher.label(x), k, T)``, row by row, with each row computed once.
 
     Rows belong to a **sample id**, not to a step or a place in an epoch, so shuffling, other batch sizes, several
-    epochs and several workers meet the same rows. What is stored is given back bit for bit. The first value computed for an id
-    is the one that is stored and served: a teacher whose last bits depend on the other rows of a batch, as matrix
-    products often do, then gives what it gave the first time. The data of an id must be the same each time: cache
-    before augmentation that draws at random, not after.
+    epochs and several workers meet the same rows. What is stored is given back bit for bit. The first value computed
+    for an id is the one that is stored and served: a teacher whose last bits depend on the other rows of a batch, as
+    those of matrix products and log-sum-exps often do, then gives what it gave the first time. The data of an id must
+    be the same each time: cache before augmentation that draws at random, not after.
 
     A folder holds ``manifest.json`` and shards, safetensors files that never change. Reading is a copy out of a memory
     map. Several processes may write to one folder: each writes shards of its own, which have their name only once they
@@ -50,8 +56,8 @@ class TeacherCache:
     Args:
         folder: made if need be.
         teacher: a :class:`~tgt_fast.Teacher`, a module (run in eval mode) or a callable, data -> logits
-            ``(B, ..., C)``; a callable may give a :class:`~tgt_fast.TeacherTopK`. It runs without a graph. None: rows come from
-            :meth:`add`, and ``version`` names whose they are.
+            ``(B, ..., C)``; a callable may give a :class:`~tgt_fast.TeacherTopK`. It runs without a graph. None: rows
+            come from :meth:`add`, and ``version`` names whose they are.
         k: how many classes a record lists. None: logits are stored as they are, and ``temperature`` and ``tail`` do not
             matter.
         temperature, tail: of the records; see :func:`tgt_fast.topk_teacher`.
@@ -60,14 +66,15 @@ class TeacherCache:
             teacher and ``topk_teacher`` give them, which is float32 for records.
         transforms, version: see :func:`tgt_fast.teacher_fingerprint`.
         readonly: never write; rows that are missing are computed and not kept. The folder must hold a cache.
-        shard_bytes: rows wait in memory until they are so many bytes, then they are written. Fewer, larger shards read
-            faster; :meth:`flush` and :meth:`close` write what there is.
+        shard_bytes, shard_seconds: rows wait in memory until they are so many bytes, or the first of them has waited so
+            long, then they are written. Fewer, larger shards read faster; :meth:`flush` and :meth:`close` write what
+            there is.
         checksums: read a shard as a whole once in a process, before its first row, to compare its checksum. Without,
             only its size and header are compared.
 
     Samples may have any dimensions in front of the classes, ``(L, C)`` of a language model for one; all samples of a
     cache share them. One thread at a time. Forked and pickled caches read; a forked one that is given rows writes its
-    own. A cache and its results are on the CPU; :meth:`label` gives results on the device of ``x``.
+    own. Rows are read into host memory; :meth:`label` moves them to the device of ``x`` (not yet run on a GPU).
 
     Raises:
         StaleCacheError: the folder holds rows of another teacher or of other settings; it names both and what differs.
@@ -98,6 +105,7 @@ class TeacherCache:
         version: str | None = None,
         readonly: bool = False,
         shard_bytes: int = 64 << 20,
+        shard_seconds: float = 300.0,
         checksums: bool = True,
     ) -> None:
         fingerprint = teacher_fingerprint(
@@ -111,7 +119,11 @@ class TeacherCache:
                 stacklevel=2,
             )
         shard_bytes = _checks.integer(OP, "shard_bytes", shard_bytes, 1, 1 << 40)
-        self._start(Path(folder), teacher, fingerprint, readonly, shard_bytes, checksums)
+        shard_seconds = _checks.number(OP, "shard_seconds", shard_seconds, 0.0, 1e9)
+        self._start(
+            folder, teacher, fingerprint, writable=not readonly, shard_bytes=shard_bytes, shard_seconds=shard_seconds,
+            checksums=checksums,
+        )  # fmt: skip
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], *, checksums: bool = True) -> TeacherCache:
@@ -121,26 +133,25 @@ class TeacherCache:
             CacheError: there is none, or it cannot be read.
         """
         made = cls.__new__(cls)
-        made._start(Path(folder), None, None, True, 1, checksums)
+        made._start(folder, None, None, writable=False, shard_bytes=1, shard_seconds=0.0, checksums=checksums)
         return made
 
     def _start(
         self,
-        folder: Path,
+        folder: str | os.PathLike[str],
         teacher: Callable[..., Any] | None,
         fingerprint: Fingerprint | None,
-        readonly: bool,
-        shard_bytes: int,
-        checksums: bool,
+        **options: Any,
     ) -> None:
-        self.folder = folder
+        self.folder = Path(folder)
         self._teacher = teacher
-        self._store: Store | None = Store(
-            folder, fingerprint, writable=not readonly, shard_bytes=shard_bytes, checksums=checksums
-        )
+        self._store: Store | None = None
+        store = Store(self.folder, fingerprint, **options)
+        self._store = store
+        self._at_exit = weakref.finalize(self, store.close)  # rows that wait are written where nobody calls close
         if fingerprint is None:
-            assert self._store.manifest is not None
-            fingerprint = self._store.manifest.fingerprint
+            assert store.manifest is not None
+            fingerprint = store.manifest.fingerprint
         self.fingerprint: Fingerprint = fingerprint
         self.settings = Settings.of(fingerprint.parts)
 
@@ -161,17 +172,16 @@ class TeacherCache:
             UnknownIdError: rows are missing and there is no teacher.
             ShapeError, DTypeError, ArgumentError, CacheError: ids or outputs that do not fit; a disk that is full.
         """
-        ids, store = self._ids(sample_ids), self._open()
+        ids, store = as_ids(sample_ids), self._open()
         where = self._find(ids)
-        if (where != MISSING).all():
+        if store.layout is not None and not _lacks(where):
             return self._labels(store.gather(where, self._names(LABELS)), x)
-        lacking = np.flatnonzero(where == MISSING)
-        lacking = lacking[np.sort(np.unique(ids[lacking], return_index=True)[1])]  # of an id that repeats, one
-        layout, rows = self._compute(x, lacking, ids)
+        which = lacking(ids, where)
+        layout, rows = self._compute(x, which, ids)
         if store.writable:
-            store.append(ids[lacking], rows, layout)
+            store.append(ids[which], rows, layout)
             return self._labels(store.gather(store.find(ids), self._names(LABELS)), x)
-        return self._labels(self._mixed(ids, where, lacking, rows, layout), x)
+        return self._labels(self._mixed(ids, where, which, rows, layout), x)
 
     def read(self, sample_ids: SampleIds) -> TeacherTopK | Tensor:
         """The rows of these ids, in that order, on the CPU; the teacher is not asked.
@@ -190,14 +200,12 @@ class TeacherCache:
         """
         if not self.settings.latents:
             raise ArgumentError(f"{OP}: {self.folder} stores no latents; make the cache with latents=True")
-        rows = self._read(sample_ids, LATENTS)
-        layout = self._layout()
-        found = layout.unpack(rows)
+        found = self._layout().unpack(self._read(sample_ids, LATENTS))
         return Latents(found["latents"], found.get("latents_mask"))
 
     def missing(self, sample_ids: SampleIds) -> Tensor:
         """``(B,)`` bool: which of these ids are not stored. Takes in what other writers have finished."""
-        return torch.from_numpy(self._find(self._ids(sample_ids)) == MISSING)
+        return torch.from_numpy(self._find(as_ids(sample_ids)) == MISSING)
 
     def ids(self) -> Tensor:
         """All ids, ascending, int64."""
@@ -224,7 +232,7 @@ class TeacherCache:
             ShapeError, DTypeError, ArgumentError: what does not fit the cache, with both values.
             CacheError: the cache is read only, or the disk refuses.
         """
-        ids, store = self._ids(sample_ids), self._open()
+        ids, store = as_ids(sample_ids), self._open()
         if not store.writable:
             raise CacheError(f"{OP}: {self.folder} was opened to be read")
         layout, tensors = self.settings.fields(outputs, latents, len(ids))
@@ -257,13 +265,11 @@ class TeacherCache:
             for batch in bar:
                 if not isinstance(batch, (tuple, list)) or len(batch) < 2:
                     raise ArgumentError(f"{OP}: a batch to fill from is (ids, x, ...), got {type(batch).__name__}")
-                ids = self._ids(batch[0])
-                where = self._find(ids)
-                lacking = np.flatnonzero(where == MISSING)
-                lacking = lacking[np.sort(np.unique(ids[lacking], return_index=True)[1])]
-                step = batch_size or max(1, len(lacking))
-                for start in range(0, len(lacking), step):
-                    part = lacking[start : start + step]
+                ids = as_ids(batch[0])
+                which = lacking(ids, self._find(ids))
+                step = batch_size or max(1, len(which))
+                for start in range(0, len(which), step):
+                    part = which[start : start + step]
                     layout, rows = self._compute(batch[1], part, ids)
                     added += store.append(ids[part], rows, layout)
                 bar.set_postfix(computed=added, refresh=False)
@@ -290,11 +296,17 @@ class TeacherCache:
         """
         return self._open().check()
 
+    def contents(self) -> Contents:
+        """What the folder is seen to hold."""
+        store = self._open()
+        return Contents(self._layout(), {shard.path.name: shard.bytes for shard in store.shards}, dict(store.torn))
+
     def close(self) -> None:
         """Write what waits and let go of the files. A closed cache refuses everything but ``close``."""
-        store, self._store = self._store, None
-        if store is not None:
-            store.close()
+        if self._store is not None:
+            self._store.close()
+            self._at_exit.detach()
+            self._store = None
 
     def __enter__(self) -> TeacherCache:
         return self
@@ -325,21 +337,22 @@ class TeacherCache:
         assert layout is not None  # a row was found
         return layout
 
-    def _names(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if name in self._layout().fields]
+    def _names(self, fields: Sequence[str]) -> list[str]:
+        """The blocks that hold them."""
+        return self._layout().holding(tuple(fields))
 
     def _find(self, ids: Ids) -> Places:
         store = self._open()
         where = store.find(ids)
-        if (where == MISSING).any():
+        if _lacks(where):
             store.refresh()
             where = store.find(ids)
         return where
 
     def _read(self, sample_ids: SampleIds, names: Sequence[str]) -> Rows:
-        ids, store = self._ids(sample_ids), self._open()
+        ids, store = as_ids(sample_ids), self._open()
         where = self._find(ids)
-        if store.layout is None or (where == MISSING).any():
+        if store.layout is None or _lacks(where):
             raise UnknownIdError(self._unknown(ids[where == MISSING]))
         return store.gather(where, self._names(names))
 
@@ -356,20 +369,7 @@ class TeacherCache:
             raise ShapeError(f"{OP}: {len(ids)} sample ids for {size} samples")
         # A batch that is missing as a whole goes in as it is, and so comes out as without a cache.
         part = x if len(which) == size else tree.take(x, torch.from_numpy(which))
-        teacher, latents = self._teacher, None
-        with torch.no_grad():
-            if isinstance(teacher, Teacher):
-                outputs: Any = teacher.label(part)
-                latents = teacher.encode(part) if self.settings.latents else None
-            elif self.settings.latents:
-                raise ArgumentError(f"{OP}: latents=True needs a Teacher, which encodes, or add(..., latents=)")
-            elif isinstance(teacher, nn.Module):
-                with eval_mode(teacher):
-                    outputs = teacher(part)
-            else:
-                outputs = teacher(part)
-        if not isinstance(outputs, TeacherTopK):
-            outputs = checked_logits(outputs, len(which), f"{OP}: the teacher")
+        outputs, latents = ask(self._teacher, part, len(which), latents=self.settings.latents)
         layout, tensors = self.settings.fields(outputs, latents, len(which))
         return layout, layout.pack(tensors)
 
@@ -390,21 +390,9 @@ class TeacherCache:
         layout = self._layout()
         return self.settings.labels(layout.unpack(rows), layout.classes, tree.first_device(x))
 
-    def _ids(self, sample_ids: SampleIds) -> Ids:
-        if isinstance(sample_ids, Tensor):
-            if sample_ids.is_floating_point() or sample_ids.is_complex() or sample_ids.dtype == torch.bool:
-                raise DTypeError(f"{OP}: sample_ids must be integers, got {sample_ids.dtype}")
-            ids = sample_ids.detach().to("cpu", torch.int64).numpy()
-        else:
-            given = np.asarray(sample_ids)
-            if given.dtype.kind not in "iu" and given.size:
-                raise DTypeError(f"{OP}: sample_ids must be integers, got {sample_ids!r}")
-            ids = given.astype(np.int64)
-        if ids.ndim != 1:
-            raise ShapeError(f"{OP}: sample_ids must be (B,), got {ids.shape}")
-        if len(ids) and not (ids.min() >= 0 and ids.max() < _ID_LIMIT):
-            raise ArgumentError(f"{OP}: sample_ids must be in [0, 2^48), got {ids.min()} to {ids.max()}")
-        return ids
+
+def _lacks(where: Places) -> bool:
+    return bool(len(where)) and where.min() < 0
 
 
 def _reopened(folder: Path, checksums: bool) -> TeacherCache:

@@ -75,7 +75,8 @@ def teacher_fingerprint(
             the name of everything.
 
     Returns:
-        A :class:`Fingerprint`, a string. Equal on every machine and in every process.
+        A :class:`Fingerprint`, a string. Equal on every machine and in every process; where a function has no source,
+        or is one of several lambdas on a line, with the same version of Python.
 
     Raises:
         ArgumentError: neither a teacher nor a version; a setting out of its range.

@@ -204,7 +204,10 @@ def _name(thing: Any) -> str:
 
 def _source(function: types.FunctionType) -> str:
     try:
-        return textwrap.dedent(inspect.getsource(function))
+        source = textwrap.dedent(inspect.getsource(function))
+        if function.__name__ == "<lambda>" and source.count("lambda") > 1:  # on one line: which of them is it?
+            source += _instructions(function.__code__)
+        return source
     except (OSError, TypeError):  # typed at a prompt: the instructions say as much, for one version of Python
         return _instructions(function.__code__)
 

@@ -37,6 +37,9 @@ class Index:
             return np.full(len(ids), MISSING, np.int64)
         if self.ids[-1] - self.ids[0] == size - 1:  # consecutive ids, as those of a whole data set: no search
             at = ids - self.ids[0]
+            if len(at) and at.view(np.uint64).max() < size:  # none is negative, either
+                found: Places = self._places.take(at)
+                return found
             inside = (at >= 0) & (at < size)
             return np.where(inside, self._places[np.where(inside, at, 0)], MISSING)
         at = np.minimum(np.searchsorted(self.ids, ids), size - 1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tgt_fast.errors import CacheError, DTypeError
 
 Bytes = NDArray[np.uint8]  # [rows, bytes of a row]: of any dtype, also of those that numpy does not have
-Rows = dict[str, Bytes]  # by the name of the field
+Rows = dict[str, Bytes]  # by the name of the block
 
 # The names that safetensors gives to dtypes
 NAMES: Final = {
@@ -42,6 +42,57 @@ class Field:
 
 
 @dataclass(frozen=True)
+class Block:
+    """Fields that are read together, and so lie together: a sample is in one place, and not in one a field.
+
+    A field alone is a tensor of its own dtype and shape. Several are a row of bytes: the fields with the widest numbers
+    first, filled up with zeros to a multiple of those.
+    """
+
+    fields: Mapping[str, Field]
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """Where each field begins in a row."""
+        found, at = {}, 0
+        for name in sorted(self.fields, key=lambda n: (-self.fields[n].dtype.itemsize, n)):
+            found[name] = at
+            at += self.fields[name].row_bytes
+        return found
+
+    @cached_property
+    def stored(self) -> Field:
+        """As what a row is stored."""
+        if len(self.fields) == 1:
+            return next(iter(self.fields.values()))
+        widest = max(field.dtype.itemsize for field in self.fields.values())
+        used = sum(field.row_bytes for field in self.fields.values())
+        return Field(torch.uint8, (-(-used // widest) * widest,))
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> Bytes:
+        """Samples, each field [n, ...] -> their bytes, on the host."""
+        raw = {}
+        for name, field in self.fields.items():
+            x = tensors[name].detach().to("cpu").contiguous()
+            raw[name] = x.reshape(-1).view(torch.uint8).numpy().reshape(x.shape[0], field.row_bytes)
+        if len(raw) == 1:
+            return next(iter(raw.values()))
+        rows = np.zeros((len(next(iter(raw.values()))), self.stored.row_bytes), np.uint8)
+        for name, start in self.offsets.items():
+            rows[:, start : start + raw[name].shape[1]] = raw[name]
+        return rows
+
+    def unpack(self, rows: Bytes) -> dict[str, Tensor]:
+        """Bytes, which become a tensor's own memory where there is one field. By numpy, which starts no threads."""
+        found = {}
+        for name, start in self.offsets.items():
+            field = self.fields[name]
+            raw = np.ascontiguousarray(rows[:, start : start + field.row_bytes])
+            found[name] = torch.from_numpy(raw.reshape(-1)).view(field.dtype).view(rows.shape[0], *field.shape)
+        return found
+
+
+@dataclass(frozen=True)
 class Layout:
     """The fields of every sample of a cache, and the number of classes that its logits had."""
 
@@ -50,7 +101,17 @@ class Layout:
 
     @cached_property
     def row_bytes(self) -> int:
-        return sum(field.row_bytes for field in self.fields.values())
+        return sum(block.stored.row_bytes for block in self.blocks.values())
+
+    @cached_property
+    def blocks(self) -> dict[str, Block]:
+        """By the name of the tensor in a shard: that of the field, where it is alone."""
+        found = {}
+        for together, latents in (("labels", False), ("latents_with_mask", True)):
+            fields = {name: field for name, field in self.fields.items() if name.startswith("latents") == latents}
+            if fields:
+                found[together if len(fields) > 1 else next(iter(fields))] = Block(fields)
+        return found
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor], classes: int) -> Layout:
@@ -75,28 +136,34 @@ class Layout:
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Rows:
         """Samples, each field [n, ...] -> their bytes, on the host."""
-        rows: Rows = {}
-        for name, field in self.fields.items():
-            x = tensors[name].detach().to("cpu").contiguous()
-            flat = x.reshape(x.shape[0], math.prod(field.shape)).view(torch.uint8)
-            rows[name] = flat.numpy()
-        return rows
+        return {name: block.pack(tensors) for name, block in self.blocks.items()}
 
     def unpack(self, rows: Rows) -> dict[str, Tensor]:
-        """Bytes, which become the tensors' own memory."""
-        return {
-            name: torch.from_numpy(raw).view(self.fields[name].dtype).reshape(raw.shape[0], *self.fields[name].shape)
-            for name, raw in rows.items()
-        }
+        """The fields of the blocks that are given."""
+        return {name: x for block, raw in rows.items() for name, x in self.blocks[block].unpack(raw).items()}
 
     def empty(self, count: int, names: Collection[str] | None = None) -> Rows:
-        """Rows of these fields, or of all, to be written to."""
-        names = self.fields if names is None else names
-        return {name: np.empty((count, self.fields[name].row_bytes), np.uint8) for name in names}
+        """Rows of these blocks, or of all, to be written to."""
+        names = self.blocks if names is None else names
+        return {name: np.empty((count, self.blocks[name].stored.row_bytes), np.uint8) for name in names}
+
+    @cached_property
+    def _holding(self) -> dict[tuple[str, ...], list[str]]:
+        return {}
+
+    def holding(self, fields: tuple[str, ...]) -> list[str]:
+        """The names of the blocks with these fields, of which not all need be there."""
+        if fields not in self._holding:
+            self._holding[fields] = [
+                n for n, block in self.blocks.items() if not block.fields.keys().isdisjoint(fields)
+            ]
+        return self._holding[fields]
 
     def to_json(self) -> dict[str, Any]:
         fields = {name: {"dtype": NAMES[x.dtype], "shape": list(x.shape)} for name, x in self.fields.items()}
-        return {"classes": self.classes, "fields": fields}
+        # Where they begin in a row of several, for other readers of the files; here it follows from the fields.
+        rows = {name: block.offsets for name, block in self.blocks.items() if len(block.fields) > 1}
+        return {"classes": self.classes, "fields": fields, "offsets": rows}
 
     @staticmethod
     def from_json(found: Any) -> Layout:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,17 +88,16 @@ class Settings:
 
     def labels(self, tensors: dict[str, Tensor], classes: int, device: torch.device) -> Tensor | TeacherTopK:
         """What :meth:`_labels` took apart."""
+        if device.type != "cpu":
+            tensors = {name: x.to(device) for name, x in tensors.items()}
         if self.k is None:
-            return tensors["logits"].to(device)
+            return tensors["logits"]
+        ids = tensors["class_ids"]
+        # By numpy, which starts no threads for so little
+        on_host = device.type == "cpu"
+        ids = torch.from_numpy(ids.numpy().astype(np.int64, copy=False)) if on_host else ids.to(torch.int64)
         tail = tensors.get("tail_log_prob")
-        return TeacherTopK(
-            tensors["class_ids"].to(device).to(torch.int64),
-            tensors["log_probs"].to(device),
-            None if tail is None else tail.to(device),
-            self.temperature,
-            classes,
-            self.tail,
-        )
+        return TeacherTopK(ids, tensors["log_probs"], tail, self.temperature, classes, self.tail)
 
 
 LABELS: Final = ("class_ids", "log_probs", "tail_log_prob", "logits")

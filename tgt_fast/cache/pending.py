@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from tgt_fast.cache.index import MISSING, Ids, Places, places
@@ -14,16 +16,17 @@ class Pending:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._ids: Ids = np.empty(0, np.int64)
-        self._fields = layout.empty(0)
+        self._blocks = layout.empty(0)
         self._rows: dict[int, int] = {}
+        self.since = time.monotonic()
 
     @property
     def ids(self) -> Ids:
         return self._ids[: len(self._rows)]
 
     @property
-    def fields(self) -> Rows:
-        return {name: rows[: len(self._rows)] for name, rows in self._fields.items()}
+    def blocks(self) -> Rows:
+        return {name: rows[: len(self._rows)] for name, rows in self._blocks.items()}
 
     @property
     def bytes(self) -> int:
@@ -42,14 +45,14 @@ class Pending:
         if stop > len(self._ids):
             self._grow(max(stop, 2 * len(self._ids)))
         self._ids[start:stop] = ids
-        for name, field in self._fields.items():
-            field[start:stop] = rows[name]
+        for name, block in self._blocks.items():
+            block[start:stop] = rows[name]
         self._rows.update(zip(ids.tolist(), range(start, stop), strict=True))
 
     def _grow(self, capacity: int) -> None:
         used = len(self._rows)
-        fields, ids = self._layout.empty(capacity), np.empty(capacity, np.int64)
+        blocks, ids = self._layout.empty(capacity), np.empty(capacity, np.int64)
         ids[:used] = self._ids[:used]
-        for name, rows in self._fields.items():
-            fields[name][:used] = rows[:used]
-        self._ids, self._fields = ids, fields
+        for name, rows in self._blocks.items():
+            blocks[name][:used] = rows[:used]
+        self._ids, self._blocks = ids, blocks

@@ -9,17 +9,16 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tgt_fast.cache.fingerprint import Fingerprint
 from tgt_fast.cache.index import MISSING, ROW_BITS, ROW_MASK, Ids, Index, Places, places
-from tgt_fast.cache.layout import Layout, Rows
+from tgt_fast.cache.layout import Bytes, Layout, Rows
 from tgt_fast.cache.manifest import Manifest
 from tgt_fast.cache.pending import Pending
-from tgt_fast.cache.shard import SUFFIX, TEMPORARY, TORN, Shard, TornError, write_shard
+from tgt_fast.cache.shard import SUFFIX, TEMPORARY, TORN, Checks, Shard, TornError, write_shard
 from tgt_fast.errors import CacheError, ShapeError, StaleCacheError
 
 _ABANDONED: Final = 3600.0  # seconds; no write of a shard takes so long
@@ -33,18 +32,26 @@ class Store:
         folder: of the cache.
         fingerprint: of the rows; None: whatever the folder holds.
         writable: whether rows may be added, and torn shards be set aside.
-        shard_bytes: rows wait in memory until they are so many bytes.
+        shard_bytes, shard_seconds: rows wait in memory until they are so many bytes, or the first of them so old.
         checksums: compare a shard's checksum before its first row is read.
     """
 
     def __init__(
-        self, folder: Path, fingerprint: Fingerprint | None, *, writable: bool, shard_bytes: int, checksums: bool
+        self,
+        folder: Path,
+        fingerprint: Fingerprint | None,
+        *,
+        writable: bool,
+        shard_bytes: int,
+        shard_seconds: float,
+        checksums: bool,
     ) -> None:
         self.folder, self.writable = folder, writable
-        self._shard_bytes, self.checksums = shard_bytes, checksums
+        self._shard_bytes, self._shard_seconds, self.checksums = shard_bytes, shard_seconds, checksums
         self._process = os.getpid()
         self._segments: list[Shard | Pending | None] = []  # None: a shard that was dropped
         self._unchecked: set[int] = set()
+        self._checks = Checks()
         self._seen: set[str] = set()  # names of files
         self._index = Index()
         self._pending: int | None = None  # its segment
@@ -135,8 +142,10 @@ class Store:
         shard = self._segments[number]
         assert isinstance(shard, Shard)
         self._unchecked.discard(number)
+        if number + 1 in self._unchecked and isinstance(following := self._segments[number + 1], Shard):
+            self._checks.start(following)  # while the rows of this one are used
         try:
-            shard.check()
+            self._checks.finish(shard)
         except TornError as error:
             self._segments[number] = None
             self._reindex()
@@ -169,10 +178,16 @@ class Store:
     # Rows out and in
 
     def gather(self, where: Places, names: Collection[str]) -> Rows:
-        """The fields ``names`` of the rows at these places, none of which is missing, in the order asked."""
+        """The blocks ``names`` of the rows at these places, none of which is missing, in the order asked."""
         layout = self.layout
         assert layout is not None
         out = layout.empty(len(where), names)
+        if len(where) and (first := int(where.min()) >> ROW_BITS) == int(where.max()) >> ROW_BITS:
+            segment, rows = self._segments[first], where & ROW_MASK
+            assert segment is not None
+            for name in out:
+                _copy(segment.blocks[name], rows, out[name])
+            return out
         order = np.argsort(where, kind="stable")  # by shard, and in the order of the file
         ordered = where[order]
         numbers = ordered >> ROW_BITS
@@ -184,7 +199,7 @@ class Store:
             assert segment is not None
             to, rows = order[start:stop], ordered[start:stop] & ROW_MASK
             for name in out:
-                _copy(segment.fields[name], rows, out[name], to, whole=stop - start == len(where))
+                _copy(segment.blocks[name], rows, out[name], to)
         return out
 
     def append(self, ids: Ids, rows: Rows, layout: Layout) -> int:
@@ -205,8 +220,8 @@ class Store:
             pending = Pending(layout)
             self._pending = len(self._segments)
             self._segments.append(pending)
-        pending.append(ids[new], {name: rows[name][new] for name in layout.fields})
-        if pending.bytes >= self._shard_bytes:
+        pending.append(ids[new], {name: rows[name][new] for name in layout.blocks})
+        if pending.bytes >= self._shard_bytes or time.monotonic() - pending.since > self._shard_seconds:
             self.flush()
         return len(new)
 
@@ -238,7 +253,7 @@ class Store:
         pending, number, manifest = self._waiting(), self._pending, self.manifest
         if pending is None or number is None or manifest is None:
             return
-        ids, rows = pending.ids, pending.fields
+        ids, rows = pending.ids, pending.blocks
         with reported(self.folder, "write to"):
             path = write_shard(self.folder, ids, rows, manifest.layout, manifest.fingerprint)
         self._seen.add(path.name)
@@ -277,17 +292,15 @@ class Store:
                     path.unlink()
 
 
-def _copy(source: NDArray[Any], rows: Places, out: NDArray[Any], to: NDArray[Any], *, whole: bool) -> None:
-    """``out[to] = source[rows]``"""
-    if source.shape[1] >= _LARGE_ROW:
+def _copy(source: Bytes, rows: Places, out: Bytes, to: Places | None = None) -> None:
+    """``out[to] = source[rows]``, or all of ``out``"""
+    if to is None:
+        source.take(rows, axis=0, out=out, mode="clip")  # "raise" would go through a buffer
+    elif source.shape[1] >= _LARGE_ROW:
         for row, place in zip(rows.tolist(), to.tolist(), strict=True):
             out[place] = source[row]
-    elif whole:  # one shard has all: in the order asked, straight to its place
-        in_order = np.empty_like(rows)
-        in_order[to] = rows
-        np.take(source, in_order, axis=0, out=out, mode="clip")  # "raise" would go through a buffer
     else:
-        out[to] = np.take(source, rows, axis=0)
+        out[to] = source.take(rows, axis=0)
 
 
 @contextmanager

@@ -139,9 +139,11 @@ class _Job:
         self._workspace = getattr(kernel, "workspace", None)
         self._classes, self._missing = vocabulary.classes, vocabulary.missing
         self._class_ids, self._own_class = t.class_ids, t.own_class
+        default = CPU_BUDGET if self.device.type == "cpu" else DEVICE_BUDGET
+        self._budget = default if heads.memory_budget is None else heads.memory_budget
         self._student = Head(
             t.student_hidden, t.student_weight, t.student_bias, heads.student_scale, heads.student_softcap,
-            vocabulary.classes, counted, self.dtype, wanted[:3], self._empty,
+            vocabulary.classes, counted, self.dtype, wanted[:3], self._empty, self._budget,
         )  # fmt: skip
         self._teacher: Head | Given | Mapped | Recorded
         record = record_of(t, heads)
@@ -152,7 +154,7 @@ class _Job:
         else:
             self._teacher = Head(
                 t.teacher, t.teacher_weight, t.teacher_bias, heads.teacher_scale, heads.teacher_softcap,
-                vocabulary.teacher_classes, counted, self.dtype, wanted[3:], self._empty,
+                vocabulary.teacher_classes, counted, self.dtype, wanted[3:], self._empty, self._budget,
             )  # fmt: skip
         self._own_teacher = t.teacher_weight is not None or vocabulary.source is not None
         source, back, unused = vocabulary.source, vocabulary.back, vocabulary.unused
@@ -161,8 +163,6 @@ class _Job:
         self.wanted_logits = (self._student.wanted, self._teacher.wanted)
         # A softcap's derivative is made from the logits, so the gradient goes elsewhere.
         self.inplace = self._student.wanted and self._student.softcap is None
-        default = CPU_BUDGET if self.device.type == "cpu" else DEVICE_BUDGET
-        self._budget = default if heads.memory_budget is None else heads.memory_budget
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         made: Tensor

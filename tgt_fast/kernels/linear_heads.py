@@ -1,7 +1,8 @@
 """One side of a loss from hidden states: its logits, a chunk of rows at a time, and the way back to its inputs.
 
 The products are PyTorch's, that is the vendor's. Logits are never rounded below float32: a product of bfloat16 or
-float16 gives float32 where PyTorch has such a product (CUDA), else its operands are widened, a block at a time.
+float16 gives float32 where PyTorch has such a product (CUDA), else its operands are widened: a weight once a call where
+there is room for it, or a block at a time.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class Head:
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, classes: int,
-        counted: Tensor | None, dtype: torch.dtype, wanted: tuple[bool, ...], empty: Empty,
+        counted: Tensor | None, dtype: torch.dtype, wanted: tuple[bool, ...], empty: Empty, keep: int,
     ) -> None:  # fmt: skip
         self._hidden = hidden  # [N, H]
         self._counted = counted  # [N] bool
@@ -128,6 +129,10 @@ class Head:
         self.wanted = any(wanted)
         same = hidden.dtype == weight.dtype and dtype == torch.float32
         self._widening = same and hidden.dtype in _HALVES and widens(hidden.device)
+        self._widened: Tensor | None = None
+        shape = tuple(self._weight.shape)
+        if weight.dtype != dtype and not self._widening and shape[0] * shape[1] * dtype.itemsize <= keep:
+            self._widened = empty(shape, dtype).copy_(self._weight)
         # Gradients of float16 are held to float16's precision: their products take float32.
         self.narrow = self._widening and hidden.dtype == torch.bfloat16 and any(wanted)
         self._d_hidden = hidden.new_empty(hidden.shape) if self._wants_hidden else None
@@ -199,7 +204,7 @@ class Head:
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in the dtype of the arithmetic, whole or in blocks of classes."""
-        weight = self._weight
+        weight = self._weight if self._widened is None else self._widened
         if weight.dtype == self._dtype:
             yield slice(None), weight
             return

@@ -8,36 +8,20 @@ import torch
 from torch import Tensor
 
 from tgt_fast.kernels import select
+from tgt_fast.kernels.distill_calls import accumulate_dtype
 from tgt_fast.kernels.options import ROW_STATE, DistillOptions, Forward
 from tgt_fast.ops import _checks, library
 from tgt_fast.ops._distill_arguments import check_values
 from tgt_fast.ops._distill_autograd import Call, Distill
+from tgt_fast.ops._packing import DIVISOR, OPTIONS, or_nothing, packed, unpacked
 
-_OPTIONS = (
-    "str divergence, float beta, float temperature, float teacher_temperature, float soft_weight, float hard_weight, "
-    "float label_smoothing, int ignore_index, int unlabeled_index, str reduction"
-)
 _TENSORS = "Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight"
-_DIVISOR = "Tensor? normalizer, float? divisor"  # the same on the device or as a number
-_COUNT = 10  # of the options
 
 
 def dense_rows(logits: Tensor) -> Tensor:
     """(..., C) as (N, C) with dense rows: a view where the strides allow, else one copy."""
     rows = (logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])).resolve_neg()
     return rows if rows.stride(1) == 1 or rows.numel() == 0 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def packed(options: DistillOptions) -> tuple[Any, ...]:
-    """The options in the order of the schemas, which is that of the fields."""
-    return (
-        options.divergence, options.beta, options.temperature, options.teacher_temperature, options.soft_weight,
-        options.hard_weight, options.label_smoothing, options.ignore_index, options.unlabeled_index, options.reduction,
-    )  # fmt: skip
-
-
-def _loss_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
 
 def _kernel(backend: str, student: Tensor, teacher: Tensor) -> Any:
@@ -56,11 +40,6 @@ def _as_state(rows: Tensor, like: Tensor) -> Tensor:
     return like.copy_(rows.reshape(-1)[: like.numel()].view(like.shape))
 
 
-def _or_nothing(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """An op returns tensors, all of them: one of no elements stands for none."""
-    return like.new_empty(0) if tensor is None else tensor
-
-
 # The kernels
 
 
@@ -68,7 +47,7 @@ def _forward(
     student: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None, normalizer: Tensor | None,
     divisor: float | None, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    options, (want_stats, backend, d_student, d_teacher, keep_rows) = DistillOptions(*rest[:_COUNT]), rest[_COUNT:]
+    options, (want_stats, backend, d_student, d_teacher, keep_rows) = unpacked(rest)
     student, teacher = dense_rows(student), dense_rows(teacher)
     chosen = select.choose("distill", backend, (student, teacher))
     if chosen == "reference" and _checks.on_plain_cpu(student):
@@ -78,9 +57,9 @@ def _forward(
         wanted=(d_student, d_teacher), keep_rows=keep_rows, want_stats=want_stats,
     )  # fmt: skip
     return (
-        out.loss, _or_nothing(out.stats, out.loss), _or_nothing(out.d_student, student),
-        _or_nothing(out.d_teacher, teacher),
-        _or_nothing(out.rows if out.rows is None else _as_rows(out.rows, student.shape[0]), out.loss),
+        out.loss, or_nothing(out.stats, out.loss), or_nothing(out.d_student, student),
+        or_nothing(out.d_teacher, teacher),
+        or_nothing(out.rows if out.rows is None else _as_rows(out.rows, student.shape[0]), out.loss),
     )  # fmt: skip
 
 
@@ -88,9 +67,9 @@ def _forward_fake(
     student: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None, normalizer: Tensor | None,
     divisor: float | None, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    reduction, (want_stats, _, d_student, d_teacher, keep_rows) = rest[_COUNT - 1], rest[_COUNT:]
+    options, (want_stats, _, d_student, d_teacher, keep_rows) = unpacked(rest)
     rows, classes = student.shape
-    loss = student.new_empty(rows if reduction == "none" else (), dtype=_loss_dtype(student, teacher))
+    loss = student.new_empty(rows if options.reduction == "none" else (), dtype=accumulate_dtype(student, teacher))
     return (
         loss,
         loss.new_empty((6, rows) if want_stats else 0),
@@ -103,20 +82,20 @@ def _forward_fake(
 def _backward(
     student: Tensor, teacher: Tensor, target: Tensor | None, rows: Tensor, d_loss: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    options, (backend, want_student, want_teacher) = DistillOptions(*rest[:_COUNT]), rest[_COUNT:]
+    options, (backend, want_student, want_teacher) = unpacked(rest)
     student, teacher = dense_rows(student), dense_rows(teacher)
     kernel = _kernel(backend, student, teacher)
     state = _as_state(rows, kernel.empty_state(student, teacher))
     d_student, d_teacher = kernel.backward(
         student, teacher, target, state, d_loss, options, wanted=(want_student, want_teacher)
     )
-    return _or_nothing(d_student, student), _or_nothing(d_teacher, teacher)
+    return or_nothing(d_student, student), or_nothing(d_teacher, teacher)
 
 
 def _backward_fake(
     student: Tensor, teacher: Tensor, target: Tensor | None, rows: Tensor, d_loss: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    _, want_student, want_teacher = rest[_COUNT:]
+    _, (_, want_student, want_teacher) = unpacked(rest)
     return (
         student.new_empty(student.shape if want_student else 0),
         teacher.new_empty(teacher.shape if want_teacher else 0),
@@ -161,17 +140,11 @@ def _loss_autograd(
     student: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None, normalizer: Tensor | None,
     divisor: float | None, *rest: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if not (torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)):
-        with torch._C._AutoDispatchBelowAutograd():
-            without_graph: tuple[Tensor, Tensor] = distillation_loss(
-                student, teacher, target, sample_weight, normalizer, divisor, *rest
-            )
-        return without_graph
-    want_stats, backend = rest[_COUNT:]
-    call = Call(DistillOptions(*rest[:_COUNT]), _Dispatched(backend), False, want_stats)
+    options, (want_stats, backend) = unpacked(rest)
+    call = Call(options, _Dispatched(backend), False, want_stats)
     divide_by = divisor if normalizer is None else normalizer
     loss, stats = library.apply(Distill, student, teacher, target, sample_weight, divide_by, call)
-    return loss, _or_nothing(stats, loss.detach())
+    return loss, or_nothing(stats, loss.detach())
 
 
 class _Dispatched:
@@ -211,27 +184,28 @@ class _Dispatched:
 
     def scale_(self, grad: Tensor, d_loss: Tensor) -> None:
         with torch._C._AutoDispatchBelowAutograd():
-            _distill_scale_(grad, d_loss, self.backend)
+            distill_scale_(grad, d_loss, self.backend)
 
 
 distillation_loss = library.define(
-    f"distillation_loss({_TENSORS}, {_DIVISOR}, {_OPTIONS}, bool want_stats, str backend) -> (Tensor, Tensor)",
+    f"distillation_loss({_TENSORS}, {DIVISOR}, {OPTIONS}, bool want_stats, str backend) -> (Tensor, Tensor)",
     _loss,
     _loss_fake,
     _loss_autograd,
+    differentiable=2,
 )
 _distill_forward = library.define(
-    f"distill_forward({_TENSORS}, {_DIVISOR}, {_OPTIONS}, bool want_stats, str backend, bool want_d_student, "
+    f"distill_forward({_TENSORS}, {DIVISOR}, {OPTIONS}, bool want_stats, str backend, bool want_d_student, "
     "bool want_d_teacher, bool keep_rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 _distill_backward = library.define(
-    f"distill_backward(Tensor student, Tensor teacher, Tensor? target, Tensor rows, Tensor d_loss, {_OPTIONS}, "
+    f"distill_backward(Tensor student, Tensor teacher, Tensor? target, Tensor rows, Tensor d_loss, {OPTIONS}, "
     "str backend, bool want_d_student, bool want_d_teacher) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
-_distill_scale_ = library.define(
+distill_scale_ = library.define(
     "distill_scale_(Tensor(a!) grad, Tensor factor, str backend) -> ()", _scale_, _scale_fake
 )

@@ -141,6 +141,7 @@ perturb_latents = library.define(
     _perturb_kernel,
     _perturb_fake,
     _perturb_autograd,
+    differentiable=1,
 )
 
 

@@ -17,9 +17,10 @@ from tgt_fast.kernels.options import (
 )
 from tgt_fast.kernels.reference.linear import result_dtype
 from tgt_fast.ops import library
-from tgt_fast.ops._distill_library import _COUNT, _OPTIONS, _distill_scale_, packed
+from tgt_fast.ops._distill_library import distill_scale_
 from tgt_fast.ops._linear_arguments import check_values
 from tgt_fast.ops._linear_autograd import Call, Linear
+from tgt_fast.ops._packing import DIVISOR, OPTIONS, or_nothing, packed, unpacked
 
 _TENSORS = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor teacher, Tensor? teacher_weight, "
@@ -30,7 +31,6 @@ _HEADS = (
     "float student_scale, float? student_softcap, float teacher_scale, float? teacher_softcap, int? vocab_size, "
     "int? memory_budget, str? tail, int? record_classes"
 )
-_DIVISOR = "Tensor? normalizer, float? divisor"  # the same on the device or as a number
 _WANTED = (
     "bool want_d_student_hidden, bool want_d_student_weight, bool want_d_student_bias, bool want_d_teacher, "
     "bool want_d_teacher_weight, bool want_d_teacher_bias"
@@ -48,8 +48,7 @@ def packed_heads(heads: LinearOptions) -> tuple[Any, ...]:
 
 
 def _unpacked(values: tuple[Any, ...]) -> tuple[LinearOptions, DistillOptions, tuple[Any, ...]]:
-    rest = values[_EIGHT:]
-    return LinearOptions(*values[:_EIGHT]), DistillOptions(*rest[:_COUNT]), rest[_COUNT:]
+    return LinearOptions(*values[:_EIGHT]), *unpacked(values[_EIGHT:])
 
 
 class Direct:
@@ -92,7 +91,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         t, divisor if normalizer is None else normalizer, heads, options,
         wanted=tuple(wanted), want_stats=want_stats,
     )  # fmt: skip
-    return (out.loss, _or_nothing(out.stats, out.loss), *_filled(t, out.grads))
+    return (out.loss, or_nothing(out.stats, out.loss), *_filled(t, out.grads))
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -121,14 +120,9 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return _empty_gradients(t, wanted)
 
 
-def _or_nothing(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """An op returns tensors, all of them: one of no elements stands for none."""
-    return like.new_empty(0) if tensor is None else tensor
-
-
 def _filled(t: LinearTensors, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     return tuple(
-        _or_nothing(grad, t.student_hidden if x is None else x)
+        or_nothing(grad, t.student_hidden if x is None else x)
         for x, grad in zip(t[:DIFFERENTIABLE], grads, strict=True)
     )
 
@@ -157,14 +151,10 @@ def _loss_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
     t, (normalizer, divisor, *packed_options) = LinearTensors(*arguments[:_MANY]), arguments[_MANY:]
     if t.record_ids is not None:  # a record is data
         t = t._replace(teacher=t.teacher.detach())
-    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in t[:DIFFERENTIABLE])):
-        with torch._C._AutoDispatchBelowAutograd():
-            without_graph: tuple[Tensor, Tensor] = linear_distillation_loss(*arguments)
-        return without_graph
     heads, options, (want_stats, backend) = _unpacked(tuple(packed_options))
     call = Call(heads, options, _Dispatched(backend), want_stats)
     loss, stats = library.apply(Linear, divisor if normalizer is None else normalizer, call, *t)
-    return loss, _or_nothing(stats, loss.detach())
+    return loss, or_nothing(stats, loss.detach())
 
 
 class _Dispatched:
@@ -198,25 +188,26 @@ class _Dispatched:
 
     def scale_(self, grad: Tensor, d_loss: Tensor) -> None:
         with torch._C._AutoDispatchBelowAutograd():
-            _distill_scale_(grad, d_loss, self.backend)
+            distill_scale_(grad, d_loss, self.backend)
 
 
 _GRADIENTS = ", ".join(["Tensor"] * DIFFERENTIABLE)
 linear_distillation_loss = library.define(
-    f"linear_distillation_loss({_TENSORS}, {_DIVISOR}, {_HEADS}, {_OPTIONS}, bool want_stats, str backend) "
+    f"linear_distillation_loss({_TENSORS}, {DIVISOR}, {_HEADS}, {OPTIONS}, bool want_stats, str backend) "
     "-> (Tensor, Tensor)",
     _loss,
     _loss_fake,
     _loss_autograd,
+    differentiable=DIFFERENTIABLE,
 )
 _linear_distill_forward = library.define(
-    f"linear_distill_forward({_TENSORS}, {_DIVISOR}, {_HEADS}, {_OPTIONS}, bool want_stats, str backend, {_WANTED}) "
+    f"linear_distill_forward({_TENSORS}, {DIVISOR}, {_HEADS}, {OPTIONS}, bool want_stats, str backend, {_WANTED}) "
     f"-> (Tensor, Tensor, {_GRADIENTS})",
     _forward,
     _forward_fake,
 )
 _linear_distill_backward = library.define(
-    f"linear_distill_backward({_TENSORS}, {_DIVISOR}, Tensor d_loss, {_HEADS}, {_OPTIONS}, str backend, {_WANTED}) "
+    f"linear_distill_backward({_TENSORS}, {DIVISOR}, Tensor d_loss, {_HEADS}, {OPTIONS}, str backend, {_WANTED}) "
     f"-> ({_GRADIENTS})",
     _backward,
     _backward_fake,

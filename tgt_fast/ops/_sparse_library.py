@@ -9,16 +9,17 @@ from torch import Tensor
 
 from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels import select
+from tgt_fast.kernels.distill_calls import accumulate_dtype
 from tgt_fast.kernels.native.sparse import bad_id, find_bad_id
 from tgt_fast.kernels.options import SPARSE_ROW_STATE, DistillOptions, Forward, Listed
 from tgt_fast.ops import _checks, library
-from tgt_fast.ops import _distill_library as distill
 from tgt_fast.ops._distill_arguments import OP
 from tgt_fast.ops._distill_arguments import check_values as check_targets
 from tgt_fast.ops._distill_autograd import Call, Distill
+from tgt_fast.ops._distill_library import dense_rows, distill_scale_
+from tgt_fast.ops._packing import DIVISOR, OPTIONS, or_nothing, packed, unpacked
 
 _TENSORS = "Tensor student, Tensor ids, Tensor log_probs, Tensor? tail_log_prob, Tensor? target, Tensor? sample_weight"
-_COUNT = distill._COUNT
 
 
 class Bound:
@@ -85,8 +86,8 @@ def _forward(
     student: Tensor, ids: Tensor, log_probs: Tensor, tail_log_prob: Tensor | None, target: Tensor | None,
     sample_weight: Tensor | None, normalizer: Tensor | None, divisor: float | None, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    options, (tail, backend, wanted, keep_rows) = DistillOptions(*rest[:_COUNT]), rest[_COUNT:]
-    student = distill.dense_rows(student)
+    options, (tail, backend, wanted, keep_rows) = unpacked(rest)
+    student = dense_rows(student)
     record = Listed(ids, log_probs, tail_log_prob, tail)
     chosen = _choose(backend, student, ids, log_probs, tail_log_prob)
     if chosen == "reference" and _checks.on_plain_cpu(student):
@@ -95,16 +96,16 @@ def _forward(
         student, record, target, sample_weight, divisor if normalizer is None else normalizer, options,
         wanted=wanted, keep_rows=keep_rows,
     )  # fmt: skip
-    return out.loss, distill._or_nothing(out.d_student, student), distill._or_nothing(out.rows, out.loss)
+    return out.loss, or_nothing(out.d_student, student), or_nothing(out.rows, out.loss)
 
 
 def _forward_fake(
     student: Tensor, ids: Tensor, log_probs: Tensor, tail_log_prob: Tensor | None, target: Tensor | None,
     sample_weight: Tensor | None, normalizer: Tensor | None, divisor: float | None, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    reduction, (_, _, wanted, keep_rows) = rest[_COUNT - 1], rest[_COUNT:]
+    options, (_, _, wanted, keep_rows) = unpacked(rest)
     rows, classes = student.shape
-    loss = student.new_empty(rows if reduction == "none" else (), dtype=distill._loss_dtype(student, log_probs))
+    loss = student.new_empty(rows if options.reduction == "none" else (), dtype=accumulate_dtype(student, log_probs))
     return (
         loss,
         student.new_empty((rows, classes) if wanted else 0),
@@ -116,8 +117,8 @@ def _backward(
     student: Tensor, ids: Tensor, log_probs: Tensor, tail_log_prob: Tensor | None, target: Tensor | None, rows: Tensor,
     d_loss: Tensor, *rest: Any,
 ) -> Tensor:  # fmt: skip
-    options, (tail, backend) = DistillOptions(*rest[:_COUNT]), rest[_COUNT:]
-    student = distill.dense_rows(student)
+    options, (tail, backend) = unpacked(rest)
+    student = dense_rows(student)
     kernel = select.kernel("sparse", _choose(backend, student, ids, log_probs, tail_log_prob))
     made: Tensor = kernel.backward(
         student, Listed(ids, log_probs, tail_log_prob, tail), target, rows.contiguous(), d_loss, options
@@ -157,17 +158,9 @@ def _loss_autograd(
     student: Tensor, ids: Tensor, log_probs: Tensor, tail_log_prob: Tensor | None, target: Tensor | None,
     sample_weight: Tensor | None, normalizer: Tensor | None, divisor: float | None, *rest: Any,
 ) -> Tensor:  # fmt: skip
-    if not (torch.is_grad_enabled() and student.requires_grad):
-        with torch._C._AutoDispatchBelowAutograd():
-            without_graph: Tensor = sparse_distillation_loss(
-                student, ids, log_probs, tail_log_prob, target, sample_weight, normalizer, divisor, *rest
-            )
-        return without_graph
-    tail, backend = rest[_COUNT:]
+    options, (tail, backend) = unpacked(rest)
     record = Listed(ids, log_probs.detach(), tail_log_prob, tail)
-    call = Call(
-        DistillOptions(*rest[:_COUNT]), Bound(_Dispatched(backend), record), False, False, (ids, tail_log_prob)
-    )  # fmt: skip
+    call = Call(options, Bound(_Dispatched(backend), record), False, False, (ids, tail_log_prob))
     divide_by = divisor if normalizer is None else normalizer
     loss: Tensor = library.apply(Distill, student, record.log_probs, target, sample_weight, divide_by, call)[0]
     return loss
@@ -187,7 +180,7 @@ class _Dispatched:
         with torch._C._AutoDispatchBelowAutograd():
             loss, d_student, rows = _sparse_forward(
                 student, record.ids, record.log_probs, record.tail_log_prob, target, sample_weight, on_device, divisor,
-                *distill.packed(options), record.tail, self.backend, wanted, keep_rows,
+                *packed(options), record.tail, self.backend, wanted, keep_rows,
             )  # fmt: skip
         return Forward(loss, d_student if wanted else None, None, rows if keep_rows else None, None)
 
@@ -198,30 +191,31 @@ class _Dispatched:
         with torch._C._AutoDispatchBelowAutograd():
             made: Tensor = _sparse_backward(
                 student, record.ids, record.log_probs, record.tail_log_prob, target, state, d_loss,
-                *distill.packed(options), record.tail, self.backend,
+                *packed(options), record.tail, self.backend,
             )  # fmt: skip
         return made
 
     def scale_(self, grad: Tensor, d_loss: Tensor) -> None:
         with torch._C._AutoDispatchBelowAutograd():
-            distill._distill_scale_(grad, d_loss, self.backend)
+            distill_scale_(grad, d_loss, self.backend)
 
 
 sparse_distillation_loss = library.define(
-    f"sparse_distillation_loss({_TENSORS}, {distill._DIVISOR}, {distill._OPTIONS}, str tail, str backend) -> Tensor",
+    f"sparse_distillation_loss({_TENSORS}, {DIVISOR}, {OPTIONS}, str tail, str backend) -> Tensor",
     _loss,
     _loss_fake,
     _loss_autograd,
+    differentiable=1,
 )
 _sparse_forward = library.define(
-    f"sparse_forward({_TENSORS}, {distill._DIVISOR}, {distill._OPTIONS}, str tail, str backend, bool want_d_student, "
+    f"sparse_forward({_TENSORS}, {DIVISOR}, {OPTIONS}, str tail, str backend, bool want_d_student, "
     "bool keep_rows) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 _sparse_backward = library.define(
     "sparse_backward(Tensor student, Tensor ids, Tensor log_probs, Tensor? tail_log_prob, Tensor? target, Tensor rows, "
-    f"Tensor d_loss, {distill._OPTIONS}, str tail, str backend) -> Tensor",
+    f"Tensor d_loss, {OPTIONS}, str tail, str backend) -> Tensor",
     _backward,
     _backward_fake,
 )

@@ -14,8 +14,9 @@ from tgt_fast.kernels.reference import distill as reference_distill
 from tgt_fast.ops import _checks
 from tgt_fast.ops._distill_arguments import OP, check_inplace, check_tensors, check_values, make_options
 from tgt_fast.ops._distill_autograd import Call, Distill
-from tgt_fast.ops._distill_library import dense_rows, packed
+from tgt_fast.ops._distill_library import dense_rows
 from tgt_fast.ops._distill_library import distillation_loss as distillation_loss_op
+from tgt_fast.ops._packing import packed
 from tgt_fast.ops._sparse_record import TeacherTopK
 from tgt_fast.ops.library import seen_by_dispatcher, split
 from tgt_fast.ops.sparse import sparse_distillation_loss

@@ -68,6 +68,7 @@ def define(
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
     autograd: Callable[..., Any] | None = None,
+    differentiable: int = 0,
 ) -> Any:
     """Registers an op and returns it.
 
@@ -75,7 +76,8 @@ def define(
         schema: ``name(arguments) -> results``; see ``torch.library``.
         kernel: what it does to tensors with data, on a CPU or a CUDA device.
         fake: empty results with the kernel's shapes, strides, dtypes and devices.
-        autograd: what it does to tensors that may ask for gradients; without it the results ask for none.
+        autograd: what it does where a graph is wanted; elsewhere, and without it, the results ask for no gradients.
+        differentiable: how many arguments, the first ones, can want a graph.
 
     Autocast rule: arguments are taken in the precision they come in, for every kernel computes in float32 or wider, and
     autocast is off inside, also for what the kernel asks of PyTorch.
@@ -91,6 +93,13 @@ def define(
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 
+    def with_graph(*arguments: Any) -> Any:
+        if autograd is not None and torch.is_grad_enabled():
+            for argument in arguments[:differentiable]:
+                if isinstance(argument, Tensor) and argument.requires_grad:
+                    return autograd(*arguments)
+        return without_graph(*arguments)
+
     def under_autocast(*arguments: Any) -> Any:
         with without_autocast():
             return op(*arguments)
@@ -98,7 +107,7 @@ def define(
     def under_vmap(*_: Any) -> Any:
         raise BackendError(f"{name}: no compiled kernel runs under vmap; backend='reference' does")
 
-    LIBRARY.impl(name, autograd or without_graph, "Autograd")
+    LIBRARY.impl(name, without_graph if autograd is None else with_graph, "Autograd")
     torch.library.register_vmap(f"tgt_fast::{name}", under_vmap, lib=LIBRARY)
     for key in ("AutocastCPU", "AutocastCUDA"):
         LIBRARY.impl(name, under_autocast, key)

@@ -11,11 +11,11 @@ from tgt_fast.kernels import select
 from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, DistillStats, LinearOptions, LinearTensors
 from tgt_fast.kernels.reference import linear as reference_linear
 from tgt_fast.ops._distill_arguments import make_options
-from tgt_fast.ops._distill_library import packed
 from tgt_fast.ops._linear_arguments import OP, check_record, check_teacher, check_tensors, check_values, make_heads
 from tgt_fast.ops._linear_autograd import Call, Linear
 from tgt_fast.ops._linear_library import Direct, chosen, packed_heads
 from tgt_fast.ops._linear_library import linear_distillation_loss as linear_distillation_loss_op
+from tgt_fast.ops._packing import packed
 from tgt_fast.ops._sparse_record import TeacherTopK, check_where_asked
 from tgt_fast.ops.library import seen_by_dispatcher, split, without_autocast
 
@@ -187,7 +187,9 @@ def linear_distillation_loss(
             ignore_index, unlabeled_index, reduction, normalizer: see :func:`tgt_fast.distillation_loss`; the rows are
             those of ``student_hidden``.
         memory_budget: bytes of a chunk's logits and of what stands beside them; 64 MiB by default on a CPU, 2 GiB on a
-            device. One row at least. The result hardly depends on it: the sums over rows are rounded in another order.
+            device. One row at least. Beside it a head of another dtype than the arithmetic's is widened, whole where
+            that takes no more than as many bytes again, else in blocks of 8 MiB. The result hardly depends on it: the
+            sums over rows are rounded in another order.
         return_stats: also return a :class:`DistillStats` from the same pass.
         backend: whose row kernel runs on a chunk: ``"auto"`` or ``"native"``. ``"reference"`` is the formula above, in
             float64, with all logits in memory.

@@ -14,7 +14,8 @@ from tgt_fast.kernels.reference import sparse as reference_sparse
 from tgt_fast.ops import _checks
 from tgt_fast.ops._distill_arguments import OP, check_inplace, check_rows, check_student
 from tgt_fast.ops._distill_autograd import Call, Distill
-from tgt_fast.ops._distill_library import dense_rows, packed
+from tgt_fast.ops._distill_library import dense_rows
+from tgt_fast.ops._packing import packed
 from tgt_fast.ops._sparse_library import Bound, check_values
 from tgt_fast.ops._sparse_library import sparse_distillation_loss as sparse_distillation_loss_op
 from tgt_fast.ops._sparse_record import LARGE, SMALL, TeacherTopK, check_options, check_where_asked

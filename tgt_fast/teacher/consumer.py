@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tgt_fast.errors import ArgumentError
+from tgt_fast.kernels.select import BACKENDS
+from tgt_fast.ops import _checks
 from tgt_fast.ops.tokens import soft_embedding
 from tgt_fast.teacher.alignment import align_vocabularies
 from tgt_fast.teacher.key import Key
 from tgt_fast.teacher.token_space import TokenSpace
 
+_OP: Final = "Seq2SeqTeacher"
+
 
 @dataclass(frozen=True)
 class Relaxation:
-    """How a distribution over tokens becomes an embedding, see :func:`tgt_fast.soft_embedding`."""
+    """How a distribution over tokens becomes an embedding, see :func:`tgt_fast.soft_embedding`.
+
+    Raises:
+        ArgumentError: an option outside its range.
+    """
 
     tau: float = 1.0
     gumbel: bool = False
     hard: bool = False
     minimum_overlap: float = 0.25
     backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        _checks.number(_OP, "tau", self.tau, 0, 1e30, open_low=True)
+        _checks.number(_OP, "minimum_overlap", self.minimum_overlap, 0, 1)
+        _checks.choice(_OP, "backend", self.backend, ("auto", *BACKENDS))
+        for name in ("gumbel", "hard"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(f"{_OP}: {name} must be True or False, got {getattr(self, name)!r}")
 
 
 class TextClassifier(nn.Module):
@@ -71,7 +87,7 @@ class Consumer:
         weight, most = getattr(embedding, "weight", None), max(space.vocabulary.values(), default=-1)
         if isinstance(weight, Tensor) and weight.shape[0] <= most:
             raise ArgumentError(
-                f"Seq2SeqTeacher: the {name} embeds {weight.shape[0]} tokens, its tokenizer makes ids up to {most}: "
+                f"{_OP}: the {name} embeds {weight.shape[0]} tokens, its tokenizer makes ids up to {most}: "
                 f"give {name}_tokenizer="
             )
         self._spelling: tuple[Tensor, Tensor, Tensor] | None = None  # made when first needed
@@ -151,7 +167,7 @@ class Consumer:
         weight = getattr(self.embedding, "weight", None)
         if self.embedding is None or not isinstance(weight, Tensor):
             raise ArgumentError(
-                f"Seq2SeqTeacher: a gradient reaches the {self.name} through its table of input embeddings: give "
+                f"{_OP}: a gradient reaches the {self.name} through its table of input embeddings: give "
                 f"{self.name}_embedding=, a module with a weight, or a {self.name} with get_input_embeddings()"
             )
         # In eval mode nobody trains the table, and its gradient would cost a matrix product.
@@ -188,4 +204,5 @@ def _places(content: Tensor, prefix: int, suffix: int, room: int) -> tuple[Tenso
     behind = place - prefix - count
     where = torch.where((behind >= 0) & (behind < suffix), length + prefix + behind, where)
     mask = (behind < suffix).long()
+    mask[:, 0] = 1  # of a text of nothing at all its padding, as in TokenSpace.batch
     return where, mask

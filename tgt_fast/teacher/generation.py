@@ -13,11 +13,13 @@ from tgt_fast._optional import optional
 from tgt_fast.errors import ArgumentError
 from tgt_fast.ops import _checks
 from tgt_fast.ops.tokens import sample_tokens
+from tgt_fast.teacher import tree
 from tgt_fast.teacher.key import Key
 from tgt_fast.teacher.latents import Latents
 
 STRATEGIES: Final = ("sample", "greedy", "beam")
 _OP: Final = "Generation"
+_DROP: Final = 0.75  # texts that have ended are dropped when so many, or fewer, go on
 
 
 @dataclass(frozen=True)
@@ -95,25 +97,30 @@ class Decoder:
     def _token_by_token(self, latents: Latents, how: Generation, most: int, key: Key, backend: str) -> Tensor:
         rows, device = latents.z.shape[0], latents.z.device
         ends = torch.tensor(self.end, device=device)
+        made = ends[:1].expand(rows, most).contiguous()  # what is not written has ended
+        going = torch.arange(rows, device=device)  # the texts that have not
         inputs = torch.tensor(self.first, device=device).expand(rows, -1)
-        done = torch.zeros(rows, dtype=torch.bool, device=device)
-        made: list[Tensor] = []
         cache, early, later = None, None, None
-        while len(made) < most and not bool(done.all()):
+        for place in range(most):
             output = self.output_of(latents, inputs, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            logits = output.logits[:, -1]
+            cache, logits = output.past_key_values, output.logits[:, -1]
             if early is None or later is None:
                 early, later = (self.barred(logits, may_end=may) for may in (False, True))
-            logits = logits.masked_fill(later if len(made) >= how.min_new_tokens else early, -torch.inf)
-            token = _choose(logits, how, key, len(made), most, backend)
+            logits = logits.masked_fill(later if place >= how.min_new_tokens else early, -torch.inf)
+            token = _choose(logits, how, key, place, most, backend)
             if bool((token < 0).any()):
                 raise ArgumentError("Seq2SeqTeacher: the generator's logits are not finite; are its latents?")
-            token = torch.where(done, ends[0], token)
-            done = done | torch.isin(token, ends)
-            made.append(token)
+            made[going, place] = token
+            ended = torch.isin(made[going, : place + 1], ends).any(1)
+            left = int((~ended).sum())
+            if left == 0:
+                break
+            if left <= _DROP * going.numel():  # a copy of the cache, repaid by the tokens that are not computed
+                stay = (~ended).nonzero().flatten()
+                cache.batch_select_indices(stay)
+                latents, key, going, token = tree.take(latents, stay), key.take(stay), going[stay], token[stay]
             inputs = token[:, None]
-        return torch.stack(made, 1)
+        return made
 
     @torch.no_grad()
     def _beam(self, latents: Latents, how: Generation, most: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from tgt_fast._optional import optional
 from tgt_fast.errors import ArgumentError
+from tgt_fast.ops import _checks
 from tgt_fast.teacher.consumer import Consumer, Relaxation, TextClassifier
 from tgt_fast.teacher.generation import Generation
 from tgt_fast.teacher.teacher import Teacher
@@ -49,7 +50,8 @@ class Seq2SeqTeacher(Teacher):
         generation: how texts are decoded: drawn, greedily or by beam search; :class:`Generation`.
         max_length: >= 1, the most tokens of a text, special ones included, for each of the three.
         tau, gumbel, hard: of the relaxation, see :func:`tgt_fast.soft_embedding`. Noise is keyed as the sampler's.
-        minimum_overlap: in [0, 1], see :func:`align_vocabularies`; looked at when a relaxed text is first needed.
+        minimum_overlap: in [0, 1], see :func:`align_vocabularies`; looked at when a relaxed text is first needed. A
+            token that a reader lacks is read as the mean of its pieces there.
         max_batch: texts that go through a model at a time.
         backend: of ``sample_tokens`` and ``soft_embedding``.
 
@@ -107,6 +109,7 @@ class Seq2SeqTeacher(Teacher):
         tables = [_table(labeler, labeler_embedding), _table(student, student_embedding)]
         if tables[0] is not None and tables[0] is tables[1]:
             raise ArgumentError(f"{_OP}: student and labeler share a table of embeddings: are they one model?")
+        max_length = _checks.integer(_OP, "max_length", max_length, 1, 1 << 20)
         relaxation = Relaxation(tau, gumbel, hard, minimum_overlap, backend)
         space = TokenSpace(tokenizer, max_length, "generator")
         sides = []

@@ -5,13 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tgt_fast.kernels.distill_calls import accumulate_dtype, dense, prepare, upstream
 from tgt_fast.kernels.native.cuda import Engine
-from tgt_fast.kernels.native.distill_calls import (
-    accumulate_dtype,
-    core_options,
-    matrix,
-    pointer,
-)
+from tgt_fast.kernels.native.distill_calls import core_options, divisor, matrix, pointer
 from tgt_fast.kernels.options import DistillOptions, Forward
 
 AUTO_PLAN = (0, 0, True)  # path, blocks a row, bulk copies: chosen by size (csrc/cuda/distill.h)
@@ -35,16 +31,8 @@ def forward(
     """Row losses, their reduction and the wanted gradients."""
     rows, classes = student.shape
     accumulate = accumulate_dtype(student, teacher)
-    loss = student.new_empty(rows if options.reduction == "none" else (), dtype=accumulate)
-    row_loss = loss if options.reduction == "none" else student.new_empty(rows, dtype=accumulate)
-    if sample_weight is not None:
-        sample_weight = sample_weight.detach().to(torch.float64).contiguous()
-    if target is not None:
-        target = target.contiguous()
-    on_device = None
-    if isinstance(normalizer, Tensor):
-        on_device = normalizer.detach().to(torch.float64)
-        normalizer = None
+    loss, row_loss, target, weight = prepare(student, accumulate, target, sample_weight, options)
+    on_device, host_divisor = divisor(normalizer)
     d_student = None
     if wanted[0]:
         d_student = student.detach() if inplace else student.new_empty(rows, classes)
@@ -55,9 +43,8 @@ def forward(
     with engine.current(student) as stream:
         engine.core.cuda_distill_forward(
             core_options(engine.core, options), rows, classes, matrix(student), matrix(teacher), pointer(target),
-            pointer(sample_weight), pointer(on_device), -1.0 if normalizer is None else float(normalizer),
-            pointer(workspace), pointer(row_loss), pointer(loss), matrix(d_student), matrix(d_teacher), pointer(state),
-            pointer(stats), plan, stream,
+            pointer(weight), pointer(on_device), host_divisor, pointer(workspace), pointer(row_loss), pointer(loss),
+            matrix(d_student), matrix(d_teacher), pointer(state), pointer(stats), plan, stream,
         )  # fmt: skip
     return Forward(loss, d_student, d_teacher, state, stats)
 
@@ -76,9 +63,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients from logits and saved row statistics, with the upstream gradient applied before rounding."""
     rows, classes = student.shape
-    d_loss = d_loss.detach().to(accumulate_dtype(student, teacher)).contiguous()
-    if target is not None:
-        target = target.contiguous()
+    target, d_loss = dense(target), upstream(d_loss, accumulate_dtype(student, teacher))
     d_student = None
     if wanted[0]:
         d_student = student.detach() if inplace else student.new_empty(rows, classes)
@@ -93,6 +78,6 @@ def backward(
 
 def scale_(engine: Engine, grad: Tensor, d_loss: Tensor) -> None:
     """grad *= d_loss, a factor for all rows or one a row; reads nothing but the factor when that is 1."""
-    d_loss = d_loss.detach().to(torch.float64 if grad.dtype == torch.float64 else torch.float32).contiguous()
+    d_loss = upstream(d_loss, accumulate_dtype(grad, grad))
     with engine.current(grad) as stream:
         engine.core.cuda_distill_scale(*grad.shape, matrix(grad), pointer(d_loss), d_loss.dim() > 0, stream)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import BackendError
+from tgt_fast.kernels.distill_calls import accumulate_dtype, dense, prepare, upstream
 from tgt_fast.kernels.native.cuda import Engine
-from tgt_fast.kernels.native.distill_calls import accumulate_dtype, core_options, matrix, pointer
+from tgt_fast.kernels.native.distill_calls import core_options, divisor, matrix, pointer
 from tgt_fast.kernels.native.sparse_calls import record_of
 from tgt_fast.kernels.options import DistillOptions, Forward, Listed
 
@@ -37,16 +38,8 @@ def forward(
             "pass fewer, or the teacher's logits"
         )
     accumulate = accumulate_dtype(student, record.log_probs)
-    loss = student.new_empty(rows if options.reduction == "none" else (), dtype=accumulate)
-    row_loss = loss if options.reduction == "none" else student.new_empty(rows, dtype=accumulate)
-    if sample_weight is not None:
-        sample_weight = sample_weight.detach().to(torch.float64).contiguous()
-    if target is not None:
-        target = target.contiguous()
-    on_device = None
-    if isinstance(normalizer, Tensor):
-        on_device = normalizer.detach().to(torch.float64)
-        normalizer = None
+    loss, row_loss, target, weight = prepare(student, accumulate, target, sample_weight, options)
+    on_device, host_divisor = divisor(normalizer)
     d_student = None
     if wanted:
         d_student = student.detach() if inplace else student.new_empty(rows, classes)
@@ -55,8 +48,8 @@ def forward(
     with engine.current(student) as stream:
         engine.core.cuda_sparse_forward(
             core_options(engine.core, options), rows, classes, matrix(student), record_of(record), pointer(target),
-            pointer(sample_weight), pointer(on_device), -1.0 if normalizer is None else float(normalizer),
-            pointer(workspace), pointer(row_loss), pointer(loss), matrix(d_student), pointer(state), plan, stream,
+            pointer(weight), pointer(on_device), host_divisor, pointer(workspace), pointer(row_loss), pointer(loss),
+            matrix(d_student), pointer(state), plan, stream,
         )  # fmt: skip
     return Forward(loss, d_student, None, state, None)
 
@@ -73,9 +66,7 @@ def backward(
     inplace: bool = False,
 ) -> Tensor:
     """The gradient from logits, record and row states, with the upstream gradient applied before rounding."""
-    d_loss = d_loss.detach().to(accumulate_dtype(student, record.log_probs)).contiguous()
-    if target is not None:
-        target = target.contiguous()
+    target, d_loss = dense(target), upstream(d_loss, accumulate_dtype(student, record.log_probs))
     d_student = student.detach() if inplace else student.new_empty(student.shape)
     with engine.current(student) as stream:
         engine.core.cuda_sparse_backward(

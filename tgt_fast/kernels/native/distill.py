@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError
+from tgt_fast.kernels.distill_calls import accumulate_dtype, dense, prepare, upstream
 from tgt_fast.kernels.native import core, cuda, cuda_distill
-from tgt_fast.kernels.native.distill_calls import (
-    accumulate_dtype,
-    core_options,
-    matrix,
-    pointer,
-)
+from tgt_fast.kernels.native.distill_calls import core_options, matrix, pointer
 from tgt_fast.kernels.options import DistillOptions, Forward
 
 
@@ -41,7 +37,8 @@ def workspace(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(core().Buffer(bytes_needed), dtype=dtype).view(shape)
 
 
-def _gradient_like(logits: Tensor) -> Tensor:  # [N, C]
+def gradient_like(logits: Tensor) -> Tensor:
+    """Room for the gradient of logits [N, C] on a CPU."""
     return workspace(logits.shape, logits.dtype)
 
 
@@ -72,28 +69,23 @@ def forward(
         )  # fmt: skip
     rows, classes = student.shape
     accumulate = accumulate_dtype(student, teacher)
-    loss = torch.empty(rows if options.reduction == "none" else (), dtype=accumulate)
-    row_loss = loss if options.reduction == "none" else torch.empty(rows, dtype=accumulate)
-    if sample_weight is not None:
-        sample_weight = sample_weight.detach().to(torch.float64).contiguous()
-    if target is not None:
-        target = target.contiguous()
+    loss, row_loss, target, weight = prepare(student, accumulate, target, sample_weight, options)
     d_student = None
     if wanted[0]:
-        d_student = student.detach() if inplace else _gradient_like(student)
-    d_teacher = _gradient_like(teacher) if wanted[1] else None
+        d_student = student.detach() if inplace else gradient_like(student)
+    d_teacher = gradient_like(teacher) if wanted[1] else None
     compiled = core()
     state = empty_state(student, teacher) if keep_rows else None
     stats = torch.empty(6, rows, dtype=accumulate) if want_stats else None
     status, row = compiled.distill_forward(
         core_options(compiled, options), rows, classes, matrix(student), matrix(teacher), pointer(target),
-        pointer(sample_weight), -1.0 if normalizer is None else float(normalizer), pointer(row_loss), pointer(loss),
+        pointer(weight), -1.0 if normalizer is None else float(normalizer), pointer(row_loss), pointer(loss),
         matrix(d_student), matrix(d_teacher), pointer(state), pointer(stats), torch.get_num_threads(),
     )  # fmt: skip
     if status == compiled.BAD_TARGET and target is not None:
         raise ArgumentError(bad_target(row, int(target[row]), classes, options))
-    if status == compiled.BAD_WEIGHT and sample_weight is not None:
-        raise ArgumentError(bad_weight(row, float(sample_weight[row])))
+    if status == compiled.BAD_WEIGHT and weight is not None:
+        raise ArgumentError(bad_weight(row, float(weight[row])))
     return Forward(loss, d_student, d_teacher, state, stats)
 
 
@@ -116,11 +108,11 @@ def backward(
         )  # fmt: skip
     compiled = core()
     rows, classes = student.shape
-    d_loss = d_loss.detach().to(accumulate_dtype(student, teacher)).contiguous()
+    target, d_loss = dense(target), upstream(d_loss, accumulate_dtype(student, teacher))
     d_student = None
     if wanted[0]:
-        d_student = student.detach() if inplace else _gradient_like(student)
-    d_teacher = _gradient_like(teacher) if wanted[1] else None
+        d_student = student.detach() if inplace else gradient_like(student)
+    d_teacher = gradient_like(teacher) if wanted[1] else None
     compiled.distill_backward(
         core_options(compiled, options), rows, classes, matrix(student), matrix(teacher), pointer(target),
         pointer(state), pointer(d_loss), int(d_loss.dim() > 0), matrix(d_student), matrix(d_teacher),
@@ -134,7 +126,7 @@ def scale_(grad: Tensor, d_loss: Tensor) -> None:
     engine = cuda.engine(grad)
     if engine is not None:
         return cuda_distill.scale_(engine, grad, d_loss)
-    d_loss = d_loss.detach().to(torch.float64 if grad.dtype == torch.float64 else torch.float32).contiguous()
+    d_loss = upstream(d_loss, accumulate_dtype(grad, grad))
     core().distill_scale(
         *grad.shape, matrix(grad), pointer(d_loss), int(d_loss.dim() > 0), torch.get_num_threads()
     )  # fmt: skip

@@ -26,9 +26,11 @@ def core_options(core: Any, options: DistillOptions) -> Any:
     return made
 
 
-def accumulate_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic, the losses and the statistics."""
-    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+def divisor(normalizer: float | Tensor | None) -> tuple[Tensor | None, float]:
+    """A normalizer on the device, and as a number: -1 where it is to be read there, or what counts to be counted."""
+    if isinstance(normalizer, Tensor):
+        return normalizer.detach().to(torch.float64), -1.0
+    return None, -1.0 if normalizer is None else float(normalizer)
 
 
 def pointer(tensor: Tensor | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tgt_fast.kernels.latent_calls import on_device, samples, vector, wide_dtype
 from tgt_fast.kernels.native import DTYPES, core, cuda
 from tgt_fast.kernels.options import OP_ASCEND, RADIUS_NORMS, STEP_NORMS
 
@@ -20,11 +21,6 @@ class _Factor:
 
     def packed(self) -> tuple[float, int]:
         return self.number, _pointer(self.tensor)
-
-
-def vector(value: Tensor, wide: torch.dtype) -> Tensor:
-    """Factors as a dense vector in the type of the arithmetic."""
-    return value.detach().reshape(-1).to(wide).contiguous()
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -45,18 +41,6 @@ def device_noise(
         (0, value.data_ptr()) if isinstance(value, Tensor) else (value, 0) for value in (seed, step)
     )
     return noise(seed_number, sample_ids, step_number, replica, op), (seed_at, step_at)
-
-
-def on_device(device: torch.device, value: int | Tensor) -> int | Tensor:
-    """A 0-d integer tensor as int64 on the device; a tensor of the host's as the number that it is."""
-    if not isinstance(value, Tensor):
-        return value
-    return int(value) if value.device.type == "cpu" != device.type else value.detach().to(device, torch.int64)
-
-
-def wide_dtype(*tensors: Tensor) -> torch.dtype:
-    """The type of the arithmetic: float64 as soon as a tensor is."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def perturb(
@@ -114,12 +98,9 @@ def ascend(
     replica: int,
 ) -> Tensor:
     """One step up the gradient, its noise and its projection, in one pass over a sample."""
-    z, grad = z.detach().contiguous(), grad.detach().contiguous()
-    anchor = None if anchor is None else anchor.detach().contiguous()
+    z, grad, anchor, unit, wide = samples(z, grad, anchor, scale)
     sample_ids = sample_ids.contiguous()
-    wide = wide_dtype(z, grad) if anchor is None else wide_dtype(z, grad, anchor)
     steps, sigmas, radii = _Factor(step_size, wide), _Factor(sigma, wide), _Factor(radius, wide)
-    unit = None if scale is None else vector(scale, wide)
     out = torch.empty_like(z)
     types = tuple(DTYPES[tensor.dtype] for tensor in (z, grad, z if anchor is None else anchor))
     engine = cuda.engine(z)

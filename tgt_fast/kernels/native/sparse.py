@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError
+from tgt_fast.kernels.distill_calls import accumulate_dtype, dense, prepare, upstream
 from tgt_fast.kernels.native import core, cuda, cuda_sparse
-from tgt_fast.kernels.native.distill import _gradient_like, bad_target, bad_weight, scale_
-from tgt_fast.kernels.native.distill_calls import accumulate_dtype, core_options, matrix, pointer
-from tgt_fast.kernels.native.sparse_calls import dense, record_of
+from tgt_fast.kernels.native.distill import bad_target, bad_weight, gradient_like, scale_
+from tgt_fast.kernels.native.distill_calls import core_options, matrix, pointer
+from tgt_fast.kernels.native.sparse_calls import dense_record, record_of
 from tgt_fast.kernels.options import DistillOptions, Forward, Listed
 
 __all__ = ["backward", "bad_id", "find_bad_id", "forward", "scale_"]
@@ -61,7 +62,7 @@ def forward(
     inplace: bool = False,
 ) -> Forward:
     """Row losses, their reduction and the wanted gradient, in one pass over the student's logits."""
-    record = dense(record)
+    record = dense_record(record)
     engine = cuda.engine(student)
     if engine is not None:
         return cuda_sparse.forward(
@@ -70,26 +71,21 @@ def forward(
         )  # fmt: skip
     rows, classes = student.shape
     accumulate = accumulate_dtype(student, record.log_probs)
-    loss = torch.empty(rows if options.reduction == "none" else (), dtype=accumulate)
-    row_loss = loss if options.reduction == "none" else torch.empty(rows, dtype=accumulate)
-    if sample_weight is not None:
-        sample_weight = sample_weight.detach().to(torch.float64).contiguous()
-    if target is not None:
-        target = target.contiguous()
+    loss, row_loss, target, weight = prepare(student, accumulate, target, sample_weight, options)
     d_student = None
     if wanted:
-        d_student = student.detach() if inplace else _gradient_like(student)
+        d_student = student.detach() if inplace else gradient_like(student)
     compiled = core()
     state = torch.empty(rows, compiled.SPARSE_ROW_STATE, dtype=torch.float64) if keep_rows else None
     status, row = compiled.sparse_forward(
         core_options(compiled, options), rows, classes, matrix(student), record_of(record), pointer(target),
-        pointer(sample_weight), -1.0 if normalizer is None else float(normalizer), pointer(row_loss), pointer(loss),
+        pointer(weight), -1.0 if normalizer is None else float(normalizer), pointer(row_loss), pointer(loss),
         matrix(d_student), pointer(state), torch.get_num_threads(),
     )  # fmt: skip
     if status == compiled.BAD_TARGET and target is not None:
         raise ArgumentError(bad_target(row, int(target[row]), classes, options))
-    if status == compiled.BAD_WEIGHT and sample_weight is not None:
-        raise ArgumentError(bad_weight(row, float(sample_weight[row])))
+    if status == compiled.BAD_WEIGHT and weight is not None:
+        raise ArgumentError(bad_weight(row, float(weight[row])))
     if status == compiled.BAD_ID:
         alone = torch.zeros(rows, dtype=torch.bool).scatter(0, torch.tensor([row]), True)
         found = find_bad_id(record.ids, record.log_probs, classes, alone)
@@ -109,15 +105,13 @@ def backward(
     inplace: bool = False,
 ) -> Tensor:
     """The gradient from logits, record and row states, with the upstream gradient applied before rounding."""
-    record = dense(record)
+    record = dense_record(record)
     engine = cuda.engine(student)
     if engine is not None:
         return cuda_sparse.backward(engine, student, record, target, state, d_loss, options, inplace=inplace)
     compiled = core()
-    d_loss = d_loss.detach().to(accumulate_dtype(student, record.log_probs)).contiguous()
-    if target is not None:
-        target = target.contiguous()
-    d_student = student.detach() if inplace else _gradient_like(student)
+    target, d_loss = dense(target), upstream(d_loss, accumulate_dtype(student, record.log_probs))
+    d_student = student.detach() if inplace else gradient_like(student)
     compiled.sparse_backward(
         core_options(compiled, options), *student.shape, matrix(student), record_of(record), pointer(target),
         pointer(state), pointer(d_loss), int(d_loss.dim() > 0), matrix(d_student), torch.get_num_threads(),

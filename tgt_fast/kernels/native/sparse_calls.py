@@ -11,7 +11,7 @@ from tgt_fast.kernels.native.distill_calls import matrix
 from tgt_fast.kernels.options import TAILS, Listed
 
 
-def dense(record: Listed) -> Listed:
+def dense_record(record: Listed) -> Listed:
     """The record with dense rows."""
     ids, log_probs = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in record[:2])
     tail = None if record.tail_log_prob is None else record.tail_log_prob.contiguous()

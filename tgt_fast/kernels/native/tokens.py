@@ -9,10 +9,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from tgt_fast.kernels.latent_calls import on_device, wide_dtype
 from tgt_fast.kernels.native import core, cuda
 from tgt_fast.kernels.native.distill import workspace
 from tgt_fast.kernels.native.distill_calls import matrix, pointer
-from tgt_fast.kernels.native.latent import device_noise, noise, on_device, wide_dtype
+from tgt_fast.kernels.native.latent import device_noise, noise
 from tgt_fast.kernels.options import OP_GUMBEL, OP_TOKENS, SampleOptions, SoftOptions, SoftState
 from tgt_fast.kernels.tokens_table import given_back, taken
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgt_fast.kernels.native.distill_calls import accumulate_dtype
+from tgt_fast.kernels.distill_calls import accumulate_dtype, dense, prepare, upstream
 from tgt_fast.kernels.options import DistillOptions, Forward
 from tgt_fast.kernels.triton import Kernels, kernels, launch, planning_device, running_on, two_floats
 from tgt_fast.kernels.triton.tuning import Plan, elementwise_plan, plan_of, streaming_of
@@ -87,18 +87,13 @@ def forward(
         shape = (0,) if options.reduction == "none" else ()
         zero = student.new_zeros(shape, dtype=accumulate)
         return Forward(zero, d_student, d_teacher, state, stats)
-    loss = student.new_empty(rows if options.reduction == "none" else (), dtype=accumulate)
-    row_loss = loss if options.reduction == "none" else student.new_empty(rows, dtype=accumulate)
-    if sample_weight is not None:
-        sample_weight = sample_weight.detach().to(torch.float64).contiguous()
-    if target is not None:
-        target = target.contiguous()
+    loss, row_loss, target, weight = prepare(student, accumulate, target, sample_weight, options)
     numbers = _numbers(options, target is not None)
     plan = plan or plan_of(rows, classes, wide, planning_device(student))
     with running_on(student):
-        divisor_at, divisor = _divisor(loaded, student, target, sample_weight, normalizer, options)
+        divisor_at, divisor = _divisor(loaded, student, target, weight, normalizer, options)
         if stats is not None:  # before the logits are overwritten in place
-            _statistics(loaded, student, teacher, target, sample_weight, stats, numbers, options, wide, plan)
+            _statistics(loaded, student, teacher, target, weight, stats, numbers, options, wide, plan)
         partner = teacher if numbers.divergence != "none" else None  # else the teacher may hold anything
         module = loaded.distill
         kernel, constants, registers = module.distill_fwd_kernel, dict(numbers.constants), None
@@ -106,7 +101,7 @@ def forward(
             kernel = module.distill_fwd_stream_kernel
             constants["STAGES"], registers = streaming_of(numbers.divergence)
         launch(
-            kernel, -(-rows // plan.rows), student, partner, target, sample_weight, divisor_at, row_loss,
+            kernel, -(-rows // plan.rows), student, partner, target, weight, divisor_at, row_loss,
             d_student, d_teacher, state, rows, classes, _stride(student), _stride(partner), _stride(d_student),
             _stride(d_teacher), options.ignore_index, options.unlabeled_index, *numbers.shape, *numbers.temperature,
             *numbers.factors, *two_floats(divisor), **constants, WIDE=wide, ROWS=plan.rows, BLOCK=plan.block,
@@ -176,9 +171,7 @@ def backward(
     d_teacher = teacher.new_empty(rows, classes) if wanted[1] else None
     if rows == 0:
         return d_student, d_teacher
-    d_loss = d_loss.detach().to(state.dtype).contiguous()
-    if target is not None:
-        target = target.contiguous()
+    target, d_loss = dense(target), upstream(d_loss, state.dtype)
     wide = state.dtype == torch.float64
     numbers = _numbers(options, target is not None)
     partner = teacher if numbers.divergence != "none" else None
@@ -199,7 +192,7 @@ def scale_(grad: Tensor, d_loss: Tensor) -> None:
     if grad.numel() == 0:
         return
     loaded = kernels()
-    d_loss = d_loss.detach().to(torch.float64 if grad.dtype == torch.float64 else torch.float32).contiguous()
+    d_loss = upstream(d_loss, accumulate_dtype(grad, grad))
     rows, classes = grad.shape
     tile = elementwise_plan(plan_of(rows, classes, grad.dtype == torch.float64, planning_device(grad)))
     programs, tiles = _programs(rows, classes, tile)

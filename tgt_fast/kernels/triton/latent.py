@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgt_fast.kernels.native.latent import on_device, vector, wide_dtype
+from tgt_fast.kernels.latent_calls import on_device, samples, vector, wide_dtype
 from tgt_fast.kernels.options import OP_ASCEND
 from tgt_fast.kernels.triton import kernels, launch, planning_device, running_on, two_floats
 from tgt_fast.kernels.triton.tuning import LATENT_REGISTERS, Plan, latent_plan
@@ -111,12 +111,10 @@ def ascend(
     plan: Plan | None = None,
 ) -> Tensor:
     """One step up the gradient, its noise and its projection."""
-    z, grad = z.detach().contiguous(), grad.detach().contiguous()
-    anchor = None if anchor is None else anchor.detach().contiguous()
+    z, grad, anchor, unit, wide = samples(z, grad, anchor, scale)
     out = torch.empty_like(z)
     if z.numel() == 0:
         return out
-    wide = wide_dtype(z, grad) if anchor is None else wide_dtype(z, grad, anchor)
     plan = plan or latent_plan(*z.shape, alone=False, device=planning_device(z))
     programs, tiles = _cut(z, plan)
     phases: tuple[str, ...] = ("whole",)
@@ -125,7 +123,6 @@ def ascend(
         phases = ("norm", "write") if anchor is None else ("norm", "distance", "write")
         squares, distances = z.new_empty(2, tiles, z.shape[0], dtype=torch.float64)
     noise = isinstance(sigma, Tensor) or sigma != 0
-    unit = None if scale is None else vector(scale, wide)
     arguments = (
         z, grad, anchor, unit, out, squares, distances, *z.shape, tiles, *_factor(step_size, wide),
         *_factor(sigma, wide), *_factor(radius, wide), *noise_key(z.device, seed, sample_ids, step, replica, OP_ASCEND),

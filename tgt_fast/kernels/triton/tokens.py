@@ -12,7 +12,7 @@ from tgt_fast.kernels.options import OP_GUMBEL, SoftOptions, SoftState
 from tgt_fast.kernels.tokens_table import given_back, taken
 from tgt_fast.kernels.triton import kernels, launch, planning_device, running_on
 from tgt_fast.kernels.triton.latent import noise_key
-from tgt_fast.kernels.triton.tuning import SoftPlan, soft_plan
+from tgt_fast.kernels.triton.tuning import SOFT_REGISTERS, SoftPlan, soft_plan
 
 
 class _Call:
@@ -30,7 +30,7 @@ class _Call:
         self.positions = max(1, self.count // max(1, sample_ids.shape[0]))
         self.inverse_tau = 1.0 / options.tau
         self.key = noise_key(logits.device, seed, sample_ids, step, replica, OP_GUMBEL)
-        self.plan = plan or soft_plan(self.count, self.classes, self.width, planning_device(logits))
+        self.plan = plan or soft_plan(self.count, self.classes, self.width, table.dtype, planning_device(logits))
         self._constants: dict[str, Any] = {
             "GUMBEL": options.gumbel,
             # Three products of tensor cores give float32 its digits; where there are none, or none of that kind, one.
@@ -45,7 +45,7 @@ class _Call:
         with running_on(self.logits):
             launch(
                 kernel, programs, *arguments, self.inverse_tau, *self.key, **self._constants, **constants,
-                warps=self.plan.warps,
+                warps=self.plan.warps, registers=SOFT_REGISTERS,
             )  # fmt: skip
 
     def forward(self, hard: bool) -> tuple[Tensor | None, SoftState]:
@@ -106,7 +106,8 @@ def soft_backward(
     if wanted[0]:
         d_logits = logits.new_empty(logits.shape)
         # A row's slope under its probabilities is d_out . out, with an out that is not rounded to the table's dtype.
-        soft, _ = call.forward(False)
+        soft = call.forward(False)[0]
+        assert soft is not None
         mean = (upstream.float() * soft).sum(1)
         if d_logits.numel():
             call.run(

@@ -27,6 +27,7 @@ MOST_CLASSES = 1 << 30  # of a row: beyond, a column's number would not fit 32 b
 
 
 LATENT_REGISTERS = 112  # a thread may have: above what the kernels take, see streaming_of
+SOFT_REGISTERS = 255
 
 
 class Plan(NamedTuple):
@@ -164,13 +165,14 @@ class SoftPlan(NamedTuple):
     warps: int
 
 
-def soft_plan(rows: int, classes: int, width: int, device: torch.device | None) -> SoftPlan:
+def soft_plan(rows: int, classes: int, width: int, table: torch.dtype, device: torch.device | None) -> SoftPlan:
     """``device``: None where kernels are interpreted. Not yet timed."""
     tile = min(256, max(16, power_of_two(width)))
     if device is None:
         tiles = -(-classes // 1024)
         return SoftPlan(min(64, max(16, power_of_two(rows))), min(1024, max(16, power_of_two(classes))), tile, tiles, 1)
-    tile = min(tile, 128)
-    programs = -(-rows // 64) * -(-width // tile)
+    # A product of float32 numbers is three, whose parts take registers and shared memory.
+    height, deep, tile = (32, 32, min(tile, 64)) if table == torch.float32 else (64, 64, min(tile, 128))
+    programs = max(1, -(-rows // height) * -(-width // tile))
     splits = max(1, min(64, 264 // programs, -(-classes // 512)))
-    return SoftPlan(64, 64, tile, splits, 8)
+    return SoftPlan(height, deep, tile, splits, 8)

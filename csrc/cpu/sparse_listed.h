@@ -1,0 +1,150 @@
+// The classes that a row's record lists, as the CPU's kernels take them: block by block, in double.
+#pragma once
+
+#include <vector>
+
+#include "../common/sparse.h"
+#include "distill_row.h"
+
+namespace tgt {
+inline namespace TGT_ISA {
+
+using VD = Lanes<double>::Vector;
+constexpr int kDoubles = Lanes<double>::kCount;
+
+// The listed classes of a row, by blocks; padded with classes that are on neither side.
+class Listed {
+ public:
+  Listed(const SparseCall& call) : starts_(call.base.classes / kBlock + 2), ids_(call.record.entries) {
+    const int64_t room = (call.record.entries / kDoubles + 1) * kDoubles;
+    s_.resize(room);
+    a_.resize(room);
+    gradient_.resize(room);
+  }
+
+  // The record's row i; false when it is no distribution.
+  bool read(const SparseCall& call, int64_t i) {
+    const Record& record = call.record;
+    const int64_t* ids = record.ids + i * record.id_stride;
+    const char* log_probs = record.log_probs.row(i);
+    const auto listed = [&](int64_t j) {
+      return read_element(log_probs, record.log_probs.type, j) != -HUGE_VAL && ids[j] >= 0 &&
+             ids[j] < call.base.classes;
+    };
+    for (int64_t& start : starts_) start = 0;
+    for (int64_t j = 0; j < record.entries; ++j) {
+      if (listed(j)) ++starts_[ids[j] / kBlock + 1];
+    }
+    for (size_t b = 1; b < starts_.size(); ++b) starts_[b] += starts_[b - 1];
+    count_ = starts_.back();
+    for (double& s : s_) s = -HUGE_VAL;
+    for (double& a : a_) a = -HUGE_VAL;
+    bool valid = true;
+    for (int64_t j = 0; j < record.entries; ++j) {
+      if (!listed(j)) continue;
+      const int64_t at = starts_[ids[j] / kBlock]++;
+      ids_[at] = ids[j];
+      a_[at] = read_element(log_probs, record.log_probs.type, j);
+      valid &= a_[at] < HUGE_VAL;
+    }
+    for (size_t b = starts_.size() - 1; b > 0; --b) starts_[b] = starts_[b - 1];
+    starts_[0] = 0;
+    tail_log_prob = record.tail_log_prob && record.form != TailForm::kRenormalize
+                        ? read_element(record.tail_log_prob.row(i), record.tail_log_prob.type, 0)
+                        : -HUGE_VAL;
+    return valid && tail_log_prob < HUGE_VAL && (count_ > 0 || tail_log_prob > -HUGE_VAL);
+  }
+  void clear() {
+    for (int64_t& start : starts_) start = 0;
+    for (double& s : s_) s = -HUGE_VAL;
+    for (double& a : a_) a = -HUGE_VAL;
+    count_ = 0;
+    tail_log_prob = -HUGE_VAL;
+  }
+
+  // Logits of the row, for a gradient that comes without a pass over it.
+  void gather(const char* row, DType type) {
+    for (int64_t e = 0; e < count_; ++e) s_[e] = read_element(row, type, ids_[e]);
+  }
+
+  // Takes the classes of a block out of it: -inf in their places.
+  template <class Real>
+  void take(Real* block, int64_t at) {
+    const int64_t b = at / kBlock;
+    for (int64_t e = starts_[b]; e < starts_[b + 1]; ++e) {
+      s_[e] = block[ids_[e] - at];
+      block[ids_[e] - at] = Real(-HUGE_VAL);
+    }
+  }
+  bool any_in(int64_t at) const { return starts_[at / kBlock] < starts_[at / kBlock + 1]; }
+
+  template <class Real>
+  void put_gradient(Real* block, int64_t at) const {
+    const int64_t b = at / kBlock;
+    for (int64_t e = starts_[b]; e < starts_[b + 1]; ++e) block[ids_[e] - at] = Real(gradient_[e]);
+  }
+
+  bool numbers() const {  // neither NaN nor +inf
+    for (int64_t e = 0; e < count_; ++e) {
+      if (!(s_[e] < HUGE_VAL)) return false;
+    }
+    return true;
+  }
+
+  ListedSums sums(const DistillOptions& options) const {
+    ListedSums sums;
+    for (int64_t e = 0; e < count_; ++e) {
+      sums.student_max = larger(s_[e], sums.student_max);
+      sums.teacher_max = larger(a_[e], sums.teacher_max);
+      sums.missing |= s_[e] == -HUGE_VAL;
+    }
+    const double student_max = sums.student_max == -HUGE_VAL ? 0 : sums.student_max;
+    const double inverse_t = 1 / options.temperature;
+    VD student{}, teacher{}, hard{};
+    each([&](VD s, VD a, int64_t) {
+      const VD shifted = s - student_max;
+      student += exp_nonpositive(bounded_below(shifted * inverse_t));
+      hard += exp_nonpositive(bounded_below(shifted));
+      teacher += exp_nonpositive(bounded_below(a - sums.teacher_max));
+    });
+    sums.student = sum_lanes(student);
+    sums.hard = sum_lanes(hard);
+    sums.teacher = count_ ? sum_lanes(teacher) : 0;
+    for (int64_t e = 0; e < count_; ++e) {
+      if (s_[e] == -HUGE_VAL) continue;
+      sums.finite += 1;
+      sums.linear += s_[e] - student_max;
+    }
+    return sums;
+  }
+
+  template <class D>
+  void add(const SparseState& row, const DistillOptions& options, double& x, double& y) const {
+    const Mixture<double> mixture = mixture_of<double>(options);
+    VD of_x{}, of_y{};
+    each([&](VD s, VD a, int64_t) { D::add(listed_class(s, a, row, 1 / options.temperature), mixture, of_x, of_y); });
+    x += sum_lanes(of_x);
+    y += sum_lanes(of_y);
+  }
+
+  template <class D, class Real>
+  void make_gradient(const SparseState& row, const DistillOptions& options, const SparseFactors<Real>& factors) {
+    each([&](VD s, VD a, int64_t e) { store(gradient_.data() + e, listed_gradient<D>(s, a, row, options, factors)); });
+  }
+
+  double tail_log_prob = -HUGE_VAL;
+
+ private:
+  template <class Body>
+  void each(Body body) const {
+    for (int64_t e = 0; e < count_; e += kDoubles) body(load(s_.data() + e), load(a_.data() + e), e);
+  }
+
+  std::vector<int64_t> starts_;  // of each block's classes
+  std::vector<int64_t> ids_;
+  std::vector<double> s_, a_, gradient_;
+  int64_t count_ = 0;
+};
+
+}  // namespace TGT_ISA
+}  // namespace tgt

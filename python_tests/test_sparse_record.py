@@ -1,0 +1,185 @@
+"""A teacher's top-k record: how one is made, what it is as an object, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import ModuleType
+
+import pytest
+import torch
+from emulated_gpu import tensors_on_an_emulated_gpu
+from numerics import logits
+from sparse_kit import INF, dtypes, loss_and_gradient, peaked, tails
+from torch.utils import _pytree as pytree
+
+import tgt_fast as tgt
+from tgt_fast import TeacherTopK
+from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
+from tgt_fast.kernels.options import SPARSE_DIVERGENCES
+
+# Making a record
+
+
+def test_a_record_of_logits_is_their_log_softmax() -> None:
+    t = logits((2, 3), 40, 0, dtype=torch.float64)
+    record = tgt.topk_teacher(t, 7, 2.0)
+    full = (t / 2.0).log_softmax(-1)
+    torch.testing.assert_close(record.log_probs, full.gather(-1, record.ids))
+    others = full.scatter(-1, record.ids, -INF)
+    torch.testing.assert_close(record.tail_log_prob, others.logsumexp(-1))
+    assert (full.topk(7).indices == record.ids).all()
+    assert (record.shape, record.k, record.num_classes, len(record)) == ((2, 3), 7, 40, 2)
+
+
+@dtypes
+def test_the_tail_of_a_sure_teacher_keeps_its_digits(dtype: torch.dtype) -> None:
+    t = peaked(8, 1000, 40.0, 0).to(dtype)
+    record = tgt.topk_teacher(t, 4, 1.0)
+    full = t.double().log_softmax(-1)
+    expected = full.scatter(-1, record.ids, -INF).logsumexp(-1)
+    assert expected.max() < -15  # one minus the listed mass would be rounding, or 0
+    assert record.tail_log_prob is not None
+    torch.testing.assert_close(record.tail_log_prob.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+def test_rows_that_are_short_or_no_distribution() -> None:
+    t = logits(5, 6, 0)
+    t[1, 1:] = -INF
+    t[2], t[3, 2], t[4, 0] = -INF, math.nan, INF
+    record = tgt.topk_teacher(t, 3)
+    assert record.log_probs[1].tolist() == [0.0, -INF, -INF]
+    assert record.tail_log_prob is not None
+    assert record.tail_log_prob[1] == -INF
+    assert record.log_probs[2:].isnan().any(-1).all()
+    everything = tgt.topk_teacher(t[:1], 6)
+    assert everything.tail_log_prob is not None
+    assert everything.tail_log_prob.tolist() == [-INF]
+
+
+def test_a_record_from_elsewhere_derives_its_tail() -> None:
+    ids = torch.tensor([[0, 1], [2, 3], [4, 5]])
+    log_probs = torch.tensor([[0.5, 0.25], [0.6, 0.4], [1.0, 1e-3]]).log()  # the last two are all, or over
+    record = TeacherTopK(ids, log_probs, None, 1.0, 10)
+    rest = record.rest()
+    assert rest is not None
+    assert rest[0].item() == pytest.approx(math.log(0.25), rel=1e-5)
+    assert rest[1:].isfinite().all()
+    assert (rest[1:] < -14).all()
+    assert TeacherTopK(ids[:1], log_probs[:1], None, 1.0, 2).rest().item() == -INF  # type: ignore[union-attr]
+    assert TeacherTopK(ids, log_probs, None, 1.0, 10, "renormalize").rest() is None
+    for divergence in SPARSE_DIVERGENCES:
+        loss = tgt.distillation_loss(logits(3, 10, 0), record, divergence=divergence)
+        assert loss.isfinite()
+        assert loss > 0
+
+
+# The record as an object
+
+
+def test_a_record_is_a_tree_of_rows() -> None:
+    record = tgt.topk_teacher(logits((4, 3), 30, 1), 5, 2.0)
+    part = record[1:3]
+    assert (part.shape, part.temperature, part.num_classes) == ((2, 3), 2.0, 30)
+    assert torch.equal(part.ids, record.ids[1:3])
+    assert record[torch.tensor([True, False, True, False])].shape == (2, 3)
+    assert record[0, 1].shape == ()
+    with pytest.raises(ShapeError, match="selects rows"):
+        record[..., :2]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        record.tail = "uniform"  # type: ignore[misc]
+    assert record.to("meta").device.type == "meta"
+    leaves, spec = pytree.tree_flatten(record)
+    assert [leaf.shape for leaf in leaves] == [(4, 3, 5), (4, 3, 5), (4, 3)]
+    again = pytree.tree_unflatten(leaves, spec)
+    assert isinstance(again, TeacherTopK)
+    assert again.tail == "bucket"
+    doubled = pytree.tree_map(lambda x: x + x, {"a": record})["a"]
+    assert torch.equal(doubled.ids, 2 * record.ids)
+
+
+# What is refused
+
+
+def test_a_record_cannot_be_brought_to_another_temperature() -> None:
+    student, record = logits(2, 9, 0), tgt.topk_teacher(logits(2, 9, 1), 3, 2.0)
+    with pytest.raises(ArgumentError, match=r"temperature is 1, but the record was taken at 2.*cannot be brought"):
+        tgt.distillation_loss(student, record)
+    with pytest.raises(ArgumentError, match=r"teacher_temperature is 3, but the record was taken at 2"):
+        tgt.distillation_loss(student, record, temperature=2.0, teacher_temperature=3.0)
+
+
+def test_arguments() -> None:
+    student, record = logits(2, 9, 0), tgt.topk_teacher(logits(2, 9, 1), 3)
+    for divergence in ("symmetric", "tvd", "mse"):
+        with pytest.raises(ArgumentError, match=f"with a top-k record, got '{divergence}'"):
+            tgt.distillation_loss(student, record, divergence=divergence)
+    with pytest.raises(ArgumentError, match="return_stats"):
+        tgt.distillation_loss(student, record, return_stats=True)
+    with pytest.raises(ShapeError, match=r"student_logits have 8 classes, the record's ids point into 9"):
+        tgt.distillation_loss(student[:, :8], record)
+    with pytest.raises(ShapeError, match=r"student_logits \(1, 9\) and the record's rows \(2,\)"):
+        tgt.distillation_loss(student[:1], record)
+    with pytest.raises(ArgumentError, match="hard_weight is 1 but target is missing"):
+        tgt.distillation_loss(student, record, hard_weight=1.0)
+    ids, log_probs = record.ids, record.log_probs
+    for error, message, arguments in (
+        (DTypeError, "integer class indices", (log_probs, log_probs, None, 1.0, 9)),
+        (DTypeError, "log_probs must be float64", (ids, ids, None, 1.0, 9)),
+        (ShapeError, r"\(2, 3\) and \(2, 2\)", (ids, log_probs[:, :2], None, 1.0, 9)),
+        (ShapeError, "num_classes = 2 classes, got k = 3", (ids, log_probs, None, 1.0, 2)),
+        (ShapeError, r"tail_log_prob \(3,\) does not match", (ids, log_probs, torch.zeros(3), 1.0, 9)),
+        (ArgumentError, "temperature must be finite", (ids, log_probs, None, 0.0, 9)),
+        (ArgumentError, "tail must be one of", (ids, log_probs, None, 1.0, 9, "ghost")),
+        (ArgumentError, "log_probs requires grad", (ids, log_probs.clone().requires_grad_(), None, 1.0, 9)),
+    ):
+        with pytest.raises(error, match=message):
+            TeacherTopK(*arguments)  # type: ignore[arg-type]
+    for arguments in ((torch.zeros(2, 3), 4), (torch.zeros(2, 3), 0)):
+        with pytest.raises(ArgumentError, match="topk_teacher: k must be in"):
+            tgt.topk_teacher(*arguments)
+
+
+def broken(kind: str) -> tuple[TeacherTopK, str]:
+    record = tgt.topk_teacher(logits(5, 70, 1), 4)
+    if kind == "twice":
+        record.ids[3, 2] = record.ids[3, 0]
+        return record, rf"ids\[3, 2\] = {int(record.ids[3, 0])} is listed twice in its row"
+    value = {"low": -1, "high": 70, "far": 1 << 40}[kind]
+    record.ids[3, 2] = value
+    return record, rf"ids\[3, 2\] = {value} is not in \[0, 70\)"
+
+
+@pytest.mark.parametrize("kind", ["twice", "low", "high", "far"])
+def test_ids_are_checked_on_a_cpu(host_backend: str, kind: str) -> None:
+    student = logits(5, 70, 0)
+    record, message = broken(kind)
+    with pytest.raises(ArgumentError, match=f"distillation_loss: {message}"):
+        tgt.distillation_loss(student, record, backend=host_backend)
+    with pytest.raises(ArgumentError, match=f"TeacherTopK: {message}"):
+        record.check()
+    target = torch.tensor([0, 0, 0, -100, 0])  # a dropped row may hold anything
+    assert tgt.distillation_loss(student, record, target, hard_weight=1.0, backend=host_backend).isfinite()
+    record.log_probs[3, 2] = -INF  # and so may padding
+    assert tgt.distillation_loss(student, record.check(), backend=host_backend).isfinite()
+
+
+@tails
+@pytest.mark.parametrize("kind", ["twice", "low", "high", "far"])
+def test_on_a_device_such_an_entry_is_dropped(
+    emulated: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str, tail: str
+) -> None:
+    for dtype in (torch.float32, torch.float64):
+        student = logits(5, 70, 0, dtype=dtype)
+        record, message = broken(kind)
+        record = dataclasses.replace(record, tail=tail)
+        without = dataclasses.replace(record, log_probs=record.log_probs.clone())
+        without.log_probs[3, 2] = -INF
+        with tensors_on_an_emulated_gpu(emulated):
+            out = loss_and_gradient(student, record, divergence="forward_kl", reduction="none")
+            wanted = loss_and_gradient(student, without, divergence="forward_kl", reduction="none")
+            assert all(torch.equal(a, b) for a, b in zip(out, wanted, strict=True))
+            monkeypatch.setenv("TGT_FAST_CHECK_RECORDS", "1")
+            with pytest.raises(ArgumentError, match=message):
+                tgt.distillation_loss(student, record)
+            monkeypatch.delenv("TGT_FAST_CHECK_RECORDS")
