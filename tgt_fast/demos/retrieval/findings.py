@@ -16,7 +16,8 @@ LABELS = {
 def difference(result: DemoResult, method: str, other: str, depth: int = 20) -> Difference:
     """How many points of recall ``method`` is ahead of ``other``, seed by seed."""
     ours, theirs = (result.recalls(name, depth) for name in (method, other))
-    return Difference([a - b for a, b in zip(ours, theirs, strict=True)])
+    points = [a - b for a, b in zip(ours, theirs, strict=True)]
+    return Difference(points, f"points of recall within {depth}")
 
 
 def findings(result: DemoResult) -> list[str]:
@@ -28,7 +29,7 @@ def findings(result: DemoResult) -> list[str]:
         ("Real further passages, against distillation alone", "uniform-negatives", "distillation"),
         ("The teacher's scores, against one-hot labels", "distillation", "one-hot"),
     ):
-        said.append(f"{what}: {difference(result, method, other).verdict} of recall within 20.")
+        said.append(f"{what}: {difference(result, method, other).verdict}.")
     return said
 
 
