@@ -217,7 +217,8 @@ def linear(record: dict[str, Any]) -> str:
             f"{row['milliseconds']['ours']:.3g}",
             f"{row['flops'] / row['milliseconds']['ours'] / 1e9:.3g}",
             *(_times(row.get(f"over_{key}")) for key, _ in shown),
-            f"{row['extra_memory_bytes'] / 2**20:.0f}" if row.get("extra_memory_bytes") is not None else "-",
+            # Nothing: the peak of setting up was higher, so the call's own is not known.
+            f"{extra / 2**20:.0f}" if (extra := row.get("extra_memory_bytes") or 0) > 0 else "-",
         ]
         for row in measured
     ]
@@ -227,7 +228,8 @@ def linear(record: dict[str, Any]) -> str:
         "Forward and backward, rows x (hidden sizes of student and teacher) x classes: median milliseconds, TFLOP/s of "
         "the products that the loss and the gradients take, the speed relative to rivals in the same run, and the peak "
         "of memory beyond what is returned. Chunks: the loss of 256 rows at a time under `torch.utils.checkpoint`. "
-        "`linear_cross_entropy`: both terms by PyTorch's own function, which has chunks for labels alone. Peak of the "
+        "`linear_cross_entropy`: both terms by PyTorch's own function, which has chunks for labels alone. In bfloat16 "
+        "the rivals round logits before the softmax, and multiply faster for it; ours never rounds them. Peak of the "
         "first row with its gradients, in units of the student's logits: "
         f"{peak['ours']:.2f}, {peaks}. " + _source(record)
     )
@@ -299,7 +301,7 @@ def cache(record: dict[str, Any]) -> str:
         "`TeacherCache.read` in batches, and its speed relative to plain reads of rows of as many bytes in the same "
         "run: `numpy.memmap` indexed by the ids, `os.pread` and safetensors' `safe_open` a row, `read()` of a file. In "
         "order and shuffled: out of the page cache. Cold: a cache is opened and read once in order, from the disk, "
-        f"checksums included. Other programs were at work (load average {record['load']:.1f}). "
+        f"checksums included. Load average at the start: {record['load']:.1f}. "
     )
     header = ["teacher cache", "order", "rows/s", "MB/s", "over memmap", "over pread", "over safe_open", "over read()"]
     return _grid(header, rows) + "\n\n" + caption + _source(record)
