@@ -96,7 +96,8 @@ run_tests() {
     "python_tests/test_distill_masks.py"
     "python_tests/test_distill_autograd.py python_tests/test_distill_reductions.py python_tests/test_distill_errors.py"
     "python_tests/test_latent.py python_tests/test_latent_ascend.py"
-    "python_tests/test_sparse.py"
+    "python_tests/test_sparse.py python_tests/test_sparse_autograd.py"
+    "python_tests/test_linear_autograd.py python_tests/test_linear_record.py python_tests/test_tokens.py"
     "python_tests/test_triton.py python_tests/test_compile.py python_tests/test_registration.py"
   )
   local i status=0 pids=()
