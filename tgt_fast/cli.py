@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "few and with much text, with and without a cache of the teacher's outputs; write a report.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    _demo_options(lm, seeds="0,1,2; with --quick: 0", quick="one seed and fewer steps: less than a minute")
+    _demo_options(lm, seeds="0,1,2; with --quick: 0", quick="one seed and fewer steps: about a minute")
 
     docstrings = demos.add_parser(
         "docstrings",
