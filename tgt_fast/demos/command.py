@@ -59,3 +59,22 @@ def result_table(title: str, header: Sequence[str]) -> Table:
     for number, name in enumerate(header):
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
     return table
+
+
+def chosen(settings: Any, seeds: Sequence[int] | None, quick: bool) -> tuple[Any, Sequence[int]]:
+    """The settings and the seeds of a run. ``settings``: the demo's module of that name."""
+    made = settings.Settings()
+    if quick:
+        made = settings.quick(made)
+    if seeds is None:
+        seeds = (0,) if quick else (0, 1, 2)
+    return made, seeds
+
+
+def print_findings(table: Table, sentences: Sequence[str], seconds: float, console: Console) -> None:
+    """A filled table and what it says."""
+    console.print()
+    console.print(table)
+    for sentence in sentences:
+        console.print(f"• {sentence}", highlight=False)
+    console.print(f"{seconds:.0f} s in all.", highlight=False)

@@ -19,6 +19,12 @@ def deviation(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """``mean ± deviation``; the mean alone of a single value."""
+    beside = f" ± {deviation(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{beside}"
+
+
 def summary(values: Sequence[float]) -> dict[str, Any]:
     """Mean, standard deviation and the values themselves, as plain data."""
     return {"mean": mean(values), "std": deviation(values), "per_seed": list(values)}

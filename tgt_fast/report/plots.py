@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tgt_fast.errors import ArgumentError
+from tgt_fast.report.numbers import mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Curve = Sequence[tuple[int, float]]  # (step, value), ...
 
 INK, SOFT, LINE = "#1c2733", "#5b6b7b", "#dde3ea"
 _STYLE: Any = {  # Any: its keys are a literal type in some versions of matplotlib alone
@@ -112,6 +115,17 @@ class Series:
     high: Sequence[float] = ()
     dashed: bool = False
     marker: str = ""
+
+    @classmethod
+    def of_seeds(
+        cls, label: str, curves: Sequence[Curve], color: str, dashed: bool = False, marker: str = ""
+    ) -> Series:
+        """The mean of curves over the same steps, with the band between their lowest and highest."""
+        by_step = [dict(curve) for curve in curves]
+        steps = sorted(by_step[0])
+        values = [[curve[step] for curve in by_step] for step in steps]
+        means, lows, highs = ([f(v) for v in values] for f in (mean, min, max))
+        return cls(label, steps, means, color, lows, highs, dashed, marker)
 
 
 def lines(

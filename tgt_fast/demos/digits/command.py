@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from tgt_fast.demos.command import Outputs, result_table
+from tgt_fast.demos.command import Outputs, chosen, print_findings, result_table
 from tgt_fast.demos.progress import bars
 
 if TYPE_CHECKING:
@@ -36,13 +36,9 @@ def run_command(
 
     from tgt_fast.demos.digits import page, results, run, settings
 
-    chosen = settings.Settings()
-    if quick:
-        chosen = settings.quick(chosen)
-    if seeds is None:
-        seeds = (0,) if quick else (0, 1, 2)
+    its_settings, seeds = chosen(settings, seeds, quick)
     with bars(console) as progress:
-        result = run.run_demo(seeds, chosen, curve=curve, progress=progress)
+        result = run.run_demo(seeds, its_settings, curve=curve, progress=progress)
     outputs.write_numbers(results.as_json(result))
     index = page.write_page(result, outputs.folder)
     print_result(result, console)
@@ -61,8 +57,4 @@ def print_result(result: DemoResult, console: Console) -> None:
     for method, row in zip(METHODS, page.table_rows(result), strict=True):
         last = method == BASELINES[-1]
         table.add_row(*row, style="bold" if method == best else None, end_section=last)
-    console.print()
-    console.print(table)
-    for sentence in findings.findings(result):
-        console.print(f"• {sentence}", highlight=False)
-    console.print(f"{result.seconds:.0f} s in all.", highlight=False)
+    print_findings(table, findings.findings(result), result.seconds, console)

@@ -13,7 +13,7 @@ from tgt_fast.demos.digits.settings import BASELINES, METHODS
 from tgt_fast.demos.networks import parameter_count
 from tgt_fast.report import Page, plots
 from tgt_fast.report.identity import commit, versions
-from tgt_fast.report.numbers import deviation, mean
+from tgt_fast.report.numbers import mean, spread
 from tgt_fast.report.plots import Bar, Series, Tile
 
 COLORS = {
@@ -42,12 +42,11 @@ def table_rows(result: DemoResult) -> list[list[str]]:
     rows = []
     for method in METHODS:
         students, accuracies = result.of(method), result.accuracies(method)
-        spread = f" ± {deviation(accuracies):.1f}" if len(accuracies) > 1 else ""
         numbers = [f"{average(students, n):.1f}" for n in ("head", "middle", "tail", "agreement")]
         rows.append(
             [
                 LABELS[method],
-                f"{mean(accuracies):.1f}{spread}",
+                spread(accuracies),
                 *numbers,
                 f"{average(students, 'mean_kl'):.3f}",
                 f"{average(students, 'seconds'):.1f}",
@@ -123,22 +122,10 @@ def _accuracy(page: Page, result: DemoResult) -> None:
 
 def _learning(page: Page, result: DemoResult) -> None:
     page.section("Learning")
-    series = []
-    for method in METHODS:
-        curves = [dict(s.curve) for s in result.of(method)]
-        steps = sorted(curves[0])
-        values = [[curve[step] for curve in curves] for step in steps]
-        series.append(
-            Series(
-                LABELS[method],
-                steps,
-                [mean(v) for v in values],
-                COLORS[method],
-                [min(v) for v in values],
-                [max(v) for v in values],
-                dashed=method in BASELINES,
-            )
-        )
+    series = [
+        Series.of_seeds(LABELS[m], [student.curve for student in result.of(m)], COLORS[m], dashed=m in BASELINES)
+        for m in METHODS
+    ]
     page.figure(
         "learning",
         plots.lines(series, "Test accuracy over training", "step", "percent", y_limits=_limits(series)),

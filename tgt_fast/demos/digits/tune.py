@@ -7,11 +7,9 @@ that stand in ``settings.py``.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from tgt_fast.demos.digits import teachers
@@ -22,8 +20,8 @@ from tgt_fast.demos.digits.run import student_task
 from tgt_fast.demos.digits.settings import METHODS, Settings
 from tgt_fast.demos.digits.teachers import TeacherWeights
 from tgt_fast.demos.networks import Weights
-from tgt_fast.demos.workers import Crew, cores, crew
-from tgt_fast.report import prepare_file, write_json
+from tgt_fast.demos.tuning import each, tune_command
+from tgt_fast.demos.workers import Crew, crew
 from tgt_fast.report.numbers import mean
 
 
@@ -44,14 +42,6 @@ def trials(group: str, base: Settings) -> list[Trial]:
     return [Trial(method, options, replace(base, **options)) for options in choices]
 
 
-def _each(**values: Sequence[Any]) -> list[dict[str, Any]]:
-    """Every combination of the values."""
-    made: list[dict[str, Any]] = [{}]
-    for name, choices in values.items():
-        made = [{**one, name: value} for one in made for value in choices]
-    return made
-
-
 def _augmentations() -> list[Augmentation]:
     """Every combination of shift or warp, mixup, and six strengths of noise, clipped or not: 77."""
     noises = [(0.0, False)] + [(noise, clip) for noise in (0.05, 0.1, 0.2, 0.3, 0.4, 0.6) for clip in (False, True)]
@@ -69,25 +59,25 @@ _STRONG = (Augmentation(mixup=True, noise=0.2), Augmentation(mixup=True, noise=0
 
 GROUPS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     # Judged by the labeler's own accuracy.
-    "labeler": ("labeler", _each(**_LABELERS)),
+    "labeler": ("labeler", each(**_LABELERS)),
     # How much the rival owes to the labeler: one that is calm on noisy images makes strong noise a good augmentation.
-    "labeler-augmented": ("distillation-augmented", _each(**_LABELERS, augmentation=_STRONG)),
-    "labeler-gradient": ("tgt-gradient", _each(**_LABELERS)),
-    "vae": ("tgt-random", _each(pixel_noise=(0.07, 0.1, 0.14, 0.2), vae_warp=(0.0, 0.3))),
-    "one-hot": ("one-hot", _each(one_hot_rate=(1e-3, 3e-3, 1e-2))),
-    "distillation": ("distillation", _each(distillation_temperature=(1.0, 2.0, 4.0, 8.0), rate=(3e-3, 1e-2))),
-    "augmentation": ("distillation-augmented", _each(augmentation=_augmentations())),
-    "augmented": ("distillation-augmented", _each(temperature=(2.0, 4.0, 8.0), rate=(3e-3, 1e-2))),
-    "prior": ("tgt-prior", _each(prior_sigma=(0.8, 1.0, 1.2))),
-    "random": ("tgt-random", _each(sigma=(0.5, 0.75, 1.0, 1.3), anchors=("batch", "balanced"))),
+    "labeler-augmented": ("distillation-augmented", each(**_LABELERS, augmentation=_STRONG)),
+    "labeler-gradient": ("tgt-gradient", each(**_LABELERS)),
+    "vae": ("tgt-random", each(pixel_noise=(0.07, 0.1, 0.14, 0.2), vae_warp=(0.0, 0.3))),
+    "one-hot": ("one-hot", each(one_hot_rate=(1e-3, 3e-3, 1e-2))),
+    "distillation": ("distillation", each(distillation_temperature=(1.0, 2.0, 4.0, 8.0), rate=(3e-3, 1e-2))),
+    "augmentation": ("distillation-augmented", each(augmentation=_augmentations())),
+    "augmented": ("distillation-augmented", each(temperature=(2.0, 4.0, 8.0), rate=(3e-3, 1e-2))),
+    "prior": ("tgt-prior", each(prior_sigma=(0.8, 1.0, 1.2))),
+    "random": ("tgt-random", each(sigma=(0.5, 0.75, 1.0, 1.3), anchors=("batch", "balanced"))),
     "gradient": (
         "tgt-gradient",
-        _each(sigma=(0.75, 1.0, 1.3), step_size=(0.5, 1.0, 2.0), ascent_steps=(1, 2)),
+        each(sigma=(0.75, 1.0, 1.3), step_size=(0.5, 1.0, 2.0), ascent_steps=(1, 2)),
     ),
-    "student": ("tgt-gradient", _each(temperature=(1.0, 2.0, 4.0), rate=(3e-3, 1e-2))),
+    "student": ("tgt-gradient", each(temperature=(1.0, 2.0, 4.0), rate=(3e-3, 1e-2))),
     "persistent": (
         "tgt-persistent",
-        _each(persistent_step_size=(0.25, 0.5, 1.0, 2.0), restart_probability=(0.05, 0.1, 0.3)),
+        each(persistent_step_size=(0.25, 0.5, 1.0, 2.0), restart_probability=(0.05, 0.1, 0.3)),
     ),
 }
 
@@ -177,26 +167,8 @@ def tune(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="choose the digits demo's settings on its validation split")
-    names = [*GROUPS, "methods"]
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(names)} (default: all)")
-    parser.add_argument("--seeds", default="100,101,102")
-    parser.add_argument("--workers", type=int, default=min(cores(), 8))
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    unknown = set(arguments.groups) - set(names)
-    if unknown:
-        parser.error(f"no such group: {', '.join(sorted(unknown))}")
-    file = prepare_file(arguments.json) if arguments.json else None
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    found = tune(arguments.groups or names, seeds, arguments.workers)
-    for group, rows in found.items():
-        print(group)
-        for row in rows:
-            options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
-            print(f"  {row['accuracy']:6.2f}  {row['method']:24s} {options}")
-    if file is not None:
-        write_json(file, {"seeds": seeds, "groups": found})
+    description = "choose the digits demo's settings on its validation split"
+    tune_command(description, [*GROUPS, "methods"], "100,101,102", tune, "{accuracy:6.2f}  {method:24s}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from tgt_fast.demos.artifacts import Artifacts, cache_folder
-from tgt_fast.demos.command import Outputs, result_table
+from tgt_fast.demos.command import Outputs, chosen, print_findings, result_table
 from tgt_fast.demos.progress import bars
 from tgt_fast.demos.text import NEEDED
 
@@ -35,14 +35,10 @@ def run_command(
 
     from tgt_fast.demos.docstrings import page, results, run, settings
 
-    chosen = settings.Settings()
-    if quick:
-        chosen = settings.quick(chosen)
-    if seeds is None:
-        seeds = (0,) if quick else (0, 1, 2)
+    its_settings, seeds = chosen(settings, seeds, quick)
     artifacts = Artifacts(cache_folder() if cache else None)
     with bars(console) as progress:
-        result = run.run_demo(seeds, chosen, artifacts=artifacts, progress=progress)
+        result = run.run_demo(seeds, its_settings, artifacts=artifacts, progress=progress)
     outputs.write_numbers(results.as_json(result))
     index = page.write_page(result, outputs.folder)
     print_result(result, console)
@@ -63,8 +59,4 @@ def print_result(result: DemoResult, console: Console) -> None:
     best = result.best(METHODS)
     for method, row in zip(METHODS, page.table_rows(result), strict=True):
         table.add_row(*row, style="bold" if method == best else None, end_section=method == BASELINES[-1])
-    console.print()
-    console.print(table)
-    for sentence in findings.findings(result):
-        console.print(f"• {sentence}", highlight=False)
-    console.print(f"{result.seconds:.0f} s in all.", highlight=False)
+    print_findings(table, findings.findings(result), result.seconds, console)

@@ -12,7 +12,7 @@ from tgt_fast.demos.docstrings.settings import BASELINES, METHODS, TGT_METHODS
 from tgt_fast.demos.networks import parameter_count
 from tgt_fast.report import Page, plots
 from tgt_fast.report.identity import commit, versions
-from tgt_fast.report.numbers import deviation, mean
+from tgt_fast.report.numbers import mean, spread
 from tgt_fast.report.plots import Bar, Series
 
 COLORS = {"one-hot": "#a3adb8", "distillation": "#c8a75b", "tgt-random": "#2a9d8f", "tgt-gradient": "#1d4e89"}
@@ -24,11 +24,10 @@ def table_rows(result: DemoResult) -> list[list[str]]:
     rows = []
     for method in METHODS:
         accuracies = result.numbers(method, "accuracy")
-        spread = f" ± {deviation(accuracies):.1f}" if len(accuracies) > 1 else ""
         rows.append(
             [
                 LABELS[method],
-                f"{mean(accuracies):.1f}{spread}",
+                spread(accuracies),
                 *(f"{mean(result.numbers(method, name)):.1f}" for name in ("head", "middle", "tail", "agreement")),
                 f"{mean(result.numbers(method, 'mean_kl')):.3f}",
                 f"{mean(result.numbers(method, 'seconds')):.1f}",
@@ -105,17 +104,10 @@ def _accuracy(page: Page, result: DemoResult) -> None:
 
 def _learning(page: Page, result: DemoResult) -> None:
     page.section("Learning")
-    series = []
-    for method in METHODS:
-        curves = [dict(student.curve) for student in result.of(method)]
-        steps = sorted(curves[0])
-        values = [[curve[step] for curve in curves] for step in steps]
-        series.append(
-            Series(
-                LABELS[method], steps, [mean(v) for v in values], COLORS[method], [min(v) for v in values],
-                [max(v) for v in values], dashed=method in BASELINES,
-            )
-        )  # fmt: skip
+    series = [
+        Series.of_seeds(LABELS[m], [student.curve for student in result.of(m)], COLORS[m], dashed=m in BASELINES)
+        for m in METHODS
+    ]
     page.figure(
         "learning",
         plots.lines(series, "Test accuracy over training", "step", "percent"),

@@ -7,12 +7,9 @@ choose among as many.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import product
-from pathlib import Path
 from typing import Any
 
 from tgt_fast.demos.artifacts import Artifacts, cache_folder
@@ -23,25 +20,17 @@ from tgt_fast.demos.docstrings.pool import Pool
 from tgt_fast.demos.docstrings.run import Prepared, generator_task, labeler_task, pool_task, prepare
 from tgt_fast.demos.docstrings.settings import METHODS, TGT_METHODS, Settings
 from tgt_fast.demos.docstrings.teachers import TeacherWeights
-from tgt_fast.demos.workers import Crew, cores, crew
-from tgt_fast.report import prepare_file, write_json
+from tgt_fast.demos.tuning import Options, each, tune_command
+from tgt_fast.demos.workers import Crew, crew
 from tgt_fast.report.numbers import mean
 
-Options = dict[str, Any]
-
-
-def _each(**values: Sequence[Any]) -> list[Options]:
-    """Every combination of the values."""
-    return [dict(zip(values, choice, strict=True)) for choice in product(*values.values())]
-
-
 # Of a method's student, and of the exploration that TGT random begins with.
-_STUDENT = _each(rate=(2e-3, 4e-3, 8e-3), dropout=(0.1, 0.3)) + _each(temperature=(1.0, 4.0))
+_STUDENT = each(rate=(2e-3, 4e-3, 8e-3), dropout=(0.1, 0.3)) + each(temperature=(1.0, 4.0))
 GROUPS: dict[str, tuple[str, str, list[Options]]] = {
     **{method: (method, "student", _STUDENT) for method in METHODS},
-    "noise": ("tgt-random", "exploration", _each(sigma=(1.5, 2.5))),
-    "anchors": ("tgt-random", "exploration", _each(anchors=("batch", "balanced"))),
-    "ascent": ("tgt-gradient", "exploration", _each(step_size=(8.0, 16.0))),
+    "noise": ("tgt-random", "exploration", each(sigma=(1.5, 2.5))),
+    "anchors": ("tgt-random", "exploration", each(anchors=("batch", "balanced"))),
+    "ascent": ("tgt-gradient", "exploration", each(step_size=(8.0, 16.0))),
 }
 
 
@@ -149,25 +138,10 @@ def tune(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="choose the docstrings demo's settings on its validation texts")
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)} (default: all)")
-    parser.add_argument("--seeds", default="100,101")
-    parser.add_argument("--workers", type=int, default=min(cores(), 8))
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    unknown = set(arguments.groups) - set(GROUPS)
-    if unknown:
-        parser.error(f"no such group: {', '.join(sorted(unknown))}")
-    file = prepare_file(arguments.json) if arguments.json else None
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    found = tune(arguments.groups or list(GROUPS), seeds, arguments.workers, artifacts=Artifacts(cache_folder()))
-    for group, rows in found.items():
-        print(group)
-        for row in rows:
-            options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
-            print(f"  {row['accuracy']:.1f}  {row['method']:14s} {options}")
-    if file is not None:
-        write_json(file, {"seeds": seeds, "groups": found})
+    tune_command(
+        "choose the docstrings demo's settings on its validation texts", list(GROUPS), "100,101",
+        partial(tune, artifacts=Artifacts(cache_folder())), "{accuracy:.1f}  {method:14s}",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

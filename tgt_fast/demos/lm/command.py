@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from tgt_fast.demos.command import Outputs, result_table
+from tgt_fast.demos.command import Outputs, chosen, print_findings, result_table
 from tgt_fast.demos.progress import bars
 
 if TYPE_CHECKING:
@@ -29,13 +29,9 @@ def run_command(seeds: Sequence[int] | None, quick: bool, out: Path, json_file: 
 
     from tgt_fast.demos.lm import page, results, run, settings
 
-    chosen = settings.Settings()
-    if quick:
-        chosen = settings.quick(chosen)
-    if seeds is None:
-        seeds = (0,) if quick else (0, 1, 2)
+    its_settings, seeds = chosen(settings, seeds, quick)
     with bars(console) as progress:
-        result = run.run_demo(seeds, chosen, progress=progress)
+        result = run.run_demo(seeds, its_settings, progress=progress)
     outputs.write_numbers(results.as_json(result))
     index = page.write_page(result, outputs.folder)
     print_result(result, console)
@@ -52,8 +48,4 @@ def print_result(result: DemoResult, console: Console) -> None:
     rows = page.table_rows(result)
     for number, row in enumerate(rows):
         table.add_row(*row, end_section=number in (0, len(FEW)))
-    console.print()
-    console.print(table)
-    for sentence in findings.findings(result):
-        console.print(f"• {sentence}", highlight=False)
-    console.print(f"{result.seconds:.0f} s in all.", highlight=False)
+    print_findings(table, findings.findings(result), result.seconds, console)

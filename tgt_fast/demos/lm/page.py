@@ -14,7 +14,7 @@ from tgt_fast.demos.lm.teachers import teacher_model
 from tgt_fast.demos.networks import parameter_count
 from tgt_fast.report import Page, plots
 from tgt_fast.report.identity import commit, versions
-from tgt_fast.report.numbers import deviation, mean
+from tgt_fast.report.numbers import mean, spread
 from tgt_fast.report.plots import Bar, Series
 
 COLORS = {
@@ -43,11 +43,10 @@ def table_rows(result: DemoResult) -> list[list[str]]:
     ]  # fmt: skip
     for method in METHODS:
         bits = result.numbers(method, "bits_per_byte")
-        spread = f" ± {deviation(bits):.3f}" if len(bits) > 1 else ""
         rows.append(
             [
                 LABELS[method],
-                f"{mean(bits):.3f}{spread}",
+                spread(bits, 3),
                 f"{mean(result.numbers(method, 'before')):.2f}",
                 *(f"{mean(result.numbers(method, name)):.0f}" for name in ("windows", "steps", "step_ms")),
                 f"{mean(result.numbers(method, 'seconds')):.1f}",
@@ -114,24 +113,13 @@ def _bits(page: Page, result: DemoResult) -> None:
 
 def _learning(page: Page, result: DemoResult) -> None:
     page.section("Learning")
-    series = []
-    for method in METHODS:
-        if method == RECORDS and result.cache_is_exact:
-            continue  # it lies under that of the cache
-        curves = [student.curve[1:] for student in result.of(method)]
-        values = [[curve[point][1] for curve in curves] for point in range(len(curves[0]))]
-        series.append(
-            Series(
-                LABELS[method],
-                [step for step, _ in curves[0]],
-                [mean(v) for v in values],
-                COLORS[method],
-                [min(v) for v in values],
-                [max(v) for v in values],
-                dashed=method.startswith("one-hot"),
-                marker="o",
-            )
+    shown = [m for m in METHODS if not (m == RECORDS and result.cache_is_exact)]  # else it lies under the cache's
+    series = [
+        Series.of_seeds(
+            LABELS[m], [student.curve[1:] for student in result.of(m)], COLORS[m], m.startswith("one-hot"), marker="o"
         )
+        for m in shown
+    ]
     page.figure(
         "learning",
         plots.lines(series, "Bits per byte over training", "step", "bits per byte of the test text"),

@@ -7,12 +7,9 @@ takes over what was chosen for few windows.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import product
-from pathlib import Path
 from typing import Any
 
 from tgt_fast.demos.lm.corpus import Corpus, load_corpus
@@ -20,24 +17,16 @@ from tgt_fast.demos.lm.data import Text, make_text
 from tgt_fast.demos.lm.settings import METHODS, Settings
 from tgt_fast.demos.lm.students import StudentResult, train_student
 from tgt_fast.demos.lm.teachers import TeacherResult, train_teacher
-from tgt_fast.demos.workers import Crew, cores, crew
-from tgt_fast.report import prepare_file, write_json
+from tgt_fast.demos.tuning import Options, each, tune_command
+from tgt_fast.demos.workers import Crew, crew
 from tgt_fast.report.numbers import mean
 
-Options = dict[str, Any]
-
-
-def _each(**values: Sequence[Any]) -> list[Options]:
-    """Every combination of the values."""
-    return [dict(zip(values, choice, strict=True)) for choice in product(*values.values())]
-
-
 GROUPS: dict[str, tuple[str, list[Options]]] = {
-    "teacher": ("teacher", _each(teacher_rate=(1.5e-3, 3e-3))),
-    "one-hot": ("one-hot", _each(one_hot_rate=(3e-3, 1e-2, 2e-2), one_hot_steps=(100, 200))),
-    "one-hot-plenty": ("one-hot-plenty", _each(one_hot_rate=(5e-3, 1e-2, 2e-2))),
-    "distillation": ("distillation", _each(rate=(5e-3, 1e-2, 2e-2))),
-    "labels": ("distillation", _each(temperature=(1.0, 2.0), hard_weight=(0.0, 0.5))),
+    "teacher": ("teacher", each(teacher_rate=(1.5e-3, 3e-3))),
+    "one-hot": ("one-hot", each(one_hot_rate=(3e-3, 1e-2, 2e-2), one_hot_steps=(100, 200))),
+    "one-hot-plenty": ("one-hot-plenty", each(one_hot_rate=(5e-3, 1e-2, 2e-2))),
+    "distillation": ("distillation", each(rate=(5e-3, 1e-2, 2e-2))),
+    "labels": ("distillation", each(temperature=(1.0, 2.0), hard_weight=(0.0, 0.5))),
 }
 
 
@@ -117,26 +106,8 @@ def _student_reached(trial: _Trial, student: StudentResult) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="choose the lm demo's settings on its validation text")
-    names = [*GROUPS, "methods"]
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(names)} (default: all)")
-    parser.add_argument("--seeds", default="101")
-    parser.add_argument("--workers", type=int, default=min(cores(), 8))
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    unknown = set(arguments.groups) - set(names)
-    if unknown:
-        parser.error(f"no such group: {', '.join(sorted(unknown))}")
-    file = prepare_file(arguments.json) if arguments.json else None
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    found = tune(arguments.groups or names, seeds, arguments.workers)
-    for group, rows in found.items():
-        print(group)
-        for row in rows:
-            options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
-            print(f"  {row['bits_per_byte']:.4f}  {row['method']:24s} {options}")
-    if file is not None:
-        write_json(file, {"seeds": seeds, "groups": found})
+    description = "choose the lm demo's settings on its validation text"
+    tune_command(description, [*GROUPS, "methods"], "101", tune, "{bits_per_byte:.4f}  {method:24s}")
 
 
 if __name__ == "__main__":

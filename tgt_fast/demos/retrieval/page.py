@@ -12,7 +12,7 @@ from tgt_fast.demos.retrieval.results import PACKAGES, DemoResult
 from tgt_fast.demos.retrieval.settings import BASELINES, DEPTHS, METHODS
 from tgt_fast.report import Page, plots
 from tgt_fast.report.identity import commit, versions
-from tgt_fast.report.numbers import deviation, mean
+from tgt_fast.report.numbers import mean, spread
 from tgt_fast.report.plots import Bar, Series
 
 COLORS = {
@@ -31,8 +31,7 @@ def table_rows(result: DemoResult) -> list[list[str]]:
         cells = [LABELS[method]]
         for depth in DEPTHS:
             values = result.recalls(method, depth)
-            spread = f" ± {deviation(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{mean(values):.1f}{spread}")
+            cells.append(spread(values))
         rows.append([*cells, f"{mean([student.seconds for student in result.of(method)]):.1f}"])
     return rows
 
@@ -100,17 +99,10 @@ def _recall(page: Page, result: DemoResult) -> None:
 
 def _learning(page: Page, result: DemoResult) -> None:
     page.section("Learning")
-    series = []
-    for method in METHODS:
-        curves = [dict(student.curve) for student in result.of(method)]
-        steps = sorted(curves[0])
-        values = [[curve[step] for curve in curves] for step in steps]
-        series.append(
-            Series(
-                LABELS[method], steps, [mean(v) for v in values], COLORS[method], [min(v) for v in values],
-                [max(v) for v in values], dashed=method in BASELINES,
-            )
-        )  # fmt: skip
+    series = [
+        Series.of_seeds(LABELS[m], [student.curve for student in result.of(m)], COLORS[m], dashed=m in BASELINES)
+        for m in METHODS
+    ]
     page.figure(
         "learning",
         plots.lines(series, "Recall within 20 over training", "step", "percent"),

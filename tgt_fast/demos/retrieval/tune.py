@@ -7,36 +7,25 @@ student may choose among as many.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from itertools import product
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from tgt_fast.demos.artifacts import Artifacts, cache_folder
 from tgt_fast.demos.corpus import Corpus
 from tgt_fast.demos.retrieval.run import run_demo
 from tgt_fast.demos.retrieval.settings import METHODS, Settings, StudentSettings
-from tgt_fast.demos.workers import cores
-from tgt_fast.report import prepare_file, write_json
-
-Options = dict[str, Any]
-
-
-def _each(**values: Sequence[Any]) -> list[Options]:
-    """Every combination of the values."""
-    return [dict(zip(values, choice, strict=True)) for choice in product(*values.values())]
-
+from tgt_fast.demos.tuning import Options, each, tune_command
 
 _STUDENT = [
     options | {"teacher_temperature": options["temperature"]}
-    for options in _each(rate=(2e-3, 5e-3, 1e-2, 2e-2), temperature=(0.05, 0.1, 0.2))
+    for options in each(rate=(2e-3, 5e-3, 1e-2, 2e-2), temperature=(0.05, 0.1, 0.2))
 ]
 GROUPS: dict[str, tuple[str, list[Options]]] = {
     **{method: (method, _STUDENT) for method in METHODS},
-    "noise": ("tgt-random", _each(sigma=(0.5, 1.0, 1.5, 2.0), draw_temperature=(0.8, 1.0))),
-    "variants": ("tgt-random", _each(variants=(4, 8, 16))),
+    "noise": ("tgt-random", each(sigma=(0.5, 1.0, 1.5, 2.0), draw_temperature=(0.8, 1.0))),
+    "variants": ("tgt-random", each(variants=(4, 8, 16))),
 }
 
 
@@ -80,25 +69,10 @@ def tune(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="choose the retrieval demo's settings on its validation pairs")
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)} (default: all)")
-    parser.add_argument("--seeds", default="100,101")
-    parser.add_argument("--workers", type=int, default=min(cores(), 8))
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    unknown = set(arguments.groups) - set(GROUPS)
-    if unknown:
-        parser.error(f"no such group: {', '.join(sorted(unknown))}")
-    file = prepare_file(arguments.json) if arguments.json else None
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    found = tune(arguments.groups or list(GROUPS), seeds, arguments.workers, artifacts=Artifacts(cache_folder()))
-    for group, rows in found.items():
-        print(group)
-        for row in rows:
-            options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
-            print(f"  {row['recall']:.1f}  {row['method']:18s} {options}")
-    if file is not None:
-        write_json(file, {"seeds": seeds, "groups": found})
+    tune_command(
+        "choose the retrieval demo's settings on its validation pairs", list(GROUPS), "100,101",
+        partial(tune, artifacts=Artifacts(cache_folder())), "{recall:.1f}  {method:18s}",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
