@@ -16,43 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from demo_tables import digits, docstrings, grid, lm, retrieval
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 TOP_K, TOP_P = 50, 0.95  # of tgt_fast/bench/tokens.py
-
-DIGITS_NAMES = {
-    "one-hot": "one-hot labels",
-    "distillation": "distillation",
-    "distillation-augmented": "distillation + best input augmentation",
-    "tgt-prior": "teacher-guided, prior",
-    "tgt-random": "teacher-guided, random",
-    "tgt-gradient": "teacher-guided, gradient",
-    "tgt-persistent": "teacher-guided, persistent",
-}
-
-
-LM_NAMES = {
-    "one-hot": "one-hot labels",
-    "distillation": "distillation, hidden states and heads",
-    "distillation-records": "distillation, records made each step",
-    "distillation-cached": "distillation, records from the cache",
-    "one-hot-plenty": "one-hot labels, text in plenty",
-    "distillation-plenty": "distillation, text in plenty",
-}
-
-
-DOCSTRINGS_NAMES = {
-    "one-hot": "one-hot labels",
-    "distillation": "distillation",
-    "tgt-random": "teacher-guided, random",
-    "tgt-gradient": "teacher-guided, gradient",
-}
-
-
-def _grid(header: list[str], rows: list[list[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
 def _source(record: dict[str, Any]) -> str:
@@ -67,121 +36,6 @@ def _measured(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}x"
-
-
-def digits(record: dict[str, Any]) -> str:
-    rows = []
-    for key, name in DIGITS_NAMES.items():
-        method = record["methods"][key]
-        accuracy = method["accuracy"]
-        rows.append(
-            [
-                name,
-                f"{accuracy['mean']:.1f} ± {accuracy['std']:.1f}",
-                *(f"{method[part]:.1f}" for part in ("head", "middle", "tail", "agreement")),
-                f"{method['mean_kl']:.3f}",
-                f"{method['seconds']:.1f}",
-            ]
-        )
-    seeds = len(record["seeds"])
-    caption = (
-        f"Test accuracy in percent (mean and standard deviation of {seeds} seeds), by class frequency, agreement and "
-        "mean KL divergence with the teacher, seconds of training. 118 long-tailed labelled images; every method sees "
-        "as many student examples a step. `tgt-fast demo digits`; "
-        f"torch {record['versions']['torch']}; commit {record['commit'][:7]}."
-    )
-    return _grid(["", "accuracy", "head", "middle", "tail", "agreement", "KL", "s"], rows) + "\n\n" + caption
-
-
-def docstrings(record: dict[str, Any]) -> str:
-    rows = []
-    for key, name in DOCSTRINGS_NAMES.items():
-        method = record["methods"][key]
-        accuracy = method["accuracy"]
-        rows.append(
-            [
-                name,
-                f"{accuracy['mean']:.1f} ± {accuracy['std']:.1f}",
-                *(f"{method[part]:.1f}" for part in ("head", "middle", "tail", "agreement")),
-                f"{method['mean_kl']:.3f}",
-                f"{method['synthetic']:,.0f}",
-                f"{method['seconds']:.1f}",
-            ]
-        )
-    texts, pool = record["texts"], record["pool"]
-    caption = (
-        f"Test accuracy in percent (mean and standard deviation of {len(record['seeds'])} seeds) over {texts['test']} "
-        f"texts of other modules, by class frequency, agreement and mean KL divergence with the labeler (which is "
-        f"right in {record['labeler_accuracy']:.1f} %), synthetic texts, seconds of training. {sum(texts['counts'])} "
-        f"long-tailed labelled texts; every method sees as many texts a step. Writing and labelling "
-        f"{pool['texts']:,} texts takes {pool['seconds']:.0f} s on one core. `tgt-fast demo docstrings`, "
-        f"{record['total_seconds']:.0f} s; torch {record['versions']['torch']}; commit {record['commit'][:7]}."
-    )
-    header = ["", "accuracy", "head", "middle", "tail", "agreement", "KL", "synthetic", "s"]
-    return _grid(header, rows) + "\n\n" + caption
-
-
-def lm(record: dict[str, Any]) -> str:
-    rows = []
-    for key, name in LM_NAMES.items():
-        method = record["methods"][key]
-        bits = method["bits_per_byte"]
-        rows.append(
-            [
-                name,
-                f"{bits['mean']:.3f} ± {bits['std']:.3f}",
-                f"{method['windows']:.0f}",
-                f"{method['steps']:.0f}",
-                f"{method['step_ms']:.0f}",
-                f"{method['seconds']:.1f}",
-            ]
-        )
-    teacher, settings, seeds = record["teacher"], record["settings"], len(record["seeds"])
-    untrained = record["methods"]["one-hot"]["before"]
-    peaks = record["loss_peak_bytes"]
-    cached = record["methods"]["distillation-cached"]
-    memory = (
-        f"Peak memory of the loss of 8,192 tokens: {peaks['linear'] / 1e6:.0f} MB from hidden states, "
-        f"{peaks['logits'] / 1e6:.0f} MB from logits, {peaks['eager'] / 1e6:.0f} MB in eager PyTorch. "
-        if peaks
-        else ""
-    )
-    caption = (
-        f"Bits per byte of held-out modules of the standard library (mean and standard deviation of {seeds} seeds); "
-        f"the four-layer teacher: {teacher['bits_per_byte']:.3f}, an untrained student: {untrained:.2f}. "
-        f"{settings['tokens']:,} tokens, windows of {settings['length']}. A step: the median on one core, behind the "
-        f"first epoch. The cache keeps {settings['k']} classes a token in {cached['cache_bytes'] / 1e6:.1f} MB. "
-        f"{memory}`tgt-fast demo lm`; torch {record['versions']['torch']}; commit "
-        f"{record['commit'][:7]}."
-    )
-    return _grid(["", "bits per byte", "windows", "steps", "ms a step", "s"], rows) + "\n\n" + caption
-
-
-RETRIEVAL_NAMES = {
-    "one-hot": "one-hot labels",
-    "distillation": "distillation",
-    "uniform-negatives": "distillation + real further passages",
-    "tgt-random": "teacher-guided, random",
-}
-
-
-def retrieval(record: dict[str, Any]) -> str:
-    depths = list(record["teacher"])
-    rows = []
-    for key, name in RETRIEVAL_NAMES.items():
-        method = record["methods"][key]
-        found = [method["per_seed"][depth] for depth in depths]
-        rows.append([name, *(f"{one['mean']:.1f} ± {one['std']:.1f}" for one in found), f"{method['seconds']:.1f}"])
-    rows.append(["the teacher itself", *(f"{record['teacher'][depth]:.1f}" for depth in depths), ""])
-    pairs = record["pairs"]
-    caption = (
-        f"Percent of {pairs['test']} summaries of other modules whose passage is among the first so many (mean and "
-        f"standard deviation of {len(record['seeds'])} seeds), seconds of training. {pairs['labelled']} labelled "
-        f"pairs; every method reads as many texts a step. Writing and labelling a seed's synthetic passages takes "
-        f"{record['writing_seconds']:.0f} s on one core. `tgt-fast demo retrieval`, {record['total_seconds']:.0f} s; "
-        f"torch {record['versions']['torch']}; commit {record['commit'][:7]}."
-    )
-    return _grid(["", *(f"recall@{depth}" for depth in depths), "s"], rows) + "\n\n" + caption
 
 
 def distill(record: dict[str, Any]) -> str:
@@ -201,7 +55,7 @@ def distill(record: dict[str, Any]) -> str:
         "is the time of plainly copying as many bytes. Peak extra memory of the first row, in units of the student's "
         f"logits: {peak['ours']:.2f}, eager {peak['eager']:.2f}. Liger's kernels need a GPU. " + _source(record)
     )
-    return _grid(["distillation loss", "ms", "over eager", "over torch.compile", "copy"], rows) + "\n\n" + caption
+    return grid(["distillation loss", "ms", "over eager", "over torch.compile", "copy"], rows) + "\n\n" + caption
 
 
 def linear(record: dict[str, Any]) -> str:
@@ -234,7 +88,7 @@ def linear(record: dict[str, Any]) -> str:
         f"{peak['ours']:.2f}, {peaks}. " + _source(record)
     )
     header = ["distillation loss from hidden states", "ms", "TFLOP/s", *(name for _, name in shown), "extra MiB"]
-    return _grid(header, rows) + "\n\n" + caption
+    return grid(header, rows) + "\n\n" + caption
 
 
 def sparse(record: dict[str, Any]) -> str:
@@ -253,7 +107,7 @@ def sparse(record: dict[str, Any]) -> str:
         "what there is without a record. The last column is the time of plainly copying as many bytes. "
     )
     header = ["loss against a top-k record", "ms", "over dense eager", "over dense torch.compile", "copy"]
-    return _grid(header, rows) + "\n\n" + caption + _source(record)
+    return grid(header, rows) + "\n\n" + caption + _source(record)
 
 
 def latent(record: dict[str, Any]) -> str:
@@ -266,7 +120,7 @@ def latent(record: dict[str, Any]) -> str:
         ]
         for row in _measured(record)
     ]
-    return _grid(["latent op, float32", "ms", "over eager", "over torch.compile"], rows) + "\n\n" + _source(record)
+    return grid(["latent op, float32", "ms", "over eager", "over torch.compile"], rows) + "\n\n" + _source(record)
 
 
 def explore(record: dict[str, Any]) -> str:
@@ -283,7 +137,7 @@ def explore(record: dict[str, Any]) -> str:
         "Gradient exploration, convolutional decoder, labeler and student: encode, climb one step, decode, label. "
         "Eager: the same written with `loss.backward()`. "
     )
-    return _grid(["exploration", "ms", "eager ms", "over eager"], rows) + "\n\n" + caption + _source(record)
+    return grid(["exploration", "ms", "eager ms", "over eager"], rows) + "\n\n" + caption + _source(record)
 
 
 def cache(record: dict[str, Any]) -> str:
@@ -304,7 +158,7 @@ def cache(record: dict[str, Any]) -> str:
         f"checksums included. Load average at the start: {record['load']:.1f}. "
     )
     header = ["teacher cache", "order", "rows/s", "MB/s", "over memmap", "over pread", "over safe_open", "over read()"]
-    return _grid(header, rows) + "\n\n" + caption + _source(record)
+    return grid(header, rows) + "\n\n" + caption + _source(record)
 
 
 def tokens(record: dict[str, Any]) -> str:
@@ -324,7 +178,7 @@ def tokens(record: dict[str, Any]) -> str:
         "forward and backward to the logits, against `F.gumbel_softmax(logits) @ table` (plain: `torch.softmax`). Peak "
         f"extra memory of the one with noise, beyond its gradient: {share:.0%} of eager's. "
     )
-    return _grid(["tokens, float32", "ms", "eager ms", "over eager"], rows) + "\n\n" + caption + _source(record)
+    return grid(["tokens, float32", "ms", "eager ms", "over eager"], rows) + "\n\n" + caption + _source(record)
 
 
 def cuda(record: dict[str, Any]) -> str:
@@ -358,7 +212,7 @@ def cuda(record: dict[str, Any]) -> str:
         + _source(record)
     )
     header = ["", "ms", "GB/s", "of copy", "over eager", "over torch.compile", "best other"]
-    return _grid(header, lines) + "\n\n" + caption
+    return grid(header, lines) + "\n\n" + caption
 
 
 PEERS = ("liger", "orda", "quack", "cce")

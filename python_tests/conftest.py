@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import zlib
@@ -198,6 +199,16 @@ def _device(request: pytest.FixtureRequest) -> Iterator[None]:
 def child_environment() -> dict[str, str]:
     """An environment in which a child process imports the same tgt_fast as this one."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script that writes the README's tables, which finds its neighbours in its own folder."""
+    folder = Path(__file__).parent.parent / "benchmarks"
+    if not folder.is_dir():
+        pytest.skip("the tests run outside a checkout")
+    monkeypatch.syspath_prepend(folder)
+    return importlib.import_module("tables")
 
 
 @pytest.fixture

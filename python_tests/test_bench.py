@@ -378,13 +378,7 @@ def test_errors_and_bars() -> None:
     assert edge_rows(100, 5).tolist() == [0, 1, 97, 98, 99]
 
 
-@pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="the tests run outside a checkout")
-def test_the_readmes_gpu_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+def test_the_readmes_gpu_table(tables: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, record = bench(tmp_path, "--rivals", "eager,liger")
     record |= {"driver": "1.2.3"}
     record["rows"][0] |= {"over_liger": 7.0, "over_quack": 3.0}

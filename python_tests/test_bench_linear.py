@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 from tgt_fast.bench import linear, linear_rivals, rivals
 from tgt_fast.bench.case import UnfitError
 
-CPU, ROOT = torch.device("cpu"), Path(__file__).parent.parent
+CPU = torch.device("cpu")
 PYTORCHS = (rivals.EAGER, linear_rivals.CHUNKED, linear_rivals.LINEAR_CE)
 # 300 rows: a chunk of the rivals' and a part of one; wide enough that PyTorch's own chunks are several.
 SPECS = {
@@ -65,13 +63,7 @@ def test_the_floor_of_a_record_is_the_students_alone() -> None:
     assert heads.bytes_moved == 2 * 4 * 16 * 500 + 4 * 24 * 500
 
 
-@pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="the tests run outside a checkout")
-def test_tables_of_the_readme_name_what_was_measured() -> None:
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+def test_tables_of_the_readme_name_what_was_measured(tables: Any) -> None:
     row: dict[str, Any] = {
         "op": "forward_kl + CE", "shape": "8 x (2, 3) x 5", "dtype": "float32",
         "milliseconds": {"ours": 2.0, "copy": 1.0},

@@ -1,0 +1,142 @@
+"""The README's tables of what the demos learned, from benchmarks/results/DEMO.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+DIGITS_NAMES = {
+    "one-hot": "one-hot labels",
+    "distillation": "distillation",
+    "distillation-augmented": "distillation + best input augmentation",
+    "tgt-prior": "teacher-guided, prior",
+    "tgt-random": "teacher-guided, random",
+    "tgt-gradient": "teacher-guided, gradient",
+    "tgt-persistent": "teacher-guided, persistent",
+}
+
+
+LM_NAMES = {
+    "one-hot": "one-hot labels",
+    "distillation": "distillation, hidden states and heads",
+    "distillation-records": "distillation, records made each step",
+    "distillation-cached": "distillation, records from the cache",
+    "one-hot-plenty": "one-hot labels, text in plenty",
+    "distillation-plenty": "distillation, text in plenty",
+}
+
+
+DOCSTRINGS_NAMES = {
+    "one-hot": "one-hot labels",
+    "distillation": "distillation",
+    "tgt-random": "teacher-guided, random",
+    "tgt-gradient": "teacher-guided, gradient",
+}
+
+RETRIEVAL_NAMES = {
+    "one-hot": "one-hot labels",
+    "distillation": "distillation",
+    "uniform-negatives": "distillation + real further passages",
+    "tgt-random": "teacher-guided, random",
+}
+
+
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
+def _spread(value: dict[str, Any], digits: int = 1) -> str:
+    return f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f}"
+
+
+def _accuracy(name: str, method: dict[str, Any], *more: str) -> list[str]:
+    """A row of a demo that classifies; ``more`` stands before the seconds."""
+    parts = (f"{method[part]:.1f}" for part in ("head", "middle", "tail", "agreement"))
+    return [name, _spread(method["accuracy"]), *parts, f"{method['mean_kl']:.3f}", *more, f"{method['seconds']:.1f}"]
+
+
+def _made_by(record: dict[str, Any]) -> str:
+    return f"torch {record['versions']['torch']}; commit {record['commit'][:7]}."
+
+
+def digits(record: dict[str, Any]) -> str:
+    rows = [_accuracy(name, record["methods"][key]) for key, name in DIGITS_NAMES.items()]
+    seeds = len(record["seeds"])
+    caption = (
+        f"Test accuracy in percent (mean and standard deviation of {seeds} seeds), by class frequency, agreement and "
+        "mean KL divergence with the teacher, seconds of training. 118 long-tailed labelled images; every method sees "
+        "as many student examples a step. `tgt-fast demo digits`; " + _made_by(record)
+    )
+    return grid(["", "accuracy", "head", "middle", "tail", "agreement", "KL", "s"], rows) + "\n\n" + caption
+
+
+def docstrings(record: dict[str, Any]) -> str:
+    methods = record["methods"]
+    rows = [
+        _accuracy(name, methods[key], f"{methods[key]['synthetic']:,.0f}") for key, name in DOCSTRINGS_NAMES.items()
+    ]
+    texts, pool = record["texts"], record["pool"]
+    caption = (
+        f"Test accuracy in percent (mean and standard deviation of {len(record['seeds'])} seeds) over {texts['test']} "
+        f"texts of other modules, by class frequency, agreement and mean KL divergence with the labeler (which is "
+        f"right in {record['labeler_accuracy']:.1f} %), synthetic texts, seconds of training. {sum(texts['counts'])} "
+        f"long-tailed labelled texts; every method sees as many texts a step. Writing and labelling "
+        f"{pool['texts']:,} texts takes {pool['seconds']:.0f} s on one core. `tgt-fast demo docstrings`, "
+        f"{record['total_seconds']:.0f} s; " + _made_by(record)
+    )
+    header = ["", "accuracy", "head", "middle", "tail", "agreement", "KL", "synthetic", "s"]
+    return grid(header, rows) + "\n\n" + caption
+
+
+def lm(record: dict[str, Any]) -> str:
+    rows = []
+    for key, name in LM_NAMES.items():
+        method = record["methods"][key]
+        rows.append(
+            [
+                name,
+                _spread(method["bits_per_byte"], 3),
+                f"{method['windows']:.0f}",
+                f"{method['steps']:.0f}",
+                f"{method['step_ms']:.0f}",
+                f"{method['seconds']:.1f}",
+            ]
+        )
+    teacher, settings, seeds = record["teacher"], record["settings"], len(record["seeds"])
+    untrained = record["methods"]["one-hot"]["before"]
+    peaks = record["loss_peak_bytes"]
+    cached = record["methods"]["distillation-cached"]
+    memory = (
+        f"Peak memory of the loss of 8,192 tokens: {peaks['linear'] / 1e6:.0f} MB from hidden states, "
+        f"{peaks['logits'] / 1e6:.0f} MB from logits, {peaks['eager'] / 1e6:.0f} MB in eager PyTorch. "
+        if peaks
+        else ""
+    )
+    caption = (
+        f"Bits per byte of held-out modules of the standard library (mean and standard deviation of {seeds} seeds); "
+        f"the four-layer teacher: {teacher['bits_per_byte']:.3f}, an untrained student: {untrained:.2f}. "
+        f"{settings['tokens']:,} tokens, windows of {settings['length']}. A step: the median on one core, behind the "
+        f"first epoch. The cache keeps {settings['k']} classes a token in {cached['cache_bytes'] / 1e6:.1f} MB. "
+        f"{memory}`tgt-fast demo lm`; " + _made_by(record)
+    )
+    return grid(["", "bits per byte", "windows", "steps", "ms a step", "s"], rows) + "\n\n" + caption
+
+
+def retrieval(record: dict[str, Any]) -> str:
+    depths = list(record["teacher"])
+    rows = []
+    for key, name in RETRIEVAL_NAMES.items():
+        method = record["methods"][key]
+        found = [method["per_seed"][depth] for depth in depths]
+        rows.append([name, *(_spread(one) for one in found), f"{method['seconds']:.1f}"])
+    rows.append(["the teacher itself", *(f"{record['teacher'][depth]:.1f}" for depth in depths), ""])
+    pairs = record["pairs"]
+    caption = (
+        f"Percent of {pairs['test']} summaries of other modules whose passage is among the first so many (mean and "
+        f"standard deviation of {len(record['seeds'])} seeds), seconds of training. {pairs['labelled']} labelled "
+        f"pairs; every method reads as many texts a step. Writing and labelling a seed's synthetic passages takes "
+        f"{record['writing_seconds']:.0f} s on one core. `tgt-fast demo retrieval`, {record['total_seconds']:.0f} s; "
+        + _made_by(record)
+    )
+    return grid(["", *(f"recall@{depth}" for depth in depths), "s"], rows) + "\n\n" + caption
