@@ -21,7 +21,10 @@ from tgt_fast.ops._sparse_library import sparse_distillation_loss as sparse_dist
 from tgt_fast.ops._sparse_record import LARGE, SMALL, TeacherTopK, check_options, check_where_asked
 from tgt_fast.ops.library import seen_by_dispatcher, split
 
-_PIECE: Final = 1 << 24  # logits of which a wider copy is made at once
+# Logits that are looked at at once, of which a copy is made: on a CPU so few that the allocator gives the same memory
+# to every piece, elsewhere so many that the work outweighs the launches.
+_CPU_PIECE: Final = 1 << 22
+_PIECE: Final = 1 << 24
 
 
 def topk_teacher(
@@ -65,7 +68,8 @@ def topk_teacher(
     _checks.choice(op, "tail", tail, TAILS)
     with torch.no_grad():
         rows = logits.detach().reshape(-1, classes)
-        pieces = [_top(piece, k, temperature) for piece in rows.split(max(1, _PIECE // classes))]
+        most = _CPU_PIECE if rows.device.type == "cpu" else _PIECE
+        pieces = [_top(piece, k, temperature) for piece in rows.split(max(1, most // classes))]
         ids, log_probs, rest = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     shape = logits.shape[:-1]
     ids, log_probs = ids.reshape(*shape, k), log_probs.reshape(*shape, k)
@@ -80,7 +84,12 @@ def _top(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Te
     peak = values[:, :1]
     values = (values - peak) / temperature
     if k < logits.shape[1]:
-        others = ((wide - peak) / temperature).scatter_(1, ids, -torch.inf).logsumexp(-1)
+        others = wide.scatter(1, ids, -torch.inf)
+        next_largest = others.amax(-1, keepdim=True)
+        next_largest = torch.where(next_largest == -torch.inf, 0, next_largest)
+        # In place, and relative to the largest of the others, of which much would underflow beside the largest of all.
+        others = others.sub_(next_largest).div_(temperature).exp_().sum(-1).log_()
+        others = others + ((next_largest - peak) / temperature)[:, 0]
     else:
         others = torch.where(peak[:, 0].isfinite(), -torch.inf, torch.nan).to(wide.dtype)
     total = torch.logaddexp(values.logsumexp(-1), others)
