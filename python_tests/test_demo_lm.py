@@ -166,7 +166,7 @@ def test_bits_per_byte_of_a_model_that_knows_nothing() -> None:
 
 def test_a_record_does_not_depend_on_its_batch(text: data.Text) -> None:
     torch.manual_seed(0)
-    recorder = teachers.Recorder(teachers.teacher_model(TINY), TINY.k, 2.0)
+    recorder = teachers.Recorder(teachers.teacher_model(TINY), TINY.k, 2.0, TINY.tail)
     x = text.train.x[:6]
     together, apart = recorder(x), [recorder(x[i : i + 1]) for i in range(6)]
     assert torch.equal(together.log_probs, torch.cat([record.log_probs for record in apart]))

@@ -29,8 +29,8 @@ def findings(result: DemoResult) -> list[str]:
         f"With {few} windows of text, the teacher's soft labels against one-hot labels: "
         f"{difference(result, 'distillation', 'one-hot').verdict}.",
         f"With text in plenty, the same: {difference(result, 'distillation-plenty', 'one-hot-plenty').verdict}.",
-        f"A record of the teacher's {result.settings.k} likeliest tokens and the rest's mass, against all "
-        f"{result.settings.tokens:,}: {difference(result, RECORDS, 'distillation').verdict}.",
+        f"Records of the teacher's {result.settings.k} likeliest tokens of {result.settings.tokens:,}, against one-hot "
+        f"labels: {difference(result, RECORDS, 'one-hot').verdict}. {_of_the_gain(result)}",
         _exactness(result),
     ]
     times = {name: mean(result.numbers(name, "step_ms")) for name in (RECORDS, "distillation", CACHED)}
@@ -47,6 +47,13 @@ def findings(result: DemoResult) -> list[str]:
             f"from logits, {eager:.0f} MB in PyTorch's way."
         )
     return said
+
+
+def _of_the_gain(result: DemoResult) -> str:
+    records, whole = (difference(result, name, "one-hot").mean for name in (RECORDS, "distillation"))
+    if whole <= 0 or records <= 0:
+        return "Beside the teacher's whole distribution there is nothing to compare."
+    return f"That is {records / whole:.0%} of what the teacher's whole distribution gains."
 
 
 def _exactness(result: DemoResult) -> str:

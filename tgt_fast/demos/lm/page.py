@@ -181,7 +181,7 @@ def _setup(page: Page, result: DemoResult) -> None:
             ["batch", f"{s.batch} windows of {s.length} tokens"],
             ["optimizer", f"AdamW, weight decay {s.weight_decay:g}, cosine"],
             ["distillation", f"temperature {s.temperature:g}, weight of the labels {s.hard_weight:g}"],
-            ["records", f"{s.k} tokens and the mass of the others"],
+            ["records", f"{s.k} tokens and the mass of the others, weight of the labels {s.record_hard_weight:g}"],
         ],
     )  # fmt: skip
     page.text("To repeat the choice:")

@@ -26,22 +26,24 @@ class Settings:
     teacher_width: int = 128
     teacher_layers: int = 4
     teacher_heads: int = 4
-    teacher_steps: int = 640
+    teacher_steps: int = 720
     teacher_rate: float = 3e-3
     # student
     width: int = 64
     layers: int = 1
     heads: int = 4
-    steps: int = 200
-    batch: int = 8  # windows a step, of the teacher too
+    steps: int = 220
+    batch: int = 4  # windows a step, of the teacher too
     rate: float = 1e-2
     one_hot_rate: float = 1e-2
-    one_hot_steps: int = 200
+    one_hot_steps: int = 220
     weight_decay: float = 0.1
     # loss
-    k: int = 64  # classes that a record lists
+    k: int = 256  # classes that a record lists
     temperature: float = 1.0
     hard_weight: float = 0.0
+    record_hard_weight: float = 0.3  # beside records, which say little of rare tokens
+    tail: str = "bucket"  # what a record's loss makes of the classes that are not listed
     evaluations: int = 4  # points of a learning curve behind the first
 
     def rate_of(self, method: str) -> float:
@@ -56,5 +58,5 @@ class Settings:
 def quick(settings: Settings) -> Settings:
     """Less text, and fewer steps of teacher and students."""
     return replace(
-        settings, teacher_steps=100, steps=50, one_hot_steps=50, evaluations=2, test=96, train_bytes=1_500_000
+        settings, teacher_steps=160, steps=80, one_hot_steps=80, evaluations=2, test=96, train_bytes=1_500_000
     )

@@ -20,6 +20,7 @@ from tgt_fast.demos.lm.settings import PLENTY, Settings
 from tgt_fast.demos.lm.teachers import Recorder, TeacherResult
 from tgt_fast.demos.lm.training import Loss, bits_per_byte, next_token_loss, train
 from tgt_fast.losses.linear import LinearDistillationLoss
+from tgt_fast.ops._sparse_record import TeacherTopK
 
 
 @dataclass(frozen=True)
@@ -93,27 +94,26 @@ def _loss(
         return
     assert teacher is not None
     model = teacher.build(settings)
-    distill = LinearDistillationLoss(temperature=settings.temperature, hard_weight=settings.hard_weight)
-
-    def target(y: Tensor) -> Tensor | None:
-        return y if settings.hard_weight else None
-
     if method in ("distillation", "distillation-plenty"):
+        distill = LinearDistillationLoss(temperature=settings.temperature, hard_weight=settings.hard_weight)
 
         def against_model(hidden: Tensor, ids: Tensor, x: Tensor, y: Tensor) -> Tensor:
             with torch.no_grad():
                 theirs = model(x)
-            return cast(Tensor, distill(hidden, student.head, theirs, model.head, target(y)))
+            target = y if settings.hard_weight else None
+            return cast(Tensor, distill(hidden, student.head, theirs, model.head, target))
 
         yield against_model
         return
-    recorder = Recorder(model, settings.k, settings.temperature)
+    distill = LinearDistillationLoss(temperature=settings.temperature, hard_weight=settings.record_hard_weight)
+
+    def against_record(hidden: Tensor, record: TeacherTopK, y: Tensor) -> Tensor:
+        target = y if settings.record_hard_weight else None
+        return cast(Tensor, distill(hidden, student.head, target=target, teacher_logits=record))
+
+    recorder = Recorder(model, settings.k, settings.temperature, settings.tail)
     if method == "distillation-records":
-        yield lambda hidden, ids, x, y: cast(
-            Tensor, distill(hidden, student.head, target=target(y), teacher_logits=recorder(x))
-        )
+        yield lambda hidden, ids, x, y: against_record(hidden, recorder(x), y)
         return
-    with TeacherCache(folder, recorder, k=settings.k, temperature=settings.temperature) as cache:
-        yield lambda hidden, ids, x, y: cast(
-            Tensor, distill(hidden, student.head, target=target(y), teacher_logits=cache.label(x, ids))
-        )
+    with TeacherCache(folder, recorder, k=settings.k, temperature=settings.temperature, tail=settings.tail) as cache:
+        yield lambda hidden, ids, x, y: against_record(hidden, cache.label(x, ids), y)

@@ -62,9 +62,9 @@ class Recorder(nn.Module):
     that is made again is the same, and a student cannot tell whether its teacher's words are fresh or from a cache.
     """
 
-    def __init__(self, model: LanguageModel, k: int, temperature: float) -> None:
+    def __init__(self, model: LanguageModel, k: int, temperature: float, tail: str) -> None:
         super().__init__()
-        self.model, self.k, self.temperature = model, k, temperature
+        self.model, self.k, self.temperature, self.tail = model, k, temperature, tail
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> TeacherTopK:
@@ -75,7 +75,8 @@ class Recorder(nn.Module):
             torch.cat([record.tail_log_prob for record in made if record.tail_log_prob is not None]),
             self.temperature,
             made[0].num_classes,
+            self.tail,
         )
 
     def _record(self, window: Tensor) -> TeacherTopK:
-        return topk_teacher(self.model(window) @ self.model.head.T, self.k, self.temperature)
+        return topk_teacher(self.model(window) @ self.model.head.T, self.k, self.temperature, tail=self.tail)

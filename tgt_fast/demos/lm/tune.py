@@ -23,9 +23,13 @@ from tgt_fast.report.numbers import mean
 
 GROUPS: dict[str, tuple[str, list[Options]]] = {
     "teacher": ("teacher", each(teacher_rate=(1.5e-3, 3e-3))),
-    "one-hot": ("one-hot", each(one_hot_rate=(3e-3, 1e-2, 2e-2), one_hot_steps=(100, 200))),
+    "one-hot": ("one-hot", each(one_hot_rate=(3e-3, 1e-2, 2e-2), one_hot_steps=(150, 220))),
     "one-hot-plenty": ("one-hot-plenty", each(one_hot_rate=(5e-3, 1e-2, 2e-2))),
     "distillation": ("distillation", each(rate=(5e-3, 1e-2, 2e-2))),
+    "records": (
+        "distillation-cached",
+        each(k=(64, 256), tail=("bucket", "uniform"), record_hard_weight=(0.0, 0.3, 1.0)),
+    ),
     "labels": ("distillation", each(temperature=(1.0, 2.0), hard_weight=(0.0, 0.5))),
 }
 
