@@ -116,4 +116,4 @@ def _loss(
         yield lambda hidden, ids, x, y: against_record(hidden, recorder(x), y)
         return
     with TeacherCache(folder, recorder, k=settings.k, temperature=settings.temperature, tail=settings.tail) as cache:
-        yield lambda hidden, ids, x, y: against_record(hidden, cache.label(x, ids), y)
+        yield lambda hidden, ids, x, y: against_record(hidden, cast(TeacherTopK, cache.label(x, ids)), y)
