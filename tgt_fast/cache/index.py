@@ -20,6 +20,18 @@ def places(segment: int, rows: int) -> Places:
     return np.arange(rows, dtype=np.int64) + (segment << ROW_BITS)
 
 
+def in_order(where: Places) -> tuple[int, slice] | None:
+    """Segment and rows, if they lie there one behind the other and none is missing."""
+    if not len(where):
+        return None
+    first, last = int(where[0]), int(where[-1])
+    if last - first != len(where) - 1 or first < 0 or first >> ROW_BITS != last >> ROW_BITS:
+        return None
+    if not (where[1:] > where[:-1]).all():
+        return None
+    return first >> ROW_BITS, slice(first & ROW_MASK, (last & ROW_MASK) + 1)
+
+
 class Index:
     """16 bytes a sample. Of an id that is added twice the first place stays."""
 

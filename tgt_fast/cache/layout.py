@@ -17,6 +17,7 @@ from tgt_fast.errors import CacheError, DTypeError
 
 Bytes = NDArray[np.uint8]  # [rows, bytes of a row]: of any dtype, also of those that numpy does not have
 Rows = dict[str, Bytes]  # by the name of the block
+CLASS_IDS: Final = "class_ids"  # a field of records
 
 # The names that safetensors gives to dtypes
 NAMES: Final = {
@@ -83,12 +84,19 @@ class Block:
         return rows
 
     def unpack(self, rows: Bytes) -> dict[str, Tensor]:
-        """Bytes, which become a tensor's own memory where there is one field. By numpy, which starts no threads."""
-        found = {}
+        """Bytes, which become a tensor's own memory where there is one field and they may be written to; else copies.
+
+        By numpy, which starts no threads. Class ids come as int64, whatever they are stored as.
+        """
+        found, count = {}, len(rows)
         for name, start in self.offsets.items():
             field = self.fields[name]
-            raw = np.ascontiguousarray(rows[:, start : start + field.row_bytes])
-            found[name] = torch.from_numpy(raw.reshape(-1)).view(field.dtype).view(rows.shape[0], *field.shape)
+            raw = rows[:, start : start + field.row_bytes]
+            if name == CLASS_IDS and field.dtype == torch.int32:
+                found[name] = torch.from_numpy(raw.view(np.int32).astype(np.int64)).view(count, *field.shape)
+            else:
+                own = raw if len(self.fields) == 1 and rows.flags.writeable else raw.copy()
+                found[name] = torch.from_numpy(own.reshape(-1)).view(field.dtype).view(count, *field.shape)
         return found
 
 

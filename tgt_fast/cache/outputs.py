@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tgt_fast.cache.layout import Layout
+from tgt_fast.cache.layout import CLASS_IDS, Layout
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.ops import _checks
 from tgt_fast.ops._sparse_record import TeacherTopK
@@ -77,7 +76,7 @@ class Settings:
 
     def _record(self, record: TeacherTopK) -> dict[str, Tensor]:
         narrow = torch.int32 if record.num_classes <= 2**31 else torch.int64
-        found = {"class_ids": record.ids.to(narrow), "log_probs": self._rounded(record.log_probs)}
+        found = {CLASS_IDS: record.ids.to(narrow), "log_probs": self._rounded(record.log_probs)}
         if record.tail_log_prob is not None:
             found["tail_log_prob"] = self._rounded(record.tail_log_prob)
         return found
@@ -92,15 +91,11 @@ class Settings:
             tensors = {name: x.to(device) for name, x in tensors.items()}
         if self.k is None:
             return tensors["logits"]
-        ids = tensors["class_ids"]
-        # By numpy, which starts no threads for so little
-        on_host = device.type == "cpu"
-        ids = torch.from_numpy(ids.numpy().astype(np.int64, copy=False)) if on_host else ids.to(torch.int64)
         tail = tensors.get("tail_log_prob")
-        return TeacherTopK(ids, tensors["log_probs"], tail, self.temperature, classes, self.tail)
+        return TeacherTopK(tensors[CLASS_IDS], tensors["log_probs"], tail, self.temperature, classes, self.tail)
 
 
-LABELS: Final = ("class_ids", "log_probs", "tail_log_prob", "logits")
+LABELS: Final = (CLASS_IDS, "log_probs", "tail_log_prob", "logits")
 LATENTS: Final = ("latents", "latents_mask")
 
 

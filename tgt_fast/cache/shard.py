@@ -8,8 +8,9 @@ gives slices and no rows in a given order: a call a row, a hundred times slower 
 What is read together lies together (``layout.Block``): the tensor ``labels`` holds a record a row, as bytes, in which
 the fields begin where ``manifest.json`` says. So a sample that is not in memory costs one read and not one a field.
 
-The checksum lies in the header, and covers names, dtypes, shapes, fingerprint and data. So a shard is one file, and the
-rename that gives it its name is the only moment at which it comes to be.
+The checksums of the data (``checksums.py``) lie in the header, and one of their own covers them, names, dtypes, shapes
+and fingerprint. So a shard is one file, and the rename that gives it its name is the only moment at which it comes to
+be.
 """
 
 from __future__ import annotations
@@ -17,16 +18,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 import os
 import platform
 import re
 import secrets
 import struct
-import threading
 import time
-import zlib
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,19 +31,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tgt_fast._files import sync
+from tgt_fast.cache.checksums import Checked, TornError, crcs
+from tgt_fast.cache.index import Places
 from tgt_fast.cache.layout import DTYPES, NAMES, Bytes, Field, Layout, Rows
 
 SUFFIX: Final = ".safetensors"
 TORN: Final = ".torn"  # added to the name of a shard that was set aside
 TEMPORARY: Final = ".tmp"
 IDS: Final = "sample_ids"
-FORMAT: Final = "1"
-_PIECE: Final = 1 << 20  # bytes of a CRC
+FORMAT: Final = "2"
+_CRC: Final = "crc32."  # in front of the name of a tensor
 _LARGEST_HEADER: Final = 100 << 20  # as in the library
-
-
-class TornError(Exception):
-    """A file that is no whole shard; the message says what is wrong with it."""
 
 
 class Shard:
@@ -63,99 +58,46 @@ class Shard:
 
     def __init__(self, path: Path, layout: Layout) -> None:
         self.path = path
-        self.checked = False
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start, header = _read_header(file.read(8), file, size)
-            self._metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-            self._header = header
+            metadata: dict[str, str] = header.pop("__metadata__", None) or {}
             spans = _spans(header, size - start)
             shape = header[IDS]["shape"] if IDS in header else []
             self.rows = int(shape[0]) if shape else -1
-            expected = {IDS: {"dtype": "I64", "shape": [self.rows]}}
-            expected |= {name: _stored(block.stored, self.rows) for name, block in layout.blocks.items()}
-            if {name: _kind(entry) for name, entry in header.items()} != expected:
+            kinds = {name: _kind(entry) for name, entry in header.items()}
+            if kinds != _kinds(layout, self.rows):
                 raise TornError("its tensors are not those of the manifest")
+            self.fingerprint = metadata.get("fingerprint", "")
+            expected = {name: metadata.get(_CRC + name, "") for name in kinds}
+            if _checksum(kinds, self.fingerprint, expected) != metadata.get("checksum"):
+                raise TornError("the checksum of its header is wrong")
             self._map: Bytes = np.memmap(file, np.uint8, mode="r")
-        self._parts = {name: self._map[start + a : start + b] for name, (a, b) in spans.items()}
-        self.ids: NDArray[np.int64] = np.frombuffer(self._parts[IDS].tobytes(), "<i8")
-        self.blocks: Rows = {
-            name: np.asarray(self._parts[name]).reshape(self.rows, block.stored.row_bytes)
-            for name, block in layout.blocks.items()
-        }
-
-    @property
-    def fingerprint(self) -> str:
-        return self._metadata.get("fingerprint", "")
+        whole = np.asarray(self._map)
+        parts = {name: whole[start + a : start + b].reshape(self.rows, -1) for name, (a, b) in spans.items() if b > a}
+        parts |= {name: np.empty((self.rows, 0), np.uint8) for name in kinds.keys() - parts.keys()}
+        self._checked = {name: Checked(part, expected[name]) for name, part in parts.items()}
+        self._checked.pop(IDS).check()
+        self.ids: NDArray[np.int64] = np.frombuffer(parts.pop(IDS).tobytes(), "<i8")
+        self.blocks: Rows = parts
 
     @property
     def bytes(self) -> int:
         return int(self._map.size)
 
-    def read_ahead(self) -> None:
-        """Tell the system that all of it will be wanted, where one can."""
-        with suppress(AttributeError, ValueError, OSError):
-            self._map._mmap.madvise(mmap.MADV_WILLNEED)  # type: ignore[attr-defined]
+    @property
+    def checked(self) -> bool:
+        """All of it."""
+        return all(part.done for part in self._checked.values())
 
-    def check(self) -> None:
-        """Read all of it, once, and compare its checksum.
-
-        Raises:
-            TornError: it is another.
-        """
-        if not self.checked:
-            self.read_ahead()
-            kinds = {name: _kind(entry) for name, entry in self._header.items()}
-            if _checksum(kinds, self.fingerprint, self._parts) != self._metadata.get("checksum"):
-                raise TornError("its checksum is wrong")
-            self.checked = True
-
-
-class Checks:
-    """Shards checked ahead of their use: a thread reads the next one while the rows of this one are copied.
-
-    Reading a file and its CRC leave Python's lock to others, so an epoch takes about the time of its slower half.
-    """
-
-    def __init__(self) -> None:
-        self._running: dict[Path, tuple[threading.Thread, list[BaseException]]] = {}
-        self._process = os.getpid()
-
-    def start(self, shard: Shard) -> None:
-        """Begin to check it, if nobody has."""
-        self._own()
-        if shard.checked or shard.path in self._running:
-            return
-        errors: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                shard.check()
-            except BaseException as error:  # for finish() to raise
-                errors.append(error)
-
-        thread = threading.Thread(target=run, name="tgt_fast-cache-check", daemon=True)
-        self._running[shard.path] = thread, errors
-        thread.start()
-
-    def finish(self, shard: Shard) -> None:
-        """Have it checked when this returns.
+    def check(self, rows: slice | Places | None = None) -> None:
+        """Compare the checksums of these rows, or of all, unless that was done.
 
         Raises:
-            TornError: its checksum is wrong.
+            TornError: one is another.
         """
-        self._own()
-        thread, errors = self._running.pop(shard.path, (None, []))
-        if thread is not None:
-            thread.join()
-        if errors:
-            raise errors[0]
-        shard.check()
-
-    def _own(self) -> None:
-        """A fork has no threads but the one that forked."""
-        if os.getpid() != self._process:
-            self._running, self._process = {}, os.getpid()
+        for part in self._checked.values():
+            part.check(rows)
 
 
 def write_shard(folder: Path, ids: NDArray[np.int64], rows: Rows, layout: Layout, fingerprint: str) -> Path:
@@ -167,8 +109,8 @@ def write_shard(folder: Path, ids: NDArray[np.int64], rows: Rows, layout: Layout
         OSError: it cannot be written; nothing is left behind.
     """
     parts: Rows = {IDS: ids.astype("<i8").view(np.uint8)[:, None], **rows}
-    kinds = {IDS: {"dtype": "I64", "shape": [len(ids)]}}
-    kinds |= {name: _stored(block.stored, len(ids)) for name, block in layout.blocks.items()}
+    kinds = _kinds(layout, len(ids))
+    sums = {name: crcs(parts[name]).tobytes().hex() for name in kinds}
     header: dict[str, Any] = {}
     at = 0
     for name in sorted(kinds, key=lambda n: (-_itemsize(kinds[n]), n)):  # the widest first: all are aligned
@@ -177,7 +119,8 @@ def write_shard(folder: Path, ids: NDArray[np.int64], rows: Rows, layout: Layout
     header["__metadata__"] = {
         "format": "tgt_fast.cache " + FORMAT,
         "fingerprint": fingerprint,
-        "checksum": _checksum(kinds, fingerprint, parts),
+        "checksum": _checksum(kinds, fingerprint, sums),
+        **{_CRC + name: digits for name, digits in sums.items()},
     }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -234,8 +177,14 @@ def _spans(header: dict[str, Any], available: int) -> dict[str, tuple[int, int]]
     return spans
 
 
-def _stored(field: Field, rows: int) -> dict[str, Any]:
-    return {"dtype": NAMES[field.dtype], "shape": [rows, *field.shape]}
+def _kinds(layout: Layout, rows: int) -> dict[str, Any]:
+    """What the header of a shard says of its tensors, apart from where they lie."""
+
+    def stored(field: Field) -> dict[str, Any]:
+        return {"dtype": NAMES[field.dtype], "shape": [rows, *field.shape]}
+
+    ids = {"dtype": "I64", "shape": [rows]}
+    return {IDS: ids, **{name: stored(block.stored) for name, block in layout.blocks.items()}}
 
 
 def _kind(entry: dict[str, Any]) -> dict[str, Any]:
@@ -246,12 +195,6 @@ def _itemsize(entry: dict[str, Any]) -> int:
     return DTYPES[entry["dtype"]].itemsize
 
 
-def _checksum(kinds: dict[str, Any], fingerprint: str, parts: Rows) -> str:
-    """SHA-256 over the description and a CRC-32 of each MiB of data, which takes a third of the time of hashing it."""
-    digest = hashlib.sha256(json.dumps([FORMAT, fingerprint, kinds], sort_keys=True).encode())
-    for name in sorted(parts):
-        flat = parts[name].reshape(-1)
-        for start in range(0, flat.size, _PIECE):
-            piece = np.ascontiguousarray(flat[start : start + _PIECE])
-            digest.update(struct.pack("<I", zlib.crc32(piece.data)))
-    return digest.hexdigest()
+def _checksum(kinds: dict[str, Any], fingerprint: str, sums: dict[str, str]) -> str:
+    """SHA-256 of what the header says; the CRCs of the data are part of that."""
+    return hashlib.sha256(json.dumps([FORMAT, fingerprint, kinds, sums], sort_keys=True).encode()).hexdigest()

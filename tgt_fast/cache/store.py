@@ -13,12 +13,13 @@ from typing import Final
 
 import numpy as np
 
+from tgt_fast.cache.checksums import TornError
 from tgt_fast.cache.fingerprint import Fingerprint
-from tgt_fast.cache.index import MISSING, ROW_BITS, ROW_MASK, Ids, Index, Places, places
+from tgt_fast.cache.index import MISSING, ROW_BITS, ROW_MASK, Ids, Index, Places, in_order, places
 from tgt_fast.cache.layout import Bytes, Layout, Rows
 from tgt_fast.cache.manifest import Manifest
 from tgt_fast.cache.pending import Pending
-from tgt_fast.cache.shard import SUFFIX, TEMPORARY, TORN, Checks, Shard, TornError, write_shard
+from tgt_fast.cache.shard import SUFFIX, TEMPORARY, TORN, Shard, write_shard
 from tgt_fast.errors import CacheError, ShapeError, StaleCacheError
 
 _ABANDONED: Final = 3600.0  # seconds; no write of a shard takes so long
@@ -51,7 +52,6 @@ class Store:
         self._process = os.getpid()
         self._segments: list[Shard | Pending | None] = []  # None: a shard that was dropped
         self._unchecked: set[int] = set()
-        self._checks = Checks()
         self._seen: set[str] = set()  # names of files
         self._index = Index()
         self._pending: int | None = None  # its segment
@@ -105,7 +105,6 @@ class Store:
             with reported(path, "read", but=(FileNotFoundError,)):
                 shard = Shard(path, manifest.layout)
             if shard.fingerprint != manifest.fingerprint:
-                shard.check()
                 raise StaleCacheError(
                     f"{path} was made under fingerprint {shard.fingerprint}, but the manifest beside it names "
                     f"{manifest.fingerprint}: move one of them to a folder of its own"
@@ -133,24 +132,33 @@ class Store:
                 pending.find(ids, where, number=self._pending)
             if not self._unchecked:
                 return where
-            used = {int(n) for n in np.unique(where[where >= 0] >> ROW_BITS)} & self._unchecked
-            torn = [number for number in sorted(used) if not self._is_sound(number)]
-            if not torn:
+            if all([self._is_sound(number, rows) for number, rows in self._to_check(where)]):  # noqa: C419 (each one)
                 return where
 
-    def _is_sound(self, number: int) -> bool:
+    def _to_check(self, where: Places) -> list[tuple[int, slice | Places]]:
+        """Of these places the rows of each segment that is not known to be sound."""
+        together = in_order(where)
+        if together is not None:
+            return [together] if together[0] in self._unchecked else []
+        present = where[where >= 0]
+        numbers = present >> ROW_BITS
+        wanted = [number for number in np.unique(numbers).tolist() if number in self._unchecked]
+        return [(number, present[numbers == number] & ROW_MASK) for number in wanted]
+
+    def _is_sound(self, number: int, rows: slice | Places | None = None) -> bool:
+        """Whether these rows of a shard are, or all; one that is not is dropped."""
         shard = self._segments[number]
         assert isinstance(shard, Shard)
-        self._unchecked.discard(number)
-        if number + 1 in self._unchecked and isinstance(following := self._segments[number + 1], Shard):
-            self._checks.start(following)  # while the rows of this one are used
         try:
-            self._checks.finish(shard)
+            shard.check(rows)
         except TornError as error:
+            self._unchecked.discard(number)
             self._segments[number] = None
             self._reindex()
             self._set_aside(shard.path, str(error))
             return False
+        if shard.checked:
+            self._unchecked.discard(number)
         return True
 
     def _reindex(self) -> None:
@@ -178,16 +186,24 @@ class Store:
     # Rows out and in
 
     def gather(self, where: Places, names: Collection[str]) -> Rows:
-        """The blocks ``names`` of the rows at these places, none of which is missing, in the order asked."""
+        """The blocks ``names`` of the rows at these places, none of which is missing, in the order asked.
+
+        Rows that lie one behind the other are not copied: one sees what the file or the waiting rows hold, read-only.
+        """
         layout = self.layout
         assert layout is not None
-        out = layout.empty(len(where), names)
+        if (together := in_order(where)) is not None:
+            segment = self._segments[together[0]]
+            assert segment is not None
+            found = {name: segment.blocks[name][together[1]] for name in names}
+            for block in found.values():
+                block.flags.writeable = False
+            return found
         if len(where) and (first := int(where.min()) >> ROW_BITS) == int(where.max()) >> ROW_BITS:
             segment, rows = self._segments[first], where & ROW_MASK
             assert segment is not None
-            for name in out:
-                _copy(segment.blocks[name], rows, out[name])
-            return out
+            return {name: segment.blocks[name].take(rows, axis=0) for name in names}
+        out = layout.empty(len(where), names)
         order = np.argsort(where, kind="stable")  # by shard, and in the order of the file
         ordered = where[order]
         numbers = ordered >> ROW_BITS
@@ -258,8 +274,8 @@ class Store:
             path = write_shard(self.folder, ids, rows, manifest.layout, manifest.fingerprint)
         self._seen.add(path.name)
         with reported(path, "read"):
-            self._segments[number] = shard = Shard(path, manifest.layout)
-        shard.checked = True  # these bytes were in memory a moment ago
+            self._segments[number] = Shard(path, manifest.layout)
+        # Its checksums need no look: these bytes were in memory a moment ago.
         self._pending = None
         # What was served from memory goes on being served, also where another writer has finished the id meanwhile.
         self._index.add(ids, places(number, len(ids)), replace=True)
@@ -292,11 +308,9 @@ class Store:
                     path.unlink()
 
 
-def _copy(source: Bytes, rows: Places, out: Bytes, to: Places | None = None) -> None:
-    """``out[to] = source[rows]``, or all of ``out``"""
-    if to is None:
-        source.take(rows, axis=0, out=out, mode="clip")  # "raise" would go through a buffer
-    elif source.shape[1] >= _LARGE_ROW:
+def _copy(source: Bytes, rows: Places, out: Bytes, to: Places) -> None:
+    """``out[to] = source[rows]``"""
+    if source.shape[1] >= _LARGE_ROW:
         for row, place in zip(rows.tolist(), to.tolist(), strict=True):
             out[place] = source[row]
     else:
