@@ -50,8 +50,8 @@ class TeacherCache:
     map. Several processes may write to one folder: each writes shards of its own, which have their name only once they
     are whole and on the disk, and sees those of the others when it lacks a row. Where two computed the same id, the one
     that had read it first keeps its own; whoever opens the folder later gets the row of the older shard. A killed
-    writer loses what waited in memory. A shard that is torn (cut short, or with a wrong checksum) is found before its
-    first row is read; it is set aside as ``*.torn`` with a warning, and its rows are computed again.
+    writer loses what waited in memory. A shard that is torn (cut short, or with a wrong checksum) is found before any
+    of its torn rows is used; it is set aside as ``*.torn`` with a warning, and all its rows are computed again.
 
     Args:
         folder: made if need be.
@@ -69,8 +69,8 @@ class TeacherCache:
         shard_bytes, shard_seconds: rows wait in memory until they are so many bytes, or the first of them has waited so
             long, then they are written. Fewer, larger shards read faster; :meth:`flush` and :meth:`close` write what
             there is.
-        checksums: read a shard as a whole once in a process, before its first row, to compare its checksum. Without,
-            only its size and header are compared.
+        checksums: compare the checksum of each 128 KiB of a shard once in a process, before the first of its rows is
+            used. Without, only its size, header and sample ids are compared.
 
     Samples may have any dimensions in front of the classes, ``(L, C)`` of a language model for one; all samples of a
     cache share them. One thread at a time. Forked and pickled caches read; a forked one that is given rows writes its
