@@ -66,7 +66,9 @@ def encoder() -> Iterator[sentences.SentenceEncoder]:
     )  # fmt: skip
     made = sentences.SentenceEncoder(transformers.BertModel(config), vocabulary.word_pieces(pieces, 32)).eval()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teachers, "sentence_encoder", lambda: made)
+        for module in (run, teachers):
+            patch.setattr(module, "sentence_encoder", lambda: made)
+        patch.setattr(run, "sentence_tokenizer", lambda: made.tokenizer)
         yield made
 
 

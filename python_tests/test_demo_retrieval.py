@@ -72,7 +72,9 @@ class StandIn(nn.Module):
 def stand_in() -> Any:
     encoder = StandIn().eval()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teachers, "sentence_encoder", lambda: encoder)
+        for module in (run, teachers):
+            patch.setattr(module, "sentence_encoder", lambda: encoder)
+        patch.setattr(run, "sentence_tokenizer", lambda: encoder.tokenizer)
         yield encoder
 
 

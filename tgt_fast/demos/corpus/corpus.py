@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.util
 import json
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -95,16 +97,29 @@ def gather(files: Iterable[tuple[Root, Path]]) -> list[Entry]:
     """The entries of files, in order; of texts with the same words, only the first."""
     seen: set[str] = set()
     entries = []
-    for root, file in files:
-        module = root.module(file)
-        for name, docstring in docstrings(file.read_text(encoding="utf-8", errors="replace")):
-            summary, rest = clean(docstring)
-            entry = Entry(root.package, module, name, root.label(module), summary, rest)
-            key = normalised(entry.text)
-            if len(summary) >= SHORTEST_TEXT and key not in seen:
-                seen.add(key)
-                entries.append(entry)
+    with _no_garbage_collection():
+        for root, file in files:
+            module = root.module(file)
+            for name, docstring in docstrings(file.read_text(encoding="utf-8", errors="replace")):
+                summary, rest = clean(docstring)
+                entry = Entry(root.package, module, name, root.label(module), summary, rest)
+                key = normalised(entry.text)
+                if len(summary) >= SHORTEST_TEXT and key not in seen:
+                    seen.add(key)
+                    entries.append(entry)
     return entries
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Syntax trees have no cycles: to look for some among millions of nodes takes as long as parsing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def split(entries: Sequence[Entry]) -> Corpus:

@@ -22,6 +22,7 @@ from tgt_fast.demos.docstrings.teachers import TeacherWeights
 from tgt_fast.demos.networks import Weights
 from tgt_fast.demos.progress import Progress
 from tgt_fast.demos.text.generator import train_generator
+from tgt_fast.demos.text.sentences import sentence_encoder, sentence_tokenizer
 from tgt_fast.demos.text.vocabulary import common_pieces, word_pieces
 from tgt_fast.demos.workers import Crew, cores, crew
 from tgt_fast.errors import ArgumentError
@@ -49,7 +50,7 @@ def prepare(corpus: Corpus, settings: Settings) -> Prepared:
     classes = data.choose_classes(corpus, s.classes)
     corpus = corpus if s.limit is None else corpus.capped(s.limit)
     unlabelled = [entry.text[: s.characters] for entry in corpus.train]
-    vocabulary = common_pieces(unlabelled, teachers.sentence_encoder().tokenizer, s.vocabulary)
+    vocabulary = common_pieces(unlabelled, sentence_tokenizer(), s.vocabulary)
     tokenizer = word_pieces(vocabulary, s.generator.max_length)
     train, test, validation = (
         data.texts_of(part, classes, tokenizer, s.characters) for part in (corpus.train, corpus.test, corpus.validation)
@@ -84,7 +85,7 @@ def labeler_task(
     parts = (prepared.train, prepared.test, prepared.validation)
 
     def embedded() -> list[Tensor]:
-        return [teachers.sentence_encoder().embed(part.text, length).clone() for part in parts]
+        return [sentence_encoder().embed(part.text, length).clone() for part in parts]
 
     identity = [prepared.fingerprint, prepared.classes, settings.characters, length, settings.test_per_class]
     seen = artifacts.tensors("embeddings", identity, embedded)

@@ -69,12 +69,14 @@ class Settings:
 
 
 def quick(settings: Settings) -> Settings:
-    """About 3,000 texts and a fraction of the steps."""
+    """About 3,000 texts and a fraction of the labels and steps."""
     return replace(
         settings,
         limit=3000,
-        generator=replace(settings.generator, steps=200),
-        steps=200,
-        variants=4,
+        labels=300,
+        generator=replace(settings.generator, steps=130),
+        steps=160,
+        variants=3,
+        refreshes=1,
         evaluations=5,
     )

