@@ -98,6 +98,7 @@ run_tests() {
     "python_tests/test_latent.py python_tests/test_latent_ascend.py"
     "python_tests/test_sparse.py python_tests/test_sparse_autograd.py"
     "python_tests/test_linear_autograd.py python_tests/test_linear_record.py python_tests/test_tokens.py"
+    "python_tests/test_tokens_soft.py"
     "python_tests/test_triton.py python_tests/test_compile.py python_tests/test_registration.py"
   )
   local i status=0 pids=()

@@ -102,4 +102,25 @@ def every_kernel_once(device: torch.device) -> list[Tensor]:
         out.append(
             tgt.ascend_latents(z, moved, step_size=1.0, sigma=0.1, anchor=z, radius=0.5, seed=3, backend="native")
         )
+    out += _of_records(device)
+    for dtype in (torch.bfloat16, torch.float64):  # in float and in double; the second draws among equal logits
+        x = logits(3, 4099, 0, dtype=dtype).to(device).round(decimals=1 if dtype == torch.float64 else 3)
+        for kept in ({}, {"top_k": 50, "top_p": 0.95, "min_p": 0.01}, {"temperature": 0}):
+            out.append(tgt.sample_tokens(x, **kept, seed=3, backend="native"))  # type: ignore[arg-type]
     return [tensor for tensor in out if tensor is not None]
+
+
+def _of_records(device: torch.device) -> list[Tensor]:
+    """Rows on the chip, of one block and of clusters, and rows that are streamed, in float and in double."""
+    out: list[Tensor] = []
+    for dtype, size in ((torch.float32, 603), (torch.bfloat16, 150_000), (torch.float64, 603)):
+        student = logits(2, size, 0, dtype=dtype).to(device).requires_grad_()
+        teacher = logits(2, size, 1, dtype=dtype).to(device)
+        target = targets(2, size, 2).to(device)
+        for tail in ("bucket", "renormalize", "uniform"):
+            record = tgt.topk_teacher(teacher, 7, 2.0, tail=tail)
+            loss = tgt.distillation_loss(
+                student, record, target, temperature=2.0, hard_weight=0.5, backend="native"
+            )  # fmt: skip
+            out += [loss.detach(), *torch.autograd.grad(3 * loss, student)]
+    return out

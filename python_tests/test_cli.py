@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,14 @@ def test_the_help_of_bench_lists_every_op(capsys: pytest.CaptureFixture[str]) ->
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert status("--version") == 0
+    assert capsys.readouterr().out == f"tgt-fast {tgt_fast.__version__}\n"
+
+
+def test_the_package_runs_as_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["python -m tgt_fast", "--version"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("tgt_fast", run_name="__main__")
+    assert not stopped.value.code
     assert capsys.readouterr().out == f"tgt-fast {tgt_fast.__version__}\n"
 
 

@@ -200,7 +200,7 @@ def test_json_has_the_promised_form(tiny: DemoResult) -> None:
 
 def test_the_page_shows_every_plot_and_example(tiny: DemoResult, tmp_path: Path) -> None:
     html = page.write_page(tiny, tmp_path).read_text(encoding="utf-8")
-    names = ["accuracy", "classes-fewer", "classes-more", "coverage", "learning"]
+    names = ["accuracy", "classes", "coverage", "learning"]
     assert sorted(p.stem for p in tmp_path.glob("*.png")) == names
     for label in findings.LABELS.values():
         assert label in html

@@ -348,3 +348,22 @@ ERRORS: list[tuple[type[Exception], dict[str, Any], str]] = [
 def test_bad_input_is_named(native: str, error: type[Exception], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(error, match=message):
         tgt.soft_embedding(**{"logits": X, "table": T, **changes})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(3, 5, 9), (64, 4099, 96), (32, 30522, 384)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hard", [False, True])
+def test_on_a_gpu(gpu: str, shape: tuple[int, int, int], dtype: torch.dtype, hard: bool) -> None:
+    """Triton's kernels as a device runs them: like the truth, and twice the same."""
+    rows, size, width = shape
+    logits, table = values(rows, size, dtype=dtype), values(size, width, seed=1, dtype=dtype)
+    upstream = values(rows, width, seed=2, dtype=dtype)
+    options: dict[str, Any] = {"gumbel": True, "hard": hard, "tau": 0.7, "seed": 3, "step": 2}
+    there = [x.to(gpu) for x in (logits, table, upstream)]
+    one, two = (
+        tuple(x.cpu() for x in evaluate(*there, **options, backend="triton"))  # type: ignore[misc]
+        for _ in range(2)
+    )
+    assert_like_truth(one, truth(logits, table, upstream, **options))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))

@@ -81,11 +81,19 @@ class Bar:
 def bars(
     items: Sequence[Bar], title: str, unit: str, low: float = 0.0, high: float | None = None, form: str = ".1f"
 ) -> bytes:
-    """Horizontal bars from top to bottom with every single point and, in ``form``, the mean as a number."""
+    """Horizontal bars from top to bottom with every single point and, in ``form``, the mean as a number.
+
+    Where the axis begins above 0, at ``low``, the lengths of bars would mislead: there stands a dot at the mean, on a
+    line from the lowest point to the highest.
+    """
     with figure(9, 0.9 + 0.46 * len(items)) as (made, axes):
         top = max(max(item.points) for item in items) if high is None else high
         for row, item in enumerate(items):
-            axes.barh(row, item.mean - low, left=low, height=0.66, color=item.color)
+            if low == 0:
+                axes.barh(row, item.mean, height=0.66, color=item.color)
+            else:
+                axes.plot([min(item.points), max(item.points)], [row, row], color=item.color, lw=5, alpha=0.3)
+                axes.plot([item.mean], [row], "o", ms=12, color=item.color)
             axes.plot(item.points, [row] * len(item.points), "o", ms=5, mfc="white", mec=INK, mew=1.0, zorder=3)
             end = max(item.mean, *item.points)
             axes.annotate(
@@ -94,7 +102,7 @@ def bars(
             )  # fmt: skip
         axes.set_yticks(range(len(items)), [item.label for item in items])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.invert_yaxis()
+        axes.set_ylim(len(items) - 0.45, -0.55)
         axes.set_xlim(low, top + 0.06 * (top - low))
         axes.grid(axis="x")
         axes.spines["left"].set_visible(False)

@@ -86,7 +86,7 @@ def _accuracy(page: Page, result: DemoResult) -> None:
         "accuracy",
         plots.bars(bars, "Test accuracy", f"correct of {result.texts.test} test texts, percent", low=floor),
         "Bar chart of the test accuracy of each method",
-        f"Bars: means; circles: the seeds. The axis begins at {floor:.0f} %. Each method shows the student the same "
+        f"Dots: means; circles: the seeds. The axis begins at {floor:.0f} %. Each method shows the student the same "
         "number of texts a step. The test texts are of other modules than all texts for training, and about as many "
         "of each class.",
     )
@@ -114,27 +114,20 @@ def _learning(page: Page, result: DemoResult) -> None:
         "Line chart of the test accuracy over training steps, one line a method",
         "Lines: means over seeds; bands: lowest to highest. Dashed: without teacher-guided training.",
     )
-    half = -(-len(result.texts.classes) // 2)
-    for name, places in (("classes-more", range(half)), ("classes-fewer", range(half, len(result.texts.classes)))):
-        page.figure(
-            name,
-            plots.heatmap(
-                [LABELS[m] for m in METHODS],
-                [_short(result.texts.classes[c], result.texts.counts[c]) for c in places],
-                [[mean([s.per_class[c] for s in result.of(m)]) for c in places] for m in METHODS],
-                "Test accuracy by class, percent",
-                "class (labelled texts of it)",
-            ),
-            "Heat map of the test accuracy by method and class",
-            "The classes with most labelled texts."
-            if not places.start
-            else "Those with the fewest, of which the student knows little but what the teacher shows it.",
-        )
-
-
-def _short(name: str, count: int) -> str:
-    """A class's name in lines short enough for a column."""
-    return name.replace(".", ".\n").replace("_", "_\n") + f"\n({count})"
+    names = [f"{name} ({count})" for name, count in zip(result.texts.classes, result.texts.counts, strict=True)]
+    page.figure(
+        "classes",
+        plots.heatmap(
+            names,
+            [LABELS[m] for m in METHODS],
+            [[mean([s.per_class[c] for s in result.of(m)]) for m in METHODS] for c in range(len(names))],
+            "Test accuracy by class (labelled texts of it), percent",
+            "method",
+        ),
+        "Heat map of the test accuracy by class and method",
+        "The classes with most labelled texts first. Of the last the student knows little but what the teacher shows "
+        "it.",
+    )
 
 
 def _exploration(page: Page, result: DemoResult) -> None:

@@ -93,12 +93,12 @@ def _bits(page: Page, result: DemoResult) -> None:
     page.section("Bits per byte")
     bars = [Bar("teacher", [result.teacher.bits_per_byte], _TEACHER_COLOR)]
     bars += [Bar(LABELS[m], result.numbers(m, "bits_per_byte"), COLORS[m]) for m in METHODS]
-    floor = 0.5 * (min(min(bar.points) for bar in bars) // 0.5 - 1)
+    floor = 0.5 * (min(min(bar.points) for bar in bars) // 0.5)
     page.figure(
         "bits",
         plots.bars(bars, "Test text, fewer are better", "bits per byte", low=floor, form=".3f"),
         "Bar chart of the bits per byte of the teacher and of each method",
-        f"Bars: means; circles: the seeds. The axis begins at {floor:g}. Four methods see the same "
+        f"Dots: means; circles: the seeds. The axis begins at {floor:g}. Four methods see the same "
         f"{result.settings.few} windows of text again and again; the two with plenty draw from all training text.",
     )
     page.table(
