@@ -38,11 +38,15 @@ def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}x"
 
 
+def _ms(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
 def distill(record: dict[str, Any]) -> str:
     rows = [
         [
             f"{row['divergence']} + CE, {row['rows']} x {row['classes']}, {row['dtype']}",
-            f"{row['milliseconds']['ours']:.3g}",
+            _ms(row["milliseconds"]["ours"]),
             _times(row["over_eager"]),
             _times(row["over_compile"]),
             f"{row['milliseconds']['copy'] / row['milliseconds']['ours']:.0%}",
@@ -60,6 +64,28 @@ def distill(record: dict[str, Any]) -> str:
 
 def linear(record: dict[str, Any]) -> str:
     """On either device: the floor is arithmetic, so a rate of that and not of bytes."""
+    caption = (
+        "Forward and backward, rows x (hidden sizes of student and teacher) x classes: median milliseconds, TFLOP/s of "
+        "the products that the loss and the gradients take, the speed relative to rivals in the same run, and the peak "
+        "of memory beyond what is returned. Chunks: the loss of 256 rows at a time under `torch.utils.checkpoint`. "
+        "`linear_cross_entropy`: both terms by PyTorch's own function, which has chunks for labels alone. In bfloat16 "
+        "the rivals round logits before the softmax, and multiply faster for it; ours never rounds them. Peak of the "
+        "first row with its gradients, in units of the student's logits: "
+    )
+    return _chunked(record, "distillation loss from hidden states", caption)
+
+
+def contrast(record: dict[str, Any]) -> str:
+    caption = (
+        "Forward and backward to the student's towers, queries x (sizes of the student's and the teacher's vectors) x "
+        "passages: median milliseconds, TFLOP/s of the products, the speed relative to rivals in the same run, and the "
+        "peak of memory beyond what is returned. In bfloat16 the rivals round scores before the softmax, and multiply "
+        "faster for it. Peak of the first row with its gradients, in units of the student's scores: "
+    )
+    return _chunked(record, "contrastive distillation loss", caption)
+
+
+def _chunked(record: dict[str, Any], name: str, caption: str) -> str:
     measured = _measured(record)
     others = ("eager", "compile", "chunked", "linear_cross_entropy", *PEERS)
     shown = [
@@ -68,7 +94,7 @@ def linear(record: dict[str, Any]) -> str:
     rows = [
         [
             f"{row['op']}, {row['shape']}, {row['dtype']}",
-            f"{row['milliseconds']['ours']:.3g}",
+            _ms(row["milliseconds"]["ours"]),
             f"{row['flops'] / row['milliseconds']['ours'] / 1e9:.3g}",
             *(_times(row.get(f"over_{key}")) for key, _ in shown),
             # Nothing: the peak of setting up was higher, so the call's own is not known.
@@ -78,24 +104,15 @@ def linear(record: dict[str, Any]) -> str:
     ]
     peak = next(row["peak_extra"] for row in measured if "peak_extra" in row)
     peaks = ", ".join(f"{_CALLED.get(name, name)} {peak[name]:.2f}" for name in peak if name != "ours")
-    caption = (
-        "Forward and backward, rows x (hidden sizes of student and teacher) x classes: median milliseconds, TFLOP/s of "
-        "the products that the loss and the gradients take, the speed relative to rivals in the same run, and the peak "
-        "of memory beyond what is returned. Chunks: the loss of 256 rows at a time under `torch.utils.checkpoint`. "
-        "`linear_cross_entropy`: both terms by PyTorch's own function, which has chunks for labels alone. In bfloat16 "
-        "the rivals round logits before the softmax, and multiply faster for it; ours never rounds them. Peak of the "
-        "first row with its gradients, in units of the student's logits: "
-        f"{peak['ours']:.2f}, {peaks}. " + _source(record)
-    )
-    header = ["distillation loss from hidden states", "ms", "TFLOP/s", *(name for _, name in shown), "extra MiB"]
-    return grid(header, rows) + "\n\n" + caption
+    header = [name, "ms", "TFLOP/s", *(called for _, called in shown), "extra MiB"]
+    return grid(header, rows) + "\n\n" + caption + f"{peak['ours']:.2f}, {peaks}. " + _source(record)
 
 
 def sparse(record: dict[str, Any]) -> str:
     rows = [
         [
             f"{row['op']}, {row['shape']}, {row['dtype']}",
-            f"{row['milliseconds']['ours']:.3g}",
+            _ms(row["milliseconds"]["ours"]),
             _times(row["over_eager"]),
             _times(row["over_compile"]),
             f"{row['milliseconds']['copy'] / row['milliseconds']['ours']:.0%}",
@@ -114,7 +131,7 @@ def latent(record: dict[str, Any]) -> str:
     rows = [
         [
             f"{row['op']}, {row['samples']} x {row['size']}",
-            f"{row['milliseconds']['ours']:.3g}",
+            _ms(row["milliseconds"]["ours"]),
             _times(row["over_eager"]),
             _times(row["over_compile"]),
         ]
@@ -127,8 +144,8 @@ def explore(record: dict[str, Any]) -> str:
     rows = [
         [
             f"{row['op']}, batch {row['batch']}",
-            f"{row['milliseconds']['ours']:.3g}",
-            f"{row['milliseconds']['eager']:.3g}",
+            _ms(row["milliseconds"]["ours"]),
+            _ms(row["milliseconds"]["eager"]),
             _times(row["over_eager"]),
         ]
         for row in _measured(record)
@@ -165,8 +182,8 @@ def tokens(record: dict[str, Any]) -> str:
     rows = [
         [
             f"{row['op']}, {row['shape']}",
-            f"{row['milliseconds']['ours']:.3g}",
-            f"{row['milliseconds']['eager']:.3g}",
+            _ms(row["milliseconds"]["ours"]),
+            _ms(row["milliseconds"]["eager"]),
             _times(row["over_eager"]),
         ]
         for row in _measured(record)
@@ -194,7 +211,7 @@ def cuda(record: dict[str, Any]) -> str:
         lines.append(
             [
                 name,
-                f"{row['milliseconds']['ours']:.3g}",
+                _ms(row["milliseconds"]["ours"]),
                 f"{row['bytes_per_second'] / 1e9:.0f}",
                 f"{row['of_copy']:.0%}",
                 _times(eager),
@@ -231,6 +248,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "explore-cpu": explore,
     "cache-cpu": cache,
     "tokens-cpu": tokens,
+    "contrast-cpu": contrast,
     "distill-cuda": cuda,
     "linear-cuda": linear,
     "sparse-cuda": cuda,

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         "sentence encoder and, in four ways, a student that tells subpackages apart; write a report.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    _demo_options(docstrings, seeds="0,1,2; with --quick: 0", quick="one seed and 3,000 texts: a few minutes")
+    _demo_options(docstrings, seeds="0,1,2; with --quick: 0", quick="one seed and 3,000 texts: less than two minutes")
     _cache_option(docstrings)
 
     retrieval = demos.add_parser(
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         "report.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    _demo_options(retrieval, seeds="0,1,2; with --quick: 0", quick="one seed and 3,000 texts: a few minutes")
+    _demo_options(retrieval, seeds="0,1,2; with --quick: 0", quick="one seed and 3,000 texts: less than two minutes")
     _cache_option(retrieval)
 
     bench = commands.add_parser(
