@@ -32,9 +32,11 @@ TINY = (Spec(8, 50, torch.float32), Spec(8, 50, torch.bfloat16, "jsd", teacher_g
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiny cases, a small copy, and no more threads than there is work for."""
+    """Tiny cases, a small copy, no look at all objects of the tests' process, and no more threads than there is work
+    for."""
     monkeypatch.setattr(distill, "_CPU_QUICK", TINY)
     monkeypatch.setattr(command, "copy_rate", lambda device: 1e10)
+    monkeypatch.setattr(running.gc, "collect", lambda: 0)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
