@@ -87,7 +87,7 @@ def test_a_batch_of_unequal_lengths_climbs_as_its_texts_alone(kind: str, options
 def test_certain_tokens_are_read_as_the_tokens_themselves(kind: str) -> None:
     """A relaxed text of probability 1 a token: the reader's own beginning, end, order, mask and padding."""
     teacher, student = text_teacher(kind)
-    x = teacher.tokenize(["the cat sat", "good", "the dog was in the park and the cat was in the film"])
+    x = teacher.tokenize(["the cat sat", "good", "the dog was in the park and the cat was on the mat"])
     ids, mask = x["input_ids"], x["attention_mask"]
     spaces = {"bart": text_kit.bart_tokenizer(), "t5": text_kit.t5_tokenizer(), "distilbert": text_kit.bert_tokenizer()}
     names = kind.split(", ")
@@ -257,7 +257,9 @@ def test_what_a_gradient_needs_is_asked_for_by_name() -> None:
     alone = Seq2SeqTeacher(text_kit.bart(), text_kit.bart_tokenizer(), text_kit.roberta(), max_length=48)
     with pytest.raises(ArgumentError, match="give student_embedding="):
         climber(alone)(x, student=student)
-    with pytest.raises(ArgumentError, match=r"labeler embeds 153 tokens.*give labeler_tokenizer="):
+    with pytest.raises(
+        ArgumentError, match=rf"labeler embeds {len(text_kit.bert_tokenizer())} tokens.*give labeler_tokenizer="
+    ):
         Seq2SeqTeacher(text_kit.bart(), text_kit.bart_tokenizer(), text_kit.distilbert())
     with pytest.raises(ArgumentError, match="need input_ids and attention_mask"):
         teacher.encode({"input_ids": x["input_ids"]})

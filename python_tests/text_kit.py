@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+from collections import Counter
 from functools import lru_cache
 from typing import Any
 
@@ -80,6 +83,10 @@ def t5_tokenizer() -> Any:
         vocab_size=200, special_tokens=special, unk_token="<unk>", initial_alphabet=letters, show_progress=False
     )
     t.train_from_iterator(TEXTS * 3 + SENTENCES, trainer)
+    # Pieces that are equally likely come in an order of each process's own.
+    pieces = [(piece, round(score, 6)) for piece, score in json.loads(t.to_str())["model"]["vocab"][len(special) :]]
+    pieces.sort(key=lambda pair: (-pair[1], pair[0]))
+    t.model = models.Unigram([*((name, 0.0) for name in special), *pieces], unk_id=2)
     t.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=t, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
 
@@ -87,18 +94,25 @@ def t5_tokenizer() -> Any:
 @lru_cache
 def bert_tokenizer() -> Any:
     """WordPiece in lower case, [CLS] text [SEP], as BERT and DistilBERT have it."""
-    t = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    # Frequent words and pairs of letters; what WordPiece's own trainer finds differs from process to process.
+    words = Counter(re.findall(r"[a-z]+|[^a-z ]", " ".join(TEXTS * 3 + SENTENCES).lower()))
+    pairs = Counter({word[at : at + 2]: words[word] for word in words for at in range(1, len(word) - 1)})
+    letters = sorted({letter for word in words for letter in word})
+
+    def most(counts: Counter[str], size: int) -> list[str]:
+        return sorted((part for part in counts if len(part) > 1), key=lambda part: (-counts[part], part))[:size]
+
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    names += [*(f"##{pair}" for pair in most(pairs, 60)), *most(words, 60)]
+    vocabulary = {name: place for place, name in enumerate(names)}
+    t = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     t.normalizer, t.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     t.decoder = decoders.WordPiece()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    t.train_from_iterator(
-        TEXTS * 3 + SENTENCES, trainers.WordPieceTrainer(vocab_size=250, special_tokens=special, show_progress=False)
-    )
     t.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
-    return PreTrainedTokenizerFast(tokenizer_object=t, mask_token="[MASK]", **names)
+    special = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=t, mask_token="[MASK]", **special)
 
 
 def bart(vocabulary: int | None = None, **options: Any) -> Any:
