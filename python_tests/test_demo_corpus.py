@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tgt_fast.demos.artifacts import Artifacts
-from tgt_fast.demos.corpus import load_corpus
+from tgt_fast.demos.corpus import corpus, load_corpus
 from tgt_fast.demos.corpus.clean import LONGEST_REST, clean, normalised
 from tgt_fast.demos.corpus.corpus import gather, installed, split
 from tgt_fast.demos.corpus.entry import Entry
@@ -161,3 +163,25 @@ def test_the_standard_library_is_found() -> None:
     assert {"abc.py", "argparse.py"} <= names
     assert root.module(root.folder / "json" / "__init__.py") == "json"
     assert root.label("json.decoder") == "json"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(root: Root, enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def failing(source: str) -> Iterator[tuple[str, str]]:
+        seen.append(gc.isenabled())
+        raise MemoryError
+
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        load_corpus([root])
+        assert gc.isenabled() == enabled
+        monkeypatch.setattr(corpus, "docstrings", failing)
+        with pytest.raises(MemoryError):
+            load_corpus([root])
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert seen == [False]

@@ -17,6 +17,7 @@ import tgt_fast as tgt
 from tgt_fast import TeacherTopK
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.kernels.options import SPARSE_DIVERGENCES
+from tgt_fast.ops import sparse
 
 # Making a record
 
@@ -30,6 +31,30 @@ def test_a_record_of_logits_is_their_log_softmax() -> None:
     torch.testing.assert_close(record.tail_log_prob, others.logsumexp(-1))
     assert (full.topk(7).indices == record.ids).all()
     assert (record.shape, record.k, record.num_classes, len(record)) == ((2, 3), 7, 40, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_rows_in_pieces_are_the_rows_and_the_logits_stay(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = logits((3, 7), 40, 0, dtype=dtype)
+    t[0, 2, 5], t[1, 3] = -INF, INF
+    before = t.clone()
+    whole = tgt.topk_teacher(t, 7, 2.0)
+    monkeypatch.setattr(sparse, "_CPU_PIECE", 100)  # two rows and a part
+    pieces = tgt.topk_teacher(t, 7, 2.0)
+    for name in ("ids", "log_probs", "tail_log_prob"):
+        torch.testing.assert_close(getattr(pieces, name), getattr(whole, name), equal_nan=True)
+    assert torch.equal(t, before)
+    assert whole.log_probs[1, 3].isnan().all()
+    assert whole.log_probs[0].isfinite().all()
+
+
+def test_a_tail_that_float32_could_not_hold_beside_the_largest() -> None:
+    """exp(-150) is nothing beside 1, and a log-sum-exp relative to the largest of all would say -inf."""
+    t = torch.tensor([[0.0, -150.0, -151.0, -INF]])
+    record = tgt.topk_teacher(t, 1)
+    assert record.tail_log_prob is not None
+    torch.testing.assert_close(record.tail_log_prob, torch.tensor([-150 + math.log1p(math.exp(-1))]))
+    assert tgt.topk_teacher(t, 3).tail_log_prob.item() == -INF  # type: ignore[union-attr]
 
 
 @dtypes
