@@ -367,3 +367,16 @@ def test_an_empty_batch_is_legal(tmp_path: Path) -> None:
         cache.label(data(2), [1, 0])
         got = cache.label(data(0), [])
         assert (len(got), cache.missing([]).shape, cache.add([], torch.zeros(0, CLASSES))) == (0, (0,), 0)
+
+
+def test_ids_are_widened_where_they_arrive(tmp_path: Path) -> None:
+    """To another device they travel as int32; on the host they are read as int64 at once."""
+    with tgt.TeacherCache(tmp_path, k=3, version="rows") as cache:
+        cache.add(range(4), torch.randn(4, 9))
+        layout, rows = cache._layout(), cache._read([0, 2], ("class_ids",))
+        assert layout.unpack(rows)["class_ids"].dtype == torch.int32
+        assert layout.unpack(rows, widen=True)["class_ids"].dtype == torch.int64
+        record = cache.settings.labels(layout.unpack(rows), 9, torch.device("meta"))
+        assert isinstance(record, tgt.TeacherTopK)
+        assert record.ids.dtype == torch.int64
+        assert record.ids.device.type == "meta"

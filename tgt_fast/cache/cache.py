@@ -387,8 +387,10 @@ class TeacherCache:
         return out
 
     def _labels(self, rows: Rows, x: Any) -> TeacherTopK | Tensor:
-        layout = self._layout()
-        return self.settings.labels(layout.unpack(rows), layout.classes, tree.first_device(x))
+        layout, device = self._layout(), tree.first_device(x)
+        # To another device ids travel as narrow as they are stored.
+        tensors = layout.unpack(rows, widen=device.type == "cpu")
+        return self.settings.labels(tensors, layout.classes, device)
 
 
 def _lacks(where: Places) -> bool:

@@ -83,16 +83,16 @@ class Block:
             rows[:, start : start + raw[name].shape[1]] = raw[name]
         return rows
 
-    def unpack(self, rows: Bytes) -> dict[str, Tensor]:
+    def unpack(self, rows: Bytes, *, widen: bool) -> dict[str, Tensor]:
         """Bytes, which become a tensor's own memory where there is one field and they may be written to; else copies.
 
-        By numpy, which starts no threads. Class ids come as int64, whatever they are stored as.
+        By numpy, which starts no threads. ``widen``: class ids stored as int32 come as int64, in the same copy.
         """
         found, count = {}, len(rows)
         for name, start in self.offsets.items():
             field = self.fields[name]
             raw = rows[:, start : start + field.row_bytes]
-            if name == CLASS_IDS and field.dtype == torch.int32:
+            if widen and name == CLASS_IDS and field.dtype == torch.int32:
                 found[name] = torch.from_numpy(raw.view(np.int32).astype(np.int64)).view(count, *field.shape)
             else:
                 own = raw if len(self.fields) == 1 and rows.flags.writeable else raw.copy()
@@ -146,9 +146,10 @@ class Layout:
         """Samples, each field [n, ...] -> their bytes, on the host."""
         return {name: block.pack(tensors) for name, block in self.blocks.items()}
 
-    def unpack(self, rows: Rows) -> dict[str, Tensor]:
-        """The fields of the blocks that are given."""
-        return {name: x for block, raw in rows.items() for name, x in self.blocks[block].unpack(raw).items()}
+    def unpack(self, rows: Rows, *, widen: bool = False) -> dict[str, Tensor]:
+        """The fields of the blocks that are given. ``widen``: class ids as int64."""
+        blocks = self.blocks
+        return {name: x for block, raw in rows.items() for name, x in blocks[block].unpack(raw, widen=widen).items()}
 
     def empty(self, count: int, names: Collection[str] | None = None) -> Rows:
         """Rows of these blocks, or of all, to be written to."""

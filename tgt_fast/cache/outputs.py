@@ -92,7 +92,8 @@ class Settings:
         if self.k is None:
             return tensors["logits"]
         tail = tensors.get("tail_log_prob")
-        return TeacherTopK(tensors[CLASS_IDS], tensors["log_probs"], tail, self.temperature, classes, self.tail)
+        ids = tensors[CLASS_IDS].to(torch.int64)
+        return TeacherTopK(ids, tensors["log_probs"], tail, self.temperature, classes, self.tail)
 
 
 LABELS: Final = (CLASS_IDS, "log_probs", "tail_log_prob", "logits")

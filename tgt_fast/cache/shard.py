@@ -74,8 +74,8 @@ class Shard:
                 raise TornError("the checksum of its header is wrong")
             self._map: Bytes = np.memmap(file, np.uint8, mode="r")
         whole = np.asarray(self._map)
-        parts = {name: whole[start + a : start + b].reshape(self.rows, -1) for name, (a, b) in spans.items() if b > a}
-        parts |= {name: np.empty((self.rows, 0), np.uint8) for name in kinds.keys() - parts.keys()}
+        widths = {IDS: 8, **{name: block.stored.row_bytes for name, block in layout.blocks.items()}}
+        parts = {name: whole[start + a : start + b].reshape(self.rows, widths[name]) for name, (a, b) in spans.items()}
         self._checked = {name: Checked(part, expected[name]) for name, part in parts.items()}
         self._checked.pop(IDS).check()
         self.ids: NDArray[np.int64] = np.frombuffer(parts.pop(IDS).tobytes(), "<i8")
