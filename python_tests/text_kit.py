@@ -96,7 +96,7 @@ def bert_tokenizer() -> Any:
     """WordPiece in lower case, [CLS] text [SEP], as BERT and DistilBERT have it."""
     # Frequent words and pairs of letters; what WordPiece's own trainer finds differs from process to process.
     words = Counter(re.findall(r"[a-z]+|[^a-z ]", " ".join(TEXTS * 3 + SENTENCES).lower()))
-    pairs = Counter({word[at : at + 2]: words[word] for word in words for at in range(1, len(word) - 1)})
+    pairs = Counter(word[at : at + 2] for word in words.elements() for at in range(1, len(word) - 1))
     letters = sorted({letter for word in words for letter in word})
 
     def most(counts: Counter[str], size: int) -> list[str]:

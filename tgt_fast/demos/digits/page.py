@@ -103,7 +103,7 @@ def _accuracy(page: Page, result: DemoResult) -> None:
     page.figure(
         "accuracy",
         plots.bars(bars, "Test accuracy", "correct of 897 test images, percent", low=floor),
-        "Bar chart of the test accuracy of each method",
+        "Chart of the test accuracy of each method",
         f"Dots: means; circles: the seeds. The axis begins at {floor:.0f} %. Each method shows the student the same "
         "number of examples a step.",
     )

@@ -85,7 +85,7 @@ def _accuracy(page: Page, result: DemoResult) -> None:
     page.figure(
         "accuracy",
         plots.bars(bars, "Test accuracy", f"correct of {result.texts.test} test texts, percent", low=floor),
-        "Bar chart of the test accuracy of each method",
+        "Chart of the test accuracy of each method",
         f"Dots: means; circles: the seeds. The axis begins at {floor:.0f} %. Each method shows the student the same "
         "number of texts a step. The test texts are of other modules than all texts for training, and about as many "
         "of each class.",

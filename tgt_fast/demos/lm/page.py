@@ -97,7 +97,7 @@ def _bits(page: Page, result: DemoResult) -> None:
     page.figure(
         "bits",
         plots.bars(bars, "Test text, fewer are better", "bits per byte", low=floor, form=".3f"),
-        "Bar chart of the bits per byte of the teacher and of each method",
+        "Chart of the bits per byte of the teacher and of each method",
         f"Dots: means; circles: the seeds. The axis begins at {floor:g}. Four methods see the same "
         f"{result.settings.few} windows of text again and again; the two with plenty draw from all training text.",
     )

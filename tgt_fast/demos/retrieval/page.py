@@ -82,7 +82,7 @@ def _recall(page: Page, result: DemoResult) -> None:
         plots.bars(
             bars, "Recall within 20", f"right passage among the first 20 of {result.pairs.test:,}, percent", low=floor
         ),
-        "Bar chart of the recall within 20 of each method",
+        "Chart of the recall within 20 of each method",
         f"Dots: means; circles: the seeds. The axis begins at {floor:.0f} %. Each method lets the student read the "
         "same number of texts a step. The test pairs are of other modules than all texts for training.",
     )
