@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tgt_fast.cache.machinery import is_machinery, state
 from tgt_fast.errors import DTypeError
 from tgt_fast.teacher import Teacher
 
@@ -34,16 +35,17 @@ _PLAIN: Final = (
     Enum,
     PurePath,
 )
-_DEEPEST: Final = 12  # levels of objects in objects
+_DEEPEST: Final = 64  # levels of objects in objects
 _PIECE: Final = 16 << 20  # elements brought to the host at a time
 
 
 class Identity:
     """Collects two digests: ``code`` (names, sources, structure, plain values) and ``weights`` (tensors).
 
-    It follows methods, partials, closures, default arguments, the globals that a function names, the attributes of
-    objects, and modules down to their parameters and buffers. It takes PyTorch and the standard library by name, for
-    what they compute is not this program's to version. What it cannot look into is listed in ``unseen``.
+    It follows methods, partials, closures, default arguments, the globals that a function names, and the attributes of
+    objects and of modules, public and private, beside parameters and buffers. It takes PyTorch and the standard library
+    by name, for what they compute is not this program's to version. Machinery (hooks, locks, loggers, caches) is left
+    out; what else it cannot look into is listed in ``unseen``.
 
     Args:
         latents: whether a Teacher is asked for latents, too; then its encoder belongs to what it is.
@@ -79,16 +81,24 @@ class Identity:
         if isinstance(thing, _PLAIN):
             self._say(type(thing).__qualname__, repr(thing))
             return
+        if type(thing) in (tuple, list) and all(isinstance(value, _PLAIN) for value in thing):
+            self._say(_name(type(thing)), repr(thing))  # equal ones are equal, whether or not they are one object
+            return
+        if is_machinery(thing):
+            return
         if id(thing) in self._visited:  # in a circle, or shared
             self._say("again", str(self._visited[id(thing)]))
             return
-        self._visited[id(thing)] = len(self._visited)
-        self._alive.append(thing)
+        self._visit(thing)
         if depth > _DEEPEST:
             self._miss(path, thing)
             return
         for name, part in self._parts(path, thing):
             self._walk(f"{path}.{name}" if name else path, part, depth + 1)
+
+    def _visit(self, thing: Any) -> None:
+        self._visited.setdefault(id(thing), len(self._visited))
+        self._alive.append(thing)
 
     def _parts(self, path: str, thing: Any) -> Iterator[tuple[str, Any]]:
         """Says what ``thing`` is, and gives what it consists of."""
@@ -113,7 +123,13 @@ class Identity:
             self._say(_name(type(thing)))
             yield from ((str(i), value) for i, value in enumerate(thing))
         elif isinstance(thing, (set, frozenset)):
-            self._say(_name(type(thing)), *sorted(map(repr, thing)))
+            self._say(_name(type(thing)), *sorted(repr(value) for value in thing if isinstance(value, _PLAIN)))
+            if not all(isinstance(value, _PLAIN) for value in thing):  # they have no order of their own
+                self._miss(path, thing)
+        elif isinstance(thing, torch.ScriptObject):
+            yield from self._packed(path, thing)
+        elif hasattr(thing, "cache_info") and hasattr(thing, "__wrapped__"):
+            yield "wrapped", thing.__wrapped__
         else:
             yield from self._object(path, thing)
 
@@ -126,12 +142,25 @@ class Identity:
             yield "encoder", teacher.encoder
 
     def _module(self, path: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
-        for name, child in module.named_modules():
+        inside = list(module.named_modules())
+        for name, child in inside:
+            self._visit(child)
             self._say(name, _name(type(child)), child.extra_repr())
             if not _is_given(type(child).__module__):
                 yield f"{name}.forward", type(child).forward
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            self._visit(tensor)
             self._add_tensor(f"{path}.{name}", tensor)
+        for name, child in inside:
+            for attribute, value in state(child) or ():
+                yield f"{name}.{attribute}" if name else attribute, value
+
+    def _packed(self, path: str, thing: Any) -> Iterator[tuple[str, Any]]:
+        """Weights that quantisation packed, through what they pickle as."""
+        try:
+            yield "state", thing.__getstate__()
+        except (AttributeError, RuntimeError):
+            self._miss(path, thing)
 
     def _function(self, path: str, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
         self._say("function", _name(function))
@@ -147,6 +176,8 @@ class Identity:
         for name in sorted(_names(function.__code__)):
             if name in function.__globals__:
                 value = function.__globals__[name]
+                if is_machinery(value):
+                    continue
                 if _is_data(value) or isinstance(value, (nn.Module, functools.partial)) or callable(value):
                     yield name, value
                 else:  # a logger, a file: walking through it would say little of what is computed
@@ -157,11 +188,11 @@ class Identity:
         call = inspect.getattr_static(type(thing), "__call__", None)
         if isinstance(call, types.FunctionType):
             yield "__call__", call
-        attributes = getattr(thing, "__dict__", None)
+        attributes = state(thing)
         if attributes is None:
             self._miss(path, thing)
         else:
-            yield from sorted(attributes.items())
+            yield from attributes
 
     def _miss(self, path: str, thing: Any) -> None:
         self._say("unseen", _name(type(thing)))
@@ -176,11 +207,21 @@ class Identity:
             )
         self._tensors += 1
         self._weights.update(f"{len(path)}:{path} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        if tensor.is_quantized:
+            self._weights.update(_quantization(tensor).encode())
+            tensor = tensor.int_repr()
         flat = tensor.detach().reshape(-1)
         for start in range(0, flat.numel(), _PIECE):
             piece = flat[start : start + _PIECE]
             raw = piece.to("cpu").contiguous().view(torch.uint8)
             self._weights.update(raw.numpy().data)
+
+
+def _quantization(tensor: Tensor) -> str:
+    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return f"{tensor.qscheme()} {tensor.q_scale()!r} {tensor.q_zero_point()} "
+    scales, zeros = tensor.q_per_channel_scales().tolist(), tensor.q_per_channel_zero_points().tolist()
+    return f"{tensor.qscheme()} {scales} {zeros} {tensor.q_per_channel_axis()} "
 
 
 def _is_data(value: Any) -> bool:

@@ -39,7 +39,7 @@ SUFFIX: Final = ".safetensors"
 TORN: Final = ".torn"  # added to the name of a shard that was set aside
 TEMPORARY: Final = ".tmp"
 IDS: Final = "sample_ids"
-FORMAT: Final = "2"
+FORMAT: Final = "3"
 _CRC: Final = "crc32."  # in front of the name of a tensor
 _LARGEST_HEADER: Final = 100 << 20  # as in the library
 
