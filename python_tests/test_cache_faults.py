@@ -262,7 +262,7 @@ def test_a_full_disk_keeps_the_rows_waiting(tmp_path: Path, monkeypatch: pytest.
     [
         (lambda found: found | {"format": "9"}, "format 9"),
         (lambda found: {"format": "1"}, "cannot read"),
-        (lambda found: found | {"rows": {}}, "layout"),
+        (lambda found: found | {"rows": {}}, "was changed"),
         (lambda found: found | {"fingerprint": found["fingerprint"] | {"k": 7}}, "was changed"),
     ],
 )

@@ -53,13 +53,14 @@ def teacher_fingerprint(
 ) -> Fingerprint:
     """SHA-256 over a teacher's weights and code and over the settings under which its outputs are stored.
 
-    Seen: parameters and buffers (names, dtypes, shapes, bytes) of every module that can be found; the structure of the
-    modules; the qualified name and source of functions, of ``forward`` of modules, and of the transforms, with their
+    Seen: parameters and buffers (names, dtypes, shapes, bytes) and attributes, public and private, of every module that
+    can be found, packed weights as well; the structure of the modules; the qualified name and source of
+    functions, of ``forward`` of modules, and of the transforms, with their
     closures, default values, attributes and the globals that they name. PyTorch and the standard library are taken by
     name.
 
     **Not seen**: compiled code and objects that hide their state (a tokenizer written in Rust, an open connection),
-    which are listed in ``.unseen``; hooks and methods replaced on an instance; methods that ``forward`` or a function
+    which are listed in ``.unseen``; hooks, locks, loggers and caches; methods that ``forward`` or a function
     calls on other objects; what the loader does to the data, unless it is given as ``transforms``; versions of PyTorch
     and of the driver; weights that change after the fingerprint was taken. Say those by ``version``.
 

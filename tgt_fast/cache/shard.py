@@ -34,10 +34,13 @@ from tgt_fast._files import sync
 from tgt_fast.cache.checksums import Checked, TornError, crcs
 from tgt_fast.cache.index import Places
 from tgt_fast.cache.layout import DTYPES, NAMES, Bytes, Field, Layout, Rows
+from tgt_fast.cache.opening import open_file, parse_json
 
 SUFFIX: Final = ".safetensors"
 TORN: Final = ".torn"  # added to the name of a shard that was set aside
 TEMPORARY: Final = ".tmp"
+MARK: Final = "tgt_fast_"  # in the names of our files: a folder may hold those of others
+_OURS: Final = re.compile(rf"\d{{20}}-{MARK}.*{re.escape(SUFFIX)}")
 IDS: Final = "sample_ids"
 FORMAT: Final = "3"
 _CRC: Final = "crc32."  # in front of the name of a tensor
@@ -58,7 +61,7 @@ class Shard:
 
     def __init__(self, path: Path, layout: Layout) -> None:
         self.path = path
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             start, header = _read_header(file.read(8), file, size)
             metadata: dict[str, str] = header.pop("__metadata__", None) or {}
@@ -100,6 +103,11 @@ class Shard:
             part.check(rows)
 
 
+def is_shard(name: str) -> bool:
+    """Whether a file is one of ours, by its name."""
+    return _OURS.fullmatch(name) is not None
+
+
 def write_shard(folder: Path, ids: NDArray[np.int64], rows: Rows, layout: Layout, fingerprint: str) -> Path:
     """Write rows, have them on the disk, and only then give the file its name; returns that.
 
@@ -124,7 +132,7 @@ def write_shard(folder: Path, ids: NDArray[np.int64], rows: Rows, layout: Layout
     }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    writer = f"{re.sub('[^A-Za-z0-9]+', '', platform.node())[:20]}-{os.getpid()}-{secrets.token_hex(4)}"
+    writer = f"{MARK}{re.sub('[^A-Za-z0-9]+', '', platform.node())[:20]}-{os.getpid()}-{secrets.token_hex(4)}"
     temporary = folder / f".{writer}{TEMPORARY}"
     try:
         with open(temporary, "wb") as file:
@@ -148,7 +156,7 @@ def _read_header(first: bytes, file: Any, size: int) -> tuple[int, dict[str, Any
     if not 0 < length <= min(size - 8, _LARGEST_HEADER):
         raise TornError("it is too short for its header")
     try:
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length))
     except ValueError as error:
         raise TornError("its header is not readable") from error
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
@@ -165,7 +173,7 @@ def _spans(header: dict[str, Any], available: int) -> dict[str, tuple[int, int]]
             if b - a != _itemsize(entry) * math.prod(int(n) for n in entry["shape"]):
                 raise TornError(f"the data of {name} has the wrong size")
             spans[name] = (a, b)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise TornError("its header is not that of a shard") from error
     at = 0
     for a, b in sorted(spans.values()):

@@ -19,7 +19,7 @@ from tgt_fast.cache.index import MISSING, ROW_BITS, ROW_MASK, Ids, Index, Places
 from tgt_fast.cache.layout import Bytes, Layout, Rows
 from tgt_fast.cache.manifest import Manifest
 from tgt_fast.cache.pending import Pending
-from tgt_fast.cache.shard import SUFFIX, TEMPORARY, TORN, Shard, write_shard
+from tgt_fast.cache.shard import MARK, TEMPORARY, TORN, Shard, is_shard, write_shard
 from tgt_fast.errors import CacheError, ShapeError, StaleCacheError
 
 _ABANDONED: Final = 3600.0  # seconds; no write of a shard takes so long
@@ -95,7 +95,7 @@ class Store:
         if self.fingerprint is not None:
             self.manifest.accept(self.folder, self.fingerprint)
         with reported(self.folder, "read"):
-            names = [name for name in os.listdir(self.folder) if name.endswith(SUFFIX) and not name.startswith(".")]
+            names = [name for name in os.listdir(self.folder) if is_shard(name)]
         for name in sorted(set(names) - self._seen):  # by the time of writing: of two rows the older one counts
             self._seen.add(name)
             self._take(self.folder / name, self.manifest)
@@ -302,7 +302,7 @@ class Store:
 
     def _sweep(self) -> None:
         """Remove what killed writers left half written."""
-        for path in self.folder.glob(f".*{TEMPORARY}"):
+        for path in self.folder.glob(f".{MARK}*{TEMPORARY}"):
             with suppress(FileNotFoundError):  # another process did
                 if time.time() - path.stat().st_mtime > _ABANDONED:
                     path.unlink()
