@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -158,4 +160,27 @@ def _check_tail(vocabulary: Vocabulary, classes: int) -> None:
         raise ArgumentError(
             f"{OP}: vocab_map or vocab_mask leaves out class {int(lost.nonzero()[0])} of the record's {classes}, and "
             f"{_NOT_SHARED}"
+        )
+
+
+_warned_of_trained_teacher = False
+
+
+def warn_of_trained_teacher(weight: Tensor | None, bias: Tensor | None) -> None:
+    """Say once a process that the teacher's head gets a gradient, which few callers mean to ask for."""
+    global _warned_of_trained_teacher
+    # A traced call says nothing: warnings would break its graph.
+    if torch.compiler.is_compiling() or _warned_of_trained_teacher or not torch.is_grad_enabled():
+        return
+    asking = [
+        name
+        for name, value in (("teacher_weight", weight), ("teacher_bias", bias))
+        if value is not None and value.requires_grad
+    ]
+    if asking:
+        _warned_of_trained_teacher = True
+        warnings.warn(
+            f"{OP}: {' and '.join(asking)} requires grad, so the teacher's head gets a gradient, which takes time and "
+            f"memory of the head's size; pass {asking[0]}.detach() if the teacher is not trained",
+            stacklevel=3,
         )

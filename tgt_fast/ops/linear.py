@@ -11,7 +11,15 @@ from tgt_fast.kernels import select
 from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, DistillStats, LinearOptions, LinearTensors
 from tgt_fast.kernels.reference import linear as reference_linear
 from tgt_fast.ops._distill_arguments import make_options
-from tgt_fast.ops._linear_arguments import OP, check_record, check_teacher, check_tensors, check_values, make_heads
+from tgt_fast.ops._linear_arguments import (
+    OP,
+    check_record,
+    check_teacher,
+    check_tensors,
+    check_values,
+    make_heads,
+    warn_of_trained_teacher,
+)
 from tgt_fast.ops._linear_autograd import Call, Linear
 from tgt_fast.ops._linear_library import Direct, chosen, packed_heads
 from tgt_fast.ops._linear_library import linear_distillation_loss as linear_distillation_loss_op
@@ -198,6 +206,9 @@ def linear_distillation_loss(
         The loss, float32 (float64 when an input is float64): 0-d, or ``(...)`` for ``"none"``. With ``return_stats``
         the pair of it and the statistics.
 
+    A teacher's head that requires grad gets one, at the cost of time and of memory of its size: pass
+    ``weight.detach()`` where the teacher is not trained. A warning says so once a process.
+
     Gradients are made together with the loss, those that are asked for, and scaled in backward. In float16, and for
     ``"none"`` with a gradient to a weight or bias, backward makes them, from logits computed again; so does a second
     backward over the same graph. Sums over rows are kept in float32. Deterministic as far as PyTorch's matrix product
@@ -241,6 +252,7 @@ def linear_distillation_loss(
         sample_weight, vocab_map, vocab_mask, ids, rest,
     )  # fmt: skip
     check_tensors(given, normalizer, heads, options)
+    warn_of_trained_teacher(teacher_weight, teacher_bias)
     if record is not None:
         check_where_asked(record)
     shape = student_hidden.shape[:-1]
