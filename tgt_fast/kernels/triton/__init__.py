@@ -25,6 +25,7 @@ from tgt_fast.kernels.plain import not_plain
 from tgt_fast.kernels.triton.tuning import MOST_CLASSES
 
 _OLDEST = (7, 0)  # compute capability
+_REGISTERS = 65536  # of a multiprocessor: a program that asks for more cannot be launched
 
 
 class Kernels(NamedTuple):
@@ -144,7 +145,7 @@ def launch(
 ) -> None:
     """Starts ``programs`` programs. Products and sums are not contracted: a kernel's variants then give equal bits."""
     if registers is not None and torch.version.hip is None:
-        constants["maxnreg"] = registers
+        constants["maxnreg"] = min(registers, _REGISTERS // (32 * warps))
     kernel[(programs,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
 
 

@@ -21,7 +21,7 @@ from tgt_fast.kernels.triton.distill_row import (
     student_tile,
     teacher_tile,
 )
-from tgt_fast.kernels.triton.numbers import INFINITY, NAN, narrowed, real
+from tgt_fast.kernels.triton.numbers import INFINITY, narrowed, real
 
 
 @triton.jit
@@ -52,14 +52,17 @@ def close_rows(
         hard, missing = hard_value(of_label - s_max, hard_sum, linear, finite, smoothing, SMOOTHED)
         loss += tl.where(label >= 0, hard_weight * hard, 0.0)
         hard_coefficient = tl.where((label >= 0) & ~missing, coefficient, 0.0)
-    loss = (a_weight * tl.where(invalid, NAN, loss)).to(row_loss.dtype.element_ty)
+    loss = (a_weight * tl.where(invalid, float("nan"), loss)).to(row_loss.dtype.element_ty)
     tl.store(row_loss + row, tl.where(counts, loss, 0.0), mask=live)
-    kind = tl.where(active, tl.where(invalid, NAN, 1.0), 0.0)
+    kind = tl.where(active, tl.where(invalid, float("nan"), 1.0), 0.0)
     return x, y, soft_coefficient, hard_coefficient, kind
 
 
 @triton.jit
-def keep_rows(state, rows, row, live, s_max, t_max, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind):
+def keep_rows(
+    state, rows, row, live, s_max, t_max, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
+    SMOOTHED: tl.constexpr,
+):  # fmt: skip
     """Writes the rows' state, a column a number."""
     at = state + row
     column = rows.to(tl.int64)
@@ -68,7 +71,10 @@ def keep_rows(state, rows, row, live, s_max, t_max, student_sum, teacher_sum, ha
     tl.store(at + STUDENT_SUM * column, student_sum, mask=live)
     tl.store(at + TEACHER_SUM * column, teacher_sum, mask=live)
     tl.store(at + HARD_SUM * column, hard_sum, mask=live)
-    tl.store(at + FINITE * column, finite, mask=live)
+    if SMOOTHED:
+        tl.store(at + FINITE * column, finite, mask=live)
+    else:  # a zero that other values are selected from as well makes Triton 3.5 and 3.6 emit code that is not valid
+        tl.store(at + FINITE * column, 0.0, mask=live)
     tl.store(at + X * column, x, mask=live)
     tl.store(at + Y * column, y, mask=live)
     tl.store(at + SOFT * column, soft, mask=live)

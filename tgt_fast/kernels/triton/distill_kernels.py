@@ -18,13 +18,14 @@ from tgt_fast.kernels.triton.distill_row import (
     classes_of,
     exponential,
     finite_maximum,
+    label_logit,
     load_tile,
     normalised_terms,
     open_rows,
     problems_of,
     shifted_terms,
 )
-from tgt_fast.kernels.triton.numbers import INFINITY, NAN, as_real, real
+from tgt_fast.kernels.triton.numbers import INFINITY, as_real, real
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index", "unlabeled_index"])
@@ -52,6 +53,7 @@ def distill_fwd_kernel(
         ignore_index, unlabeled_index, WIDE,
     )  # fmt: skip
 
+    of_label = label_logit(student, row, student_stride, label, WIDE)
     s = load_tile(student, row, live, student_stride, col, classes, WIDE)
     t = s
     if teacher is not None:
@@ -93,7 +95,6 @@ def distill_fwd_kernel(
     hard_sum = student_sum
     linear = s_peak * 0.0
     finite = linear
-    of_label = linear
     if LABELS:
         if not SAME:
             hard_sum = tl.sum(exponential(s - s_peak, 1.0, WIDE), 1, keep_dims=True)
@@ -101,8 +102,6 @@ def distill_fwd_kernel(
             exists = s > -INFINITY
             linear = tl.sum(tl.where(exists, s - s_peak, 0.0), 1, keep_dims=True)
             finite = as_real(tl.sum(exists.to(tl.int32), 1, keep_dims=True), WIDE)
-        at = student + row.to(tl.int64) * student_stride + label
-        of_label = as_real(tl.load(at, mask=label >= 0, other=0.0), WIDE)
     x, y, soft, hard, kind = close_rows(
         row, live, label, a_weight, coefficient, counts, active, of_label,
         s_max, t_max, student_sum, teacher_sum, hard_sum, linear, finite, x, y, problem,
@@ -111,8 +110,9 @@ def distill_fwd_kernel(
     )  # fmt: skip
     if state is not None:
         keep_rows(
-            state, rows, row, live, s_peak, t_peak, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind
-        )
+            state, rows, row, live, s_peak, t_peak, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
+            SMOOTHED,
+        )  # fmt: skip
     if (d_student is not None) or (d_teacher is not None):
         write_tile(
             s, t, row, live, col, classes, tl.where(hard != 0, label, -1),
@@ -163,6 +163,7 @@ def distill_fwd_stream_kernel(
         ignore_index, unlabeled_index, WIDE,
     )  # fmt: skip
 
+    of_label = label_logit(student, row, student_stride, label, WIDE)
     nothing = as_real(tl.zeros([1, BLOCK], tl.float32), WIDE)
     q_sums = nothing
     p_sums = nothing
@@ -248,15 +249,12 @@ def distill_fwd_stream_kernel(
     hard_sum = student_sum
     linear = s_peak * 0.0
     finite = linear
-    of_label = linear
     if LABELS:
         if not SAME:
             hard_sum = tl.sum(hard_sums, 1, keep_dims=True)
         if SMOOTHED:
             linear = tl.sum(linear_sums, 1, keep_dims=True)
             finite = as_real(tl.sum(counted, 1, keep_dims=True), WIDE)
-        at = student + row.to(tl.int64) * student_stride + label
-        of_label = as_real(tl.load(at, mask=label >= 0, other=0.0), WIDE)
     x, y, soft, hard, kind = close_rows(
         row, live, label, a_weight, coefficient, counts, active, of_label,
         s_max, t_max, student_sum, teacher_sum, hard_sum, linear, finite, x, y, problem,
@@ -265,8 +263,9 @@ def distill_fwd_stream_kernel(
     )  # fmt: skip
     if state is not None:
         keep_rows(
-            state, rows, row, live, s_peak, t_peak, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind
-        )
+            state, rows, row, live, s_peak, t_peak, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
+            SMOOTHED,
+        )  # fmt: skip
     if (d_student is not None) or (d_teacher is not None):
         label = tl.where(hard != 0, label, -1)
         for start in tl.range(0, classes, BLOCK, num_stages=STAGES):
@@ -385,7 +384,7 @@ def distill_stats_kernel(
     kl = tl.where(problem == 1, INFINITY, tl.where(kl < 0, 0.0, kl))
     agreement = as_real((s_best == t_best).to(tl.int32), WIDE)
     at = stats + row
-    invalid = tl.where(undefined, NAN, 0.0)
+    invalid = tl.where(undefined, float("nan"), 0.0)
     zero = one * 0.0
     tl.store(at, tl.where(counts, tl.where(student_entropy < 0, 0.0, student_entropy) + invalid, zero), mask=live)
     at += rows

@@ -156,7 +156,7 @@ def draw(block, c1, c2, c3, k0, k1, bound, mass, TRUNCATED: tl.constexpr):
 def gumbel(word):
     """-log(-log(u)), u = (word + 1/2) 2^-32: the inner logarithm from 1 - u where u is above 1/2."""
     upper = (word >> 31) != 0
-    y = uniform(tl.where(upper, ~word, word))
+    y = uniform(tl.where(upper, word ^ 0xFFFFFFFF, word))
     x = tl.where(upper, 1.0 - y, y)
     offset = x.to(tl.int32, bitcast=True) - 0x3F3504F3
     exponent = offset >> 23

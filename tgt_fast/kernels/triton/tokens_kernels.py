@@ -7,7 +7,7 @@ probabilities again from the maximum and the sum of its row. Noise is a function
 import triton
 import triton.language as tl
 
-from tgt_fast.kernels.triton.numbers import INFINITY, INTERPRETED, NAN, narrowed
+from tgt_fast.kernels.triton.numbers import INFINITY, INTERPRETED, narrowed
 from tgt_fast.kernels.triton.philox import draw_gumbels, key_of
 
 
@@ -106,7 +106,7 @@ def soft_fwd_kernel(
     else:
         tl.store(chosen + part + row, place.to(tl.int64), mask=live)
     # Every tile of the embedding finds the same.
-    tl.store(largest + part + row, tl.where(odd > 0, NAN, peak), mask=live)
+    tl.store(largest + part + row, tl.where(odd > 0, float("nan"), peak), mask=live)
     tl.store(total + part + row, sum_, mask=live)
 
 
