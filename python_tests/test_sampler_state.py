@@ -156,7 +156,7 @@ def test_bad_labels_and_a_missing_pool_are_named() -> None:
     with pytest.raises(ArgumentError, match="call calibrate"):
         balanced()(x)
     with pytest.raises(DTypeError, match=r"integer classes, got torch\.float32"):
-        balanced().calibrate([(x, torch.zeros(6))])
+        balanced().calibrate([(x, torch.zeros(6))], columns=(None, 0, 1))
     with pytest.raises(ShapeError, match=r"labels must be \[batch\], got \(6, 2\)"):
         balanced().calibrate([(x, torch.zeros(6, 2, dtype=torch.int64))])
     with pytest.raises(ArgumentError, match="per_class"):

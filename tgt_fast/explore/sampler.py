@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -26,7 +26,7 @@ from tgt_fast.explore.state import SamplerState, checked_state
 from tgt_fast.explore.synthetic import Synthetic
 from tgt_fast.kernels.options import MAX_SAMPLE_ID
 from tgt_fast.teacher import Latents, Teacher, tree
-from tgt_fast.teacher.batches import split_batch
+from tgt_fast.teacher.batches import Columns
 from tgt_fast.teacher.key import Key
 
 
@@ -227,7 +227,9 @@ class LatentSampler:
 
     @torch.inference_mode(False)  # what is kept must be normal tensors, to serve in any mode later
     @torch.no_grad()
-    def calibrate(self, loader: Iterable[Any], *, per_class: int = 1024) -> LatentSampler:
+    def calibrate(
+        self, loader: Iterable[Any], *, per_class: int = 1024, columns: Sequence[Any] | None = None
+    ) -> LatentSampler:
         """Measure ``scale``, the standard deviation of Enc(x) over a loader, and collect balanced anchors.
 
         Args:
@@ -235,19 +237,22 @@ class LatentSampler:
                 rank the same data, or load one rank's state, so that all measure in the same unit.
             per_class: anchors kept a class, the first ones (balanced anchors only; class: y, or, where y is
                 missing or negative, the labeler's argmax).
+            columns: ``(ids, x, y)``, where they are in other batches, as for :func:`tgt_fast.fit`.
 
         Returns:
             The sampler itself.
 
         Raises:
-            ArgumentError: fewer than two examples, or latents that are not finite or all the same.
+            ArgumentError: fewer than two examples, latents that are not finite or all the same, or batches that can
+                be read in more than one way.
         """
         per_class = checked_integer("per_class", per_class, 1, MAX_SAMPLE_ID)
         std = StreamingStd()
         pool = PoolBuilder(per_class) if self.options.anchors == "balanced" else None
         device = self.teacher.device
+        parts = Columns("calibrate", columns)
         for batch in loader:
-            _, x, y = split_batch(batch)
+            _, x, y = parts.split(batch)
             if device is not None:
                 x = tree.map_batched(lambda leaf: leaf.to(device), x)
             latents = self.teacher.encode(x)

@@ -1,12 +1,13 @@
 """Batches that are not one tensor: a pytree (dict, list, tuple, dataclass) whose tensors share the leading
 dimension.
 
-A leaf that is not a tensor, or is a 0-d tensor, belongs to the whole batch and is passed through as it is.
+A leaf that is not a tensor, or is a 0-d tensor, belongs to the whole batch and is passed through as it is. A mapping
+that PyTorch's pytrees do not know, such as a tokenizer's ``BatchEncoding``, is read as a dict.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -22,11 +23,20 @@ def _is_batched(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0
 
 
+def plain(tree: Any) -> Any:
+    """The same tree with a dict for every mapping that PyTorch's pytrees take for a leaf."""
+    if isinstance(tree, Tensor):
+        return tree
+    return pytree.tree_map(
+        lambda leaf: {key: plain(value) for key, value in leaf.items()} if isinstance(leaf, Mapping) else leaf, tree
+    )
+
+
 def map_batched(fn: Callable[[Tensor], Tensor], tree: T) -> T:
     """The same tree with ``fn`` applied to every tensor that has a batch dimension."""
     if isinstance(tree, Tensor):  # the usual case, without the walk
         return fn(tree) if tree.ndim > 0 else tree  # type: ignore[return-value]
-    mapped: T = pytree.tree_map(lambda leaf: fn(leaf) if _is_batched(leaf) else leaf, tree)
+    mapped: T = pytree.tree_map(lambda leaf: fn(leaf) if _is_batched(leaf) else leaf, plain(tree))
     return mapped
 
 
@@ -34,7 +44,7 @@ def batched_leaves(tree: Any) -> list[Tensor]:
     """Every tensor of the tree that has a batch dimension."""
     if isinstance(tree, Tensor):
         return [tree] if tree.ndim > 0 else []
-    return [leaf for leaf in pytree.tree_leaves(tree) if _is_batched(leaf)]
+    return [leaf for leaf in pytree.tree_leaves(plain(tree)) if _is_batched(leaf)]
 
 
 def batch_size(tree: Any, what: str = "inputs") -> int:
@@ -80,7 +90,7 @@ def concat(trees: Sequence[T]) -> T:
     """
     if len(trees) == 1:
         return trees[0]
-    flat = [pytree.tree_flatten(tree) for tree in trees]
+    flat = [pytree.tree_flatten(plain(tree)) for tree in trees]
     spec = flat[0][1]
     if any(other != spec for _, other in flat):
         raise ShapeError("batches of different structure cannot be put together: " + str([str(s) for _, s in flat]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from tgt_fast._ranges import named_range
 from tgt_fast._rng import isolated_rng
 from tgt_fast.errors import ArgumentError, CheckpointError
-from tgt_fast.teacher.batches import Batch, split_batch
+from tgt_fast.teacher.batches import Batch, Columns
 from tgt_fast.teacher.modes import eval_mode
 from tgt_fast.train import checkpoint
 from tgt_fast.train.data import BatchStream, module_device, to_device
@@ -92,6 +92,7 @@ def fit(
     resume: bool = False,
     seed: int | None = None,
     progress: bool = True,
+    columns: Sequence[Any] | None = None,
 ) -> FitResult:
     """Train ``student`` for ``steps`` optimizer steps on ``objective``, over ``loader`` as often as it takes.
 
@@ -108,8 +109,8 @@ def fit(
         student: the module to train, inputs -> logits. Batches are moved to its device.
         objective: a :class:`TGTObjective`, or another :class:`Objective`.
         loader: a DataLoader, or anything that can be iterated over again, of batches ``(ids, x, y)``,
-            ``(x, y)`` or ``x``; ids (B,) int64, y (B, ...) int64 or None. It may shuffle by its own generator
-            or by the global one.
+            ``(x, y)`` or ``x``; ids (B,) int64, y (B, ...) int64 or None. For others see ``columns``. It may shuffle
+            by its own generator or by the global one.
         steps: the optimizer steps of the whole run, >= 0, those before a resume included.
         optimizer: over the student's parameters.
         scheduler: stepped after each optimizer step; a ReduceLROnPlateau after each evaluation, by the
@@ -131,13 +132,18 @@ def fit(
             numbers (torch, numpy, Python) and leaves the global ones as they were: its result does not depend
             on what ran before.
         progress: show a bar.
+        columns: ``(ids, x, y)``, where they are in a batch: each an index, a key of a dict or another Mapping, or
+            None for what there is not; x may be a tuple of keys, and is then a dict of them. By default the length
+            decides: three are (ids, x, y), two (x, y), one is x; parts whose dtypes or shapes do not fit that, and
+            dicts that seem to hold labels or ids, are refused.
 
     Returns:
         A :class:`FitResult`.
 
     Raises:
         ArgumentError: an option out of range, a monitored metric that ``evaluate`` does not return, an empty
-            loader, or a ``checkpoint_dir`` that holds another run's checkpoint while ``resume`` is False.
+            loader, a batch that can be read in more than one way, or a ``checkpoint_dir`` that holds another run's
+            checkpoint while ``resume`` is False.
         CheckpointError: the folder cannot be written (found out before the first step, or later when the disk
             is full), or its checkpoint is damaged or of another run; student and checkpoint are left as they
             were.
@@ -155,8 +161,9 @@ def fit(
         raise ArgumentError("fit: accumulate > 1 needs an objective with normalizers(batches), as TGTObjective has")
     if isinstance(scheduler, ReduceLROnPlateau) and evaluate is None:
         raise ArgumentError("fit: ReduceLROnPlateau follows the monitored metric, so it needs evaluate")
+    parts = Columns("fit", columns)
     folder = _checked_folder(checkpoint_dir, resume)
-    run = _Run(student, objective, BatchStream(loader), optimizer, scheduler)
+    run = _Run(student, objective, BatchStream(loader), parts, optimizer, scheduler)
     with nullcontext() if seed is None else isolated_rng(seed):
         if folder is not None and resume and checkpoint.has_checkpoint(folder):
             run.load(folder)
@@ -195,10 +202,11 @@ class _Run:
         student: nn.Module,
         objective: Objective,
         stream: BatchStream,
+        columns: Columns,
         optimizer: Optimizer,
         scheduler: LRScheduler | None,
     ) -> None:
-        self.student, self.objective, self.stream = student, objective, stream
+        self.student, self.objective, self.stream, self.columns = student, objective, stream, columns
         self.optimizer, self.scheduler = optimizer, scheduler
         self.device = module_device(student)
         self.result = FitResult()
@@ -228,7 +236,8 @@ class _Run:
         self.result.steps += 1
 
     def _take(self) -> Batch:
-        return split_batch(to_device(self.stream.take(), self.device))
+        batch: Batch = to_device(self.columns.split(self.stream.take()), self.device)
+        return batch
 
     def _add(self, terms: Mapping[str, Tensor]) -> None:
         for name, value in terms.items():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tgt_fast.errors import ArgumentError, ShapeError
-from tgt_fast.teacher.batches import split_batch
+from tgt_fast.teacher.batches import Columns
 from tgt_fast.teacher.modes import eval_mode
 from tgt_fast.train.data import module_device, to_device
 
@@ -117,6 +117,7 @@ def evaluate(
     loader: Iterable[Any],
     *,
     class_counts: Sequence[int] | Tensor | None = None,
+    columns: Sequence[Any] | None = None,
 ) -> dict[str, float]:
     """Measure a student on a loader, in eval mode; its train/eval flags are afterwards as they were.
 
@@ -125,13 +126,15 @@ def evaluate(
         teacher: a ``Teacher``, whose ``student_view`` prepares the student's input, or None.
         loader: gives ``(x, y)``, ``(ids, x, y)`` or, for a comparison with the teacher alone, ``x``.
         class_counts: the training examples of each class; adds the accuracies on :func:`class_thirds`.
+        columns: ``(ids, x, y)``, where they are in other batches, as for :func:`fit`.
 
     Returns:
         ``accuracy`` (a fraction; NaN without labels); with ``class_counts`` also ``head``, ``middle`` and
         ``tail`` (NaN where no example is of that third); with a teacher also ``agreement`` and ``mean_kl``.
 
     Raises:
-        ArgumentError: the loader gave no batch, or ``class_counts`` does not fit.
+        ArgumentError: the loader gave no batch or batches that can be read in more than one way, or ``class_counts``
+            does not fit.
         ShapeError: student, teacher and labels do not fit together.
     """
     hits: Tensor | None = None  # [C]
@@ -141,10 +144,11 @@ def evaluate(
     kl: Tensor | float = 0.0
     batches = 0
     device = module_device(student)
+    parts = Columns("evaluate", columns)
     with eval_mode(student):
         for batch in loader:
             batches += 1
-            _, x, y = split_batch(to_device(batch, device))
+            _, x, y = to_device(parts.split(batch), device)
             logits = student(x if teacher is None else teacher.student_view(x))
             if y is not None:
                 _check_rows("evaluate", logits, y)
