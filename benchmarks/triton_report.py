@@ -29,6 +29,7 @@ from tgt_fast.kernels.triton.tuning import (
     elementwise_plan,
     latent_plan,
     shipped_plan,
+    slope_width,
     soft_plan,
     streaming_of,
 )
@@ -173,7 +174,9 @@ def soft_jobs(architecture: str) -> Iterator[Job]:
 
     device = torch.device("cuda")  # only tells the GPU's table from the interpreter's
     precision = "tf32x3" if architecture.startswith("sm_") else "ieee"
-    state = dict.fromkeys(("sums", "largest", "total", "mean"), "fp32") | {"chosen": "i64"}
+    state = dict.fromkeys(("sums", "largest", "total", "highest", "centre", "mean", "share"), "fp32") | {
+        "chosen": "i64"
+    }
     for kind, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
         plan = soft_plan(512, 30522, 384, dtype, device)
         cut = {"ROWS": plan.rows, "CLASSES": plan.classes, "WIDTH": plan.width}
@@ -183,10 +186,12 @@ def soft_jobs(architecture: str) -> Iterator[Job]:
             if not noise:
                 constants |= {"ids": None}
             label = kind + (" gumbel" if noise else "")
-            for name in ("soft_fwd_kernel", "soft_bwd_logits_kernel", "soft_bwd_table_kernel"):
-                forward = {"HARD": False, "chosen": None} if name == "soft_fwd_kernel" else {}
+            for name in ("soft_fwd_kernel", "soft_mean_kernel", "soft_bwd_logits_kernel", "soft_bwd_table_kernel"):
+                own: dict[str, Any] = {"HARD": False, "chosen": None} if name == "soft_fwd_kernel" else {}
+                if name in ("soft_mean_kernel", "soft_bwd_logits_kernel"):
+                    own["WIDTH"] = slope_width(plan, dtype)
                 yield Job(
-                    "tokens_kernels", name, architecture, label, pointers, constants | forward, plan.warps,
+                    "tokens_kernels", name, architecture, label, pointers, constants | own, plan.warps,
                     registers=SOFT_REGISTERS,
                 )  # fmt: skip
     constants = {"GUMBEL": True, "PRECISION": precision, "HARD": True, "sums": None, **cut}

@@ -218,6 +218,22 @@ def test_extreme_logits_and_temperatures(backend: str) -> None:
 # Forms
 
 
+@compiled
+@pytest.mark.parametrize("size", [5, 37, 2500])
+def test_the_gradient_of_peaked_rows(backend: str, size: int) -> None:
+    """p (slope - mean slope), where both are large and nearly equal: their difference must not be their rounding."""
+    logits = values(64, size, scale=1.0)
+    logits[torch.arange(64), torch.arange(64) * 7 % size] += torch.linspace(4, 16, 64) + math.log(size)
+    table, upstream = values(size, 40, seed=1), values(64, 40, seed=2, scale=10.0)
+    found, wanted = evaluate(logits, table, upstream, backend=backend)[1], truth(logits, table, upstream)[1]
+    leaf = logits.clone().requires_grad_()  # as PyTorch writes it
+    (eager,) = torch.autograd.grad(leaf.softmax(-1) @ table, leaf, upstream)
+    ours, theirs = ((x - wanted).norm(dim=1) / wanted.norm(dim=1) for x in (found, eager))
+    assert ours.median() < 1e-5 < theirs.max()
+    assert not (ours > 1e-4).any()
+    assert (ours > 2 * theirs).sum() <= (theirs > 2 * ours).sum()
+
+
 @embedding
 @pytest.mark.parametrize("layout", ["dense", "row-strided", "column-strided", "transposed"])
 @pytest.mark.parametrize("shape", [(9,), (4, 9), (2, 3, 2, 9), (0, 9), (3, 0, 9)], ids=str)

@@ -64,21 +64,31 @@ class SoftRows {
     }
     const Real inverse_sum = 1 / static_cast<const Real*>(call_.sum)[i];
     const Real* slope = static_cast<const Real*>(call_.slope) + (call_.slope ? i * call_.classes : 0);
-    double mean = 0;  // of the slope
+    V most{};
     each_noisy_block(i, [&](const Real* block, int64_t at, int count) {
-      V part{};
       each_vector(count, [&](int j, int lanes) {
         const V probability = weight(get(block + j, lanes, Real(-HUGE_VAL)), largest) * inverse_sum;
         put(p + at + j, probability, lanes);
-        if (d_row) part = fused(probability, get(slope + at + j, lanes, Real(0)), part);
+        most = larger(probability, most);
       });
-      mean += sum_lanes(part);
     });
     if (!d_row) return;
-    const Real centre = Real(mean);
+    // The gradient is p (slope - sum p slope). Where one class has nearly all of the probability, that is a small
+    // difference of large numbers, and their rounding is as large; slopes less that class's own are small from the
+    // start.
+    const Real centre = slope[first_place(p, largest_lane(most))];
+    double sum = 0;
+    each_block([&](int64_t at, int count) {
+      V part{};
+      each_vector(count, [&](int j, int lanes) {
+        part = fused(get(p + at + j, lanes, Real(0)), get(slope + at + j, lanes, Real(0)) - centre, part);
+      });
+      sum += sum_lanes(part);
+    });
+    const Real mean = Real(sum);
     write_gradient(d_row, [&](int64_t at, int j, int lanes) {
       const V probability = get(p + at + j, lanes, Real(0));
-      return probability * (get(slope + at + j, lanes, Real(0)) - centre) * inverse_;
+      return probability * ((get(slope + at + j, lanes, Real(0)) - centre) - mean) * inverse_;
     });
   }
 

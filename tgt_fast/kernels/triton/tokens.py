@@ -12,7 +12,7 @@ from tgt_fast.kernels.options import OP_GUMBEL, SoftOptions, SoftState
 from tgt_fast.kernels.tokens_table import given_back, taken
 from tgt_fast.kernels.triton import kernels, launch, planning_device, running_on
 from tgt_fast.kernels.triton.latent import noise_key
-from tgt_fast.kernels.triton.tuning import SOFT_REGISTERS, SoftPlan, soft_plan
+from tgt_fast.kernels.triton.tuning import SOFT_REGISTERS, SoftPlan, slope_width, soft_plan
 
 
 class _Call:
@@ -44,7 +44,7 @@ class _Call:
     def run(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         with running_on(self.logits):
             launch(
-                kernel, programs, *arguments, self.inverse_tau, *self.key, **self._constants, **constants,
+                kernel, programs, *arguments, self.inverse_tau, *self.key, **{**self._constants, **constants},
                 warps=self.plan.warps, registers=SOFT_REGISTERS,
             )  # fmt: skip
 
@@ -70,6 +70,26 @@ class _Call:
             return out, SoftState(state, places.new_empty(0))
         first = (largest == peak).int().argmax(0, keepdim=True)
         return None, SoftState(state, places.gather(0, first)[0].masked_fill(peak.isnan(), -1))
+
+    @property
+    def slope_cut(self) -> dict[str, int]:
+        """How both kernels of the slopes cut them: differently cut, they would differ in their last bits."""
+        return {"WIDTH": slope_width(self.plan, self.table.dtype)}
+
+    def slopes(self, upstream: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(centre [N], mean [N]): the slope d_out . table at a row's largest logit, and the mean of the slopes less it,
+        under the row's probabilities; the splits' parts, merged in float64."""
+        splits = self.plan.splits
+        parts = self.logits.new_empty((4, splits, self.count), dtype=torch.float32)
+        self.run(
+            kernels().tokens.soft_mean_kernel, self.tiles(self.count, self.plan.rows) * splits, self.logits, self.table,
+            upstream, *rows, *parts, self.count, self.classes, self.width, self.logits.stride(0), self.table.stride(0),
+            self.positions, splits, **self.slope_cut,
+        )  # fmt: skip
+        highest, centres, means, shares = parts
+        centre = centres.gather(0, highest.argmax(0, keepdim=True))
+        moved = means.double() + shares.double() * (centres.double() - centre.double())
+        return centre[0], moved.sum(0).float()
 
 
 def soft_forward(
@@ -105,16 +125,13 @@ def soft_backward(
     d_logits = d_table = None
     if wanted[0]:
         d_logits = logits.new_empty(logits.shape)
-        # A row's slope under its probabilities is d_out . out, with an out that is not rounded to the table's dtype.
-        soft = call.forward(False)[0]
-        assert soft is not None
-        mean = (upstream.float() * soft).sum(1)
         if d_logits.numel():
+            centre, mean = call.slopes(upstream, state.rows)
             call.run(
                 kernels().tokens.soft_bwd_logits_kernel,
                 call.tiles(call.count, call.plan.rows) * call.tiles(call.classes, call.plan.classes), call.logits,
-                call.table, upstream, largest, total, mean, d_logits, call.count, call.classes, call.width,
-                call.logits.stride(0), call.table.stride(0), call.positions,
+                call.table, upstream, largest, total, centre, mean, d_logits, call.count, call.classes, call.width,
+                call.logits.stride(0), call.table.stride(0), call.positions, **call.slope_cut,
             )  # fmt: skip
     if wanted[1] and options.hard:
         d_table = given_back(table, state.chosen, d_out)

@@ -115,15 +115,81 @@ def probabilities(y, peak, total, inverse_tau):
     return tl.exp((y - peak) * inverse_tau) / total
 
 
+@triton.jit
+def slope_tile(
+    table, d_out, row, live, v, classes, width, table_stride,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """d_out @ table^T of a tile: the gradient to the probabilities.  row [R, 1], v [V, 1] -> [R, V] float32"""
+    slope = tl.zeros([ROWS, CLASSES], tl.float32)
+    for start in range(0, width, WIDTH):
+        d = start + tl.arange(0, WIDTH)[None, :]
+        up = tl.load(d_out + row.to(tl.int64) * width + d, mask=live & (d < width), other=0.0)
+        slope = dot(up, tl.trans(table_tile(table, v, d, classes, width, table_stride)), slope, PRECISION)
+    return slope
+
+
+@triton.jit(do_not_specialize=["rows", "positions", "seed_low", "seed_high", "op_step", "replica"])
+def soft_mean_kernel(
+    logits, table, d_out, largest, total, highest, centre, mean, share,  # the last four [S, N]: a part a split
+    rows, classes, width, logits_stride, table_stride, positions, splits, inverse_tau,
+    ids, seed_at, seed_low, seed_high, step_at, op_step, replica,
+    GUMBEL: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, CLASSES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Of a part of the vocabulary: its largest logit, the slope there (the centre), sum p (slope - centre) and sum p.
+
+    A row's gradient is p (slope - sum p slope). Where one class has nearly all of the probability, that is a small
+    difference of large numbers, and float32 loses it; slopes less the one of that class are small from the start.
+    """
+    program = tl.program_id(0)
+    row_tiles = tl.cdiv(rows, ROWS)
+    row = (program % row_tiles) * ROWS + tl.arange(0, ROWS)[:, None]
+    split = program // row_tiles
+    live = row < rows
+    tiles = tl.cdiv(classes, CLASSES)
+    peak = tl.load(largest + row, mask=live, other=0.0)
+    sum_ = tl.load(total + row, mask=live, other=1.0)
+    best = tl.full([ROWS, 1], -INFINITY, tl.float32)
+    middle = tl.zeros([ROWS, 1], tl.float32)
+    moved = tl.zeros([ROWS, 1], tl.float32)
+    weight = tl.zeros([ROWS, 1], tl.float32)
+    for tile in range(split * tiles // splits, (split + 1) * tiles // splits):
+        col = tile * CLASSES + tl.arange(0, CLASSES)[None, :]
+        v = tile * CLASSES + tl.arange(0, CLASSES)[:, None]
+        slope = slope_tile(
+            table, d_out, row, live, v, classes, width, table_stride, PRECISION, ROWS, CLASSES, WIDTH
+        )  # fmt: skip
+        y = noisy_tile(
+            logits, row, live, col, classes, logits_stride, positions, ids, seed_at, seed_low, seed_high, step_at,
+            op_step, replica, GUMBEL, CLASSES,
+        )  # fmt: skip
+        y = tl.where(live & (col < classes), y, -INFINITY)
+        p = probabilities(y, peak, sum_, inverse_tau)
+        most = tl.max(y, 1, keep_dims=True)
+        there = tl.max(tl.where(y == most, slope, -INFINITY), 1, keep_dims=True)
+        before = middle
+        middle = tl.where(most > best, there, middle)
+        best = tl.maximum(best, most)
+        moved += weight * (before - middle)
+        moved += tl.sum(p * (slope - middle), 1, keep_dims=True)
+        weight += tl.sum(p, 1, keep_dims=True)
+    at = split.to(tl.int64) * rows + row
+    tl.store(highest + at, best, mask=live)
+    tl.store(centre + at, middle, mask=live)
+    tl.store(mean + at, moved, mask=live)
+    tl.store(share + at, weight, mask=live)
+
+
 @triton.jit(do_not_specialize=["rows", "positions", "seed_low", "seed_high", "op_step", "replica"])
 def soft_bwd_logits_kernel(
-    logits, table, d_out, largest, total, mean, d_logits,  # mean: [N], of a row's slope under its probabilities
+    logits, table, d_out, largest, total, centre, mean, d_logits,  # [N]: a row's centre, and mean of slope - centre
     rows, classes, width, logits_stride, table_stride, positions, inverse_tau,
     ids, seed_at, seed_low, seed_high, step_at, op_step, replica,
     GUMBEL: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """p (d_out @ table^T - mean) / tau of a tile."""
+    """p ((slope - centre) - mean) / tau of a tile, slope = d_out @ table^T."""
     program = tl.program_id(0)
     row_tiles = tl.cdiv(rows, ROWS)
     row = (program % row_tiles) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -131,18 +197,16 @@ def soft_bwd_logits_kernel(
     col = tile * CLASSES + tl.arange(0, CLASSES)[None, :]
     v = tile * CLASSES + tl.arange(0, CLASSES)[:, None]
     live = row < rows
-    slope = tl.zeros([ROWS, CLASSES], tl.float32)
-    for start in range(0, width, WIDTH):
-        d = start + tl.arange(0, WIDTH)[None, :]
-        up = tl.load(d_out + row.to(tl.int64) * width + d, mask=live & (d < width), other=0.0)
-        t = table_tile(table, v, d, classes, width, table_stride)
-        slope = dot(up, tl.trans(t), slope, PRECISION)
+    slope = slope_tile(
+        table, d_out, row, live, v, classes, width, table_stride, PRECISION, ROWS, CLASSES, WIDTH
+    )  # fmt: skip
     y = noisy_tile(
         logits, row, live, col, classes, logits_stride, positions, ids, seed_at, seed_low, seed_high, step_at, op_step,
         replica, GUMBEL, CLASSES,
     )  # fmt: skip
     peak = tl.load(largest + row, mask=live, other=0.0)
     p = probabilities(y, peak, tl.load(total + row, mask=live, other=1.0), inverse_tau)
+    slope -= tl.load(centre + row, mask=live, other=0.0)
     grad = p * (slope - tl.load(mean + row, mask=live, other=0.0)) * inverse_tau
     to = d_logits + row.to(tl.int64) * classes + col
     tl.store(to, narrowed(grad, d_logits.dtype.element_ty), mask=live & (col < classes))

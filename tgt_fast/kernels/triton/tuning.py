@@ -176,3 +176,8 @@ def soft_plan(rows: int, classes: int, width: int, table: torch.dtype, device: t
     programs = max(1, -(-rows // height) * -(-width // tile))
     splits = max(1, min(64, 264 // programs, -(-classes // 512)))
     return SoftPlan(height, deep, tile, splits, 8)
+
+
+def slope_width(plan: SoftPlan, table: torch.dtype) -> int:
+    """How much of the embedding the slopes' products take at once: the parts of float32 numbers spill beyond 32."""
+    return min(plan.width, 32) if table == torch.float32 else plan.width
