@@ -54,12 +54,20 @@ class EpochSampler(RandomSampler):
         return iter(np.random.RandomState(self.epochs[-1]).permutation(len(self)).tolist())
 
 
+def persistent(**options: Any) -> DataLoader:
+    return DataLoader(
+        Numbered(), batch_size=5, shuffle=True, num_workers=2, persistent_workers=True, prefetch_factor=1, **options
+    )
+
+
 LOADERS: dict[str, Callable[[], Any]] = {
     "global generator": lambda: DataLoader(Augmented(), batch_size=5, shuffle=True),
     "own generator": own_generator,
     "sampler's generator": sampler_generator,
     "set_epoch": lambda: DataLoader(Augmented(), batch_size=5, sampler=EpochSampler(range(22))),
     "workers": lambda: DataLoader(Augmented(), batch_size=11, shuffle=True, num_workers=1),
+    "persistent workers": lambda: persistent(),
+    "persistent workers, own generator": lambda: persistent(generator=torch.Generator().manual_seed(3)),
     "list": lambda: list(DataLoader(Numbered(), batch_size=5)),
 }
 
@@ -95,8 +103,60 @@ def assert_resumes(tmp_path: Path, start: Callable[[], dict[str, Any]], stops: l
 @pytest.mark.parametrize("loader", LOADERS)
 def test_resumed_equals_unbroken_for_every_way_of_shuffling(tmp_path: Path, loader: str) -> None:
     """Stops inside an epoch, at its end (5 batches; 4 with drop_last), and after an evaluation."""
-    stops = [2, 3] if loader == "workers" else [3, 4, 5, 13]
+    stops = {"workers": [2, 3]}.get(loader, [8, 13] if "persistent" in loader else [3, 4, 5, 13])
     assert_resumes(tmp_path, lambda: make_run(loader=LOADERS[loader]()), stops)
+
+
+def seen_by(stream: BatchStream, batches: int) -> list[list[int]]:
+    return [stream.take()[0].tolist() for _ in range(batches)]
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_an_interrupted_epoch_of_persistent_workers_meets_every_sample_once(used_before: bool) -> None:
+    """In a new process their first epoch, and in an old one that has read the loader before."""
+    with isolated_rng(1):
+        stream = BatchStream(persistent())
+        whole = seen_by(stream, 15)  # three epochs of five
+    with isolated_rng(1):
+        stream = BatchStream(persistent())
+        assert seen_by(stream, 8) == whole[:8]
+        state = stream.state_dict()
+    other = persistent()
+    if used_before:
+        list(other)
+    with isolated_rng(2):
+        stream = BatchStream(other)
+        stream.load_state_dict(state)
+        rest = seen_by(stream, 2)
+    assert rest == whole[8:10]
+    assert sorted(number for batch in whole[5:8] + rest for number in batch) == list(range(22))
+
+
+def test_the_order_does_not_depend_on_whether_persistent_workers_run_already() -> None:
+    loader, orders = persistent(), []
+    for _ in range(2):
+        with isolated_rng(1):
+            orders.append(seen_by(BatchStream(loader), 7))
+    assert orders[0] == orders[1]
+
+
+@pytest.mark.parametrize("read", [2, 5])
+def test_another_reader_of_persistent_workers_does_not_end_the_epoch(read: int) -> None:
+    """They serve one reader at a time: an evaluation on the loader of the training takes them over."""
+    with isolated_rng(1):
+        whole = seen_by(BatchStream(persistent()), 15)
+        after = torch.rand(1)
+    with isolated_rng(1):
+        loader = persistent()
+        stream = BatchStream(loader)
+        found = []
+        for count in (3, 2, 4, 6):
+            found += seen_by(stream, count)
+            with isolated_rng():
+                for _, _ in zip(range(read), loader, strict=False):
+                    pass
+        assert found == whole
+        assert torch.equal(torch.rand(1), after)
 
 
 def test_a_sampler_is_told_each_epoch() -> None:

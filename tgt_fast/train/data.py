@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, IterableDataset
 
-from tgt_fast._rng import get_rng_state, set_rng_state
+from tgt_fast._rng import get_rng_state, isolated_rng, set_rng_state
 from tgt_fast.errors import ArgumentError
 
 _END = object()
@@ -36,6 +37,9 @@ class BatchStream:
     is. Finding the place again reads the epoch's batches up to there once more; it moves the global
     generators, which are the caller's to set afterwards.
 
+    Persistent workers are started before that moment, and without moving a generator: who starts them draws a number
+    for their seeds, which must not make the first epoch of a process, so the one resumed in, differ from the others.
+
     Args:
         loader: a DataLoader, or anything that can be iterated over again. Its samplers' ``set_epoch`` is
             called.
@@ -46,6 +50,7 @@ class BatchStream:
         self.epoch = 0  # the epoch under way, counted from 0
         self.position = 0  # batches taken of it
         self._batches: Iterator[Any] | None = None
+        self._order: object = None  # what the iterator of a DataLoader goes by, a new one each time it is begun anew
         self._start: dict[str, Any] | None = None  # the generators when it began
 
     def take(self) -> Any:
@@ -57,6 +62,8 @@ class BatchStream:
         while True:
             if self._batches is None:
                 self._batches = self._begin()
+            elif _order_of(self._batches) is not self._order:
+                self._find_again()
             batch = next(self._batches, _END)
             if batch is not _END:
                 self.position += 1
@@ -94,9 +101,29 @@ class BatchStream:
         for sampler in self._samplers():
             if hasattr(sampler, "set_epoch"):  # a DistributedSampler shuffles by it
                 sampler.set_epoch(self.epoch)
+        self._start_workers()
         own = [generator.get_state() for generator in self._generators()]
         self._start = {"global": get_rng_state(), "generators": own}
-        return iter(self.loader)
+        batches = iter(self.loader)
+        self._order = _order_of(batches)
+        return batches
+
+    def _find_again(self) -> None:
+        """Persistent workers serve one reader at a time, and another one, such as an evaluation, came in between."""
+        with isolated_rng():
+            self.load_state_dict(self.state_dict())
+
+    def _start_workers(self) -> None:
+        loader = self.loader
+        if not isinstance(loader, DataLoader) or not loader.num_workers or not loader.persistent_workers:
+            return
+        if isinstance(loader.dataset, IterableDataset):
+            return  # its order is drawn in its workers, and what they have read is gone
+        if loader._iterator is None:
+            own = [generator.get_state() for generator in self._generators()]
+            with isolated_rng():
+                iter(loader)
+            _set_states(self._generators(), own)
 
     def _samplers(self) -> list[Any]:
         batch_sampler = getattr(self.loader, "batch_sampler", None)
@@ -110,6 +137,10 @@ class BatchStream:
     def _generators(self) -> list[torch.Generator]:
         found = (getattr(owner, "generator", None) for owner in (self.loader, *self._samplers()))
         return _distinct(generator for generator in found if isinstance(generator, torch.Generator))
+
+
+def _order_of(batches: Iterator[Any]) -> object:
+    return getattr(batches, "_sampler_iter", None)
 
 
 def _distinct(objects: Iterable[Any]) -> list[Any]:

@@ -102,8 +102,9 @@ def fit(
 
     A run that was killed at any moment and is started again with the same arguments and ``resume=True`` gives, on
     a CPU with as many threads, the same bits as one that was not. The interrupted epoch's batches are read once more
-    up to the place reached. Outside this promise are random augmentation in ``persistent_workers``, loaders with a
-    state of their own, and iterators that can be read only once.
+    up to the place reached. That holds for loaders with workers, ``persistent_workers`` included. Outside this promise
+    are random numbers that persistent workers draw themselves (augmentation in the data set: they live longer than an
+    epoch, and so do their generators), loaders with a state of their own, and iterators that can be read only once.
 
     Args:
         student: the module to train, inputs -> logits. Batches are moved to its device.
