@@ -22,7 +22,7 @@ from training_kit import FEATURES, adam, assert_same_weights, make_data, make_st
 
 import tgt_fast as tgt
 from tgt_fast.errors import CheckpointError
-from tgt_fast.train import Checkpoint, files, load_checkpoint, save_checkpoint, save_weights
+from tgt_fast.train import Checkpoint, load_checkpoint, save_checkpoint, save_weights
 from tgt_fast.train.codec import encode
 from tgt_fast.train.rng import get_rng_state
 
@@ -153,7 +153,7 @@ def test_weights_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monk
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(files, "sync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CheckpointError, match="No space left"):
         save_weights(path, make_student(seed=2).state_dict())
     assert path.read_bytes() == before

@@ -5,14 +5,16 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tgt_fast.errors import ArgumentError, CheckpointError
-from tgt_fast.report import Page, output, prepare_file, prepare_folder, write_json
+from tgt_fast.report import Page, prepare_file, prepare_folder, write_json
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -72,11 +74,10 @@ def test_a_write_that_fails_leaves_the_old_page(tmp_path: Path, monkeypatch: pyt
     page().write(tmp_path)
     before = (tmp_path / "index.html").read_bytes()
 
-    def full(path: Path, content: bytes) -> None:
-        path.write_bytes(content[:10])
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(output, "_write_through", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         Page("another").write(tmp_path)
     assert (tmp_path / "index.html").read_bytes() == before
@@ -110,10 +111,10 @@ def test_prepare_folder_refuses_a_file_in_its_place(tmp_path: Path) -> None:
 
 
 def test_prepare_folder_refuses_a_read_only_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path, data: bytes) -> int:
+    def refuse(*_: Any) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "write_bytes", refuse)  # a superuser may write to any folder
+    monkeypatch.setattr(os, "open", refuse)  # a superuser may write to any folder
     with pytest.raises(CheckpointError, match="Permission denied"):
         prepare_folder(tmp_path)
 

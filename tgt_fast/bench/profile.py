@@ -6,6 +6,7 @@ weights are random, since time does not depend on them.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +19,7 @@ from torch import nn
 import tgt_fast as tgt
 from tgt_fast._ranges import PREFIX, named_range
 from tgt_fast.errors import ArgumentError
-from tgt_fast.report.output import prepare_folder
+from tgt_fast.report.output import prepare_folder, write_bytes
 
 MODES: Final = ("random", "gradient", "persistent", "prior")
 BATCH: Final = 64
@@ -50,7 +51,10 @@ def run_profile(out: Path, device: torch.device, steps: int, mode: str, console:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     path = folder / "trace.json.gz"
-    profiler.export_chrome_trace(str(path))
+    with tempfile.TemporaryDirectory() as private:  # the profiler would write through a link
+        trace = Path(private, path.name)
+        profiler.export_chrome_trace(str(trace))
+        write_bytes(path, trace.read_bytes())
     _print(console, profiler, steps, device)
     if device.type == "cuda":
         with torch.autograd.profiler.emit_nvtx():  # type: ignore[no-untyped-call]

@@ -14,8 +14,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tgt_fast._files import TEMPORARY
 from tgt_fast.cache.cache import TeacherCache
-from tgt_fast.cache.shard import TEMPORARY, TORN
+from tgt_fast.cache.shard import TORN
 from tgt_fast.errors import ArgumentError
 
 

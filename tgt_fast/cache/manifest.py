@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from tgt_fast._files import sync, write_text
+from tgt_fast._files import new_file, sync
+from tgt_fast._opening import open_file, parse_json
 from tgt_fast.cache.fingerprint import Fingerprint, differences
 from tgt_fast.cache.layout import Layout
-from tgt_fast.cache.opening import open_file, parse_json
-from tgt_fast.cache.shard import FORMAT, MARK, TEMPORARY
+from tgt_fast.cache.shard import FORMAT
 from tgt_fast.errors import CacheError, StaleCacheError
 
 NAME: Final = "manifest.json"
@@ -73,18 +72,16 @@ class Manifest:
         """
         path = folder / NAME
         text = _text(self.to_json())
-        temporary = folder / f".{MARK}{NAME}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}"
-        try:
-            write_text(temporary, text)
+        with new_file(folder) as new:
+            new.file.write(text.encode())
+            new.sync()
             try:
-                os.link(temporary, path)  # fails where the name is taken, so of several writers one wins
+                os.link(new.place, path)  # fails where the name is taken, so of several writers one wins
             except FileExistsError:
                 pass
             except OSError:  # a file system without hard links: the window between question and answer stays
-                if not path.exists():
-                    os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+                if not os.path.lexists(path):
+                    new.take_name(path)
         sync(folder)
         standing = Manifest.read(folder)
         assert standing is not None

@@ -30,16 +30,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tgt_fast._files import sync
+from tgt_fast._files import MARK, new_file, sync
+from tgt_fast._opening import open_file, parse_json
 from tgt_fast.cache.checksums import Checked, TornError, crcs
 from tgt_fast.cache.index import Places
 from tgt_fast.cache.layout import DTYPES, NAMES, Bytes, Field, Layout, Rows
-from tgt_fast.cache.opening import open_file, parse_json
 
 SUFFIX: Final = ".safetensors"
 TORN: Final = ".torn"  # added to the name of a shard that was set aside
-TEMPORARY: Final = ".tmp"
-MARK: Final = "tgt_fast_"  # in the names of our files: a folder may hold those of others
 _OURS: Final = re.compile(rf"\d{{20}}-{MARK}.*{re.escape(SUFFIX)}")
 IDS: Final = "sample_ids"
 FORMAT: Final = "3"
@@ -133,20 +131,14 @@ def write_shard(folder: Path, ids: NDArray[np.int64], rows: Rows, layout: Layout
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     writer = f"{MARK}{re.sub('[^A-Za-z0-9]+', '', platform.node())[:20]}-{os.getpid()}-{secrets.token_hex(4)}"
-    temporary = folder / f".{writer}{TEMPORARY}"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name in header:
-                if name in parts:
-                    file.write(np.ascontiguousarray(parts[name]).data)
-            file.flush()
-            os.fsync(file.fileno())
+    with new_file(folder) as new:
+        new.file.write(struct.pack("<Q", len(text)) + text)
+        for name in header:
+            if name in parts:
+                new.file.write(np.ascontiguousarray(parts[name]).data)
+        new.sync()
         path = folder / f"{time.time_ns():020d}-{writer}{SUFFIX}"
-        os.rename(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        new.take_name(path)
     sync(folder)
     return path
 

@@ -13,16 +13,16 @@ from typing import Final
 
 import numpy as np
 
+from tgt_fast._files import remove_dead
 from tgt_fast.cache.checksums import TornError
 from tgt_fast.cache.fingerprint import Fingerprint
 from tgt_fast.cache.index import MISSING, ROW_BITS, ROW_MASK, Ids, Index, Places, in_order, places
 from tgt_fast.cache.layout import Bytes, Layout, Rows
 from tgt_fast.cache.manifest import Manifest
 from tgt_fast.cache.pending import Pending
-from tgt_fast.cache.shard import MARK, TEMPORARY, TORN, Shard, is_shard, write_shard
+from tgt_fast.cache.shard import TORN, Shard, is_shard, write_shard
 from tgt_fast.errors import CacheError, ShapeError, StaleCacheError
 
-_ABANDONED: Final = 3600.0  # seconds; no write of a shard takes so long
 _LARGE_ROW: Final = 4096  # bytes, from which a copy a row costs less than copying everything twice
 
 
@@ -59,7 +59,7 @@ class Store:
         if writable:
             with reported(folder, "write to"):
                 folder.mkdir(parents=True, exist_ok=True)
-                self._sweep()
+            remove_dead(folder)
         self.manifest = Manifest.read(folder)
         if self.manifest is None and not writable:
             raise CacheError(f"there is no teacher cache in {folder}")
@@ -299,13 +299,6 @@ class Store:
         if pending is not None and number is not None:
             self._index.add(pending.ids, places(number, len(pending.ids)), replace=True)
         self._pending = None
-
-    def _sweep(self) -> None:
-        """Remove what killed writers left half written."""
-        for path in self.folder.glob(f".{MARK}*{TEMPORARY}"):
-            with suppress(FileNotFoundError):  # another process did
-                if time.time() - path.stat().st_mtime > _ABANDONED:
-                    path.unlink()
 
 
 def _copy(source: Bytes, rows: Places, out: Bytes, to: Places) -> None:

@@ -7,9 +7,11 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+
+from tgt_fast._files import new_file, remove_dead
 
 
 class Artifacts:
@@ -27,8 +29,8 @@ class Artifacts:
         def read(file: Path) -> Any:
             return json.loads(file.read_text(encoding="utf-8"))
 
-        def write(file: Path, value: Any) -> None:
-            file.write_text(json.dumps(value), encoding="utf-8")
+        def write(file: BinaryIO, value: Any) -> None:
+            file.write(json.dumps(value).encode())
 
         return self._get(kind, identity, make, ".json", read, write)
 
@@ -38,7 +40,7 @@ class Artifacts:
         def read(file: Path) -> Any:
             return torch.load(file, weights_only=True, map_location="cpu")
 
-        def write(file: Path, value: Any) -> None:
+        def write(file: BinaryIO, value: Any) -> None:
             torch.save(value, file)
 
         return self._get(kind, identity, make, ".pt", read, write)
@@ -50,7 +52,7 @@ class Artifacts:
         make: Callable[[], Any],
         suffix: str,
         read: Callable[[Path], Any],
-        write: Callable[[Path, Any], None],
+        write: Callable[[BinaryIO, Any], None],
     ) -> Any:
         if self.folder is None:
             return make()
@@ -63,10 +65,10 @@ class Artifacts:
         value = make()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Written beside and renamed, so that a run that is stopped leaves no half of a file under the name.
-            part = file.with_name(f"{file.name}.{os.getpid()}.part")
-            write(part, value)
-            part.replace(file)
+            remove_dead(self.folder)
+            with new_file(self.folder) as new:
+                write(new.file, value)
+                new.take_name(file)
         except OSError:  # a cache that cannot be written costs time and nothing else
             pass
         return value

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tgt_fast.errors import ArgumentError
-from tgt_fast.train.files import make_writable, replace_file, write_text
+from tgt_fast.train.files import make_writable, replace_file
 
 NEEDED_BYTES = 8 << 20  # a page with its plots takes 1 to 3 MB
 
@@ -54,7 +54,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    replace_file(path, lambda temporary: _write_through(temporary, content))
+    replace_file(path, lambda file: file.write(content))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -64,14 +64,7 @@ def write_json(path: Path, value: Any) -> None:
         CheckpointError: it cannot be written.
     """
     text = json.dumps(_standard(value), indent=2, allow_nan=False) + "\n"
-    replace_file(path, lambda temporary: write_text(temporary, text))
-
-
-def _write_through(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    replace_file(path, lambda file: file.write(text.encode()))
 
 
 def _standard(value: Any) -> Any:

@@ -25,18 +25,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from tgt_fast._files import new_file, remove_dead, sync
 from tgt_fast._rng import get_rng_state, set_rng_state
 from tgt_fast.errors import CheckpointError
 from tgt_fast.train.codec import decode, encode
-from tgt_fast.train.files import (
-    make_writable,
-    replace_file,
-    reported,
-    sha256,
-    sync,
-    write_tensors,
-    write_text,
-)
+from tgt_fast.train.files import make_writable, replace_file, reported, write_tensors
 
 MANIFEST = "checkpoint.json"
 _FORMAT, _VERSION = "tgt_fast.checkpoint", 1
@@ -122,7 +115,7 @@ def save_checkpoint(
             "state_sha256": _text_sha256(_canonical(state)),
             "state": state,
         }
-        replace_file(manifest, lambda path: write_text(path, _canonical(document)))
+        replace_file(manifest, lambda file: file.write(_canonical(document).encode()))
     finally:
         _remove_unnamed(manifest)
     return manifest
@@ -206,7 +199,8 @@ def save_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor]) ->
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: {name} is a {type(value).__name__}; a weights file takes tensors only")
         encode(value, name, tensors)
-    replace_file(Path(path), lambda temporary: write_tensors(temporary, tensors))
+    remove_dead(Path(path).parent)
+    replace_file(Path(path), lambda file: write_tensors(file, tensors))
 
 
 # ---- the parts ----
@@ -298,16 +292,12 @@ def _tensor_file(digest: str) -> str:
 
 def _write_under_hash(folder: Path, tensors: dict[str, Tensor]) -> str:
     """Write a tensor file named by its hash, which is returned; no other checkpoint's file is touched."""
-    temporary = folder / ".checkpoint.safetensors.tmp"
-    with reported(temporary, "write"):
-        try:
-            write_tensors(temporary, tensors)
-            digest = sha256(temporary)
-            os.replace(temporary, folder / _tensor_file(digest))
-            sync(folder)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with reported(folder, "write to"):
+        with new_file(folder) as new:
+            digest = write_tensors(new.file, tensors)
+            new.sync()
+            new.take_name(folder / _tensor_file(digest))
+        sync(folder)
     return digest
 
 

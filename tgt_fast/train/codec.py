@@ -100,4 +100,4 @@ def _portable(tensor: Tensor, path: str) -> Tensor:
         raise CheckpointError(
             f"{path} is a {tensor.layout} tensor on {tensor.device}; a checkpoint takes dense ones with data"
         )
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    return tensor.detach().resolve_conj().resolve_neg().to("cpu", copy=True).contiguous()

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO, Final
 
-import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from tgt_fast._files import sha256, sync, write_text
+from tgt_fast._files import new_file, remove_dead, sync
 from tgt_fast.errors import CheckpointError
 
-__all__ = [
-    "make_writable",
-    "replace_file",
-    "reported",
-    "sha256",
-    "sync",
-    "temporary_name",
-    "write_tensors",
-    "write_text",
-]
+# As safetensors calls them
+_DTYPES: Final = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+_NAMES: Final = {getattr(torch, dtype): name for name, dtype in _DTYPES.items() if hasattr(torch, dtype)}
 
 
 @contextmanager
@@ -38,38 +50,69 @@ def reported(path: Path, verb: str) -> Iterator[None]:
 def make_writable(folder: Path) -> None:
     """Make ``folder`` and prove that it can be written to, before work is spent that could not be saved.
 
+    What killed writers left half written in it is removed.
+
     Raises:
         CheckpointError: it cannot.
     """
-    probe = folder / ".probe.tmp"
     with reported(folder, "write to"):
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"\0")
-        probe.unlink()
+        with new_file(folder) as probe:
+            probe.file.write(b"\0")
+            probe.file.flush()
+    remove_dead(folder)
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write beside ``path``, then rename over it: a reader, or a crash, meets the old file or the new, whole.
 
     Raises:
         CheckpointError: it cannot be written; an older file of that name is then intact.
     """
-    temporary = temporary_name(path)
     with reported(path, "write"):
-        try:
-            write(temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with new_file(path.parent) as new:
+            write(new.file)
+            new.sync()
+            new.take_name(path)
         sync(path.parent)
 
 
-def temporary_name(path: Path) -> Path:
-    """Always the same one, so that what a killed process left is overwritten by the next."""
-    return path.parent / f".{path.name}.tmp"
+def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> str:
+    """Write CPU tensors in the format of safetensors, no second copy of them in memory; the SHA-256 of the file.
+
+    Raises:
+        CheckpointError: the format has no word for a dtype or a name.
+        OSError: it cannot be written.
+    """
+    header: dict[str, Any] = {}
+    at = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):  # the widest first: all are aligned
+        tensor = tensors[name]
+        if tensor.dtype not in _NAMES:
+            raise CheckpointError(f"{name} is of {tensor.dtype}, which safetensors does not store")
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    if "__metadata__" in header:
+        raise CheckpointError("a tensor is called __metadata__, which safetensors keeps for itself")
+    try:
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"the name of a tensor is no Unicode text ({error})") from error
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    for part in (len(text).to_bytes(8, "little"), text):
+        digest.update(part)
+        file.write(part)
+    for name in header:
+        data = _bytes(tensors[name])
+        digest.update(data)
+        file.write(data)
+    return digest.hexdigest()
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    safetensors.torch.save_file(tensors, path)
-    sync(path)
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

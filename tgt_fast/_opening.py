@@ -1,4 +1,4 @@
-"""Opening what lies in the folder of a cache, which may be anything."""
+"""Opening what lies in a folder of files of ours, which may be anything."""
 
 from __future__ import annotations
 
