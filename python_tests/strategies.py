@@ -68,6 +68,9 @@ class DistillCase:
 def distill_cases(draw: st.DrawFn, *, masks: bool = True) -> DistillCase:
     """Any legal call on logits of ordinary size; with ``masks`` some logits are -inf."""
     shape = (*draw(batch_shapes), draw(class_counts))
+    divergence, hard = draw(divergences), draw(st.booleans())
+    if divergence != "mse" or hard:  # of one class, every distribution is the same: refused
+        shape = (*shape[:-1], max(shape[-1], 2))
     rows, seed = shape[:-1], draw(seeds)
     pair = (draw(dtypes), draw(dtypes))
     placement = (draw(layouts), draw(layouts))
@@ -80,14 +83,14 @@ def distill_cases(draw: st.DrawFn, *, masks: bool = True) -> DistillCase:
         alone = [torch.rand(shape, generator=generator) < 0.02 for _ in logits]
         logits = [x.masked_fill(both | one, -math.inf) for x, one in zip(logits, alone, strict=True)]
     options: dict[str, Any] = {
-        "divergence": draw(divergences),
+        "divergence": divergence,
         "beta": draw(st.floats(0.05, 0.95)),
         "temperature": draw(temperatures),
         "teacher_temperature": draw(st.one_of(st.none(), temperatures)),
         "reduction": draw(reductions),
     }
     target = None
-    if draw(st.booleans()):
+    if hard:
         target = torch.randint(-1, shape[-1], rows, generator=generator)
         target = target.masked_fill(torch.rand(rows, generator=generator) < 0.2, -100)
         options["hard_weight"] = draw(st.floats(0.1, 2.0))

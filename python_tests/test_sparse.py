@@ -152,7 +152,7 @@ def test_the_comparison_fails_for_wrong_results() -> None:
 @settings(max_examples=60)
 @given(
     divergence=st.sampled_from(("forward_kl", "reverse_kl", "jsd")), dtype=st.sampled_from(DTYPES),
-    classes=st.integers(1, 60), k=st.integers(1, 60), seed=st.integers(0, 2**31),
+    classes=st.integers(2, 60), k=st.integers(1, 60), seed=st.integers(0, 2**31),
     scale=st.sampled_from((0.1, 1.0, 8.0)), temperature=st.sampled_from((0.5, 1.0, 4.0)), near=st.booleans(),
     masked=st.booleans(),
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -92,3 +93,13 @@ def check_values(t: ContrastTensors, options: DistillOptions) -> None:
         return
     passages = t.student_d.shape[0]
     check_row_values(OP, passages, t.positives, t.sample_weight, options)
+
+
+def warn_of_one_passage(t: ContrastTensors) -> None:
+    """Say that a loss is 0 because there is nothing to compare: legal, as a last batch may be that small."""
+    if t.student_d.shape[0] == 1 and t.student_q.shape[0] and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"{OP}: there is one passage, whose probability is 1 whatever its score, so loss and gradients are 0; "
+            "make batches of two queries at least (drop_last=True), or add passages",
+            stacklevel=3,
+        )

@@ -88,6 +88,7 @@ def check_tensors(
         )
     if student.dim() == 0 or student.shape[-1] == 0:
         raise ShapeError(f"{OP}: logits must be (..., C) with C >= 1, got {tuple(student.shape)}")
+    check_classes(OP, "student_logits", student.shape[-1], options)
     _checks.same_device(OP, "student_logits", student, "teacher_logits", teacher)
     check_rows(OP, "student_logits", student, target, sample_weight, normalizer, options)
 
@@ -96,6 +97,21 @@ def check_student(student: Tensor) -> None:
     """The student's logits by themselves."""
     _checks.floating(OP, "student_logits", student)
     _check_dense("student_logits", student)
+
+
+def check_classes(op: str, name: str, classes: int, options: DistillOptions) -> None:
+    """That there is something to learn: a distribution over one class is 1, and so constant, whatever the logit."""
+    if classes != 1:
+        return
+    soft = options.soft_weight > 0 and options.divergence != "mse"
+    if not soft and options.hard_weight == 0:
+        return
+    term = f"{options.divergence} is the same" if soft else "the cross-entropy of the target is 0"
+    raise ShapeError(
+        f"{op}: {name} have one class, whose probability is 1 whatever the logit, so that {term} for every student and "
+        "its gradient 0; for a regression pass divergence='mse' (and hard_weight=0), for a binary classifier with one "
+        "logit z pass two, torch.cat([torch.zeros_like(z), z], -1), on both sides"
+    )
 
 
 def _check_dense(name: str, logits: Tensor) -> None:

@@ -12,7 +12,7 @@ from tgt_fast.kernels.options import DistillOptions, LinearOptions, LinearTensor
 from tgt_fast.kernels.reference.linear import record_of, vocabulary_of
 from tgt_fast.kernels.vocabulary import Vocabulary
 from tgt_fast.ops import _checks
-from tgt_fast.ops._distill_arguments import check_row_values, check_rows
+from tgt_fast.ops._distill_arguments import check_classes, check_row_values, check_rows
 from tgt_fast.ops._sparse_library import check_ids
 from tgt_fast.ops._sparse_record import TeacherTopK, check_options
 from tgt_fast.ops.vocabulary import check_labels_exist, check_vocabulary, check_vocabulary_values
@@ -118,7 +118,8 @@ def check_tensors(
         )
     names = "student_weight", "teacher_weight" if linear else "the record" if recorded else "teacher_logits"
     counts = t.student_weight.shape[0], teacher_classes
-    check_vocabulary(OP, names, counts, t.student_hidden, heads.vocab_size, t.vocab_map, t.vocab_mask)
+    shared = check_vocabulary(OP, names, counts, t.student_hidden, heads.vocab_size, t.vocab_map, t.vocab_mask)
+    check_classes(OP, "both sides together", min(shared, *counts), options)
     check_rows(OP, "student_hidden", t.student_hidden, t.target, t.sample_weight, normalizer, options)
 
 

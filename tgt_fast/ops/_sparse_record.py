@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -168,6 +169,13 @@ def check_options(op: str, record: TeacherTopK, options: DistillOptions) -> None
                 f"a record cannot be brought to another temperature; pass temperature={record.temperature:g}, or take "
                 "a new record from the teacher's logits"
             )
+    alone = record.k == 1 and record.tail == "renormalize" and record.num_classes > 1
+    if alone and options.soft_weight > 0 and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"{op}: the record lists one class a row and tail='renormalize' leaves out the others, so the soft term is "
+            "0 for every student; list more classes, or use tail='bucket'",
+            stacklevel=4,
+        )
 
 
 def check_where_asked(record: TeacherTopK) -> None:

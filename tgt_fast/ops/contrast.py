@@ -18,6 +18,7 @@ from tgt_fast.ops._contrast_arguments import (
     check_values,
     diagonal,
     make_temperatures,
+    warn_of_one_passage,
 )
 from tgt_fast.ops._distill_arguments import make_options
 from tgt_fast.ops._gather import gathered, process_group, same_count
@@ -199,6 +200,7 @@ def contrastive_distillation_loss(
     check_values(t, options)
     if gather:
         t = _of_all_processes(t, group)
+    warn_of_one_passage(t)
     tensors = LinearTensors(
         t.student_q, t.student_d, None, t.teacher_q, t.teacher_d, None, t.positives, t.sample_weight,
         class_ids=t.passage_ids, own_class=None if t.passage_ids is None else t.positives,

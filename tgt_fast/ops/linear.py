@@ -176,7 +176,8 @@ def linear_distillation_loss(
 
     Args:
         student_hidden: ``(..., Hs)``, float64, float32, bfloat16 or float16. Differentiable.
-        student_weight: ``(Cs, Hs)``, any of these dtypes. Differentiable. It may be ``teacher_weight`` itself.
+        student_weight: ``(Cs, Hs)``, any of these dtypes. Differentiable. It may be ``teacher_weight`` itself. A single
+            class is refused, as by :func:`tgt_fast.distillation_loss`.
         teacher_hidden: ``(..., Ht)``. Differentiable: with frozen heads a gradient to it, or to ``student_hidden``,
             costs no product for a weight.
         teacher_weight: ``(Ct, Ht)``. Differentiable.

@@ -12,7 +12,7 @@ from tgt_fast.kernels import select
 from tgt_fast.kernels.options import TAILS, DistillOptions, Listed
 from tgt_fast.kernels.reference import sparse as reference_sparse
 from tgt_fast.ops import _checks
-from tgt_fast.ops._distill_arguments import OP, check_inplace, check_rows, check_student
+from tgt_fast.ops._distill_arguments import OP, check_classes, check_inplace, check_rows, check_student
 from tgt_fast.ops._distill_autograd import Call, Distill
 from tgt_fast.ops._distill_library import dense_rows
 from tgt_fast.ops._packing import packed
@@ -146,6 +146,7 @@ def _check(student: Tensor, record: TeacherTopK, options: DistillOptions) -> Non
             f"{OP}: student_logits have {found} classes, the record's ids point into {record.num_classes}; "
             "select or map the classes that both share, or pad the student's logits with -inf"
         )
+    check_classes(OP, "student_logits", record.num_classes, options)
     if student.shape[:-1] != record.shape:
         raise ShapeError(
             f"{OP}: student_logits {tuple(student.shape)} and the record's rows {tuple(record.shape)} do not match"
