@@ -25,6 +25,7 @@ from tgt_fast.explore.prior import prior_latents
 from tgt_fast.explore.state import SamplerState, checked_state
 from tgt_fast.explore.synthetic import Synthetic
 from tgt_fast.kernels.options import MAX_SAMPLE_ID
+from tgt_fast.ops._checks import not_recorded
 from tgt_fast.teacher import Latents, Teacher, tree
 from tgt_fast.teacher.batches import Columns
 from tgt_fast.teacher.key import Key
@@ -211,6 +212,7 @@ class LatentSampler:
             ShapeError: a decoder that changes the batch size, a student whose class count is not the
                 labeler's.
         """
+        not_recorded("LatentSampler")
         if sample_ids is None and self.mode == "persistent":
             raise ArgumentError("LatentSampler: persistent mode keeps one chain an example: pass sample_ids=")
         key = self._counters.key(tree.batch_size(x), tree.first_device(x), sample_ids, step)

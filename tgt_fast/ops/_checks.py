@@ -8,9 +8,18 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from tgt_fast.errors import ArgumentError, DeviceError, DTypeError
+from tgt_fast.errors import ArgumentError, BackendError, DeviceError, DTypeError
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def not_recorded(op: str) -> None:
+    """BackendError inside ``torch.jit.trace``: it sees none of the compiled kernels, and keeps numbers for formulas."""
+    if torch._C._get_tracing_state() is not None:
+        raise BackendError(
+            f"{op}: torch.jit.trace records what one call computes, and would give wrong numbers for other inputs; use "
+            "torch.export or torch.compile, which know this op, or leave it out of what is traced"
+        )
 
 
 def number(op: str, name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:

@@ -181,6 +181,7 @@ def contrastive_distillation_loss(
     >>> round(loss.item(), 4), d.grad.shape
     (0.3408, torch.Size([4, 3]))
     """
+    _checks.not_recorded(OP)
     temperatures = make_temperatures(temperature, teacher_temperature)
     options = make_options(
         divergence, beta, 1.0, 1.0, soft_weight, hard_weight, label_smoothing, -100, -1, reduction, OP

@@ -182,6 +182,7 @@ def distillation_loss(
     >>> round(loss.item(), 4)
     0.6606
     """
+    _checks.not_recorded(OP)
     options = make_options(
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing,
         ignore_index, unlabeled_index, reduction,

@@ -70,6 +70,7 @@ def perturb_latents(
     True
     """
     name = "perturb_latents"
+    _checks.not_recorded(name)
     _check_latents(name, z)
     per_sample, per_coordinate = _factors(name, "sigma", sigma, z)
     stream = _STREAMS[_checks.choice(name, "op", op, tuple(_STREAMS))]
@@ -153,6 +154,7 @@ def ascend_latents(
     tensor([[3., 4.]])
     """
     name = "ascend_latents"
+    _checks.not_recorded(name)
     _check_latents(name, z)
     for other_name, other in (("grad", grad), ("anchor", anchor)):
         if other is None:

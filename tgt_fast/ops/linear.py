@@ -10,6 +10,7 @@ from torch import Tensor
 from tgt_fast.kernels import select
 from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, DistillStats, LinearOptions, LinearTensors
 from tgt_fast.kernels.reference import linear as reference_linear
+from tgt_fast.ops import _checks
 from tgt_fast.ops._distill_arguments import make_options
 from tgt_fast.ops._linear_arguments import (
     OP,
@@ -235,6 +236,7 @@ def linear_distillation_loss(
     >>> round(loss.item(), 4), weight.grad.shape
     (0.078, torch.Size([4, 3]))
     """
+    _checks.not_recorded(OP)
     options = make_options(
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing,
         ignore_index, unlabeled_index, reduction, OP,

@@ -59,6 +59,7 @@ def topk_teacher(
     (1, -28.6867)
     """
     op = "topk_teacher"
+    _checks.not_recorded(op)
     _checks.floating(op, "logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ShapeError(f"{op}: logits must be (..., C) with C >= 1, got {tuple(logits.shape)}")
