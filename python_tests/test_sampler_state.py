@@ -20,8 +20,10 @@ IDENTITY = Teacher(nn.Identity(), nn.Identity(), lambda x: x[:, :3], prior="norm
 
 
 def balanced(teacher: Teacher = IDENTITY, **options: Any) -> LatentSampler:
-    settings: dict[str, Any] = {"anchors": "balanced", "sigma": 0.0, "units": "absolute", **options}
-    return LatentSampler(teacher, "random", **settings)
+    settings: dict[str, Any] = {
+        "mode": "random", "anchors": "balanced", "sigma": 0.0, "units": "absolute", **options,
+    }  # fmt: skip
+    return LatentSampler(teacher, **settings)
 
 
 @given(cuts=st.lists(st.integers(0, 40), max_size=4), offset=st.sampled_from((0.0, 1e4)))
@@ -123,6 +125,53 @@ def test_balanced_anchors_serve_gradient_mode_and_replicas() -> None:
     distance = torch.cdist(made.latents.z, teacher.encode(x).z)
     assert (distance.min(1).values < 1).all()
     assert torch.equal(distance[:5].argmin(1), distance[5:].argmin(1))  # replicas share the anchor
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["ids", "no ids"])
+@pytest.mark.parametrize("mode", ["random", "gradient"])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_the_anchor_of_each_row_and_its_class_are_known(mode: str, replicas: int, named: bool) -> None:
+    x, y = tail()
+    ids = torch.randperm(1000, generator=torch.Generator().manual_seed(2))[: len(x)]
+    columns = [ids.split(10), x.split(10), y.split(10)] if named else [x.split(10), y.split(10)]
+    sampler = balanced(mode=mode, replicas=replicas, sigma=1e-6, step_size=0.0).calibrate(zip(*columns, strict=True))
+    again = balanced(mode=mode, replicas=replicas, sigma=1e-6, step_size=0.0)
+    again.load_state_dict(sampler.state_dict())
+    for explorer in (sampler, again):
+        made = explorer(torch.zeros(50, 2), student=nn.Linear(2, 2), step=3)
+        assert made.anchor_ids is not None
+        assert made.anchor_labels is not None
+        assert made.anchor_ids.shape == made.anchor_labels.shape == made.ids.shape == (50 * replicas,)
+        place = (ids[None] == made.anchor_ids[:, None]).nonzero()[:, 1] if named else made.anchor_ids
+        assert torch.equal(made.latents.z.round(), x[place])
+        assert torch.equal(made.anchor_labels, y[place])
+        assert not torch.equal(made.anchor_ids, made.ids)
+
+
+@pytest.mark.parametrize("mode", ["prior", "random", "gradient", "persistent"])
+def test_anchors_of_the_batch_are_the_batchs_own(mode: str) -> None:
+    sampler = LatentSampler(toys.vector_teacher(prior="normal"), mode, replicas=2, units="absolute")
+    made = sampler(toys.normal(3, toys.FEATURES), student=toys.student(), sample_ids=torch.tensor([7, 5, 9]))
+    assert made.anchor_labels is None
+    if mode == "prior":  # starts from no example
+        assert made.anchor_ids is None
+        return
+    assert made.anchor_ids is not None
+    assert made.anchor_ids.tolist() == [7, 5, 9, 7, 5, 9]
+
+
+def test_a_pool_saved_without_ids_has_none_and_a_mixture_is_refused() -> None:
+    x, y = tail()
+    state = balanced().calibrate([(x, y)]).state_dict()
+    del state["pool_ids"]
+    sampler = balanced()
+    sampler.load_state_dict(state)
+    made = sampler(torch.zeros(5, 2))
+    assert made.anchor_ids is None
+    assert made.anchor_labels is not None
+    assert torch.equal(made.anchor_labels, made.latents.z[:, 0].long())
+    with pytest.raises(ArgumentError, match="some batches have ids"):
+        balanced().calibrate([(torch.arange(len(x)), x, y), (x, y)])
 
 
 def test_missing_labels_are_the_labelers_opinion() -> None:
@@ -239,6 +288,7 @@ def test_a_smaller_bank_keeps_the_most_recently_visited() -> None:
         ("persistent", {"bank_anchors": torch.ones(6, 9)}, "do not fit together"),
         ("balanced", {"pool_labels": None}, r"missing \['pool_labels'\]"),
         ("balanced", {"pool_labels": torch.arange(4)}, "pool_labels torch.int64"),
+        ("balanced", {"pool_ids": torch.zeros(2)}, "pool_ids torch.float32"),
         ("balanced", {"pool_mask": torch.ones(1, 9)}, "mask"),
     ],
 )

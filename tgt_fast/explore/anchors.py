@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,14 @@ from tgt_fast.teacher import Latents, tree
 from tgt_fast.teacher.key import Key
 
 
+class Anchors(NamedTuple):
+    """Where B synthetic examples start from."""
+
+    latents: Latents  # [B, ...]
+    ids: Tensor | None  # [B] int64, the sample ids of the real examples; None: a pool that was saved without
+    labels: Tensor  # [B] int64, their classes
+
+
 class AnchorPool:
     """Encoded real examples by class; a draw takes a class uniformly, then a member of it uniformly.
 
@@ -19,10 +29,11 @@ class AnchorPool:
     rarely show the rare classes.
     """
 
-    def __init__(self, latents: Latents, labels: Tensor) -> None:
-        """latents: N examples; labels: [N] int64 >= 0, the class of each, on the same device."""
+    def __init__(self, latents: Latents, labels: Tensor, ids: Tensor | None = None) -> None:
+        """latents: N examples; labels: [N] int64 >= 0, the class of each; ids: [N] int64; on the same device."""
         order = torch.argsort(labels, stable=True)
         self.latents = tree.take(latents, order)
+        self.ids = None if ids is None else ids[order]
         self.labels = labels[order]
         _, self._sizes = torch.unique_consecutive(self.labels, return_counts=True)
         self._starts = torch.cumsum(self._sizes, 0) - self._sizes
@@ -35,20 +46,23 @@ class AnchorPool:
         """The pool on that device; itself where it is there."""
         if self.labels.device == device:
             return self
-        return AnchorPool(tree.map_batched(lambda leaf: leaf.to(device), self.latents), self.labels.to(device))
+        ids = None if self.ids is None else self.ids.to(device)
+        return AnchorPool(tree.map_batched(lambda leaf: leaf.to(device), self.latents), self.labels.to(device), ids)
 
-    def draw(self, key: Key) -> Latents:
+    def draw(self, key: Key) -> Anchors:
         """An anchor for each sample id of the key; the same for every replica."""
         key = key.on(self.labels.device)
         first, second, _, _ = words(key.of_replica(0), OP_PERTURB)
         # floor(word * n / 2^32): uniform over 0..n-1, exact in int64 as n < 2^31.
         group = (first * self.classes) >> 32
         member = (second * self._sizes[group]) >> 32
-        return tree.take(self.latents, self._starts[group] + member)
+        rows = self._starts[group] + member
+        ids = None if self.ids is None else self.ids[rows]
+        return Anchors(tree.take(self.latents, rows), ids, self.labels[rows])
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"pool_latents": self.latents.z, "pool_labels": self.labels}
-        optional = {"pool_mask": self.latents.mask, "pool_source": self.latents.source}
+        optional = {"pool_mask": self.latents.mask, "pool_source": self.latents.source, "pool_ids": self.ids}
         return state | {name: tensor for name, tensor in optional.items() if tensor is not None}
 
 
@@ -60,9 +74,17 @@ class PoolBuilder:
         self._kept: dict[int, int] = {}
         self._latents: list[Latents] = []
         self._labels: list[Tensor] = []
+        self._ids: list[Tensor] = []
+        self._seen = 0  # examples
+        self._named: bool | None = None  # whether they come with ids
 
-    def add(self, latents: Latents, labels: Tensor) -> None:
-        """labels: [B] int64; a negative one leaves its example out."""
+    def add(self, latents: Latents, labels: Tensor, ids: Tensor | None) -> None:
+        """labels: [B] int64; a negative one leaves its example out. ids: [B]; by default the places in the loader."""
+        if self._named not in (None, ids is not None):
+            raise ArgumentError("calibrate: some batches have ids and others have none")
+        self._named = ids is not None
+        ids = torch.arange(self._seen, self._seen + len(labels)) if ids is None else ids.to(torch.int64)
+        self._seen += len(labels)
         rows = []
         for row, label in enumerate(labels.tolist()):
             seen = self._kept.get(label, 0)
@@ -72,10 +94,12 @@ class PoolBuilder:
         if rows:
             keep = torch.tensor(rows)
             self._latents.append(tree.take(latents, keep))
-            self._labels.append(labels.to(latents.z.device)[keep.to(latents.z.device)])
+            for kept, given in ((self._labels, labels), (self._ids, ids)):
+                kept.append(given.to(latents.z.device)[keep.to(latents.z.device)])
 
     def build(self) -> AnchorPool:
         if not self._latents:
             raise ArgumentError("calibrate: the loader gave no examples")
         longest = torch.Size(max(sizes) for sizes in zip(*(part.z.shape[1:] for part in self._latents), strict=True))
-        return AnchorPool(tree.concat([part.padded_to(longest) for part in self._latents]), torch.cat(self._labels))
+        latents = tree.concat([part.padded_to(longest) for part in self._latents])
+        return AnchorPool(latents, torch.cat(self._labels), torch.cat(self._ids))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tgt_fast._ranges import named_range
 from tgt_fast.errors import ArgumentError, ShapeError
-from tgt_fast.explore.anchors import AnchorPool, PoolBuilder
+from tgt_fast.explore.anchors import AnchorPool, Anchors, PoolBuilder
 from tgt_fast.explore.bank import LatentBank
 from tgt_fast.explore.calibration import StreamingStd, labels_of
 from tgt_fast.explore.compiled import CompiledExploration, examples
@@ -216,16 +216,21 @@ class LatentSampler:
         if sample_ids is None and self.mode == "persistent":
             raise ArgumentError("LatentSampler: persistent mode keeps one chain an example: pass sample_ids=")
         key = self._counters.key(tree.batch_size(x), tree.first_device(x), sample_ids, step)
+        drawn = self._drawn(key) if self.options.anchors == "balanced" else None
         with named_range(f"explore ({self.mode})"):
             if self.mode == "persistent":
                 latents = visit_chains(self.teacher, self._bank, x, key, self._scale_for, self.options)
                 made = decoded(self.teacher, latents, key, self.options.replicas, relaxed=True)
                 logits = self.teacher.label(made)
             else:
-                latents = tree.concat(self._explored(x, student, key))
+                latents = tree.concat(self._explored(x, student, key, drawn))
                 made, logits = self._examples(self.teacher, latents, key, self.options.replicas)
         self._counters.advance(key.ids.shape[0], ids=sample_ids is None, step=step is None)
-        return Synthetic(made, latents, logits, self.mode, key.ids.repeat(self.options.replicas))
+        ids = key.ids.repeat(self.options.replicas)
+        if drawn is None:
+            return Synthetic(made, latents, logits, self.mode, ids, None if self.mode == "prior" else ids)
+        origin = (None if t is None else t.repeat(self.options.replicas) for t in (drawn.ids, drawn.labels))
+        return Synthetic(made, latents, logits, self.mode, ids, *origin)
 
     @torch.inference_mode(False)  # what is kept must be normal tensors, to serve in any mode later
     @torch.no_grad()
@@ -238,7 +243,8 @@ class LatentSampler:
             loader: batches ``x``, ``(x,)``, ``(x, y)`` or ``(ids, x, y)``. In data parallel runs give every
                 rank the same data, or load one rank's state, so that all measure in the same unit.
             per_class: anchors kept a class, the first ones (balanced anchors only; class: y, or, where y is
-                missing or negative, the labeler's argmax).
+                missing or negative, the labeler's argmax; ``Synthetic.anchor_ids`` are the loader's ids, or, where it
+                gives none, places in it, counted from 0).
             columns: ``(ids, x, y)``, where they are in other batches, as for :func:`tgt_fast.fit`.
 
         Returns:
@@ -254,13 +260,13 @@ class LatentSampler:
         device = self.teacher.device
         parts = Columns("calibrate", columns)
         for batch in loader:
-            _, x, y = parts.split(batch)
+            ids, x, y = parts.split(batch)
             if device is not None:
                 x = tree.map_batched(lambda leaf: leaf.to(device), x)
             latents = self.teacher.encode(x)
             std.update(latents)
             if pool is not None:
-                pool.add(latents, labels_of(self.teacher, x, y))
+                pool.add(latents, labels_of(self.teacher, x, y), ids)
         scale = std.result()
         self._pool = None if pool is None else pool.build()
         self.scale = scale
@@ -294,7 +300,7 @@ class LatentSampler:
         counters.stride = checked.stride
         self.scale, self._bank, self._pool = checked.scale, checked.bank, checked.pool
 
-    def _explored(self, x: Any, student: Callable[..., Any] | None, key: Key) -> list[Latents]:
+    def _explored(self, x: Any, student: Callable[..., Any] | None, key: Key, drawn: Anchors | None) -> list[Latents]:
         """The latents of each replica."""
         options = self.options
         keys = [key.of_replica(replica) for replica in range(options.replicas)]
@@ -302,7 +308,7 @@ class LatentSampler:
             return [prior_latents(self.teacher, x, k, options) for k in keys]
         if self.mode == "gradient":
             student = checked_student(self.teacher, student)
-        anchors = self._anchors(x, key)
+        anchors = self.teacher.encode(x) if drawn is None else drawn.latents
         scale = self._scale_for(anchors)
         found = [with_noise(anchors, scale, k, options) for k in keys]
         if self.mode == "random" or student is None:
@@ -314,9 +320,8 @@ class LatentSampler:
         self.last_disagreement = [sum(values) / len(values) for values in zip(*histories, strict=True)]
         return [latents for latents, _ in climbed]
 
-    def _anchors(self, x: Any, key: Key) -> Latents:
-        if self.options.anchors == "batch":
-            return self.teacher.encode(x)
+    def _drawn(self, key: Key) -> Anchors:
+        """Balanced anchors."""
         if self._pool is None:
             raise ArgumentError(
                 'LatentSampler: anchors="balanced" needs to know the classes: call calibrate(loader) first'

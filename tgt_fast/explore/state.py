@@ -16,7 +16,7 @@ from tgt_fast.teacher import Latents
 
 _COUNTERS: Final = ("seed", "step", "next_id")
 _BANK: Final = ("bank_chains", "bank_latents", "bank_mask", "bank_source", "bank_anchors")
-_POOL: Final = ("pool_latents", "pool_mask", "pool_source", "pool_labels")
+_POOL: Final = ("pool_latents", "pool_mask", "pool_source", "pool_labels", "pool_ids")
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,16 @@ def _pool(state: dict[str, Any]) -> AnchorPool | None:
     if labels.dtype != torch.int64 or labels.shape != z.shape[:1] or not labels.numel():
         found = f"{labels.dtype} {tuple(labels.shape)}"
         raise CheckpointError(f"LatentSampler: pool_labels {found} do not fit latents {tuple(z.shape)}")
-    mask, source = (_tensor(state, name) if name in state else None for name in ("pool_mask", "pool_source"))
+    optional = ("pool_mask", "pool_source", "pool_ids")
+    mask, source, ids = (_tensor(state, name) if name in state else None for name in optional)
+    if ids is not None and (ids.dtype != torch.int64 or ids.shape != labels.shape):
+        raise CheckpointError(f"LatentSampler: pool_ids {ids.dtype} {tuple(ids.shape)} are not one a pooled latent")
     latents = Latents(z, mask, source)
     try:
         latents.check(z.shape[0], "pool")
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"LatentSampler: {error}") from error
-    return AnchorPool(latents, labels)
+    return AnchorPool(latents, labels, ids)
 
 
 def _tensor(state: dict[str, Any], name: str) -> Tensor:
