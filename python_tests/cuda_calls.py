@@ -89,11 +89,18 @@ def every_kernel_once(device: torch.device) -> list[Tensor]:
                     student, teacher, target, None, None, options, wanted=(True, True), want_stats=True, plan=plan
                 )  # fmt: skip
                 out += [made.loss, made.d_student, made.d_teacher, *([] if made.stats is None else [made.stats])]
+                placed = planned(
+                    student.clone(), teacher, target, None, None, options, wanted=(True, True), inplace=True, plan=plan
+                )  # fmt: skip
+                out += [placed.loss, placed.d_student]
     for dtype in (torch.float16, torch.float64):
         student = logits(3, 603, 0, dtype=dtype).to(device).requires_grad_()
         weight = torch.tensor([1.0, 0.0, 2.0], device=device)
-        loss = tgt.distillation_loss(student, logits(3, 603, 1).to(device), sample_weight=weight, backend="native")
-        out += [loss, *torch.autograd.grad(3 * loss, student)]
+        for inplace in (False, True):
+            loss = tgt.distillation_loss(
+                student * 1, logits(3, 603, 1).to(device), sample_weight=weight, inplace=inplace, backend="native"
+            )
+            out += [loss, *torch.autograd.grad(3 * loss, student)]
     for size in (5, 2000, 20_000, 40_000):  # a warp, a block, clusters of 2 and of 4 a sample
         z = torch.zeros(2, size, device=device)
         moved = tgt.perturb_latents(z, 1.0, seed=3, backend="native")
@@ -119,8 +126,9 @@ def _of_records(device: torch.device) -> list[Tensor]:
         target = targets(2, size, 2).to(device)
         for tail in ("bucket", "renormalize", "uniform"):
             record = tgt.topk_teacher(teacher, 7, 2.0, tail=tail)
-            loss = tgt.distillation_loss(
-                student, record, target, temperature=2.0, hard_weight=0.5, backend="native"
-            )  # fmt: skip
-            out += [loss.detach(), *torch.autograd.grad(3 * loss, student)]
+            for inplace in (False, True):
+                loss = tgt.distillation_loss(
+                    student * 1, record, target, temperature=2.0, hard_weight=0.5, inplace=inplace, backend="native"
+                )
+                out += [loss.detach(), *torch.autograd.grad(3 * loss, student)]
     return out

@@ -1,7 +1,8 @@
 """The CUDA kernels without a GPU: their sources compiled for the host against an emulation of a device (csrc/emulator).
 
 ``tensors_on_an_emulated_gpu()`` makes the native backend run them on CPU tensors, through the code that serves CUDA
-tensors. What the emulation cannot show: instructions of the chip itself, timing, and races between threads.
+tensors. Built to look for races, it notes each access of a kernel that no barrier orders behind another thread's. What
+the emulation cannot show: instructions of the chip itself, and timing.
 """
 
 from __future__ import annotations
@@ -42,22 +43,29 @@ def why_not() -> str:
     return "" if CSRC.is_dir() else f"no sources at {CSRC}"
 
 
-def build(cache: Path) -> ModuleType:
-    """The module of the emulated kernels, compiled once for each state of the sources."""
+OF_KERNELS = ("-fsanitize=thread",)  # csrc/emulator/races.cpp is what the compiler then calls at each access
+
+
+def build(cache: Path, races: bool = False) -> ModuleType:
+    """The module of the emulated kernels, compiled once for each state of the sources.
+
+    With ``races`` its function of that name says, a line each, which of their accesses no barrier orders; much slower.
+    """
     import pybind11
 
+    name = "_emulated_gpu_races" if races else "_emulated_gpu"
     sources = sorted([*CSRC.glob("cuda/*.cu"), *CSRC.glob("emulator/*.cpp"), CSRC / "bind" / "cuda.cpp"])
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
     everything = sorted(path for folder in ("bind", "common", "cuda", "emulator") for path in (CSRC / folder).iterdir())
-    digest = hashlib.sha256(repr((COMPILER, FLAGS, pybind11.__version__, suffix)).encode())
+    digest = hashlib.sha256(repr((COMPILER, FLAGS, races, pybind11.__version__, suffix)).encode())
     for path in everything:
         digest.update(path.read_bytes())
-    library = cache / digest.hexdigest()[:16] / f"_emulated_gpu{suffix}"
+    library = cache / digest.hexdigest()[:16] / f"{name}{suffix}"
     library.parent.mkdir(parents=True, exist_ok=True)
     with _locked(library.parent / "lock"):
         if not library.exists():
-            _compile(library, sources)
-    spec = importlib.util.spec_from_file_location("_emulated_gpu", library)
+            _compile(library, sources, races)
+    spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -73,14 +81,15 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(library: Path, sources: list[Path]) -> None:
+def _compile(library: Path, sources: list[Path], races: bool) -> None:
     import pybind11
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
 
     def compile_one(source: Path) -> Path:
         to = library.parent / f"{source.name}.o"
-        _run([str(COMPILER), *FLAGS, *includes, "-x", "c++", "-c", str(source), "-o", str(to)])
+        more = () if not races else OF_KERNELS if source.suffix == ".cu" else ("-DTGT_LOOK_FOR_RACES",)
+        _run([str(COMPILER), *FLAGS, *more, *includes, "-x", "c++", "-c", str(source), "-o", str(to)])
         return to
 
     with ThreadPoolExecutor(2) as pool:

@@ -95,6 +95,9 @@ void sample(int64_t rows, int64_t classes, int64_t positions, const MatrixTuple&
   expect_success(cuda::sample(call, device, stream_of(stream)));
 }
 
+// This core has a CUDA runtime of its own, with its own idea of the thread's current device.
+void set_device(int device) { expect_success({cudaSetDevice(device), "cudaSetDevice"}); }
+
 // What this core's own CUDA runtime sees: "" or why there is no device. Without a driver the count is left untouched.
 std::string device_problem() {
   int count = 0;
@@ -118,6 +121,7 @@ void add_cuda(py::module_& m) {
   m.def("cuda_latent_perturb", &perturb, release);
   m.def("cuda_latent_ascend", &ascend, release);
   m.def("cuda_tokens_sample", &sample, release);
+  m.def("cuda_set_device", &set_device, release);
   m.def("cuda_device_problem", &device_problem, release);
 }
 

@@ -11,6 +11,10 @@
 #else
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
+#include <utility>
+
 #define TGT_DEVICE __device__ __forceinline__
 #define TGT_GRID_CONSTANT __grid_constant__
 #define TGT_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
@@ -180,21 +184,42 @@ TGT_DEVICE void cluster_wait() {}
 TGT_DEVICE void store_remote(void*, int, uint64_t) {}
 #endif
 
+// Lets blocks of a kernel ask for all the shared memory that the current device has. The limit belongs to the kernel,
+// not to a launch: set to the size of one launch, it could be lowered by another thread before the launch happens.
+inline cudaError_t allow_all_shared_memory(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int> > allowed;  // kernels, each on a device
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device})) return cudaSuccess;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaFuncAttributes code = {};
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, kernel);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 most - static_cast<int>(code.sharedSizeBytes));
+  }
+  if (error != cudaSuccess) return error;
+  // Room for as many blocks as registers allow, where the default may be room for one. A hint: if it cannot be taken,
+  // that is no error of the launch.
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared) !=
+      cudaSuccess) {
+    cudaGetLastError();
+  }
+  allowed.insert({kernel, device});
+  return cudaSuccess;
+}
+
 // Launches on the given stream; clusters of one block are no clusters.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, int cluster,
                    cudaStream_t stream, const Arguments&... arguments) {
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (shared_bytes > 48 << 10) {  // more than every chip has must be asked for
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t error = allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
     if (error != cudaSuccess) return error;
-    // Room for as many blocks as registers allow, where the default may be room for one. A hint: if it cannot be taken,
-    // that is no error of the launch.
-    if (cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
-                             cudaSharedmemCarveoutMaxShared) != cudaSuccess) {
-      cudaGetLastError();
-    }
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));

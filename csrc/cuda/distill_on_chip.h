@@ -228,6 +228,9 @@ __global__ void TGT_BOUNDS(Team::kIsWarp ? kWarpTeamThreads : on_chip_threads(kT
   // Read while others wait, and before the first reduction: after it another block may write a gradient over it.
   const double of_label =
       head.flags & kHard ? load_one<double>(call.student.row(i), row.student_type(), head.label) : 0;
+  // A warp's reductions are shuffles, which order no memory: with gradients in place, a lane that is ahead could write
+  // over the label that another has yet to read.
+  if (Team::kIsWarp) team.barrier();
   const Extremes<Real> extremes = merge_all(team, mine, 0, MergeExtremes<Real>());
   if (is_invalid(extremes)) {
     spoil_row<Real>(d, team, i, head, row.first, row.count);

@@ -8,6 +8,8 @@
 #include <memory>
 #include <vector>
 
+#include "races.h"
+
 namespace tgt::emulator {
 namespace {
 
@@ -102,7 +104,8 @@ void fiber_main() {
 __attribute__((noinline)) void resume(Fiber* fiber) {
   current = fiber;
   here = &fiber->place;
-  if (_setjmp(scheduler) != 0) return;
+  set_accessing(here, here->block / here->ranks);
+  if (_setjmp(scheduler) != 0) return set_accessing(nullptr, 0);
   if (fiber->started) _longjmp(fiber->context, 1);
   fiber->started = true;
   setcontext(&fiber->first);
@@ -115,6 +118,7 @@ unsigned char* stacks(int64_t count) {
   if (held < count) {
     memory.reset(new unsigned char[count * kStack]);  // not initialised: pages are touched when used
     held = count;
+    ignore_accesses(memory.get(), count * kStack);
   }
   return memory.get();
 }
@@ -158,6 +162,7 @@ bool run_cluster(int64_t first_block, int64_t blocks, int threads, int shared_by
     runnable.pop_front();
     resume(next);
   }
+  forget_accesses(base, shared_size * ranks);
   return cluster.alive == 0;
 }
 
@@ -165,8 +170,14 @@ bool run_cluster(int64_t first_block, int64_t blocks, int threads, int shared_by
 
 const Place* here = nullptr;
 
-void block_barrier() { wait_at(*current->block); }
-void warp_barrier() { wait_at(current->warp->barrier); }
+void block_barrier() {
+  wait_at(*current->block);
+  ++current->place.block_barriers;
+}
+void warp_barrier() {
+  wait_at(current->warp->barrier);
+  ++current->place.warp_barriers;
+}
 
 void let_others_run() {
   if (++idle > 1 << 24) abort();  // nobody is left who could do what is waited for
@@ -178,15 +189,18 @@ void cluster_arrive() {
   ClusterBarrier& barrier = *static_cast<ClusterBarrier*>(current->cluster);
   current->cluster_released = false;
   current->waits_for_cluster = false;
+  ++current->place.arrivals;
   ++barrier.arrived;
   barrier.members.push_back(current);
   release_cluster_if_complete(barrier);
 }
 
 void cluster_wait() {
-  if (current->cluster_released) return;
-  current->waits_for_cluster = true;
-  pause();
+  if (!current->cluster_released) {
+    current->waits_for_cluster = true;
+    pause();
+  }
+  ++current->place.waits;
 }
 
 void exchange(const void* mine, void* partner, int bytes, int mask) {
@@ -196,7 +210,7 @@ void exchange(const void* mine, void* partner, int bytes, int mask) {
   // Two sets of slots in turn: a lane that runs ahead cannot overwrite what a slower one has yet to read.
   auto& slots = warp.slots[current->turn ^= 1];
   memcpy(slots[lane], mine, bytes);
-  warp_barrier();
+  wait_at(warp.barrier);  // for all to be there; it orders no memory
   memcpy(partner, slots[lane ^ mask], bytes);
 }
 
@@ -204,6 +218,7 @@ bool run(const std::function<void()>& kernel, int64_t blocks, int threads, int s
   kernel_body = &kernel;
   idle = 0;
   runnable.clear();
+  forget_accesses();
   for (int64_t block = 0; block < blocks; block += cluster) {
     if (!run_cluster(block, blocks, threads, shared_bytes, cluster)) return false;
   }

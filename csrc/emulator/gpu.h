@@ -14,6 +14,8 @@
 #define TGT_GRID_CONSTANT
 #define TGT_BOUNDS(threads, blocks)
 #define __global__
+#define TGT_UNWATCHED __attribute__((no_sanitize("thread")))  // what it touches is no access of a kernel
+#define TGT_OF_THE_DEVICE TGT_UNWATCHED inline
 #define TGT_PACKED_EXTREMES 1
 #define TGT_BULK_COPIES 1
 
@@ -29,6 +31,7 @@ struct Place {
   unsigned char* shared = nullptr;          // of this block
   unsigned char* cluster_shared = nullptr;  // of all blocks of the cluster
   int64_t shared_bytes = 0;
+  int warp_barriers = 0, block_barriers = 0, arrivals = 0, waits = 0;  // that the thread has left behind
 };
 extern const Place* here;
 
@@ -47,11 +50,11 @@ bool run(const std::function<void()>& kernel, int64_t blocks, int threads, int s
 namespace tgt::cuda {
 inline namespace TGT_ISA {
 
-inline unsigned char* shared_memory() { return emulator::here->shared; }
-inline int thread_in_block() { return emulator::here->thread; }
-inline int threads_in_block() { return emulator::here->threads; }
-inline int64_t block_in_grid() { return emulator::here->block; }
-inline int64_t blocks_in_grid() { return emulator::here->blocks; }
+TGT_OF_THE_DEVICE unsigned char* shared_memory() { return emulator::here->shared; }
+TGT_OF_THE_DEVICE int thread_in_block() { return emulator::here->thread; }
+TGT_OF_THE_DEVICE int threads_in_block() { return emulator::here->threads; }
+TGT_OF_THE_DEVICE int64_t block_in_grid() { return emulator::here->block; }
+TGT_OF_THE_DEVICE int64_t blocks_in_grid() { return emulator::here->blocks; }
 inline void block_barrier() { emulator::block_barrier(); }
 inline void warp_barrier() { emulator::warp_barrier(); }
 
@@ -109,8 +112,8 @@ inline void check_aligned(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16) abort();
 }
 
-inline int cluster_size() { return emulator::here->ranks; }
-inline int cluster_rank() { return emulator::here->rank; }
+TGT_OF_THE_DEVICE int cluster_size() { return emulator::here->ranks; }
+TGT_OF_THE_DEVICE int cluster_rank() { return emulator::here->rank; }
 inline void cluster_arrive() { emulator::cluster_arrive(); }
 inline void cluster_wait() { emulator::cluster_wait(); }
 inline void store_remote(void* at, int rank, uint64_t value) {
@@ -118,18 +121,19 @@ inline void store_remote(void* at, int rank, uint64_t value) {
   memcpy(p.cluster_shared + rank * p.shared_bytes + (static_cast<unsigned char*>(at) - p.shared), &value, 8);
 }
 
-// A copy is over when it starts, so that only its bookkeeping is emulated: the barrier counts the bytes to come.
-inline void copy_barrier_init(uint64_t* barrier) { *barrier = 0; }
+// A copy is over when it starts, so that only its bookkeeping is emulated: the barrier counts the bytes to come. What
+// copies do is ordered by that, and no thread's access.
+TGT_OF_THE_DEVICE void copy_barrier_init(uint64_t* barrier) { *barrier = 0; }
 inline void copy_barriers_ready() {}
-inline void copy_expect(uint64_t* barrier, uint32_t bytes) { *barrier += bytes + (uint64_t{1} << 32); }
-inline void copy_start(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+TGT_OF_THE_DEVICE void copy_expect(uint64_t* barrier, uint32_t bytes) { *barrier += bytes + (uint64_t{1} << 32); }
+TGT_OF_THE_DEVICE void copy_start(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   check_aligned(to);
   check_aligned(from);
   if (bytes % 16) abort();
   memcpy(to, from, bytes);
   *barrier -= bytes;
 }
-inline void copy_wait(const uint64_t* barrier) {
+TGT_OF_THE_DEVICE void copy_wait(const uint64_t* barrier) {
   while (*barrier != uint64_t{1} << 32) emulator::let_others_run();
 }
 
@@ -137,7 +141,8 @@ template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, int cluster,
                    cudaStream_t, const Arguments&... arguments) {
   if (blocks > INT32_MAX) return 1;
-  return emulator::run([&] { kernel(arguments...); }, blocks, threads, shared_bytes, cluster) ? cudaSuccess : 1;
+  const auto thread = [&]() TGT_UNWATCHED { kernel(arguments...); };  // each has the arguments on its stack
+  return emulator::run(thread, blocks, threads, shared_bytes, cluster) ? cudaSuccess : 1;
 }
 
 }  // namespace TGT_ISA
@@ -147,6 +152,7 @@ constexpr int cudaDevAttrMaxSharedMemoryPerBlockOptin = 97;
 constexpr int cudaDevAttrComputeCapabilityMajor = 75;
 constexpr int cudaDevAttrMultiProcessorCount = 16;
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "too many blocks, or threads that wait for ever"; }

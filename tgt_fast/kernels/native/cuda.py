@@ -26,6 +26,7 @@ class Engine(NamedTuple):
 @contextmanager
 def _current(tensor: Tensor) -> Iterator[int]:
     with torch.cuda.device(tensor.device):
+        core().cuda_set_device(tensor.device.index)  # its CUDA runtime is not torch's
         yield torch.cuda.current_stream(tensor.device).cuda_stream
 
 
