@@ -228,3 +228,19 @@ def test_headers_compile_for_a_device(tmp_path: Path) -> None:
     command = ["nvcc", "-std=c++17", "-arch=sm_90", "--fmad=false", f"-I{CSRC}", "-c", str(tmp_path / "device.cu")]
     run = subprocess.run([*command, "-o", str(tmp_path / "device.o")], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_no_sum_of_bits_overflows_a_signed_integer(tmp_path: Path) -> None:
+    if COMPILER is None:
+        pytest.skip("no C++ compiler on this machine")
+    (tmp_path / "program.cpp").write_text(PROGRAM)
+    flags = ["-std=c++17", "-O1", f"-I{CSRC}", "-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
+    built = tmp_path / "program"
+    found = subprocess.run([COMPILER, *flags, str(tmp_path / "program.cpp"), "-o", str(built)], capture_output=True)
+    if found.returncode:
+        pytest.skip("the compiler cannot look for undefined behaviour")
+    for words in ("exp", "merge", "widen"):
+        run(built, words)
+    edges = np.array([0, 1, 2**31 - 1, 2**31, 2**32 - 1], dtype=np.uint32)
+    run(built, "gumbel", stdin=edges.tobytes())
+    run(built, "narrow", stdin=np.concatenate([edges.view(np.float32), np.float32([1e38, -1e38, 1])]).tobytes())

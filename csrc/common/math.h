@@ -12,14 +12,15 @@
 namespace tgt {
 inline namespace TGT_ISA {
 
-// The primitives of V: its lane type, its same-sized integers, and what operators cannot say. CPU vectors add their
-// specialisations in cpu/simd.h.
+// The primitives of V: its lane type, its same-sized integers with a sign and without, and what operators cannot say.
+// CPU vectors add their specialisations in cpu/simd.h.
 template <class V>
 struct Traits;
 template <>
 struct Traits<float> {
   using Real = float;
   using Int = int32_t;
+  using Bits = uint32_t;
   static TGT_HD float from_int(int32_t x) { return static_cast<float>(x); }
   static TGT_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }
   static TGT_HD float larger(float a, float b) { return a > b ? a : b; }
@@ -29,6 +30,7 @@ template <>
 struct Traits<double> {
   using Real = double;
   using Int = int64_t;
+  using Bits = uint64_t;
   static TGT_HD double fused(double a, double b, double c) { return fma(a, b, c); }
   static TGT_HD double larger(double a, double b) { return a > b ? a : b; }
   static TGT_HD double square_root(double x) { return sqrt(x); }
@@ -83,12 +85,13 @@ TGT_HD V polynomial(V x, Real first, Rest... rest) {
 template <class V, class Real = typename Traits<V>::Real>
 struct Exp;
 
-// exp(x) = 2^k exp(r), r in [-ln2/2, ln2/2]. k is rounded by adding 1.5 * 2^mantissa, and added to the exponent bits.
+// exp(x) = 2^k exp(r), r in [-ln2/2, ln2/2]. k is rounded by adding 1.5 * 2^mantissa, and added to the exponent bits:
+// unsigned, since the sum wraps around.
 template <class V>
 struct Exp<V, float> {
   static constexpr float kLowest = -87.0f;  // below it the result is flushed to 0: it would be subnormal
   static TGT_HD V of(V x) {
-    using Int = typename Traits<V>::Int;
+    using Bits = typename Traits<V>::Bits;
     const V bias = splat<V>(12582912.0f);
     const V shifted = fused(x, splat<V>(1.44269504f), bias);
     const V k = shifted - bias;
@@ -96,14 +99,14 @@ struct Exp<V, float> {
     r = fused(k, splat<V>(2.12194440e-4f), r);
     const V value = polynomial(r, 1.0f, 1.0f, 0.5f, 1.6666665459e-1f, 4.1665795894e-2f, 8.3334519073e-3f,
                                1.3981999507e-3f, 1.9875691500e-4f);
-    return bit_cast<V>(bit_cast<Int>(value) + (bit_cast<Int>(shifted) << 23));
+    return bit_cast<V>(bit_cast<Bits>(value) + (bit_cast<Bits>(shifted) << 23));
   }
 };
 template <class V>
 struct Exp<V, double> {
   static constexpr double kLowest = -708.0;
   static TGT_HD V of(V x) {
-    using Int = typename Traits<V>::Int;
+    using Bits = typename Traits<V>::Bits;
     const V bias = splat<V>(6755399441055744.0);
     const V shifted = fused(x, splat<V>(1.4426950408889634), bias);
     const V k = shifted - bias;
@@ -111,7 +114,7 @@ struct Exp<V, double> {
     r = fused(k, splat<V>(-1.9082149292705877e-10), r);
     const V value = polynomial(r, 1.0, 1.0, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320,
                                1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600);
-    return bit_cast<V>(bit_cast<Int>(value) + (bit_cast<Int>(shifted) << 52));
+    return bit_cast<V>(bit_cast<Bits>(value) + (bit_cast<Bits>(shifted) << 52));
   }
 };
 

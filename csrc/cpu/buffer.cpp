@@ -32,7 +32,7 @@ bool fits(const Block& block, int64_t bytes) { return block.bytes >= bytes && bl
 Block* make(int64_t bytes) {
   const int64_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
   void* data = std::aligned_alloc(kAlignment, static_cast<size_t>(rounded));
-  if (data == nullptr) throw std::bad_alloc();
+  if (data == nullptr) out_of_memory();
   expect_writes(data, rounded);
   return new Block{data, rounded};
 }

@@ -1,5 +1,7 @@
 #include "memory.h"
 
+#include <new>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -19,5 +21,7 @@ void expect_writes(void* data, int64_t bytes) {
   (void)bytes;
 #endif
 }
+
+void out_of_memory() { throw std::bad_alloc(); }
 
 }  // namespace tgt::cpu

@@ -9,4 +9,7 @@ namespace tgt::cpu {
 // cannot fail.
 void expect_writes(void* data, int64_t bytes);
 
+// Throws std::bad_alloc, which Python sees as a MemoryError.
+[[noreturn]] void out_of_memory();
+
 }  // namespace tgt::cpu

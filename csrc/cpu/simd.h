@@ -58,6 +58,7 @@ template <>
 struct Traits<VFloat> {
   using Real = float;
   using Int = VInt32;
+  using Bits = VUInt32;
   static TGT_HD VFloat from_int(VInt32 x) { return __builtin_convertvector(x, VFloat); }
   static TGT_HD VFloat fused(VFloat a, VFloat b, VFloat c) {
 #if defined(__AVX512F__)
@@ -96,6 +97,7 @@ template <>
 struct Traits<VDouble> {
   using Real = double;
   using Int = VInt64;
+  using Bits = VUInt64;
   static TGT_HD VDouble fused(VDouble a, VDouble b, VDouble c) {
 #if defined(__AVX512F__)
     return (VDouble)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);

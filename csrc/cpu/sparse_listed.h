@@ -1,10 +1,9 @@
 // The classes that a row's record lists, as the CPU's kernels take them: block by block, in double.
 #pragma once
 
-#include <vector>
-
 #include "../common/sparse.h"
 #include "distill_row.h"
+#include "scratch.h"
 
 namespace tgt {
 inline namespace TGT_ISA {
@@ -15,11 +14,15 @@ constexpr int kDoubles = Lanes<double>::kCount;
 // The listed classes of a row, by blocks; padded with classes that are on neither side.
 class Listed {
  public:
-  Listed(const SparseCall& call) : starts_(call.base.classes / kBlock + 2), ids_(call.record.entries) {
-    const int64_t room = (call.record.entries / kDoubles + 1) * kDoubles;
-    s_.resize(room);
-    a_.resize(room);
-    gradient_.resize(room);
+  Listed(const SparseCall& call)
+      : starts_(call.base.classes / kBlock + 2),
+        ids_(call.record.entries),
+        s_((call.record.entries / kDoubles + 1) * kDoubles),
+        a_(s_.size()),
+        gradient_(s_.size()) {
+    clear();
+    ids_.fill(0);
+    gradient_.fill(0);
   }
 
   // The record's row i; false when it is no distribution.
@@ -31,14 +34,14 @@ class Listed {
       return read_element(log_probs, record.log_probs.type, j) != -HUGE_VAL && ids[j] >= 0 &&
              ids[j] < call.base.classes;
     };
-    for (int64_t& start : starts_) start = 0;
+    starts_.fill(0);
     for (int64_t j = 0; j < record.entries; ++j) {
       if (listed(j)) ++starts_[ids[j] / kBlock + 1];
     }
-    for (size_t b = 1; b < starts_.size(); ++b) starts_[b] += starts_[b - 1];
-    count_ = starts_.back();
-    for (double& s : s_) s = -HUGE_VAL;
-    for (double& a : a_) a = -HUGE_VAL;
+    for (int64_t b = 1; b < starts_.size(); ++b) starts_[b] += starts_[b - 1];
+    count_ = starts_[starts_.size() - 1];
+    s_.fill(-HUGE_VAL);
+    a_.fill(-HUGE_VAL);
     bool valid = true;
     for (int64_t j = 0; j < record.entries; ++j) {
       if (!listed(j)) continue;
@@ -47,7 +50,7 @@ class Listed {
       a_[at] = read_element(log_probs, record.log_probs.type, j);
       valid &= a_[at] < HUGE_VAL;
     }
-    for (size_t b = starts_.size() - 1; b > 0; --b) starts_[b] = starts_[b - 1];
+    for (int64_t b = starts_.size() - 1; b > 0; --b) starts_[b] = starts_[b - 1];
     starts_[0] = 0;
     tail_log_prob = record.tail_log_prob && record.form != TailForm::kRenormalize
                         ? read_element(record.tail_log_prob.row(i), record.tail_log_prob.type, 0)
@@ -55,9 +58,9 @@ class Listed {
     return valid && tail_log_prob < HUGE_VAL && (count_ > 0 || tail_log_prob > -HUGE_VAL);
   }
   void clear() {
-    for (int64_t& start : starts_) start = 0;
-    for (double& s : s_) s = -HUGE_VAL;
-    for (double& a : a_) a = -HUGE_VAL;
+    starts_.fill(0);
+    s_.fill(-HUGE_VAL);
+    a_.fill(-HUGE_VAL);
     count_ = 0;
     tail_log_prob = -HUGE_VAL;
   }
@@ -140,9 +143,9 @@ class Listed {
     for (int64_t e = 0; e < count_; e += kDoubles) body(load(s_.data() + e), load(a_.data() + e), e);
   }
 
-  std::vector<int64_t> starts_;  // of each block's classes
-  std::vector<int64_t> ids_;
-  std::vector<double> s_, a_, gradient_;
+  Scratch<int64_t> starts_;  // of each block's classes
+  Scratch<int64_t> ids_;
+  Scratch<double> s_, a_, gradient_;
   int64_t count_ = 0;
 };
 

@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <new>
-#include <system_error>
 #include <thread>
 
 namespace tgt::cpu {
@@ -20,13 +20,25 @@ struct Job {
   void (*body)(void*, int64_t, int64_t) = nullptr;
   void* context = nullptr;
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;  // the first one; read when all threads are done
 
-  void work() {
-    for (;;) {
+  // Never throws: an exception that left a thread would end the process.
+  void work() noexcept {
+    while (!failed.load(std::memory_order_relaxed)) {
       const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
       if (begin >= count) return;
-      body(context, begin, std::min(begin + chunk, count));
+      try {
+        body(context, begin, std::min(begin + chunk, count));
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+      }
     }
+  }
+
+  // For the caller, once all threads are done.
+  void rethrow() const {
+    if (error) std::rethrow_exception(error);
   }
 };
 
@@ -42,7 +54,7 @@ class Pool {
       while (workers_ < helpers) {
         try {
           std::thread(&Pool::serve, this, workers_).detach();
-        } catch (const std::system_error&) {
+        } catch (const std::exception&) {
           break;  // no more threads to be had: fewer do the work
         }
         ++workers_;
@@ -132,10 +144,10 @@ void parallel_for(int64_t count, int64_t grain, int threads, void (*body)(void*,
     // A forked child must not use OpenMP: its runtime waits for threads that only the parent has.
     if (openmp() != nullptr && !g_forked.load(std::memory_order_relaxed)) {
       openmp()([](void* shared_job) { static_cast<Job*>(shared_job)->work(); }, &job, static_cast<unsigned>(used), 0);
-      return;
+      return job.rethrow();
     }
     Pool* shared = pool();
-    if (shared != nullptr && shared->run(job, used - 1)) return;
+    if (shared != nullptr && shared->run(job, used - 1)) return job.rethrow();
   }
   if (count > 0) body(context, 0, count);
 }

@@ -8,7 +8,8 @@ namespace tgt::cpu {
 
 // Calls body(context, begin, end) for disjoint ranges that cover [0, count), on up to `threads` threads, the caller's
 // among them. A range is at least `grain` long. Ranges are handed out as threads become free: the body must give the
-// same result for any division. Runs on the calling thread alone when the pool is busy with another caller.
+// same result for any division. What it throws, on whichever thread, is thrown here once all threads have stopped. Runs
+// on the calling thread alone when the pool is busy with another caller.
 void parallel_for(int64_t count, int64_t grain, int threads, void (*body)(void* context, int64_t begin, int64_t end),
                   void* context);
 
