@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -19,6 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import tgt_fast as tgt
 import tgt_fast.testing
 from tgt_fast.errors import ArgumentError, BackendError, DTypeError
+from tgt_fast.kernels import select
+from tgt_fast.kernels import triton as triton_backend
+from tgt_fast.kernels.native import cuda as native_cuda
 from tgt_fast.kernels.options import DIVERGENCES, ROW_STATE, SPARSE_ROW_STATE, TAILS
 from tgt_fast.ops import library
 
@@ -43,10 +46,50 @@ def test_opcheck(sample: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> None:
 @pytest.mark.parametrize("name", ["native", "triton"])
 def test_opcheck_on_a_gpu(gpu: str, name: str) -> None:
     for op, args, kwargs in tgt_fast.testing.op_samples(gpu, backend=name):
-        drawn = "sample_tokens" in op.name() or _takes_a_record(args)  # Triton has no kernels for them
-        soft = "soft_embedding" in op.name()  # nor the core any for a device
-        if not (drawn if name == "triton" else soft):
-            torch.library.opcheck(op, args, kwargs)
+        torch.library.opcheck(op, args, kwargs)
+
+
+class _OnAGpu:
+    """What a backend's refusal asks of a tensor, as of one on a GPU."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.device, self.layout = torch.device("cuda"), tensor.layout
+        self.dtype, self.shape = tensor.dtype, tensor.shape
+
+
+@pytest.fixture(params=["native", "triton"])
+def refusing_as_on_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend that refuses what it refuses on a GPU; the rest the core computes on the CPU."""
+    name, core = str(request.param), request.getfixturevalue("native")
+    module: Any = select.BACKENDS[name]
+    ask, loaded, kernel = module.refusal, triton_backend.load(), select.kernel
+    if name == "triton" and isinstance(loaded, str):
+        pytest.skip(loaded)
+
+    def refusal(op: str, tensors: Sequence[Tensor]) -> Any:
+        with pytest.MonkeyPatch.context() as gpu:
+            gpu.setattr(module, "not_plain", lambda tensors: None)
+            gpu.setattr(native_cuda, "refusal", lambda device: None)
+            if not isinstance(loaded, str):
+                gpu.setattr(triton_backend, "load", lambda: loaded._replace(interpreted=False))
+            gpu.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+            return ask(op, [_OnAGpu(tensor) for tensor in tensors])
+
+    monkeypatch.setattr(module, "refusal", refusal)
+    monkeypatch.setattr(select, "kernel", lambda op, _: kernel(op, core))
+    return name
+
+
+def test_samples_for_a_backend_on_a_gpu_are_calls_that_it_can_run(refusing_as_on_a_gpu: str) -> None:
+    served = set()
+    for op, args, kwargs in tgt_fast.testing.op_samples(backend=refusing_as_on_a_gpu):
+        op(*args, **kwargs)
+        served.add(str(op.name()).removeprefix("tgt_fast::"))
+    without = {
+        "native": {"soft_embedding", "soft_embedding_forward", "soft_embedding_backward"},
+        "triton": {"sample_tokens", "sparse_distillation_loss", "sparse_forward", "sparse_backward"},
+    }
+    assert served == set(library.NAMES) - without[refusing_as_on_a_gpu]
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgt_fast.kernels import select
 from tgt_fast.kernels.options import (
     DIFFERENTIABLE,
     DIVERGENCES,
@@ -42,7 +43,8 @@ def op_samples(device: torch.device | str = "cpu", *, backend: str = "auto") -> 
 
     Args:
         device: where the tensors lie.
-        backend: which backend the calls ask for.
+        backend: which backend the calls ask for. Calls of ops for which it has no kernels on ``device`` are left out:
+            Triton has none for records and drawn tokens, the core none for a soft embedding on a GPU.
 
     The numbers are the same at every call; no global random state is used.
 
@@ -54,9 +56,14 @@ def op_samples(device: torch.device | str = "cpu", *, backend: str = "auto") -> 
     yield from _distill(make, backend)
     yield from _perturb(make, backend)
     yield from _ascend(make, backend)
-    yield from _linear(make, backend)
-    yield from _sparse(make, backend)
-    yield from _tokens(make, backend)
+    records = _has_kernels("sparse", device, backend)
+    yield from _linear(make, backend, TAILS if records else ())
+    if records:
+        yield from _sparse(make, backend)
+    if _has_kernels("tokens", device, backend):
+        yield from _tokens(make, backend)
+    if _has_kernels("soft_embedding", device, backend):
+        yield from _soft(make, backend)
 
 
 class _Maker:
@@ -83,6 +90,15 @@ class _Maker:
 
     def _draw(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._generator)
+
+
+def _has_kernels(op: str, device: torch.device | str, backend: str) -> bool:
+    """Whether the backend serves ``op`` where it serves the loss. One that serves nothing here says so when called."""
+    name = select.requested(backend)
+    if name == "auto":
+        return True
+    refusal, tensors = select.BACKENDS[name].refusal, (torch.empty(1, 1, device=device),)
+    return refusal(op, tensors) is None or refusal("distill", tensors) is not None
 
 
 def _distill(make: _Maker, backend: str) -> Iterator[Sample]:
@@ -183,7 +199,7 @@ def _ascend(make: _Maker, backend: str) -> Iterator[Sample]:
     yield call(4, columns=True, ball=True, sigma=0.1)
 
 
-def _linear(make: _Maker, backend: str) -> Iterator[Sample]:
+def _linear(make: _Maker, backend: str, tails: tuple[str, ...]) -> Iterator[Sample]:  # of the teacher's records
     student_classes, teacher_classes, hidden = 13, 15, (6, 5)
     both = DistillOptions(hard_weight=0.5, label_smoothing=0.1)
     padded, one_row = LinearOptions(vocab_size=12), LinearOptions(vocab_size=13, memory_budget=1)
@@ -233,16 +249,17 @@ def _linear(make: _Maker, backend: str) -> Iterator[Sample]:
     without = (True,) * 4 + (False,) * 2
     yield call(tensors(4, given=True, grads=without))
     yield call(tensors(4, given=True, grads=without, extra=True), LinearOptions())
-    for count, (tail, grads), reduction in itertools.product((0, 4), zip(TAILS, some, strict=False), ("mean", "none")):
+    for count, (tail, grads), reduction in itertools.product((0, 4), zip(tails, some, strict=False), ("mean", "none")):
         record = topk_teacher(make.normal(count, student_classes), 4, tail=tail)
         heads = LinearOptions(student_softcap=3.0, tail=tail, record_classes=student_classes)
         for dtypes in (halves, (torch.float32, torch.float32)):
             student_alone = (*grads[:3], False, False, False)
             given = tensors(count, grads=student_alone, dtypes=dtypes, record=record)
             yield call(given, heads, DistillOptions(hard_weight=0.5, reduction=reduction))
-    record = topk_teacher(make.normal(4, teacher_classes), 4, tail="renormalize")
-    heads = LinearOptions(tail="renormalize", record_classes=teacher_classes)
-    yield call(tensors(4, grads=(True,) * 3 + (False,) * 3, record=record, extra=True), heads)
+    if tails:
+        record = topk_teacher(make.normal(4, teacher_classes), 4, tail="renormalize")
+        heads = LinearOptions(tail="renormalize", record_classes=teacher_classes)
+        yield call(tensors(4, grads=(True,) * 3 + (False,) * 3, record=record, extra=True), heads)
     for count, reduction in itertools.product((0, 4), ("mean", "none")):  # as the contrastive loss calls it
         both_scaled = LinearOptions(20.0, None, 10.0, None, memory_budget=1)
         queries = tensors(count, biased=False)._replace(
@@ -300,22 +317,25 @@ def _sparse(make: _Maker, backend: str) -> Iterator[Sample]:
         yield sparse._sparse_backward, args, {}
 
 
+def _key(make: _Maker, samples: int) -> tuple[Any, ...]:
+    return None, 5, make.integers(2**40, samples), None, 3, 1
+
+
 def _tokens(make: _Maker, backend: str) -> Iterator[Sample]:
-    classes, width = 13, 4
-
-    def key(samples: int) -> tuple[Any, ...]:
-        return None, 5, make.integers(2**40, samples), None, 3, 1
-
+    classes = 13
     for count, layout in ((0, "dense"), (6, "dense"), (6, "sliced"), (6, "transposed"), (6, "every-other")):
         for filters in ((1.0, None, None, None), (0.7, 5, 0.8, 0.1)):
             rows = make.normal(count, classes, layout=layout)
-            yield tokens.sample_tokens, (rows, *filters, *key(count // 2), backend), {}
+            yield tokens.sample_tokens, (rows, *filters, *_key(make, count // 2), backend), {}
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         rows = make.normal(6, classes, dtype=dtype)
-        yield tokens.sample_tokens, (rows, 1.0, None, 0.9, None, *key(6), backend), {}
+        yield tokens.sample_tokens, (rows, 1.0, None, 0.9, None, *_key(make, 6), backend), {}
     held = (make.integers(2**40, 1).reshape(()), 0, make.integers(9, 6), make.integers(9, 1).reshape(()), 0, 0)
     yield tokens.sample_tokens, (make.normal(6, classes), 1.0, None, None, None, *held, backend), {}
 
+
+def _soft(make: _Maker, backend: str) -> Iterator[Sample]:
+    classes, width = 13, 4
     both = torch.float32, torch.float32
     forms = [(count, both, "dense") for count in (0, 6)] + [(6, both, layout) for layout in ("sliced", "transposed")]
     forms += [(6, dtypes, "dense") for dtypes in ((torch.bfloat16, torch.float32), (torch.float32, torch.float16))]
@@ -323,10 +343,10 @@ def _tokens(make: _Maker, backend: str) -> Iterator[Sample]:
         for grads in itertools.product((False, True), repeat=2):
             rows = make.normal(count, classes, dtype=dtypes[0], layout=layout).requires_grad_(grads[0])
             table = make.normal(classes, width, dtype=dtypes[1], layout=layout).requires_grad_(grads[1])
-            yield tokens.soft_embedding, (rows, table, 0.7, True, hard, *key(count // 2), backend), {}
+            yield tokens.soft_embedding, (rows, table, 0.7, True, hard, *_key(make, count // 2), backend), {}
     for hard, keep in itertools.product((False, True), repeat=2):
         rows, table = make.normal(6, classes), make.normal(classes, width)
-        options = (0.7, hard, hard, *key(6), backend)
+        options = (0.7, hard, hard, *_key(make, 6), backend)
         yield tokens._soft_forward, (rows, table, *options, keep), {}
         _, state, chosen = tokens._soft_forward(rows, table, *options, True)
         wanted = (keep, hard)
