@@ -159,9 +159,9 @@ class LinearWork(Work):
         return self._step(functools.partial(our_loss, spec=self.spec, backend=backend))
 
     def rival(self, name: str) -> Call:
-        loss = linear_rivals.loss_of(name, self.spec.divergence, self.temperature, self.scale)
         if self.spec.frozen and name not in (rivals.EAGER, rivals.COMPILE, linear_rivals.CHUNKED):
             raise UnfitError("has no gradient to the teacher's hidden states")
+        loss = linear_rivals.loss_of(name, self.spec.divergence, self.temperature, self.scale)
         return self._step(rivals.compiled(loss) if name == rivals.COMPILE else loss)
 
     def forget(self) -> None:

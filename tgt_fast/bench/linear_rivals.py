@@ -93,11 +93,11 @@ def _linear_cross_entropy(divergence: str, temperature: float) -> Loss:
     That of soft labels is the divergence plus their entropy, and their gradients are the same. It has chunks for class
     indices alone: the logits of the soft term, and the teacher's, are in memory whole.
     """
+    if divergence != "forward_kl":
+        raise UnfitError("gives the gradients of forward_kl alone")
     cross_entropy: Any = getattr(F, "linear_cross_entropy", None)
     if cross_entropy is None:
         raise UnfitError(f"torch {torch.__version__} does not have it")
-    if divergence != "forward_kl":
-        raise UnfitError("gives the gradients of forward_kl alone")
     chunks: Any = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
 
     def loss(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, target: Tensor) -> Tensor:
