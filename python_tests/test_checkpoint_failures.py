@@ -21,7 +21,7 @@ from torch.optim import lr_scheduler
 from training_kit import FEATURES, adam, assert_same_weights, make_data, make_student, make_teacher, train
 
 import tgt_fast as tgt
-from tgt_fast.errors import CheckpointError
+from tgt_fast.errors import ArgumentError, CheckpointError
 from tgt_fast.train import Checkpoint, load_checkpoint, save_checkpoint, save_weights
 from tgt_fast.train.codec import encode
 from tgt_fast.train.rng import get_rng_state
@@ -263,6 +263,20 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (lambda d: d.update(tensors_sha256="ab" * 32), "missing, though checkpoint.json names it"),
         (lambda d: d["state"].pop("student"), "not a training state"),
         (lambda d: d["state"].update(step="two"), "not a training state"),
+        (lambda d: d["state"].update(step=-1), "not a training state"),
+        (lambda d: d["state"].update(step=1.5), "not a training state"),
+        (lambda d: d["state"].update(student=3), "not a training state"),
+        (lambda d: d["state"].update(student=None), "not a training state"),
+        (lambda d: d["state"].update(optimizer=3), "not a training state"),
+        (lambda d: d["state"]["optimizer"].update(state={"dict": [["param_groups", None]]}), "not a training state"),
+        (lambda d: d["state"].update(student={"float": "9" * 400 + "x"}), "not a training state"),
+        (lambda d: d["state"].update(student={"tensor": [1]}), "not a training state"),
+        (lambda d: d["state"].update(student={"dict": {"a": 1}}), "not a training state"),
+        (lambda d: d["state"].update(student={"counter": [[[1], 2]]}), "not a training state"),
+        (
+            lambda d: d["state"].update(rng={"dict": [["torch", 1], ["python", {"tuple": [3, [10**30], None]}]]}),
+            "refused",
+        ),
         (lambda d: d["state"]["optimizer"].pop("kind"), "not a training state"),
         (lambda d: d["state"].update(student={"tensor": "nobody"}), "'nobody' is missing"),
         (lambda d: d["state"].update(student={"pickle": "gASVC"}), "unknown form"),
@@ -281,6 +295,74 @@ def test_files_of_other_programs(saved: Path, text: str) -> None:
     live = Live()
     (saved / "checkpoint.json").write_bytes(text.encode("latin-1"))
     live.refuses(saved, "checkpoint.json.*(damaged|not a checkpoint)")
+
+
+@pytest.mark.parametrize("which", ["checkpoint.json", "tensors"])
+def test_a_fifo_in_the_place_of_a_file(saved: Path, which: str) -> None:
+    path = tensor_file(saved) if which == "tensors" else saved / which
+    path.unlink()
+    os.mkfifo(path)
+    live = Live()
+    live.refuses(saved, "no regular file")
+    save_checkpoint(saved, student=live.student)
+    load_checkpoint(saved, student=live.student)
+
+
+def test_a_document_too_large_to_be_one(saved: Path) -> None:
+    os.truncate(saved / "checkpoint.json", 5 << 30)
+    Live().refuses(saved, "damaged.*larger than")
+
+
+def test_tensors_that_are_none_of_ours(saved: Path) -> None:
+    content = b"[" * 10_000
+    digest = hashlib.sha256(content).hexdigest()
+    rewritten(saved, lambda document: document.update(tensors_sha256=digest))
+    (saved / f"checkpoint-{digest[:16]}.safetensors").write_bytes(content)
+    Live().refuses(saved, "checkpoint-.*safetensors")
+
+
+class Interrupted(torch.optim.Adam):
+    """A user's Ctrl-C while its new state is taken."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if state["param_groups"][0]["initial_lr"] == 0.5:
+            raise KeyboardInterrupt
+
+
+def test_an_interruption_while_loading_changes_nothing(tmp_path: Path) -> None:
+    def adam_of(lr: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
+        return lambda student: Interrupted(student.parameters(), lr=lr)
+
+    old = Live(optimizer=adam_of(0.5))
+    save_checkpoint(tmp_path, student=old.student, optimizer=old.optimizer, scheduler=None)
+    live = Live(optimizer=adam_of(0.1))
+    with pytest.raises(KeyboardInterrupt):
+        load_checkpoint(tmp_path, student=live.student, optimizer=live.optimizer)
+    assert live._state() == live.before
+
+
+def itself() -> list[Any]:
+    made: list[Any] = []
+    made.append(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"extra": itself()}, "nested too deep"),
+        ({"extra": 10**5000}, "cannot be stored"),
+        ({"extra": {1.5: 1}}, "key of type float"),
+        ({"step": -1}, "step"),
+        ({"step": 1.5}, "step"),
+        ({"step": "two"}, "step"),
+    ],
+)
+def test_a_state_that_cannot_be_stored(tmp_path: Path, wrong: dict[str, Any], match: str) -> None:
+    with pytest.raises((CheckpointError, ArgumentError), match=match):
+        save_checkpoint(tmp_path, student=make_student(), **wrong)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])

@@ -26,14 +26,18 @@ import torch
 from torch import Tensor, nn
 
 from tgt_fast._files import new_file, remove_dead, sync
+from tgt_fast._opening import open_file, parse_json
 from tgt_fast._rng import get_rng_state, set_rng_state
-from tgt_fast.errors import CheckpointError
+from tgt_fast.errors import ArgumentError, CheckpointError
 from tgt_fast.train.codec import decode, encode
 from tgt_fast.train.files import make_writable, replace_file, reported, write_tensors
 
 MANIFEST = "checkpoint.json"
 _FORMAT, _VERSION = "tgt_fast.checkpoint", 1
 _ANY_TENSOR_FILE = "checkpoint-" + "[0-9a-f]" * 16 + ".safetensors"
+_LARGEST = 1 << 30  # bytes of JSON
+# What the reading of a document raises that is not of the form that its code expects
+_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, RuntimeError)
 _SHOWN = 5  # how many differing names an error lists
 
 
@@ -55,7 +59,7 @@ class Checkpoint:
 
 def has_checkpoint(directory: str | os.PathLike[str]) -> bool:
     """Whether ``directory`` holds a checkpoint (not whether it is a good one)."""
-    return (Path(directory) / MANIFEST).exists()
+    return os.path.exists(Path(directory) / MANIFEST)
 
 
 def save_checkpoint(
@@ -88,21 +92,13 @@ def save_checkpoint(
         The path of ``checkpoint.json``.
 
     Raises:
+        ArgumentError: ``step`` is no integer >= 0.
         CheckpointError: a state cannot be stored without pickle, or the folder cannot be written (full,
             read-only). The previous checkpoint in the folder is then intact.
     """
     folder = Path(directory)
-    tensors: dict[str, Tensor] = {}
-    state = {
-        "step": step,
-        "student": encode(dict(student.state_dict()), "student", tensors),
-        "rng": encode(get_rng_state(), "rng", tensors),
-        "extra": encode(extra, "extra", tensors),
-    }
     parts = {"data": data, "sampler": sampler, "scheduler": scheduler, "optimizer": optimizer}
-    for name, part in parts.items():
-        state[name] = None if part is None else _encode_part(name, part, tensors)
-
+    state, tensors = _encode_all(student, parts, step, extra)
     make_writable(folder)
     manifest = folder / MANIFEST
     try:
@@ -157,7 +153,7 @@ def load_checkpoint(
     try:
         weights = decode(state["student"], tensors)
         rng = decode(state["rng"], tensors)
-        checkpoint = Checkpoint(int(state["step"]), decode(state["extra"], tensors))
+        checkpoint = Checkpoint(_steps(state["step"]), decode(state["extra"], tensors))
         states = {name: _decode_part(name, part, state[name], tensors) for name, part in parts.items()}
         _check_student(student, weights)
         if optimizer is not None:
@@ -166,7 +162,7 @@ def load_checkpoint(
             check(checkpoint)
     except CheckpointError as error:
         raise CheckpointError(f"{manifest}: {error}") from None
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except _MALFORMED as error:
         raise CheckpointError(f"{manifest}: not a training state of tgt_fast ({error!r})") from error
 
     undo = [_restorer(set_rng_state, get_rng_state())]
@@ -178,9 +174,11 @@ def load_checkpoint(
         undo.append(_restorer(student.load_state_dict, student.state_dict()))
         student.load_state_dict(weights)
         set_rng_state(rng)
-    except Exception as error:
+    except BaseException as error:
         for restore in reversed(undo):
             restore()
+        if not isinstance(error, Exception):  # an interruption
+            raise
         raise CheckpointError(f"{manifest}: its state was refused ({error}); nothing was changed") from error
     return checkpoint
 
@@ -204,6 +202,37 @@ def save_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor]) ->
 
 
 # ---- the parts ----
+
+
+def _steps(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"step is {str(value)[:40]}")
+    return value
+
+
+def _encode_all(
+    student: nn.Module, parts: Mapping[str, Stateful | None], step: int, extra: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        steps = _steps(step)
+    except ValueError as error:
+        raise ArgumentError(f"save_checkpoint: step must be an integer >= 0, but {error}") from None
+    tensors: dict[str, Tensor] = {}
+    try:
+        state = {
+            "step": steps,
+            "student": encode(dict(student.state_dict()), "student", tensors),
+            "rng": encode(get_rng_state(), "rng", tensors),
+            "extra": encode(extra, "extra", tensors),
+        }
+        for name, part in parts.items():
+            state[name] = None if part is None else _encode_part(name, part, tensors)
+        _canonical(state)
+    except RecursionError:
+        raise CheckpointError("a state is nested too deep for a checkpoint, or holds itself") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise CheckpointError(f"a state cannot be stored: {error}") from error
+    return state, tensors
 
 
 def _kind(part: object) -> str:
@@ -282,7 +311,7 @@ def _text_sha256(text: str) -> str:
 def _has_hash(state: dict[str, Any], digest: Any) -> bool:
     try:
         return bool(_text_sha256(_canonical(state)) == digest)
-    except (ValueError, RecursionError):  # json.loads takes NaN and 1e999, which no checkpoint is written with
+    except (ValueError, RecursionError):  # json.loads takes NaN, 1e999 and lone surrogates, which no checkpoint has
         return False
 
 
@@ -304,23 +333,29 @@ def _write_under_hash(folder: Path, tensors: dict[str, Tensor]) -> str:
 def _remove_unnamed(manifest: Path) -> None:
     """Remove the tensor files that ``checkpoint.json`` does not name; where it cannot be read, none."""
     try:
-        named = _tensor_file(json.loads(manifest.read_bytes())["tensors_sha256"])
+        with open_file(manifest) as file:
+            named = _tensor_file(parse_json(file.read())["tensors_sha256"])
         for path in manifest.parent.glob(_ANY_TENSOR_FILE):
             if path.name != named:
                 path.unlink()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *_MALFORMED):
         return  # untidy, but no checkpoint is harmed
 
 
 def _read(manifest: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The validated content of a checkpoint: its state, still encoded, and its tensors."""
-    if not manifest.exists():
-        raise CheckpointError(f"{manifest.parent}: no checkpoint there (no {manifest.name})")
     with reported(manifest, "read"):
-        raw = manifest.read_bytes()
+        try:
+            with open_file(manifest) as file:
+                size = os.fstat(file.fileno()).st_size
+                raw = file.read() if size <= _LARGEST else b""
+        except (FileNotFoundError, NotADirectoryError):
+            raise CheckpointError(f"{manifest.parent}: no checkpoint there (no {manifest.name})") from None
     try:
-        document = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        if size > _LARGEST:
+            raise ValueError(f"it is larger than {_LARGEST} bytes")
+        document = parse_json(raw)
+    except ValueError as error:
         raise CheckpointError(f"{manifest}: damaged, not JSON ({error})") from error
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise CheckpointError(f"{manifest}: not a checkpoint of tgt_fast (no format {_FORMAT!r})")
@@ -335,10 +370,15 @@ def _read(manifest: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(digest, str) or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
         raise CheckpointError(f"{manifest}: damaged (tensors_sha256 is no hash)")
     tensor_file = manifest.parent / _tensor_file(digest)
-    if not tensor_file.exists():
-        raise CheckpointError(f"{tensor_file}: missing, though {manifest.name} names it")
     with reported(tensor_file, "read"):
-        data = tensor_file.read_bytes()
+        try:
+            with open_file(tensor_file) as file:
+                data = file.read()
+        except FileNotFoundError:
+            raise CheckpointError(f"{tensor_file}: missing, though {manifest.name} names it") from None
         if hashlib.sha256(data).hexdigest() != digest:
             raise CheckpointError(f"{tensor_file}: damaged (truncated or altered: its hash does not match)")
-        return state, safetensors.torch.load(data)
+        try:
+            return state, safetensors.torch.load(data)
+        except _MALFORMED as error:
+            raise CheckpointError(f"{tensor_file}: not tensors of a checkpoint ({error!r})") from error
