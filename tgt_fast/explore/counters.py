@@ -20,10 +20,9 @@ class Counters:
     there, so that a replayed CUDA graph moves on."""
 
     def __init__(self, seed: int, rank: int | None, world_size: int | None) -> None:
-        start = checked_integer("seed", seed, -(2**63), 2**63 - 1)
         self._place_given = _checked_place(rank, world_size)
+        self.seed = seed_tensor(seed)
         with torch.inference_mode(False):  # normal tensors, which may be counted up in any mode
-            self.seed = torch.tensor(start)
             self.step = torch.tensor(0)
             self.next_id = torch.tensor(0)
         self.stride = 0  # ids set aside for each rank a call, where there are several
@@ -34,7 +33,7 @@ class Counters:
             with torch.inference_mode(False):
                 self.seed, self.step, self.next_id = (t.to(device) for t in (self.seed, self.step, self.next_id))
         if sample_ids is None:
-            rank, world = self._place()
+            rank, world = self.place
             ids = self.next_id + rank * self._stride_for(count, world) + torch.arange(count, device=device)
         else:
             ids = _checked_ids(sample_ids, count).to(device)
@@ -43,7 +42,7 @@ class Counters:
     def advance(self, count: int, *, ids: bool, step: bool) -> None:
         """Count one call, for the counters that it used."""
         if ids:
-            _, world = self._place()
+            _, world = self.place
             self.stride = self._stride_for(count, world)
             self.next_id += world * self.stride
         if step:
@@ -53,13 +52,20 @@ class Counters:
         # A rank's share of the ids must not depend on how few examples happen to be in its last batch.
         return count if world == 1 else max(count, self.stride)
 
-    def _place(self) -> tuple[int, int]:
+    @property
+    def place(self) -> tuple[int, int]:
         """This process's rank, and of how many."""
         if self._place_given is not None:
             return self._place_given
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
+
+
+def seed_tensor(seed: int) -> Tensor:
+    """0-d int64, a normal tensor in any mode."""
+    with torch.inference_mode(False):
+        return torch.tensor(checked_integer("seed", seed, -(2**63), 2**63 - 1))
 
 
 def _checked_place(rank: int | None, world_size: int | None) -> tuple[int, int] | None:

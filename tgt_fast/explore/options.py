@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Final
+from typing import Any, Final
 
 from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels.options import DIVERGENCES, MAX_REPLICA, STEP_NORMS
@@ -92,6 +93,55 @@ class SamplerOptions:
     def needs_scale(self) -> bool:
         """Whether sigma, step_size and radius are measured in the latents' standard deviations."""
         return self.units == "std" and self.mode != "prior"
+
+
+def option(name: str) -> Any:
+    """A property for one of the options."""
+
+    def get(sampler: Adjustable) -> Any:
+        return getattr(sampler.options, name)
+
+    def change(sampler: Adjustable, value: Any) -> None:
+        sampler.options = replace(sampler.options, **{name: value})
+
+    return property(get, change)
+
+
+def fixed(name: str, get: Callable[[Any], Any]) -> Any:
+    """A property for what other parts of a sampler are built from."""
+
+    def refuse(sampler: object, value: object) -> None:
+        raise ArgumentError(f"{_OP}: {name} is fixed at construction; make another sampler")
+
+    return property(get, refuse)
+
+
+class Adjustable:
+    """Every option of a sampler as an attribute, to read and, most of them, to assign: ``sampler.sigma = 0.0``.
+
+    An assignment is checked as at construction, changes nothing if it is refused, and takes effect at the next call.
+    """
+
+    options: SamplerOptions
+
+    mode = fixed("mode", lambda sampler: sampler.options.mode)
+    bank_size = fixed("bank_size", lambda sampler: sampler.options.bank_size)
+    sigma = option("sigma")
+    step_size = option("step_size")
+    steps = option("steps")
+    radius = option("radius")
+    norm = option("norm")
+    step_noise = option("step_noise")
+    units = option("units")
+    anchors = option("anchors")
+    replicas = option("replicas")
+    divergence = option("divergence")
+    beta = option("beta")
+    temperature = option("temperature")
+    restart_probability = option("restart_probability")
+    truncation = option("truncation")
+    backend = option("backend")
+    record_disagreement = option("record_disagreement")
 
 
 def checked_integer(name: str, value: object, low: int, high: int) -> int:

@@ -16,10 +16,10 @@ from tgt_fast.explore.anchors import AnchorPool, Anchors, PoolBuilder
 from tgt_fast.explore.bank import LatentBank
 from tgt_fast.explore.calibration import StreamingStd, labels_of
 from tgt_fast.explore.compiled import CompiledExploration, examples
-from tgt_fast.explore.counters import Counters
+from tgt_fast.explore.counters import Counters, seed_tensor
 from tgt_fast.explore.draws import decoded, with_noise
 from tgt_fast.explore.gradient import checked_student, climb
-from tgt_fast.explore.options import SamplerOptions, checked_integer
+from tgt_fast.explore.options import Adjustable, SamplerOptions, checked_integer, fixed
 from tgt_fast.explore.persistent import visit_chains
 from tgt_fast.explore.prior import prior_latents
 from tgt_fast.explore.state import SamplerState, checked_state
@@ -31,7 +31,7 @@ from tgt_fast.teacher.batches import Columns
 from tgt_fast.teacher.key import Key
 
 
-class LatentSampler:
+class LatentSampler(Adjustable):
     r"""Synthetic examples ``x~ = Dec(z~)`` with soft labels ``h(x~)``, where, by mode::
 
         prior       z~ = prior(sigma * nu)                      nu ~ N(0, I)
@@ -94,6 +94,8 @@ class LatentSampler:
             draws random numbers or writes to its buffers in eval mode is left as it was found here, too.
 
     Attributes:
+        sigma, step_size, ...: the arguments above. An assignment (``sampler.sigma = 0.0``) is checked and takes effect
+            at the next call; ``mode``, ``bank_size``, ``rank``, ``world_size`` and ``compile`` are fixed.
         scale: None until known, then [latent shape] float32 (size 1 along masked positions, over which it is
             pooled).
         last_disagreement: the mean of D over the batch before each step of the last call and after the last
@@ -171,9 +173,17 @@ class LatentSampler:
         self._bank = LatentBank(self.options.bank_size)
         self._pool: AnchorPool | None = None
 
+    rank = fixed("rank", lambda sampler: sampler._counters.place[0])
+    world_size = fixed("world_size", lambda sampler: sampler._counters.place[1])
+    compile = fixed("compile", lambda sampler: sampler._climb is not climb)
+
     @property
-    def mode(self) -> str:
-        return self.options.mode
+    def seed(self) -> int:
+        return int(self._counters.seed)
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        self._counters.seed = seed_tensor(value)
 
     def __repr__(self) -> str:
         options = dataclasses.asdict(self.options)

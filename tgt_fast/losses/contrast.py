@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
 from tgt_fast.kernels.options import DistillStats
+from tgt_fast.losses.settings import Settings, setting
 from tgt_fast.ops._contrast_arguments import OP, make_temperatures
 from tgt_fast.ops._distill_arguments import make_options
 from tgt_fast.ops.contrast import contrastive_distillation_loss
@@ -17,10 +20,11 @@ _USUAL = {
 }
 
 
-class ContrastiveDistillationLoss(nn.Module):
-    r"""``softmax(teacher_q @ teacher_d.T / Tt)`` against ``softmax(student_q @ student_d.T / T)``, with fixed options.
+class ContrastiveDistillationLoss(Settings, nn.Module):
+    r"""``softmax(teacher_q @ teacher_d.T / Tt)`` against ``softmax(student_q @ student_d.T / T)``, with its options.
 
-    The same options, checks and errors as :func:`tgt_fast.contrastive_distillation_loss`. It has no parameters.
+    The same options, checks and errors as :func:`tgt_fast.contrastive_distillation_loss`. It has no parameters. Each
+    option is an attribute, too, and can be changed: ``loss.temperature = 0.02`` takes effect at the next call.
 
     Args:
         temperature, teacher_temperature, hard_weight, divergence, beta, soft_weight, label_smoothing, reduction,
@@ -30,6 +34,20 @@ class ContrastiveDistillationLoss(nn.Module):
     >>> tgt.ContrastiveDistillationLoss(temperature=0.05, hard_weight=1.0)
     ContrastiveDistillationLoss(temperature=0.05, hard_weight=1.0)
     """
+
+    temperature = setting("temperature")
+    teacher_temperature = setting("teacher_temperature")
+    hard_weight = setting("hard_weight")
+    divergence = setting("divergence")
+    beta = setting("beta")
+    soft_weight = setting("soft_weight")
+    label_smoothing = setting("label_smoothing")
+    reduction = setting("reduction")
+    gather = setting("gather")
+    group = setting("group")
+    memory_budget = setting("memory_budget")
+    return_stats = setting("return_stats")
+    backend = setting("backend")
 
     def __init__(
         self,
@@ -49,16 +67,25 @@ class ContrastiveDistillationLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        make_temperatures(temperature, teacher_temperature)
-        make_options(
-            divergence, beta, 1.0, 1.0, soft_weight, hard_weight, label_smoothing, -100, -1, reduction, OP
-        )  # fmt: skip
-        self.options = {
+        self._begin({
             "temperature": temperature, "teacher_temperature": teacher_temperature, "hard_weight": hard_weight,
             "divergence": divergence, "beta": beta, "soft_weight": soft_weight, "label_smoothing": label_smoothing,
             "reduction": reduction, "gather": gather, "group": group, "memory_budget": memory_budget,
             "return_stats": return_stats, "backend": backend,
-        }  # fmt: skip
+        })  # fmt: skip
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        s = settings
+        make_temperatures(s["temperature"], s["teacher_temperature"])
+        make_options(
+            s["divergence"], s["beta"], 1.0, 1.0, s["soft_weight"], s["hard_weight"], s["label_smoothing"], -100, -1,
+            s["reduction"], OP,
+        )  # fmt: skip
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The options as they are now, to read."""
+        return MappingProxyType(self._settings)
 
     def forward(
         self,
@@ -75,9 +102,9 @@ class ContrastiveDistillationLoss(nn.Module):
         """The soft term and, with a ``hard_weight``, the hard term."""
         made: Tensor | tuple[Tensor, DistillStats] = contrastive_distillation_loss(
             student_q, student_d, teacher_q, teacher_d, positives=positives, passage_ids=passage_ids,
-            sample_weight=sample_weight, normalizer=normalizer, **self.options,
+            sample_weight=sample_weight, normalizer=normalizer, **self._settings,
         )  # fmt: skip
         return made
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value != _USUAL[name])
+        return ", ".join(f"{name}={value!r}" for name, value in self._settings.items() if value != _USUAL[name])

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
 
 from tgt_fast.kernels.options import DistillOptions, DistillStats
+from tgt_fast.losses.settings import Settings, setting
 from tgt_fast.ops._distill_arguments import make_options
 from tgt_fast.ops._sparse_record import TeacherTopK
 from tgt_fast.ops.distill import distillation_loss
 
+OPTIONS: Final = tuple(field.name for field in fields(DistillOptions))
 
-class DistillationLoss(nn.Module):
+
+class DistillationLoss(Settings, nn.Module):
     r"""Mean over counted rows of ``soft_weight * T**2 * D(softmax(t/T), softmax(s/T)) + hard_weight * CE(s, target)``.
 
-    The same options, checks and errors as :func:`tgt_fast.distillation_loss`, fixed once. It has no parameters and no
-    state.
+    The same options, checks and errors as :func:`tgt_fast.distillation_loss`. It has no parameters and no state. Each
+    option is an attribute, too, and can be changed: ``loss.temperature = 1.0`` takes effect at the next call.
 
     Args:
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing, ignore_index,
@@ -27,6 +30,17 @@ class DistillationLoss(nn.Module):
     >>> tgt.DistillationLoss(temperature=2.0, hard_weight=1.0)
     DistillationLoss(divergence='forward_kl', temperature=2.0, hard_weight=1.0)
     """
+
+    divergence = setting("divergence")
+    beta = setting("beta")
+    temperature = setting("temperature")
+    teacher_temperature = setting("teacher_temperature")
+    soft_weight = setting("soft_weight")
+    hard_weight = setting("hard_weight")
+    label_smoothing = setting("label_smoothing")
+    ignore_index = setting("ignore_index")
+    unlabeled_index = setting("unlabeled_index")
+    reduction = setting("reduction")
 
     def __init__(
         self,
@@ -46,14 +60,22 @@ class DistillationLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.options = make_options(
+        values = (
             divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing,
             ignore_index, unlabeled_index, reduction,
         )  # fmt: skip
+        self._begin(dict(zip(OPTIONS, values, strict=True)))
         self.inplace = inplace
         self.return_stats = return_stats
         self.backend = backend
-        self._keywords = {field.name: getattr(self.options, field.name) for field in fields(DistillOptions)}
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        make_options(*settings.values())
+
+    @property
+    def options(self) -> DistillOptions:
+        """The options as they are now, with the teacher's temperature filled in."""
+        return make_options(*self._settings.values())
 
     def forward(
         self,
@@ -65,7 +87,7 @@ class DistillationLoss(nn.Module):
         normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, DistillStats]:
         """The soft term and, with a ``hard_weight``, the hard term; the target is needed exactly then."""
-        return self._call(student_logits, teacher_logits, target, sample_weight, normalizer, self._keywords)
+        return self._call(student_logits, teacher_logits, target, sample_weight, normalizer, self._settings)
 
     def soft(
         self,
@@ -76,7 +98,7 @@ class DistillationLoss(nn.Module):
         normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, DistillStats]:
         """The same loss without the hard term: what a synthetic example, which has no label, is trained with."""
-        keywords = {**self._keywords, "hard_weight": 0.0}
+        keywords = {**self._settings, "hard_weight": 0.0}
         return self._call(student_logits, teacher_logits, None, sample_weight, normalizer, keywords)
 
     def _call(
@@ -89,13 +111,13 @@ class DistillationLoss(nn.Module):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        default = DistillOptions()
-        shown = [f"divergence={self.options.divergence!r}"]
-        for field in fields(DistillOptions)[1:]:
-            value = getattr(self.options, field.name)
-            usual = self.options.temperature if field.name == "teacher_temperature" else getattr(default, field.name)
+        options, default = self.options, DistillOptions()
+        shown = [f"divergence={options.divergence!r}"]
+        for name in OPTIONS[1:]:
+            value = getattr(options, name)
+            usual = options.temperature if name == "teacher_temperature" else getattr(default, name)
             if value != usual:
-                shown.append(f"{field.name}={value!r}")
+                shown.append(f"{name}={value!r}")
         shown += [f"{name}=True" for name in ("inplace", "return_stats") if getattr(self, name)]
         if self.backend != "auto":
             shown.append(f"backend={self.backend!r}")

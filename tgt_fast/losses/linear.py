@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tgt_fast.kernels.options import DistillOptions, DistillStats, LinearOptions
+from tgt_fast.losses.distill import OPTIONS
+from tgt_fast.losses.settings import Settings, setting
 from tgt_fast.ops._distill_arguments import make_options
 from tgt_fast.ops._linear_arguments import OP, make_heads
 from tgt_fast.ops._sparse_record import TeacherTopK
@@ -19,12 +21,13 @@ _HEADS = (
 )  # fmt: skip
 
 
-class LinearDistillationLoss(nn.Module):
+class LinearDistillationLoss(Settings, nn.Module):
     r"""``DistillationLoss`` of two linear heads from their hidden states, without ever holding all logits.
 
-    The same options, checks and errors as :func:`tgt_fast.linear_distillation_loss`, fixed once. It has no parameters:
-    the heads stay where they are, and their weights are arguments of a call. ``vocab_map`` and ``vocab_mask`` are
-    buffers, which move with the module and stay out of ``state_dict()``.
+    The same options, checks and errors as :func:`tgt_fast.linear_distillation_loss`. It has no parameters: the heads
+    stay where they are, and their weights are arguments of a call. ``vocab_map`` and ``vocab_mask`` are buffers, which
+    move with the module and stay out of ``state_dict()``. Each option is an attribute, too, and can be changed:
+    ``loss.temperature = 1.0`` takes effect at the next call.
 
     Args:
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing, ignore_index,
@@ -38,6 +41,23 @@ class LinearDistillationLoss(nn.Module):
 
     vocab_map: Tensor | None
     vocab_mask: Tensor | None
+
+    divergence = setting("divergence")
+    beta = setting("beta")
+    temperature = setting("temperature")
+    teacher_temperature = setting("teacher_temperature")
+    soft_weight = setting("soft_weight")
+    hard_weight = setting("hard_weight")
+    label_smoothing = setting("label_smoothing")
+    ignore_index = setting("ignore_index")
+    unlabeled_index = setting("unlabeled_index")
+    reduction = setting("reduction")
+    student_scale = setting("student_scale")
+    student_softcap = setting("student_softcap")
+    teacher_scale = setting("teacher_scale")
+    teacher_softcap = setting("teacher_softcap")
+    vocab_size = setting("vocab_size")
+    memory_budget = setting("memory_budget")
 
     def __init__(
         self,
@@ -64,19 +84,38 @@ class LinearDistillationLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.options = make_options(
+        values = (
             divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing,
-            ignore_index, unlabeled_index, reduction, OP,
+            ignore_index, unlabeled_index, reduction, student_scale, student_softcap, teacher_scale, teacher_softcap,
+            vocab_size, memory_budget,
         )  # fmt: skip
-        self.heads = make_heads(
-            student_scale, student_softcap, teacher_scale, teacher_softcap, vocab_size, memory_budget
-        )  # fmt: skip
+        self._begin(dict(zip((*OPTIONS, *_HEADS), values, strict=True)))
         self.register_buffer("vocab_map", vocab_map, persistent=False)
         self.register_buffer("vocab_mask", vocab_mask, persistent=False)
         self.return_stats = return_stats
         self.backend = backend
-        self._keywords = {field.name: getattr(self.options, field.name) for field in fields(DistillOptions)}
-        self._keywords |= {name: getattr(self.heads, name) for name in _HEADS}
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        self._options(settings)
+        self._heads(settings)
+
+    @staticmethod
+    def _options(settings: dict[str, Any]) -> DistillOptions:
+        return make_options(*(settings[name] for name in OPTIONS), OP)
+
+    @staticmethod
+    def _heads(settings: dict[str, Any]) -> LinearOptions:
+        return make_heads(*(settings[name] for name in _HEADS))
+
+    @property
+    def options(self) -> DistillOptions:
+        """The options of the loss as they are now, with the teacher's temperature filled in."""
+        return self._options(self._settings)
+
+    @property
+    def heads(self) -> LinearOptions:
+        """The options of the two heads as they are now."""
+        return self._heads(self._settings)
 
     def forward(
         self,
@@ -96,7 +135,7 @@ class LinearDistillationLoss(nn.Module):
         return self._call(
             student_hidden, student_weight, teacher_hidden, teacher_weight, target, student_bias=student_bias,
             teacher_bias=teacher_bias, teacher_logits=teacher_logits, sample_weight=sample_weight,
-            normalizer=normalizer, **self._keywords,
+            normalizer=normalizer, **self._settings,
         )  # fmt: skip
 
     def soft(
@@ -116,7 +155,7 @@ class LinearDistillationLoss(nn.Module):
         return self._call(
             student_hidden, student_weight, teacher_hidden, teacher_weight, None, student_bias=student_bias,
             teacher_bias=teacher_bias, teacher_logits=teacher_logits, sample_weight=sample_weight,
-            normalizer=normalizer, **{**self._keywords, "hard_weight": 0.0},
+            normalizer=normalizer, **{**self._settings, "hard_weight": 0.0},
         )  # fmt: skip
 
     def _call(self, *tensors: Tensor | None, **keywords: Any) -> Tensor | tuple[Tensor, DistillStats]:
@@ -127,13 +166,13 @@ class LinearDistillationLoss(nn.Module):
         return made
 
     def extra_repr(self) -> str:
-        shown = [f"divergence={self.options.divergence!r}"]
-        pairs = ((self.options, DistillOptions()), (self.heads, LinearOptions()))
-        for options, default in pairs:
-            for field in fields(options):
-                value, usual = getattr(options, field.name), getattr(default, field.name)
+        options, heads = self.options, self.heads
+        shown = [f"divergence={options.divergence!r}"]
+        for given, default in ((options, DistillOptions()), (heads, LinearOptions())):
+            for field in fields(given):
+                value, usual = getattr(given, field.name), getattr(default, field.name)
                 if field.name == "teacher_temperature":
-                    usual = self.options.temperature
+                    usual = options.temperature
                 if field.name != "divergence" and value != usual:
                     shown.append(f"{field.name}={value!r}")
         shown += [f"{name}=..." for name in ("vocab_map", "vocab_mask") if getattr(self, name) is not None]

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from tgt_fast._ranges import named_range
 from tgt_fast.errors import ArgumentError
+from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.losses.distill import DistillationLoss
+from tgt_fast.ops.distill import distillation_loss
 from tgt_fast.teacher import Teacher, tree
 from tgt_fast.teacher.batches import Batch
 
@@ -52,6 +54,9 @@ class TGTObjective:
             ``DistillationLoss(temperature=2.0, hard_weight=1.0)`` by default.
         synthetic_weight: factor of the third term, >= 0. With 0 the sampler is not called.
 
+    ``teacher``, ``sampler``, ``loss``, its settings and ``synthetic_weight`` are attributes that can be changed between
+    calls; the next call goes by what they are then.
+
     Raises:
         ArgumentError: a loss with another reduction or with ``return_stats``, a negative weight, or a sampler
             with a loss that has no soft term.
@@ -79,18 +84,25 @@ class TGTObjective:
         self.teacher = teacher
         self.sampler = sampler
         self.loss = DistillationLoss(temperature=2.0, hard_weight=1.0) if loss is None else loss
-        self.synthetic_weight = float(synthetic_weight)
-        if self.loss.options.reduction != "mean" or self.loss.return_stats:
+        self.synthetic_weight = synthetic_weight
+        self._options()
+
+    def _options(self) -> DistillOptions:
+        """Those of the loss; at each call, as any setting may have been changed since the last one."""
+        options = self.loss.options
+        if options.reduction != "mean" or self.loss.return_stats:
             raise ArgumentError(
                 f"TGTObjective: the loss must have reduction='mean' and return_stats=False, got {self.loss}"
             )
         if not 0 <= self.synthetic_weight < float("inf"):
-            raise ArgumentError(f"TGTObjective: synthetic_weight must be finite and >= 0, got {synthetic_weight!r}")
-        if sampler is not None and self.loss.options.soft_weight == 0:
+            raise ArgumentError(
+                f"TGTObjective: synthetic_weight must be finite and >= 0, got {self.synthetic_weight!r}"
+            )
+        if self.sampler is not None and options.soft_weight == 0:
             raise ArgumentError(
                 "TGTObjective: a loss with soft_weight=0 ignores synthetic examples; leave the sampler out"
             )
-        self._hard_loss = self._without_soft(self.loss)
+        return options
 
     def __call__(
         self,
@@ -126,12 +138,13 @@ class TGTObjective:
         Raises:
             ShapeError: student, teacher and labels do not fit together. Errors of the sampler are passed on.
         """
+        options = self._options()
         with torch.no_grad():
             teacher_logits = self.teacher.label(x)
         with named_range("student"):
             logits = student(self.teacher.student_view(x))
         with named_range("loss"):
-            loss, hard = self._real(logits, teacher_logits, y, sample_weight, normalizer)
+            loss, hard = self._real(options, logits, teacher_logits, y, sample_weight, normalizer)
         soft = loss.detach() - hard
         synthetic = torch.zeros_like(soft)
         if self.sampler is not None and self.synthetic_weight > 0:
@@ -171,6 +184,7 @@ class TGTObjective:
 
     def _real(
         self,
+        options: DistillOptions,
         logits: Tensor,
         teacher_logits: Tensor,
         y: Tensor | None,
@@ -178,7 +192,6 @@ class TGTObjective:
         normalizer: float | Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The first sum, and (detached) the hard term in it."""
-        options = self.loss.options
         if y is None:
             loss = self._soft(logits, teacher_logits, weight, normalizer)
             return loss, torch.zeros_like(loss.detach())
@@ -188,9 +201,21 @@ class TGTObjective:
             loss = self._soft(logits, teacher_logits, counted if weight is None else counted * weight, normalizer)
             return loss, torch.zeros_like(loss.detach())
         hard = None
-        if self._hard_loss is not None:
+        if options.soft_weight != 0:
             with torch.no_grad():  # before the loss, which may write over the logits
-                hard = self._hard_loss(logits, teacher_logits, y, sample_weight=weight, normalizer=normalizer)
+                hard = distillation_loss(
+                    logits,
+                    teacher_logits,
+                    y,
+                    soft_weight=0.0,
+                    hard_weight=options.hard_weight,
+                    label_smoothing=options.label_smoothing,
+                    sample_weight=weight,
+                    ignore_index=options.ignore_index,
+                    unlabeled_index=options.unlabeled_index,
+                    normalizer=normalizer,
+                    backend=self.loss.backend,
+                )
         loss = cast(Tensor, self.loss(logits, teacher_logits, y, sample_weight=weight, normalizer=normalizer))
         return loss, loss.detach() if hard is None else hard
 
@@ -199,18 +224,3 @@ class TGTObjective:
     ) -> Tensor:
         soft = self.loss.soft(logits, teacher_logits, sample_weight=weight, normalizer=normalizer)
         return cast(Tensor, soft)  # a pair only with return_stats, which __init__ refused
-
-    @staticmethod
-    def _without_soft(loss: DistillationLoss) -> DistillationLoss | None:
-        """The hard term alone, to report it; None where the loss has but one term."""
-        options = loss.options
-        if options.soft_weight == 0 or options.hard_weight == 0:
-            return None
-        return DistillationLoss(
-            soft_weight=0.0,
-            hard_weight=options.hard_weight,
-            label_smoothing=options.label_smoothing,
-            ignore_index=options.ignore_index,
-            unlabeled_index=options.unlabeled_index,
-            backend=loss.backend,
-        )
