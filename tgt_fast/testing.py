@@ -160,7 +160,8 @@ def _perturb(make: _Maker, backend: str) -> Iterator[Sample]:
     ) -> Sample:  # fmt: skip
         ids = make.integers(1 << 40, z.shape[0])
         seed, step = (make.integers(99, 1).reshape(()) if on_device else None for _ in range(2))
-        args = (z, sigmas, 0.5, units, seed, -3, ids, step, 2, 1, OP_PERTURB, truncation, radius, backend)
+        replicas = make.integers(1 << 16, z.shape[0]) if on_device else None
+        args = (z, sigmas, 0.5, units, seed, -3, ids, step, 2, replicas, 1, OP_PERTURB, truncation, radius, backend)
         return latent.perturb_latents, args, {}
 
     for count, grad in itertools.product((0, 4), (False, True)):
@@ -183,10 +184,10 @@ def _ascend(make: _Maker, backend: str) -> Iterator[Sample]:
         anchor = make.normal(count, 9, dtype=dtype) if ball else None
         steps, radii, sigmas = (make.uniform(count, 1) if columns else None for _ in range(3))
         radius = 0.5 if ball and not columns else None
-        ids = make.integers(1 << 40, count)
+        ids, replicas = make.integers(1 << 40, count), make.integers(1 << 16, count) if columns else None
         args = (
             z, grad, steps, 0.5, make.uniform(9) if columns else None, anchor, radii if ball else None, radius, norm,
-            "l2" if norm == "l2" else "linf", sigmas, sigma, None, 3, ids, None, 2, 1, backend,
+            "l2" if norm == "l2" else "linf", sigmas, sigma, None, 3, ids, None, 2, replicas, 1, backend,
         )  # fmt: skip
         return latent.ascend_latents, args, {}
 
@@ -318,7 +319,7 @@ def _sparse(make: _Maker, backend: str) -> Iterator[Sample]:
 
 
 def _key(make: _Maker, samples: int) -> tuple[Any, ...]:
-    return None, 5, make.integers(2**40, samples), None, 3, 1
+    return None, 5, make.integers(2**40, samples), None, 3, make.integers(2**16, samples), 1
 
 
 def _tokens(make: _Maker, backend: str) -> Iterator[Sample]:
@@ -330,7 +331,7 @@ def _tokens(make: _Maker, backend: str) -> Iterator[Sample]:
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         rows = make.normal(6, classes, dtype=dtype)
         yield tokens.sample_tokens, (rows, 1.0, None, 0.9, None, *_key(make, 6), backend), {}
-    held = (make.integers(2**40, 1).reshape(()), 0, make.integers(9, 6), make.integers(9, 1).reshape(()), 0, 0)
+    held = (make.integers(2**40, 1).reshape(()), 0, make.integers(9, 6), make.integers(9, 1).reshape(()), 0, None, 0)
     yield tokens.sample_tokens, (make.normal(6, classes), 1.0, None, None, None, *held, backend), {}
 
 

@@ -16,7 +16,7 @@ TGT_DEVICE Key key_of(const NoiseKey& noise, const DeviceKey& device, int64_t sa
   const uint32_t step = device.step ? static_cast<uint32_t>(*device.step) & 0x0fffffffu : noise.step;
   const uint64_t id = static_cast<uint64_t>(noise.ids[sample]);
   return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(id),
-          (static_cast<uint32_t>(id >> 32) & 0xffffu) | noise.replica << 16, noise.op << 28 | step};
+          static_cast<uint32_t>(id >> 32) | noise.replica << 16, noise.op << 28 | step};
 }
 
 }  // namespace TGT_ISA

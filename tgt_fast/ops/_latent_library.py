@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tgt_fast.kernels import select
 from tgt_fast.ops import library
-from tgt_fast.ops._noise import KEY, KEY_COUNT, check_ids, check_step, packed, unpacked
+from tgt_fast.ops._noise import KEY, KEY_COUNT, check_key, for_kernel, packed, unpacked
 
 _KEEP = -1.0  # the sphere through z itself
 
@@ -120,9 +120,10 @@ def _perturb_call(arguments: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...], 
 
 def _perturb_kernel(*arguments: Any) -> Tensor:
     z, call, backend = _perturb_call(arguments)
-    check_ids("perturb_latents", call[2]["sample_ids"])
-    check_step("perturb_latents", call[2]["step"])
-    out = _run(z, (_kernel(backend, z, arguments[1], arguments[3]), *call))
+    per_sample, per_coordinate, key, *rest = call
+    check_key("perturb_latents", key)
+    kernel = _kernel(backend, z, arguments[1], arguments[3])
+    out = _run(z, (kernel, per_sample, per_coordinate, for_kernel(key), *rest))
     return out if out.is_contiguous() else out.contiguous()
 
 
@@ -151,7 +152,7 @@ perturb_latents = library.define(
 def ascend_as_op(
     z: Tensor, grad: Tensor, *, step_size: float | Tensor, scale: Tensor | None, anchor: Tensor | None,
     radius: float | Tensor | None, norm: str, radius_norm: str, sigma: float | Tensor, seed: int | Tensor,
-    sample_ids: Tensor, step: int | Tensor, replica: int, backend: str,
+    sample_ids: Tensor, step: int | Tensor, replica: int | Tensor, backend: str,
 ) -> Tensor:  # fmt: skip
     """The step as one call of the registered op."""
     out: Tensor = ascend_latents(
@@ -167,13 +168,12 @@ def _ascend_kernel(
     *rest: Any,
 ) -> Tensor:  # fmt: skip
     key, backend = unpacked(*rest[:KEY_COUNT]), rest[KEY_COUNT]
-    check_ids("ascend_latents", key["sample_ids"])
-    check_step("ascend_latents", key["step"])
+    check_key("ascend_latents", key)
     kernel = _kernel(backend, z, grad, anchor, steps, sigmas, radii, scale)
     out: Tensor = kernel.ascend(
         z, grad, step_size=step_size if steps is None else steps, scale=scale, anchor=anchor,
         radius=radius if radii is None else radii, norm=norm, radius_norm=radius_norm,
-        sigma=sigma if sigmas is None else sigmas, **key,
+        sigma=sigma if sigmas is None else sigmas, **for_kernel(key),
     )  # fmt: skip
     return out if out.is_contiguous() else out.contiguous()
 

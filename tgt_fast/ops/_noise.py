@@ -11,8 +11,11 @@ from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.kernels.options import MAX_REPLICA, MAX_SAMPLE_ID, MAX_STEP
 from tgt_fast.ops import _checks, library
 
-KEY: Final = "Tensor? device_seed, int seed, Tensor sample_ids, Tensor? device_step, int step, int replica"
-KEY_COUNT: Final = 6  # arguments of that
+KEY: Final = (
+    "Tensor? device_seed, int seed, Tensor sample_ids, Tensor? device_step, int step, Tensor? replicas, int replica"
+)
+KEY_COUNT: Final = 7  # arguments of that
+_ID_BITS: Final = 48
 
 
 def noise_key(
@@ -23,7 +26,7 @@ def noise_key(
     seed: int | Tensor,
     sample_ids: Tensor | None,
     step: int | Tensor,
-    replica: int,
+    replica: int | Tensor,
 ) -> dict[str, Any]:
     """The checked key of the noise. Integers that live in a tensor stay there."""
     if sample_ids is None:
@@ -34,23 +37,46 @@ def noise_key(
         "seed": _whole(name, "seed", seed, -(2**63), 2**64),
         "sample_ids": ids,
         "step": _whole(name, "step", step, 0, MAX_STEP),
-        "replica": _checks.integer(name, "replica", replica, 0, MAX_REPLICA),
+        "replica": _checked_replica(name, what, tensor, samples, replica),
     }
+
+
+def for_kernel(key: dict[str, Any]) -> dict[str, Any]:
+    """The key as kernels take it, for whom a replica is one number.
+
+    The counter has the replica above the upper bits of the id, so a replica of each sample's own travels in the bits
+    48 to 63 of its id, and comes out of every kernel's Philox as if it had been given as the number.
+    """
+    replica = key["replica"]
+    if not isinstance(replica, Tensor):
+        return key
+    return {**key, "sample_ids": key["sample_ids"] & (MAX_SAMPLE_ID - 1) | replica << _ID_BITS, "replica": 0}
 
 
 def _checked_ids(name: str, what: str, tensor: Tensor, samples: int, sample_ids: Tensor) -> Tensor:
     if not isinstance(sample_ids, Tensor):
         raise DTypeError(f"{name}: sample_ids must be an integer tensor, got {type(sample_ids).__name__}")
-    if sample_ids.is_floating_point() or sample_ids.dtype == torch.bool or sample_ids.is_complex():
-        raise DTypeError(f"{name}: sample_ids must hold integers, got {sample_ids.dtype}")
-    if sample_ids.shape != (samples,):
-        found, shape = tuple(sample_ids.shape), tuple(tensor.shape)
-        raise ShapeError(f"{name}: sample_ids {found} must be one a sample of {what} {shape}")
-    _checks.same_device(name, "sample_ids", sample_ids, what, tensor)
-    if sample_ids.dtype != torch.int64:
-        sample_ids = sample_ids.to(torch.int64)
-    check_ids(name, sample_ids)
-    return sample_ids
+    ids = _one_a_sample(name, "sample_ids", sample_ids, what, tensor, samples)
+    check_ids(name, ids)
+    return ids
+
+
+def _checked_replica(name: str, what: str, tensor: Tensor, samples: int, replica: int | Tensor) -> int | Tensor:
+    if not isinstance(replica, Tensor):
+        return _checks.integer(name, "replica", replica, 0, MAX_REPLICA)
+    replicas = _one_a_sample(name, "replica", replica, what, tensor, samples)
+    check_replicas(name, replicas)
+    return replicas
+
+
+def _one_a_sample(name: str, label: str, value: Tensor, what: str, tensor: Tensor, samples: int) -> Tensor:
+    if value.is_floating_point() or value.dtype == torch.bool or value.is_complex():
+        raise DTypeError(f"{name}: {label} must hold integers, got {value.dtype}")
+    if value.shape != (samples,):
+        found, shape = tuple(value.shape), tuple(tensor.shape)
+        raise ShapeError(f"{name}: {label} {found} must be one a sample of {what} {shape}")
+    _checks.same_device(name, label, value, what, tensor)
+    return value if value.dtype == torch.int64 else value.to(torch.int64)
 
 
 def _whole(name: str, what: str, value: int | Tensor, low: int, high: int) -> int | Tensor:
@@ -74,6 +100,21 @@ def check_ids(name: str, sample_ids: Tensor) -> None:
             raise ArgumentError(f"{name}: sample_ids must be in [0, 2**48), got {low if low < 0 else high}")
 
 
+def check_replicas(name: str, replica: int | Tensor) -> None:
+    """Likewise, of replicas that a tensor holds: 0 <= replica < 2**16."""
+    if isinstance(replica, Tensor) and _checks.on_plain_cpu(replica) and replica.numel():
+        low, high = (int(bound) for bound in replica.aminmax())
+        if low < 0 or high >= MAX_REPLICA:
+            raise ArgumentError(f"{name}: replica must be in [0, 2**16), got {low if low < 0 else high}")
+
+
+def check_key(name: str, key: dict[str, Any]) -> None:
+    """What values there are to look at in a key that came through a schema."""
+    check_ids(name, key["sample_ids"])
+    check_step(name, key["step"])
+    check_replicas(name, key["replica"])
+
+
 def check_step(name: str, step: int | Tensor) -> None:
     """The same for a step that a tensor holds."""
     if isinstance(step, Tensor) and _checks.on_plain_cpu(step):
@@ -85,20 +126,21 @@ def _signed(seed: int) -> int:
     return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 
-def packed(seed: int | Tensor, sample_ids: Tensor, step: int | Tensor, replica: int) -> tuple[Any, ...]:
+def packed(seed: int | Tensor, sample_ids: Tensor, step: int | Tensor, replica: int | Tensor) -> tuple[Any, ...]:
     """The key as the arguments of :data:`KEY`."""
     device_seed, seed_number = library.split(seed, 0)
     device_step, step_number = library.split(step, 0)
-    return device_seed, _signed(seed_number), sample_ids, device_step, step_number, replica
+    return device_seed, _signed(seed_number), sample_ids, device_step, step_number, *library.split(replica, 0)
 
 
 def unpacked(
-    device_seed: Tensor | None, seed: int, sample_ids: Tensor, device_step: Tensor | None, step: int, replica: int
-) -> dict[str, Any]:
+    device_seed: Tensor | None, seed: int, sample_ids: Tensor, device_step: Tensor | None, step: int,
+    replicas: Tensor | None, replica: int,
+) -> dict[str, Any]:  # fmt: skip
     """And back."""
     return {
         "seed": seed if device_seed is None else device_seed,
         "sample_ids": sample_ids,
         "step": step if device_step is None else device_step,
-        "replica": replica,
+        "replica": replica if replicas is None else replicas,
     }

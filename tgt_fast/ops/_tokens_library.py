@@ -13,7 +13,7 @@ from tgt_fast.kernels.options import SampleOptions, SoftOptions, SoftState
 from tgt_fast.ops import library
 from tgt_fast.ops._distill_autograd import _save, _saved
 from tgt_fast.ops._distill_library import dense_rows
-from tgt_fast.ops._noise import KEY, KEY_COUNT, check_ids, check_step, packed, unpacked
+from tgt_fast.ops._noise import KEY, KEY_COUNT, check_key, for_kernel, packed, unpacked
 
 _SOFT = "float tau, bool gumbel, bool hard"
 _SOFT_COUNT = 3
@@ -21,12 +21,11 @@ _SOFT_COUNT = 3
 
 def _checked_key(name: str, rows: Tensor, arguments: tuple[Any, ...]) -> dict[str, Any]:
     key = unpacked(*arguments)
-    check_ids(name, key["sample_ids"])
-    check_step(name, key["step"])
+    check_key(name, key)
     samples = key["sample_ids"].shape[0]
     if rows.shape[0] % samples if samples else rows.shape[0]:
         raise ArgumentError(f"{name}: {rows.shape[0]} rows are no whole number of positions for {samples} sample_ids")
-    return key
+    return for_kernel(key)
 
 
 # Drawing tokens

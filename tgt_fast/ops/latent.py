@@ -14,7 +14,7 @@ from tgt_fast.kernels import select
 from tgt_fast.kernels.options import OP_PERTURB, OP_RESTART, RADIUS_NORMS, STEP_NORMS
 from tgt_fast.ops import _checks
 from tgt_fast.ops._latent_library import ascend_as_op, perturb, perturb_as_op
-from tgt_fast.ops._noise import noise_key
+from tgt_fast.ops._noise import for_kernel, noise_key
 from tgt_fast.ops.library import seen_by_dispatcher
 
 _STREAMS = {"perturb": OP_PERTURB, "restart": OP_RESTART}
@@ -28,7 +28,7 @@ def perturb_latents(
     seed: int | Tensor = 0,
     sample_ids: Tensor | None = None,  # [B]
     step: int | Tensor = 0,
-    replica: int = 0,
+    replica: int | Tensor = 0,  # [B]
     truncation: float | None = None,
     sphere_radius: float | str | None = None,
     op: str = "perturb",
@@ -46,7 +46,8 @@ def perturb_latents(
         seed: 64-bit integer, or a 0-d int64 tensor.
         sample_ids: ``(B,)`` integers, 0 <= id < 2**48; ``0..B-1`` by default.
         step: 0 <= step < 2**28, an integer or a 0-d int64 tensor.
-        replica: 0 <= replica < 2**16: which of a sample's several synthetic examples.
+        replica: 0 <= replica < 2**16: which of a sample's several synthetic examples. An integer, or ``(B,)`` integers,
+            one a sample.
         truncation: draw from the normal truncated to ``[-truncation, truncation]`` instead (exactly, by its quantile
             function; one random word a number, so other numbers than without), in standard deviations, > 0.
         sphere_radius: rescale each result to this l2 norm; ``"keep"`` keeps the norm of its ``z``.
@@ -81,19 +82,20 @@ def perturb_latents(
         sphere_radius = _checks.number(name, "sphere_radius", sphere_radius, 0, _LARGE, open_low=True)
 
     rows = _rows(z)
-    rest = (rows, per_sample, per_coordinate, key, truncation, sphere_radius)
-    if backend != "reference" and seen_by_dispatcher(rows, per_sample, per_coordinate, key["sample_ids"]):
-        out = perturb_as_op(*rest, backend)
+    tail = (truncation, sphere_radius)
+    watched = (rows, per_sample, per_coordinate, key["sample_ids"], key["replica"])
+    if backend != "reference" and seen_by_dispatcher(*watched):
+        out = perturb_as_op(rows, per_sample, per_coordinate, key, *tail, backend)
     else:
         tensors = [rows, *(f for f in (per_sample, per_coordinate) if isinstance(f, Tensor))]
         chosen = select.choose("latent", backend, tensors)
-        kernel = select.kernel("latent", chosen)
+        kernel, key = select.kernel("latent", chosen), for_kernel(key)
         if chosen == "reference":  # plain PyTorch, which anything can differentiate and transform
             out = kernel.perturb(
                 rows, per_sample, per_coordinate, **key, truncation=truncation, sphere_radius=sphere_radius
             )
         else:
-            out = perturb(kernel, *rest)
+            out = perturb(kernel, rows, per_sample, per_coordinate, key, *tail)
     return out if z.dim() == 2 else out.reshape(z.shape)
 
 
@@ -111,7 +113,7 @@ def ascend_latents(
     seed: int | Tensor = 0,
     sample_ids: Tensor | None = None,  # [B]
     step: int | Tensor = 0,
-    replica: int = 0,
+    replica: int | Tensor = 0,  # [B]
     backend: str = "auto",
 ) -> Tensor:
     r"""One step up the gradient a sample, in coordinates whitened by ``scale``, kept in a ball round ``anchor``.
@@ -179,13 +181,13 @@ def ascend_latents(
     tensors = [t for t in (rows, slope, centre, steps, sigmas, radii, per_coordinate) if isinstance(t, Tensor)]
     call: dict[str, Any] = {
         "step_size": steps, "scale": per_coordinate, "anchor": centre, "radius": radii, "norm": norm,
-        "radius_norm": radius_norm, "sigma": sigmas, **key,
+        "radius_norm": radius_norm, "sigma": sigmas,
     }  # fmt: skip
-    if backend != "reference" and seen_by_dispatcher(*tensors, key["sample_ids"]):
-        out = ascend_as_op(rows, slope, **call, backend=backend)
+    if backend != "reference" and seen_by_dispatcher(*tensors, key["sample_ids"], key["replica"]):
+        out = ascend_as_op(rows, slope, **call, **key, backend=backend)
     else:
         chosen = select.choose("latent", backend, tensors)
-        kernel = select.kernel("latent", chosen)
+        kernel, call = select.kernel("latent", chosen), call | for_kernel(key)
         if chosen == "reference":
             with torch.no_grad():
                 out = kernel.ascend(rows, slope, **call)

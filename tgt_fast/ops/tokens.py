@@ -13,7 +13,7 @@ from tgt_fast.kernels import select
 from tgt_fast.kernels.options import SampleOptions, SoftOptions
 from tgt_fast.ops import _checks
 from tgt_fast.ops._distill_library import dense_rows
-from tgt_fast.ops._noise import noise_key
+from tgt_fast.ops._noise import for_kernel, noise_key
 from tgt_fast.ops._tokens_library import sample_as_op, soft_as_op, soft_embed
 from tgt_fast.ops.library import seen_by_dispatcher
 
@@ -30,7 +30,7 @@ def sample_tokens(
     seed: int | Tensor = 0,
     sample_ids: Tensor | None = None,  # [B]
     step: int | Tensor = 0,
-    replica: int = 0,
+    replica: int | Tensor = 0,  # [B]
     backend: str = "auto",
 ) -> Tensor:
     r"""``torch.multinomial(torch.softmax(logits / temperature, -1), 1)`` of each row's kept tokens, noise by sample id.
@@ -52,7 +52,8 @@ def sample_tokens(
         seed: 64-bit integer, or a 0-d int64 tensor.
         sample_ids: ``(B,)`` integers, 0 <= id < 2**48 (``(1,)`` for ``(V,)`` logits); ``0..B-1`` by default.
         step: 0 <= step < 2**28, an integer or a 0-d int64 tensor.
-        replica: 0 <= replica < 2**16: which of a sample's several synthetic examples.
+        replica: 0 <= replica < 2**16: which of a sample's several synthetic examples. An integer, or ``(B,)`` integers,
+            one a sample.
         backend: ``"auto"``, ``"native"`` or ``"reference"``.
 
     Returns:
@@ -78,10 +79,11 @@ def sample_tokens(
     options = _sample_options(name, logits.shape[-1], temperature, top_k, top_p, min_p)
     key = noise_key(name, "logits", logits, samples, seed, sample_ids, step, replica)
     rows = dense_rows(logits.detach())
-    if backend != "reference" and seen_by_dispatcher(rows, key["sample_ids"]):
+    if backend != "reference" and seen_by_dispatcher(rows, key["sample_ids"], key["replica"]):
         ids = sample_as_op(rows, options, key, backend)
     else:
-        ids = select.kernel("tokens", select.choose("tokens", backend, (rows,))).sample(rows, options, **key)
+        kernel = select.kernel("tokens", select.choose("tokens", backend, (rows,)))
+        ids = kernel.sample(rows, options, **for_kernel(key))
     return ids.reshape(logits.shape[:-1])
 
 
@@ -95,7 +97,7 @@ def soft_embedding(
     seed: int | Tensor = 0,
     sample_ids: Tensor | None = None,  # [B]
     step: int | Tensor = 0,
-    replica: int = 0,
+    replica: int | Tensor = 0,  # [B]
     backend: str = "auto",
 ) -> Tensor:
     r"""``torch.softmax((logits + gumbel) / tau, -1) @ table``, without keeping a probability a token.
@@ -154,11 +156,11 @@ def soft_embedding(
         raise ShapeError(f"{name}: logits {tuple(logits.shape)} need more than 2**34 Gumbel numbers a sample")
     key = noise_key(name, "logits", logits, samples, seed, sample_ids, step, replica)
     rows = dense_rows(logits)
-    if backend != "reference" and seen_by_dispatcher(rows, table, key["sample_ids"]):
+    if backend != "reference" and seen_by_dispatcher(rows, table, key["sample_ids"], key["replica"]):
         out = soft_as_op(rows, table, options, key, backend)
     else:
         chosen = select.choose("soft_embedding", backend, (rows, table))
-        kernel = select.kernel("tokens", chosen)
+        kernel, key = select.kernel("tokens", chosen), for_kernel(key)
         if chosen == "reference":  # plain PyTorch, which anything can differentiate and transform
             out = kernel.soft_embedding(rows, table, options, **key)
         else:

@@ -56,7 +56,7 @@ def _words(seed: Word, sample_ids: Tensor, blocks: int, step: Word, replica: Wor
     counter = (
         block.expand(ids.shape[0], blocks),
         ids & _MASK32,
-        ((ids >> 32) & 0xFFFF) | (replica << 16),
+        ((ids >> 32) & _MASK32) | (replica << 16),
         (op << 28) | step,
     )
     words = philox4x32(counter, (seed & _MASK32, (seed >> 32) & _MASK32))
@@ -81,7 +81,7 @@ def standard_normal(
 
     Args:
         seed: 64 bits, an int or a 0-d int64 tensor.
-        sample_ids: [B] int64, 0 <= id < 2^48.
+        sample_ids: [B] int64, 0 <= id < 2^48; a replica of the sample's own may stand above it, in bits 48 to 63.
         count: numbers a sample.
         step: 0 <= step < 2^28, an int or a 0-d int64 tensor.
         replica: 0 <= replica < 2^16.

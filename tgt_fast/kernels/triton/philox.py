@@ -40,7 +40,7 @@ def key_of(row, live, ids, seed_at, seed_low, seed_high, step_at, op_step, repli
         c3 = c3 | (tl.load(step_at + one) & 0x0FFFFFFF).to(tl.uint32)
     sample = tl.load(ids + row, mask=live, other=0)
     c1 = (sample & 0xFFFFFFFF).to(tl.uint32)
-    c2 = ((sample >> 32) & 0xFFFF).to(tl.uint32) | (one + replica).to(tl.uint32, bitcast=True)
+    c2 = ((sample >> 32) & 0xFFFFFFFF).to(tl.uint32) | (one + replica).to(tl.uint32, bitcast=True)
     return c1, c2, c3, k0, k1
 
 
