@@ -328,3 +328,20 @@ def test_a_captured_sampler_draws_fresh_noise_at_each_replay(gpu: str) -> None:
         graph.replay()
         found.append(made.latents.z.clone())
     assert all(not torch.equal(found[i], found[j]) for i in range(3) for j in range(i))
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)], ids=["logits", "table", "both"])
+def test_a_soft_embedding_and_its_gradients(wanted: tuple[bool, bool], hard: bool) -> None:
+    def embed(logits: Tensor, table: Tensor) -> Tensor:
+        return tgt.soft_embedding(logits, table, gumbel=True, hard=hard, seed=3)
+
+    made = []
+    for function in (embed, compiled(embed)):
+        leaves = [
+            x.requires_grad_(want) for x, want in zip((*values(1, 5, 17), *values(1, 17, 3)), wanted, strict=True)
+        ]
+        out = function(*leaves)
+        out.square().sum().backward()
+        made.append([out, *(x.grad for x in leaves if x.requires_grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))

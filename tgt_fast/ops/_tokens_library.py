@@ -211,6 +211,7 @@ soft_embedding = library.define(
     _soft_kernel,
     _soft_fake,
     _soft_autograd,
+    differentiable=2,
 )
 _soft_forward = library.define(
     f"soft_embedding_forward(Tensor logits, Tensor table, {_SOFT}, {KEY}, str backend, bool keep) "

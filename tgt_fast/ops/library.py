@@ -83,6 +83,9 @@ def define(
     autocast is off inside, also for what the kernel asks of PyTorch.
     """
     name = schema[: schema.index("(")]
+    assert (autograd is None) == (differentiable == 0), (
+        f"{name} says how it is differentiated, or in what, but not both"
+    )
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, kernel, "CPU")
     LIBRARY.impl(name, kernel, "CUDA")
