@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import functools
-import logging
 import pickle
 import subprocess
 import sys
-import threading
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,72 +242,3 @@ def test_a_shard_from_another_cache_is_refused(tmp_path: Path) -> None:
     strange.rename(tmp_path / "0" / strange.name)
     with pytest.raises(CacheError, match="was made under fingerprint"):
         tgt.TeacherCache.open(tmp_path / "0")
-
-
-class Factor(nn.Module):
-    """Its state is an attribute."""
-
-    def __init__(self, k: Any) -> None:
-        super().__init__()
-        self._k = k
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-class Slotted:
-    __slots__ = ("k",)
-
-    def __init__(self, k: float) -> None:
-        self.k = k
-
-
-class WithTools(Factor):
-    def __init__(self) -> None:
-        super().__init__(1.0)
-        self.lock, self.log = threading.RLock(), logging.getLogger("x")
-        self.seen_cache: dict[int, int] = {}
-
-
-def packed(seed: int) -> nn.Module:
-    model = nn.Sequential(seeded(lambda: nn.Linear(4, 4), seed))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        Factor,
-        lambda k: Factor(torch.tensor(k)),
-        lambda k: Factor([seeded(lambda: nn.Linear(2, 2), int(k))]),
-        lambda k: Factor({"a": (k, "b")}),
-        lambda k: Factor(functools.partial(by_default, factor=k)),
-        lambda k: Factor(Slotted(k)),
-        lambda k: nn.Sequential(Factor(k)),
-        lambda k: nn.MultiheadAttention(8, int(k)),
-        lambda k: packed(int(k)),
-    ],
-    ids=["number", "tensor", "modules", "container", "callable", "slots", "inside", "heads", "packed"],
-)
-def test_the_state_of_modules_counts(make: Callable[[float], nn.Module]) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        one = of(make(1.0))
-        torch.manual_seed(0)
-        again = of(make(1.0))
-        torch.manual_seed(0)
-        two = of(make(4.0))
-    assert one == again
-    assert one != two
-    assert one.unseen == ()
-
-
-def test_machinery_is_left_out_in_silence() -> None:
-    module = WithTools()
-    before = of(module)
-    module.seen_cache[1] = 2
-    module.register_forward_hook(lambda *_: None)
-    assert of(module) == before == of(WithTools())
-    assert before.unseen == ()

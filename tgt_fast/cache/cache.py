@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tgt_fast.cache.asking import SampleIds, as_ids, ask, lacking
-from tgt_fast.cache.fingerprint import Fingerprint, teacher_fingerprint
+from tgt_fast.cache.fingerprint import Fingerprint, teacher_fingerprint, warn_of_unseen
 from tgt_fast.cache.index import MISSING, Ids, Places
 from tgt_fast.cache.layout import Layout, Rows
 from tgt_fast.cache.outputs import LABELS, LATENTS, OP, Settings
@@ -112,12 +111,7 @@ class TeacherCache:
             teacher, k=k, temperature=temperature, tail=tail, latents=latents, dtype=dtype, transforms=transforms,
             version=version,
         )  # fmt: skip
-        if fingerprint.unseen:
-            warnings.warn(
-                f"{OP}: the fingerprint cannot look into {', '.join(fingerprint.unseen[:_SHOWN])}; name the state of "
-                "the teacher and its transforms by version=, and change it when they change",
-                stacklevel=2,
-            )
+        warn_of_unseen(fingerprint)
         shard_bytes = _checks.integer(OP, "shard_bytes", shard_bytes, 1, 1 << 40)
         shard_seconds = _checks.number(OP, "shard_seconds", shard_seconds, 0.0, 1e9)
         self._start(

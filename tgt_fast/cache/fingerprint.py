@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -15,6 +16,8 @@ from tgt_fast.kernels.options import TAILS
 from tgt_fast.ops import _checks
 
 DTYPES: Final = ("float64", "float32", "bfloat16", "float16")
+_SHOWN: Final = 3  # names in a message
+_warned: set[tuple[str, ...]] = set()
 _HASHES: Final = ("weights", "code")
 
 
@@ -53,16 +56,20 @@ def teacher_fingerprint(
 ) -> Fingerprint:
     """SHA-256 over a teacher's weights and code and over the settings under which its outputs are stored.
 
-    Seen: parameters and buffers (names, dtypes, shapes, bytes) and attributes, public and private, of every module that
-    can be found, packed weights as well; the structure of the modules; the qualified name and source of
-    functions, of ``forward`` of modules, and of the transforms, with their
-    closures, default values, attributes and the globals that they name. PyTorch and the standard library are taken by
-    name.
+    Seen: parameters and buffers (names, dtypes, shapes, bytes), packed and scripted ones as well; the attributes,
+    public and private, of every module and object that can be found, such as numbers, strings, tensors, containers,
+    callables and modules in them; the structure of the modules; the qualified name and source of functions, of
+    ``forward`` of modules and of the transforms, with their closures, default values, attributes and the globals that
+    they name; of the user's classes and modules the methods and constants that these name. PyTorch and the standard
+    library are taken by name, and so is what an installed package keeps for itself, such as a registry (but for
+    functions of the user's in it).
 
-    **Not seen**: compiled code and objects that hide their state (a tokenizer written in Rust, an open connection),
-    which are listed in ``.unseen``; hooks, locks, loggers and caches; methods that ``forward`` or a function
-    calls on other objects; what the loader does to the data, unless it is given as ``transforms``; versions of PyTorch
-    and of the driver; weights that change after the fingerprint was taken. Say those by ``version``.
+    **Not seen**: hooks, locks, loggers, random generators but for the seed of PyTorch's, and the caches of installed
+    packages; methods that are called on other objects; what the loader does to the data, unless it is given as
+    ``transforms``; versions of PyTorch and of the driver; weights that change after the fingerprint was taken.
+    Objects that hide their state (compiled code, an open connection) are listed in ``.unseen``, and so is a
+    ``*_cache`` of the user's that is not empty. Say all those by ``version``. Give one also for a teacher whose
+    attributes change as it runs, as a counter's do: it would be another teacher each time.
 
     Args:
         teacher: a :class:`~tgt_fast.Teacher` (of which only what the outputs depend on is taken: the labeler, its
@@ -81,7 +88,8 @@ def teacher_fingerprint(
 
     Raises:
         ArgumentError: neither a teacher nor a version; a setting out of its range.
-        DTypeError: a teacher sharded as DTensors.
+        DTypeError: a teacher of which this process holds a part (DTensors, FSDP) or no numbers (the meta device, freed
+            storage).
 
     >>> import torch, tgt_fast as tgt
     >>> teacher = torch.nn.Linear(3, 5)
@@ -107,6 +115,20 @@ def teacher_fingerprint(
     parts["code"] = identity.code if version is None else None
     parts["version"] = version
     return Fingerprint(parts, identity.unseen if version is None else ())
+
+
+def warn_of_unseen(fingerprint: Fingerprint) -> None:
+    """In a line, and once a process for the same things."""
+    unseen = tuple(dict.fromkeys(fingerprint.unseen))
+    if not unseen or unseen in _warned:
+        return
+    _warned.add(unseen)
+    more = f" and {len(unseen) - _SHOWN} more" if len(unseen) > _SHOWN else ""
+    warnings.warn(
+        f"TeacherCache: the fingerprint cannot look into {', '.join(unseen[:_SHOWN])}{more}; name the state of the "
+        "teacher and its transforms by version=, and change it when they change",
+        stacklevel=3,
+    )
 
 
 def checked_settings(

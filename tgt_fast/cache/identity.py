@@ -5,38 +5,25 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import sys
-import textwrap
 import types
+from collections import deque
 from collections.abc import Iterator, Mapping
-from enum import Enum
-from pathlib import PurePath
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.autograd import Function
 
-from tgt_fast.cache.machinery import is_machinery, state
-from tgt_fast.errors import DTypeError
+from tgt_fast.cache.machinery import entries, is_machinery, state
+from tgt_fast.cache.sources import compiled, is_given, is_own, members, name_of, names_in, source_of
+from tgt_fast.cache.values import array_bytes, parts_of_tensor, plain, refuse_sharded, tensor_bytes, tokenizer_state
 from tgt_fast.teacher import Teacher
 
-_PLAIN: Final = (
-    type(None),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    torch.dtype,
-    torch.device,
-    torch.Size,
-    Enum,
-    PurePath,
-)
+_BY_NAME: Final = (type, types.ModuleType, types.BuiltinFunctionType, np.ufunc)
+_SEEN: Final = (*_BY_NAME, types.FunctionType, types.MethodType, functools.partial, Tensor, np.ndarray, nn.Module)
 _DEEPEST: Final = 64  # levels of objects in objects
-_PIECE: Final = 16 << 20  # elements brought to the host at a time
 
 
 class Identity:
@@ -44,8 +31,9 @@ class Identity:
 
     It follows methods, partials, closures, default arguments, the globals that a function names, and the attributes of
     objects and of modules, public and private, beside parameters and buffers. It takes PyTorch and the standard library
-    by name, for what they compute is not this program's to version. Machinery (hooks, locks, loggers, caches) is left
-    out; what else it cannot look into is listed in ``unseen``.
+    by name, for what they compute is not this program's to version, and so are the registries and settings that an
+    installed package keeps for itself. Machinery (hooks, locks, loggers, caches) is left out; what else it cannot look
+    into is listed in ``unseen``.
 
     Args:
         latents: whether a Teacher is asked for latents, too; then its encoder belongs to what it is.
@@ -78,11 +66,9 @@ class Identity:
 
     def _walk(self, path: str, thing: Any, depth: int) -> None:
         self._say(path)
-        if isinstance(thing, _PLAIN):
-            self._say(type(thing).__qualname__, repr(thing))
-            return
-        if type(thing) in (tuple, list) and all(isinstance(value, _PLAIN) for value in thing):
-            self._say(_name(type(thing)), repr(thing))  # equal ones are equal, whether or not they are one object
+        value = plain(thing)
+        if value is not None:
+            self._say(value)
             return
         if is_machinery(thing):
             return
@@ -93,17 +79,23 @@ class Identity:
         if depth > _DEEPEST:
             self._miss(path, thing)
             return
-        for name, part in self._parts(path, thing):
+        for name, part in self._parts(path, thing, depth):
             self._walk(f"{path}.{name}" if name else path, part, depth + 1)
 
     def _visit(self, thing: Any) -> None:
         self._visited.setdefault(id(thing), len(self._visited))
         self._alive.append(thing)
 
-    def _parts(self, path: str, thing: Any) -> Iterator[tuple[str, Any]]:
+    def _parts(self, path: str, thing: Any, depth: int) -> Iterator[tuple[str, Any]]:
         """Says what ``thing`` is, and gives what it consists of."""
-        if isinstance(thing, Tensor) or (isinstance(thing, np.ndarray) and not thing.dtype.hasobject):
-            self._add_tensor(path, torch.from_numpy(thing) if isinstance(thing, np.ndarray) else thing)
+        if isinstance(thing, Tensor):
+            yield from self._tensor(path, thing)
+        elif isinstance(thing, np.ndarray):
+            if thing.dtype.hasobject:
+                self._say("array", str(thing.shape))
+                yield "", thing.tolist()
+            else:
+                self._add_bytes(path, array_bytes(thing))
         elif isinstance(thing, Teacher):
             yield from self._teacher(thing)
         elif isinstance(thing, nn.Module):
@@ -112,26 +104,56 @@ class Identity:
             yield from (("func", thing.func), ("args", thing.args), ("keywords", thing.keywords))
         elif isinstance(thing, types.MethodType):
             yield from (("self", thing.__self__), ("func", thing.__func__))
+            yield from members(type(thing.__self__), thing.__func__.__name__)
         elif isinstance(thing, types.FunctionType):
-            yield from self._function(path, thing)
-        elif isinstance(thing, (type, types.ModuleType, types.BuiltinFunctionType, np.ufunc)):
-            self._say("named", _name(thing))
+            yield from self._function(thing)
+        elif isinstance(thing, _BY_NAME):
+            self._say("named", name_of(thing))
+        elif isinstance(thing, (OpOverload, OpOverloadPacket)):
+            self._say("named", str(thing))
         elif isinstance(thing, Mapping):
-            self._say(_name(type(thing)))
-            yield from ((repr(key), value) for key, value in thing.items())
-        elif isinstance(thing, (list, tuple)):
-            self._say(_name(type(thing)))
+            self._say(name_of(type(thing)))
+            yield from self._items(thing)
+            yield from self._beside(path, thing)
+        elif isinstance(thing, (list, tuple, deque)):
+            self._say(name_of(type(thing)))
             yield from ((str(i), value) for i, value in enumerate(thing))
+            yield from self._beside(path, thing)
         elif isinstance(thing, (set, frozenset)):
-            self._say(_name(type(thing)), *sorted(repr(value) for value in thing if isinstance(value, _PLAIN)))
-            if not all(isinstance(value, _PLAIN) for value in thing):  # they have no order of their own
-                self._miss(path, thing)
+            self._say(name_of(type(thing)), *sorted(self._apart(path, value, depth) for value in thing))
+            yield from self._beside(path, thing)
         elif isinstance(thing, torch.ScriptObject):
             yield from self._packed(path, thing)
         elif hasattr(thing, "cache_info") and hasattr(thing, "__wrapped__"):
             yield "wrapped", thing.__wrapped__
+        elif type(thing).__module__.startswith("triton.") and isinstance(
+            getattr(thing, "fn", None), types.FunctionType
+        ):
+            yield "kernel", thing.fn
+        elif type(thing).__module__.partition(".")[0] == "tokenizers" and hasattr(thing, "to_str"):
+            yield "tokenizer", tokenizer_state(thing)
         else:
             yield from self._object(path, thing)
+
+    def _items(self, mapping: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+        for i, (key, value) in enumerate(entries(mapping)):
+            name = plain(key)
+            if name is None:  # an object, which prints its address
+                yield f"{i}.key", key
+            yield (f"{i}" if name is None else repr(key)), value
+
+    def _beside(self, path: str, container: Any) -> Iterator[tuple[str, Any]]:
+        """The attributes of a user's kind of container."""
+        if is_own(type(container).__module__) and getattr(container, "__dict__", None):
+            yield from self._state(path, container)
+
+    def _apart(self, path: str, thing: Any, depth: int) -> str:
+        """Digests of an element that has no place among the others."""
+        other = Identity(latents=self._latents)
+        other._visited, other._alive = dict(self._visited), self._alive
+        other._walk(path, thing, depth + 1)
+        self.unseen += other.unseen
+        return f"{other.code} {other.weights}"
 
     def _teacher(self, teacher: Teacher) -> Iterator[tuple[str, Any]]:
         """Only what its answers depend on: a new decoder changes no label."""
@@ -145,15 +167,26 @@ class Identity:
         inside = list(module.named_modules())
         for name, child in inside:
             self._visit(child)
-            self._say(name, _name(type(child)), child.extra_repr())
-            if not _is_given(type(child).__module__):
+            self._say(name, name_of(type(child)), child.extra_repr())
+            refuse_sharded(f"{path}.{name}" if name else path, child)
+            yield from ((f"{name}.{part}", value) for part, value in compiled(child))
+            if not is_given(type(child).__module__):
                 yield f"{name}.forward", type(child).forward
+                yield from ((f"{name}.{member}", value) for member, value in members(type(child), "forward"))
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            self._visit(tensor)
-            self._add_tensor(f"{path}.{name}", tensor)
+            yield name, tensor
         for name, child in inside:
-            for attribute, value in state(child) or ():
-                yield f"{name}.{attribute}" if name else attribute, value
+            yield from self._state(f"{path}.{name}" if name else path, child, f"{name}." if name else "")
+
+    def _state(self, path: str, thing: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        found = state(thing)
+        if found is None:
+            self._miss(path, thing)
+            return
+        attributes, doubtful = found
+        # Not said, so that a cache that fills does not make another teacher.
+        self.unseen += [f"{path}.{name} (what it holds)" for name in doubtful]
+        yield from ((prefix + name, value) for name, value in attributes)
 
     def _packed(self, path: str, thing: Any) -> Iterator[tuple[str, Any]]:
         """Weights that quantisation packed, through what they pickle as."""
@@ -162,106 +195,73 @@ class Identity:
         except (AttributeError, RuntimeError):
             self._miss(path, thing)
 
-    def _function(self, path: str, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-        self._say("function", _name(function))
-        if _is_given(function.__module__):
+    def _function(self, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+        self._say("function", name_of(function))
+        if is_given(function.__module__):
             return
-        self._say(_source(function))
+        self._say(source_of(function))
         yield "defaults", (function.__defaults__, function.__kwdefaults__)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             try:
                 yield name, cell.cell_contents
             except ValueError:  # not assigned yet
                 self._say(name, "empty")
-        for name in sorted(_names(function.__code__)):
-            if name in function.__globals__:
-                value = function.__globals__[name]
-                if is_machinery(value):
-                    continue
-                if _is_data(value) or isinstance(value, (nn.Module, functools.partial)) or callable(value):
-                    yield name, value
-                else:  # a logger, a file: walking through it would say little of what is computed
-                    self._miss(f"{path}.{name}", value)
+        yield from sorted(vars(function).items())
+        names = names_in(function.__code__)
+        own = is_own(function.__module__)
+        for name in sorted(names & function.__globals__.keys()):
+            yield from self._global(name, function.__globals__[name], names, own=own)
+
+    def _global(self, name: str, value: Any, names: set[str], *, own: bool) -> Iterator[tuple[str, Any]]:
+        """What a function sees under a name. What it asks of the user's modules and classes is seen as well."""
+        if own or plain(value) is not None or isinstance(value, _SEEN) or hasattr(value, "__wrapped__"):
+            yield name, value
+        elif not is_machinery(value):  # a registry, a context: it belongs to the package, but for what was put in
+            self._say(name, name_of(type(value)))
+            yield from self._registered(name, value)
+        if own and isinstance(value, (type, types.ModuleType)) and is_own(_module_of(value)):
+            held = vars(value)
+            asked = names | {"forward"} if isinstance(value, type) and issubclass(value, Function) else names
+            for attribute in sorted(asked & held.keys()):
+                inner = getattr(value, attribute)
+                yield from self._global(f"{name}.{attribute}", inner, names - {attribute}, own=True)
+
+    def _registered(self, name: str, value: Any) -> Iterator[tuple[str, Any]]:
+        held = (
+            [value] if type(value) is dict else [*vars(type(value)).values(), *getattr(value, "__dict__", {}).values()]
+        )
+        for registry in held:
+            if type(registry) is dict:
+                for key, entry in registry.items():
+                    if isinstance(key, str) and callable(entry) and is_own(_module_of(entry)):
+                        yield f"{name}.{key}", entry
 
     def _object(self, path: str, thing: Any) -> Iterator[tuple[str, Any]]:
-        self._say("object", _name(type(thing)))
+        self._say("object", name_of(type(thing)))
         call = inspect.getattr_static(type(thing), "__call__", None)
         if isinstance(call, types.FunctionType):
             yield "__call__", call
-        attributes = state(thing)
-        if attributes is None:
-            self._miss(path, thing)
-        else:
-            yield from attributes
+            yield from members(type(thing), "__call__")
+        yield from self._state(path, thing)
 
     def _miss(self, path: str, thing: Any) -> None:
-        self._say("unseen", _name(type(thing)))
-        if not isinstance(thing, types.ModuleType):
-            self.unseen.append(f"{path} ({_name(type(thing))})")
+        self._say("unseen", name_of(type(thing)))
+        self.unseen.append(f"{path} ({name_of(type(thing))})")
 
-    def _add_tensor(self, path: str, tensor: Tensor) -> None:
-        if type(tensor).__name__ == "DTensor":
-            raise DTypeError(
-                f"teacher_fingerprint: {path} is a DTensor, of which a process holds a part; name the teacher by "
-                "version= and give no teacher, or take the fingerprint before it is sharded"
-            )
+    def _tensor(self, path: str, tensor: Tensor) -> Iterator[tuple[str, Any]]:
+        parts = parts_of_tensor(tensor)
+        if parts is None:
+            self._add_bytes(path, tensor_bytes(path, tensor))
+        else:
+            self._say(name_of(type(tensor)), str(tensor.layout))
+            yield from parts
+
+    def _add_bytes(self, path: str, pieces: Iterator[Any]) -> None:
         self._tensors += 1
-        self._weights.update(f"{len(path)}:{path} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        if tensor.is_quantized:
-            self._weights.update(_quantization(tensor).encode())
-            tensor = tensor.int_repr()
-        flat = tensor.detach().reshape(-1)
-        for start in range(0, flat.numel(), _PIECE):
-            piece = flat[start : start + _PIECE]
-            raw = piece.to("cpu").contiguous().view(torch.uint8)
-            self._weights.update(raw.numpy().data)
+        self._weights.update(f"{len(path)}:{path} ".encode())
+        for piece in pieces:
+            self._weights.update(piece)
 
 
-def _quantization(tensor: Tensor) -> str:
-    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        return f"{tensor.qscheme()} {tensor.q_scale()!r} {tensor.q_zero_point()} "
-    scales, zeros = tensor.q_per_channel_scales().tolist(), tensor.q_per_channel_zero_points().tolist()
-    return f"{tensor.qscheme()} {scales} {zeros} {tensor.q_per_channel_axis()} "
-
-
-def _is_data(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_data, value))
-    if isinstance(value, Mapping):
-        return all(map(_is_data, value.values()))
-    return isinstance(value, (*_PLAIN, Tensor, np.ndarray, type, types.ModuleType))
-
-
-def _is_given(module: str | None) -> bool:
-    """Whether code belongs to PyTorch or the standard library."""
-    top = (module or "").partition(".")[0]
-    return top != "__main__" and (top == "torch" or top in sys.stdlib_module_names)
-
-
-def _name(thing: Any) -> str:
-    module = getattr(thing, "__module__", None)
-    return f"{module}.{getattr(thing, '__qualname__', None) or getattr(thing, '__name__', repr(type(thing)))}"
-
-
-def _source(function: types.FunctionType) -> str:
-    try:
-        source = textwrap.dedent(inspect.getsource(function))
-        if function.__name__ == "<lambda>" and source.count("lambda") > 1:  # on one line: which of them is it?
-            source += _instructions(function.__code__)
-        return source
-    except (OSError, TypeError):  # typed at a prompt: the instructions say as much, for one version of Python
-        return _instructions(function.__code__)
-
-
-def _instructions(code: types.CodeType) -> str:
-    constants = [_instructions(x) if isinstance(x, types.CodeType) else repr(x) for x in code.co_consts]
-    return f"{code.co_code.hex()} {constants} {code.co_names} {code.co_varnames}"
-
-
-def _names(code: types.CodeType) -> set[str]:
-    """The globals that code may use, in functions inside it as well."""
-    found = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found |= _names(constant)
-    return found
+def _module_of(thing: Any) -> str | None:
+    return thing.__name__ if isinstance(thing, types.ModuleType) else getattr(thing, "__module__", None)

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import contextvars
 import logging
+import random
 import re
+import struct
+import sys
 import threading
+import types
 import weakref
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from typing import Any, Final
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tgt_fast.cache.sources import is_own
 
 _MACHINERY: Final = (
     logging.Logger,
     logging.LoggerAdapter,
     logging.Handler,
+    logging.Filter,
     type(threading.Lock()),
     type(threading.RLock()),
     threading.Condition,
@@ -26,62 +36,110 @@ _MACHINERY: Final = (
     threading.Thread,
     threading.local,
     weakref.ref,
+    weakref.ProxyType,
+    weakref.CallableProxyType,
     weakref.WeakKeyDictionary,
     weakref.WeakValueDictionary,
+    weakref.WeakSet,
+    weakref.finalize,
     contextvars.ContextVar,
     Executor,
+    random.Random,
+    np.random.Generator,
+    np.random.RandomState,
     torch.Stream,
     torch.Event,
+    RemovableHandle,
 )
-# Of modules: what is walked otherwise, the mode, and what says where a model came from.
-_LEFT_OUT: Final = frozenset(
-    {
-        "training",
-        "_parameters",
-        "_buffers",
-        "_modules",
-        "_non_persistent_buffers_set",
-        "_compiled_call_impl",
-        "_is_hf_initialized",
-        "_name_or_path",
-        "name_or_path",
-        "_commit_hash",
-        "transformers_version",
-    }
-)
+# What every module has: parameters, buffers and modules are walked elsewhere; the rest are hooks and the mode.
+_OF_MODULES: Final = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
+# By package and class: where a model or its settings came from, what loading it left behind, who trains it, and what a
+# graph or a script is kept as, which is taken in as code.
+_PROVENANCE: Final = {
+    (
+        "transformers",
+        "PreTrainedModel",
+    ): "_is_hf_initialized _commit_hash name_or_path _weight_conversions _use_kernels",
+    ("transformers", "PreTrainedConfig"): (
+        "_commit_hash _name_or_path architectures dtype model_type transformers_version"
+    ),
+    ("lightning", "LightningModule"): "_trainer _fabric _device _metric_attributes _param_requires_grad_state",
+    ("pytorch_lightning", "LightningModule"): "_trainer _device _metric_attributes _param_requires_grad_state",
+    ("torch", "GraphModule"): "_graph _code _lineno_map _prologue_start _tracer_cls _tracer_extras meta shape_env",
+    ("torch", "ScriptModule"): "_c _concrete_type _initializing forward",
+}
+_WRAPPERS: Final = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # what they compute is a module inside them
+_POINTER: Final = struct.calcsize("P")
+_CONTAINERS: Final = (dict, OrderedDict, defaultdict, list, tuple, set, frozenset, deque)
 _CACHE: Final = re.compile(r"(^|_)cache[ds]?$")
 
 
 def is_machinery(thing: Any) -> bool:
-    """Locks, loggers, threads, references that keep nothing alive, handles of a device."""
-    return isinstance(thing, _MACHINERY)
+    """Locks, loggers, threads, hooks, random generators, references that keep nothing alive, handles of a device."""
+    return (
+        isinstance(thing, _MACHINERY)
+        or type(thing).__module__ == "accelerate.hooks"
+        or any(thing is stream for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__) if stream)
+    )
 
 
-def state(thing: Any) -> list[tuple[str, Any]] | None:
-    """The attributes of an object, by name, without machinery; None where it hides them."""
-    if type(thing).__module__.startswith("torch._dynamo"):  # what it compiles is a module inside it
-        return []
-    found: dict[str, Any] = {}
-    slots = False
-    for kind in type(thing).__mro__:
-        names = kind.__dict__.get("__slots__", ())
-        for name in (names,) if isinstance(names, str) else tuple(names):
-            if name not in ("__dict__", "__weakref__"):
-                slots = True
-                mangled = f"_{kind.__name__.lstrip('_')}{name}" if name[:2] == "__" and name[-2:] != "__" else name
-                if hasattr(thing, mangled):
-                    found[mangled] = getattr(thing, mangled)
+def state(thing: Any) -> tuple[list[tuple[str, Any]], list[str]] | None:
+    """The attributes of an object by name, without machinery; None where it hides them.
+
+    The second part names the attributes of a user's class that are caches by their name and not empty: whether what
+    they hold belongs to the state, nobody can tell from outside. Those of installed packages are caches.
+    """
+    if isinstance(thing, _WRAPPERS) or type(thing).__module__.startswith("torch._dynamo"):
+        return [], []
+    slots = _slots(thing)
     attributes = getattr(thing, "__dict__", None)
-    if attributes is None and not slots:
+    # What an object has beside its header, a dict, weak references and slots is in another language.
+    base = next((kind for kind in type(thing).__mro__ if kind in _CONTAINERS), object)
+    hidden = type(thing).__basicsize__ - base.__basicsize__ - _POINTER * (2 + len(slots or ()))
+    if (attributes is None and slots is None) or hidden > 0:
         return None
-    found.update(attributes or {})
-    kept = [(name, found[name]) for name in sorted(found)]
-    return [(name, value) for name, value in kept if not _is_left_out(thing, name, value)]
+    found = {name: getattr(thing, name) for name in slots or () if hasattr(thing, name)} | (attributes or {})
+    left_out = _left_out(type(thing))
+    kept, doubtful = [], []
+    for name in sorted(found):
+        value = found[name]
+        if name in left_out or is_machinery(value):
+            continue
+        own = is_own(type(thing).__module__)
+        if not (_CACHE.search(name) and _is_cache(value, own)):
+            kept.append((name, value))
+        elif own and value:
+            doubtful.append(name)
+    return kept, doubtful
 
 
-def _is_left_out(thing: Any, name: str, value: Any) -> bool:
-    if "hook" in name and not isinstance(value, (bool, int, float, str)):
-        return True
-    if name in _LEFT_OUT and (isinstance(thing, nn.Module) or name not in ("training",)):
-        return True
-    return bool(_CACHE.search(name)) and isinstance(value, (Mapping, list, set))
+def _is_cache(value: Any, own: bool) -> bool:
+    """Of an attribute that is called one."""
+    if own:
+        return isinstance(value, (Mapping, list, set))
+    return not isinstance(value, (type(None), bool, int, float, str, Tensor, np.ndarray))
+
+
+def _slots(thing: Any) -> list[str] | None:
+    """The names of its members; None where its classes have no slots."""
+    found: list[str] | None = None
+    for kind in type(thing).__mro__:
+        if "__slots__" in kind.__dict__:
+            members = [n for n, value in kind.__dict__.items() if isinstance(value, types.MemberDescriptorType)]
+            found = [*(found or []), *members]
+    return found
+
+
+def _left_out(kind: type) -> frozenset[str]:
+    found = _OF_MODULES if issubclass(kind, nn.Module) else frozenset()
+    for base in kind.__mro__:
+        package = base.__module__.partition(".")[0]
+        found |= frozenset(_PROVENANCE.get((package, base.__name__), "").split())
+    return found
+
+
+def entries(mapping: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
+    """Those of a mapping, without what it says of itself."""
+    if type(mapping).__module__.partition(".")[0] == "diffusers":  # a configuration; which of it was default, and where
+        return [(key, value) for key, value in mapping.items() if not str(key).startswith("_")]
+    return list(mapping.items())

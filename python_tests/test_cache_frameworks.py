@@ -1,0 +1,168 @@
+"""Fingerprints of teachers that come from other libraries: in silence, equal when loaded again, and honest."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tgt_fast as tgt
+
+transformers = pytest.importorskip("transformers")
+of = tgt.teacher_fingerprint
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+def bert(seed: int = 0, **options: Any) -> Any:
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(vocab_size=20, num_labels=3, **SIZES, **options)
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20, **SIZES)).eval()
+
+
+def bart() -> Any:
+    torch.manual_seed(0)
+    sizes = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in SIDES.items()}
+    config = transformers.BartConfig(vocab_size=20, d_model=16, bos_token_id=0, eos_token_id=2, **sizes)
+    return transformers.BartForConditionalGeneration(config).eval()
+
+
+SIDES = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
+
+
+@pytest.mark.parametrize("make", [bert, llama, bart])
+def test_a_transformer_is_seen_in_silence(make: Callable[[], Any], tmp_path: Path) -> None:
+    model = make()
+    before = of(model)
+    assert before.unseen == ()
+    assert of(lambda x: model(**x).logits).unseen == ()
+    assert before == of(make())
+    with torch.no_grad():
+        model(input_ids=IDS)
+    assert of(model) == before
+    model.save_pretrained(tmp_path)
+    assert of(model) == before
+    assert of(type(model).from_pretrained(tmp_path).eval()) == before
+    model.config.use_cache = not model.config.use_cache
+    assert of(model) != before
+
+
+def test_a_tokenizer_in_a_teacher_is_seen() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "a", "b"])}
+
+    def make() -> Any:
+        inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
+
+    def teacher(tokenizer: Any) -> Callable[[list[str]], Tensor]:
+        return lambda texts: tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=4)
+
+    tokenizer = make()
+    before = of(teacher(tokenizer))
+    teacher(tokenizer)(["a", "a b"])  # which leaves padding and truncation as they were asked for
+    assert of(teacher(tokenizer)) == before == of(teacher(make()))
+    assert before.unseen == ()
+    tokenizer.add_tokens(["c"])
+    assert of(teacher(tokenizer)) != before
+
+
+def doubled(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> Any:
+    return 2 * value.transpose(1, 2), None
+
+
+def halved(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> Any:
+    return value.transpose(1, 2) / 2, None
+
+
+def test_attention_that_the_user_registered_counts() -> None:
+    model, registry = bert(), transformers.AttentionInterface
+    before = of(model)
+    try:
+        registry.register("users", doubled)
+        one = of(model)
+        registry.register("users", halved)
+        two = of(model)
+    finally:
+        registry._global_mapping.pop("users")
+    assert len({before, one, two}) == 3
+    assert of(model) == before
+    assert one.unseen == ()
+
+
+def test_the_active_adapter_counts() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["query"], r=2, init_lora_weights=False)
+    model = peft.get_peft_model(bert(), config)
+    model.add_adapter("two", config)
+    model.set_adapter("two")
+    two = of(model)
+    model.set_adapter("default")
+    one = of(model)
+    assert one != two
+    assert one.unseen == ()
+    with model.disable_adapter():
+        assert of(model) not in (one, two)
+    assert of(model) == one
+    model.set_adapter("two")
+    assert of(model) == two
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+def test_packed_weights_of_a_transformer_count() -> None:
+    def packed(change: float) -> Any:
+        model = bert()
+        with torch.no_grad():
+            model.bert.encoder.layer[0].attention.self.query.weight.mul_(1 + change)
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+    before = of(packed(0.0))
+    assert before == of(packed(0.0)) != of(packed(1.0))
+    assert before.unseen == ()
+
+
+def test_a_lightning_module_is_the_same_with_a_trainer() -> None:
+    lightning = pytest.importorskip("lightning")
+
+    class Lit(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)  # type: ignore[no-any-return]
+
+    module = Lit()
+    before = of(module)
+    module.trainer = lightning.Trainer(
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu"
+    )
+    assert of(module) == before
+    assert before.unseen == ()
+
+
+def test_what_a_diffusers_model_says_of_its_configuration_does_not_count() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=2)
+    before = of(model)
+    assert before.unseen == ()
+    model.config["_use_default_values"].reverse()  # out of a set, in another order in each process
+    assert of(model) == before
+    model.register_to_config(scaling_factor=0.5)
+    assert of(model) != before
+
+
+def test_a_copy_is_the_same_teacher() -> None:
+    model = bert()
+    assert of(copy.deepcopy(model)) == of(model)
