@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +121,19 @@ def test_the_active_adapter_counts() -> None:
     assert of(model) == two
 
 
+def test_adapters_that_are_loaded_again_are_the_same(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["query", "value"], modules_to_save=["classifier"], init_lora_weights=False)
+    model = peft.get_peft_model(bert(), config)
+    before = of(model)
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        model.save_pretrained(folder)
+        assert of(peft.PeftModel.from_pretrained(bert(), folder)) == before
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_B" in name).add_(1)
+    assert of(model) != before
+
+
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
 def test_packed_weights_of_a_transformer_count() -> None:
     def packed(change: float) -> Any:
@@ -151,7 +167,7 @@ def test_a_lightning_module_is_the_same_with_a_trainer() -> None:
     assert before.unseen == ()
 
 
-def test_what_a_diffusers_model_says_of_its_configuration_does_not_count() -> None:
+def test_what_a_diffusers_model_says_of_its_configuration_does_not_count(tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     model = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=2)
@@ -159,8 +175,63 @@ def test_what_a_diffusers_model_says_of_its_configuration_does_not_count() -> No
     assert before.unseen == ()
     model.config["_use_default_values"].reverse()  # out of a set, in another order in each process
     assert of(model) == before
+    model.save_pretrained(tmp_path)  # tuples of the configuration come back as lists
+    assert of(diffusers.AutoencoderKL.from_pretrained(tmp_path)) == before
     model.register_to_config(scaling_factor=0.5)
     assert of(model) != before
+
+
+def denoiser() -> Any:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    sizes = {"sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    return diffusers.UNet2DModel(attention_head_dim=4, **sizes, **blocks).eval()
+
+
+def test_a_denoiser_is_the_same_after_it_ran() -> None:
+    model = denoiser()
+    before = of(model)
+    with torch.no_grad():
+        model(torch.ones(1, 3, 8, 8), 1)
+    assert of(model) == before == of(denoiser())
+    assert before.unseen == ()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "efficientnet_b0"])
+def test_a_timm_model_is_seen_in_silence(name: str) -> None:
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+
+    def make(**options: Any) -> nn.Module:
+        torch.manual_seed(0)
+        return timm.create_model(name, num_classes=3, **options).eval()  # type: ignore[no-any-return]
+
+    def labeler(**options: Any) -> nn.Module:
+        return tgt.teacher.TimmLabeler(make(), **options)
+
+    model = make()
+    before = of(model)
+    with torch.no_grad():
+        model(torch.ones(1, 3, 224, 224))
+    assert of(model) == before == of(make())
+    assert before.unseen == ()
+    assert of(labeler()) == of(labeler()) != before
+    assert len({of(labeler()), of(labeler(value_range=(-1.0, 1.0))), of(labeler(size=(64, 64)))}) == 3
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_it_is_equal_in_another_process(name: str) -> None:
+    """Also of models that keep hashes, which are others in each process."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_cache_frameworks as t; "
+        "print(t.of(getattr(t, sys.argv[2])()))"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), name]
+    found = [
+        subprocess.run(command, capture_output=True, check=True, text=True, env={**os.environ, "PYTHONHASHSEED": seed})
+        for seed in ("1", "2")
+    ]
+    assert found[0].stdout == found[1].stdout != ""
 
 
 def test_a_copy_is_the_same_teacher() -> None:

@@ -7,6 +7,7 @@ import datetime
 import functools
 import io
 import logging
+import operator
 import os
 import random
 import re
@@ -76,6 +77,30 @@ def scaled(x: Tensor, factor: float) -> Tensor:
     return x * factor
 
 
+class Table(Tensor):
+    """Numbers in a packed form, and beside them what they mean."""
+
+
+def table(k: float) -> Tensor:
+    made = torch.ones(2).as_subclass(Table)
+    made.scale = k  # type: ignore[attr-defined]
+    return made
+
+
+class ByClass:
+    k = 1.0
+
+    @classmethod
+    def called(cls, x: Tensor) -> Tensor:
+        return x * cls.k
+
+
+def derived(k: float) -> type[ByClass]:
+    made = type("Derived", (ByClass,), {"k": k})
+    made.__module__ = __name__
+    return made
+
+
 def with_attribute(k: float) -> Callable[[Tensor], Tensor]:
     def function(x: Tensor) -> Tensor:
         return x * function.k  # type: ignore[attr-defined]
@@ -120,6 +145,14 @@ STATES: dict[str, Callable[[float], Any]] = {
     "modules in a list": lambda k: Factor([seeded(lambda: nn.Linear(2, 2), int(k))]),
     "container": lambda k: Factor({"a": (k, "b")}),
     "keys": lambda k: Factor({torch.relu: 1, nn.Linear: k}),
+    "default of a container": lambda k: Factor(collections.defaultdict(functools.partial(float, k))),
+    "masked array": lambda k: Factor(np.ma.array([1, 2], mask=[0, k > 1])),
+    "attribute of a tensor": lambda k: Factor(table(k)),
+    "method of a container": lambda k: Factor({1: k}.get),
+    "method of a tensor": lambda k: Factor(torch.tensor(k).mul),
+    "method of a number": lambda k: Factor(k.__add__),
+    "method of a class": lambda k: Factor(derived(k).called),
+    "getter": lambda k: Factor(operator.itemgetter(int(k))),
     "set": lambda k: Factor({"a", str(k)}),
     "set of objects": lambda k: Factor({nn.Linear, Called(k)}),
     "deque": lambda k: Factor(collections.deque([Called(k)])),

@@ -64,8 +64,8 @@ def teacher_fingerprint(
     library are taken by name, and so is what an installed package keeps for itself, such as a registry (but for
     functions of the user's in it).
 
-    **Not seen**: hooks, locks, loggers, random generators but for the seed of PyTorch's, and the caches of installed
-    packages; methods that are called on other objects; what the loader does to the data, unless it is given as
+    **Not seen**: hooks, locks, loggers, devices, random generators but for the seed of PyTorch's, properties that are
+    kept once they were computed, and the caches of installed packages; methods that are called on other objects; what the loader does to the data, unless it is given as
     ``transforms``; versions of PyTorch and of the driver; weights that change after the fingerprint was taken.
     Objects that hide their state (compiled code, an open connection) are listed in ``.unseen``, and so is a
     ``*_cache`` of the user's that is not empty. Say all those by ``version``. Give one also for a teacher whose
@@ -73,7 +73,8 @@ def teacher_fingerprint(
 
     Args:
         teacher: a :class:`~tgt_fast.Teacher` (of which only what the outputs depend on is taken: the labeler, its
-            transform, ``modules=``, and with ``latents`` the encoder), a module or a callable.
+            transform, ``modules=``, with ``latents`` the encoder, and what a subclass of yours adds), a module or a
+            callable.
         k: how many classes a record lists; None: logits are stored. Then ``temperature`` and ``tail`` do not matter.
         temperature, tail: of the records; see :func:`tgt_fast.topk_teacher`.
         latents: whether the encoder's latents are stored as well.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import operator
 import types
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -16,14 +17,25 @@ from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd import Function
 
-from tgt_fast.cache.machinery import entries, is_machinery, state
-from tgt_fast.cache.sources import compiled, is_given, is_own, members, name_of, names_in, source_of
-from tgt_fast.cache.values import array_bytes, parts_of_tensor, plain, refuse_sharded, tensor_bytes, tokenizer_state
+from tgt_fast.cache.machinery import attributes, entries, hides_state, is_machinery
+from tgt_fast.cache.sources import compiled, is_bound, is_given, is_own, members, name_of, names_in, source_of
+from tgt_fast.cache.values import (
+    array_bytes,
+    parts_of_tensor,
+    plain,
+    refuse_sharded,
+    refuse_unusable,
+    tensor_bytes,
+    tokenizer_state,
+)
 from tgt_fast.teacher import Teacher
 
-_BY_NAME: Final = (type, types.ModuleType, types.BuiltinFunctionType, np.ufunc)
+_BUILT_IN: Final = (types.BuiltinFunctionType, types.MethodWrapperType)
+_BY_NAME: Final = (type, types.ModuleType, *_BUILT_IN, np.ufunc)
+_GETTERS: Final = (operator.itemgetter, operator.attrgetter, operator.methodcaller)
 _SEEN: Final = (*_BY_NAME, types.FunctionType, types.MethodType, functools.partial, Tensor, np.ndarray, nn.Module)
 _DEEPEST: Final = 64  # levels of objects in objects
+_LONGEST: Final = 80  # characters of a path in a message
 
 
 class Identity:
@@ -96,6 +108,9 @@ class Identity:
                 yield "", thing.tolist()
             else:
                 self._add_bytes(path, array_bytes(thing))
+            if isinstance(thing, np.ma.MaskedArray):
+                yield "mask", np.ma.getmaskarray(thing)
+            yield from self._beside(path, thing)
         elif isinstance(thing, Teacher):
             yield from self._teacher(thing)
         elif isinstance(thing, nn.Module):
@@ -104,16 +119,23 @@ class Identity:
             yield from (("func", thing.func), ("args", thing.args), ("keywords", thing.keywords))
         elif isinstance(thing, types.MethodType):
             yield from (("self", thing.__self__), ("func", thing.__func__))
-            yield from members(type(thing.__self__), thing.__func__.__name__)
+            owner = thing.__self__
+            yield from members(owner if isinstance(owner, type) else type(owner), thing.__func__.__name__)
         elif isinstance(thing, types.FunctionType):
             yield from self._function(thing)
         elif isinstance(thing, _BY_NAME):
             self._say("named", name_of(thing))
+            if isinstance(thing, _BUILT_IN) and is_bound(thing):
+                yield "self", thing.__self__
+        elif isinstance(thing, _GETTERS):
+            yield "reduced", thing.__reduce__()
         elif isinstance(thing, (OpOverload, OpOverloadPacket)):
             self._say("named", str(thing))
         elif isinstance(thing, Mapping):
             self._say(name_of(type(thing)))
             yield from self._items(thing)
+            if isinstance(thing, defaultdict):
+                yield "default", thing.default_factory
             yield from self._beside(path, thing)
         elif isinstance(thing, (list, tuple, deque)):
             self._say(name_of(type(thing)))
@@ -142,10 +164,10 @@ class Identity:
                 yield f"{i}.key", key
             yield (f"{i}" if name is None else repr(key)), value
 
-    def _beside(self, path: str, container: Any) -> Iterator[tuple[str, Any]]:
-        """The attributes of a user's kind of container."""
-        if is_own(type(container).__module__) and getattr(container, "__dict__", None):
-            yield from self._state(path, container)
+    def _beside(self, path: str, thing: Any) -> Iterator[tuple[str, Any]]:
+        """The attributes of a user's kind of container, array or tensor, whose contents are taken in already."""
+        if is_own(type(thing).__module__):
+            yield from self._attributes(path, thing)
 
     def _apart(self, path: str, thing: Any, depth: int) -> str:
         """Digests of an element that has no place among the others."""
@@ -162,31 +184,50 @@ class Identity:
         yield "modules", teacher.hidden_modules
         if self._latents:
             yield "encoder", teacher.encoder
+        kind = type(teacher)
+        if not is_own(kind.__module__):
+            return
+        self._say(name_of(kind))
+        for entry in ("label", "_label", *(("encode", "_encode") if self._latents else ())):
+            if is_own(getattr(kind, entry).__module__):
+                yield entry, getattr(kind, entry)
+                yield from members(kind, entry)
+        held = {**teacher._modules, **teacher._parameters, **teacher._buffers}
+        usual = _of_every_teacher()
+        yield from sorted(held.items())
+        yield from ((name, value) for name, value in self._attributes("teacher", teacher) if name not in usual)
 
     def _module(self, path: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
         inside = list(module.named_modules())
+        place = {id(child): str(i) for i, (_, child) in enumerate(inside)}
         for name, child in inside:
             self._visit(child)
             self._say(name, name_of(type(child)), child.extra_repr())
+            # A module that stands in several places is listed once, and the same module in one place is another model.
+            self._say(*(f"{part} {place.get(id(held), '-')}" for part, held in child._modules.items()))
             refuse_sharded(f"{path}.{name}" if name else path, child)
             yield from ((f"{name}.{part}", value) for part, value in compiled(child))
             if not is_given(type(child).__module__):
                 yield f"{name}.forward", type(child).forward
                 yield from ((f"{name}.{member}", value) for member, value in members(type(child), "forward"))
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            yield name, tensor
         for name, child in inside:
-            yield from self._state(f"{path}.{name}" if name else path, child, f"{name}." if name else "")
+            prefix = f"{name}." if name else ""
+            yield from ((prefix + part, tensor) for part, tensor in child._parameters.items())
+            yield from ((prefix + part, tensor) for part, tensor in child._buffers.items())
+        for name, child in inside:
+            prefix, where = (f"{name}.", f"{path}.{name}") if name else ("", path)
+            yield from ((prefix + part, value) for part, value in self._state(where, child))
 
-    def _state(self, path: str, thing: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-        found = state(thing)
-        if found is None:
+    def _state(self, path: str, thing: Any) -> Iterator[tuple[str, Any]]:
+        if hides_state(thing):
             self._miss(path, thing)
-            return
-        attributes, doubtful = found
+        yield from self._attributes(path, thing)
+
+    def _attributes(self, path: str, thing: Any) -> list[tuple[str, Any]]:
+        found, doubtful = attributes(thing)
         # Not said, so that a cache that fills does not make another teacher.
-        self.unseen += [f"{path}.{name} (what it holds)" for name in doubtful]
-        yield from ((prefix + name, value) for name, value in attributes)
+        self.unseen += [f"{_shortened(path)}.{name} (what it holds)" for name in doubtful]
+        return found
 
     def _packed(self, path: str, thing: Any) -> Iterator[tuple[str, Any]]:
         """Weights that quantisation packed, through what they pickle as."""
@@ -246,12 +287,15 @@ class Identity:
 
     def _miss(self, path: str, thing: Any) -> None:
         self._say("unseen", name_of(type(thing)))
-        self.unseen.append(f"{path} ({name_of(type(thing))})")
+        self.unseen.append(f"{_shortened(path)} ({name_of(type(thing))})")
 
     def _tensor(self, path: str, tensor: Tensor) -> Iterator[tuple[str, Any]]:
+        refuse_unusable(path, tensor)
         parts = parts_of_tensor(tensor)
         if parts is None:
             self._add_bytes(path, tensor_bytes(path, tensor))
+            if not is_given(type(tensor).__module__):  # scales, tables and the like of packed weights
+                yield from self._attributes(path, tensor)
         else:
             self._say(name_of(type(tensor)), str(tensor.layout))
             yield from parts
@@ -261,6 +305,15 @@ class Identity:
         self._weights.update(f"{len(path)}:{path} ".encode())
         for piece in pieces:
             self._weights.update(piece)
+
+
+@functools.cache
+def _of_every_teacher() -> frozenset[str]:
+    return frozenset(vars(Teacher(torch.tanh, torch.tanh, torch.tanh)))
+
+
+def _shortened(path: str) -> str:
+    return path if len(path) <= _LONGEST else f"{path[: _LONGEST // 2]}...{path[-_LONGEST // 2 :]}"
 
 
 def _module_of(thing: Any) -> str | None:

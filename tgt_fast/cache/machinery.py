@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextvars
+import functools
+import inspect
 import logging
 import random
 import re
@@ -60,6 +62,10 @@ _PROVENANCE: Final = {
         "transformers",
         "PreTrainedModel",
     ): "_is_hf_initialized _commit_hash name_or_path _weight_conversions _use_kernels",
+    ("transformers", "GenerationConfig"): (
+        "_commit_hash _from_model_config _original_object_hash transformers_version"
+    ),
+    ("peft", "PeftConfigMixin"): "auto_mapping base_model_name_or_path inference_mode peft_version revision",
     ("transformers", "PreTrainedConfig"): (
         "_commit_hash _name_or_path architectures dtype model_type transformers_version"
     ),
@@ -83,34 +89,44 @@ def is_machinery(thing: Any) -> bool:
     )
 
 
-def state(thing: Any) -> tuple[list[tuple[str, Any]], list[str]] | None:
-    """The attributes of an object by name, without machinery; None where it hides them.
+def hides_state(thing: Any) -> bool:
+    """Whether an object keeps something that is no attribute, in another language."""
+    if _is_wrapper(thing):
+        return False
+    slots = _slots(thing)
+    # What it has beside its header, a dict, weak references and slots.
+    base = next((kind for kind in type(thing).__mro__ if kind in _CONTAINERS), object)
+    hidden = type(thing).__basicsize__ - base.__basicsize__ - _POINTER * (2 + len(slots or ()))
+    return (not hasattr(thing, "__dict__") and slots is None) or hidden > 0
+
+
+def attributes(thing: Any) -> tuple[list[tuple[str, Any]], list[str]]:
+    """The attributes of an object by name, without machinery.
 
     The second part names the attributes of a user's class that are caches by their name and not empty: whether what
     they hold belongs to the state, nobody can tell from outside. Those of installed packages are caches.
     """
-    if isinstance(thing, _WRAPPERS) or type(thing).__module__.startswith("torch._dynamo"):
+    if _is_wrapper(thing):
         return [], []
-    slots = _slots(thing)
-    attributes = getattr(thing, "__dict__", None)
-    # What an object has beside its header, a dict, weak references and slots is in another language.
-    base = next((kind for kind in type(thing).__mro__ if kind in _CONTAINERS), object)
-    hidden = type(thing).__basicsize__ - base.__basicsize__ - _POINTER * (2 + len(slots or ()))
-    if (attributes is None and slots is None) or hidden > 0:
-        return None
-    found = {name: getattr(thing, name) for name in slots or () if hasattr(thing, name)} | (attributes or {})
-    left_out = _left_out(type(thing))
+    found = {name: getattr(thing, name) for name in _slots(thing) or () if hasattr(thing, name)}
+    found |= getattr(thing, "__dict__", {})
+    left_out, own = _left_out(type(thing)), is_own(type(thing).__module__)
+    is_settings = ("transformers", "PreTrainedConfig") in _bases(type(thing))
     kept, doubtful = [], []
     for name in sorted(found):
         value = found[name]
-        if name in left_out or is_machinery(value):
+        derived = isinstance(inspect.getattr_static(type(thing), name, None), functools.cached_property)
+        if name in left_out or derived or is_machinery(value):
             continue
-        own = is_own(type(thing).__module__)
         if not (_CACHE.search(name) and _is_cache(value, own)):
-            kept.append((name, value))
+            kept.append((name, _as_saved(value) if is_settings else value))
         elif own and value:
             doubtful.append(name)
     return kept, doubtful
+
+
+def _is_wrapper(thing: Any) -> bool:
+    return isinstance(thing, _WRAPPERS) or type(thing).__module__.startswith("torch._dynamo")
 
 
 def _is_cache(value: Any, own: bool) -> bool:
@@ -130,16 +146,24 @@ def _slots(thing: Any) -> list[str] | None:
     return found
 
 
+def _bases(kind: type) -> list[tuple[str, str]]:
+    return [(base.__module__.partition(".")[0], base.__name__) for base in kind.__mro__]
+
+
 def _left_out(kind: type) -> frozenset[str]:
     found = _OF_MODULES if issubclass(kind, nn.Module) else frozenset()
-    for base in kind.__mro__:
-        package = base.__module__.partition(".")[0]
-        found |= frozenset(_PROVENANCE.get((package, base.__name__), "").split())
+    for base in _bases(kind):
+        found |= frozenset(_PROVENANCE.get(base, "").split())
     return found
 
 
 def entries(mapping: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
     """Those of a mapping, without what it says of itself."""
     if type(mapping).__module__.partition(".")[0] == "diffusers":  # a configuration; which of it was default, and where
-        return [(key, value) for key, value in mapping.items() if not str(key).startswith("_")]
+        return [(key, _as_saved(value)) for key, value in mapping.items() if not str(key).startswith("_")]
     return list(mapping.items())
+
+
+def _as_saved(value: Any) -> Any:
+    """A setting as it comes back from a file of settings, in which a tuple is a list."""
+    return list(value) if type(value) is tuple else value

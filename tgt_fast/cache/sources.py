@@ -27,8 +27,8 @@ def is_given(module: str | None) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def is_own(module: str | None) -> bool:
-    """Whether code is the user's: neither given nor of an installed package."""
-    if is_given(module):
+    """Whether code is the user's: neither given nor of an installed package, such as this one, wherever it lies."""
+    if is_given(module) or (module or "").partition(".")[0] == __name__.partition(".")[0]:
         return False
     file = getattr(sys.modules.get(module or ""), "__file__", None)
     return file is None or _INSTALLED.isdisjoint(PurePath(file).parts)
@@ -37,6 +37,12 @@ def is_own(module: str | None) -> bool:
 def name_of(thing: Any) -> str:
     module = getattr(thing, "__module__", None)
     return f"{module}.{getattr(thing, '__qualname__', None) or getattr(thing, '__name__', repr(type(thing)))}"
+
+
+def is_bound(function: types.BuiltinFunctionType | types.MethodWrapperType) -> bool:
+    """Whether a function in another language is a method of some object, as ``table.get`` is."""
+    owner = getattr(function, "__self__", None)
+    return owner is not None and not isinstance(owner, (type, types.ModuleType)) and type(owner).__name__ != "PyCapsule"
 
 
 def source_of(function: types.FunctionType) -> str:

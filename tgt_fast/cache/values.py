@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tgt_fast.errors import DTypeError
 
@@ -27,7 +28,6 @@ _PRINTED: Final = (
     range,
     slice,
     torch.dtype,
-    torch.device,
     torch.layout,
     torch.memory_format,
     torch.Size,
@@ -43,12 +43,14 @@ _PRINTED: Final = (
     uuid.UUID,
 )
 _PIECE: Final = 16 << 20  # elements brought to the host at a time
+_DEEPEST: Final = 8  # levels of containers that together are one value
 
 
-def plain(thing: Any) -> str | None:
+def plain(thing: Any, depth: int = 0) -> str | None:
     """A value with its type in words, the same in every process; None where it is more than a value.
 
-    Tuples, lists, sets and frozen sets of values are values: equal ones are equal, be they one object or two.
+    Tuples, lists, sets and frozen sets of values are values: equal ones are equal, be they one object or two. So are
+    devices: what is computed does not depend on where, and each process of several may have one of its own.
     """
     if isinstance(thing, Enum):
         held = plain(thing.value)  # of a member that is a function, the name says which
@@ -60,10 +62,12 @@ def plain(thing: Any) -> str | None:
         return f"{type(thing).__qualname__} {thing!r}"
     if isinstance(thing, re.Pattern):  # which prints its beginning
         return f"pattern {thing.pattern!r} {thing.flags}"
+    if isinstance(thing, torch.device):
+        return "device"
     if isinstance(thing, torch.Generator):  # its state moves with each draw
-        return f"generator {thing.device} {thing.initial_seed()}"
-    if type(thing) in (tuple, list, set, frozenset):
-        parts = [plain(value) for value in thing]
+        return f"generator {thing.initial_seed()}"
+    if type(thing) in (tuple, list, set, frozenset) and depth < _DEEPEST:
+        parts = [plain(value, depth + 1) for value in thing]
         if None not in parts:
             found = [str(part) for part in parts]
             return f"{type(thing).__qualname__} {sorted(found) if isinstance(thing, (set, frozenset)) else found}"
@@ -91,17 +95,29 @@ def parts_of_tensor(tensor: Tensor) -> Iterator[tuple[str, Any]] | None:
     return None
 
 
-def tensor_bytes(path: str, tensor: Tensor) -> Iterator[Any]:
-    """Buffers that together tell a tensor's numbers.
-
+def refuse_unusable(path: str, tensor: Tensor) -> None:
+    """
     Raises:
-        DTypeError: it holds a part of them, or none.
+        DTypeError: of a tensor's numbers this process holds a part, or there are none yet.
     """
     if type(tensor).__name__ == "DTensor":
         raise DTypeError(
             f"teacher_fingerprint: {path} is a DTensor, of which a process holds a part; name the teacher by "
             "version= and give no teacher, or take the fingerprint before it is sharded"
         )
+    if is_lazy(tensor):
+        raise DTypeError(
+            f"teacher_fingerprint: {path} holds no numbers (its lazy module has met no batch yet); take the "
+            "fingerprint after a first batch"
+        )
+
+
+def tensor_bytes(path: str, tensor: Tensor) -> Iterator[Any]:
+    """Buffers that together tell a tensor's numbers.
+
+    Raises:
+        DTypeError: it holds none.
+    """
     tensor = tensor.detach()
     lacks = tensor.device.type == "meta" or (tensor.numel() and not tensor.untyped_storage().nbytes())
     if lacks:
