@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tgt_fast.cache.index import MISSING, Ids, Places
 from tgt_fast.cache.outputs import OP
@@ -15,6 +15,7 @@ from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.ops._sparse_record import TeacherTopK
 from tgt_fast.teacher import Latents, Teacher
 from tgt_fast.teacher.modes import eval_mode
+from tgt_fast.teacher.parts import modules_of
 from tgt_fast.teacher.teacher import checked_logits
 
 SampleIds = Tensor | Sequence[int]
@@ -66,11 +67,9 @@ def ask(teacher: Callable[..., Any], x: Any, n: int, *, latents: bool) -> tuple[
             encoded = teacher.encode(x) if latents else None
         elif latents:
             raise ArgumentError(f"{OP}: latents=True needs a Teacher, which encodes, or add(..., latents=)")
-        elif isinstance(teacher, nn.Module):
-            with eval_mode(teacher):
-                outputs = teacher(x)
         else:
-            outputs = teacher(x)
+            with eval_mode(*modules_of(teacher)):
+                outputs = teacher(x)
     if not isinstance(outputs, TeacherTopK):
         outputs = checked_logits(outputs, n, f"{OP}: the teacher")
     return outputs, encoded

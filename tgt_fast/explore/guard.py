@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tgt_fast._rng import isolated_rng
 from tgt_fast.teacher.modes import eval_mode
+from tgt_fast.teacher.parts import modules_of
 from tgt_fast.teacher.teacher import module_behind
 
 
@@ -48,19 +49,20 @@ def left_as_found(student: Callable[..., Any]) -> Iterator[None]:
     eval mode is then not undone.
     """
     root = module_behind(student)
-    root = nn.Module() if root is None else root  # of a plain function there is nothing to see
     if torch.compiler.is_compiling():  # which sees neither versions of buffers nor the generators
-        with eval_mode(root):
+        with eval_mode(*([] if root is None else [root])):
             yield
         return
+    roots = modules_of(student) if root is None else [root]
     buffers = [
         (m, name, buffer, None if buffer is None else (buffer._version, buffer.detach().clone()))
+        for root in roots
         for m in root.modules()
         for name, buffer in m._buffers.items()
     ]
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     try:
-        with isolated_rng(cuda=not capturing), eval_mode(root):
+        with isolated_rng(cuda=not capturing), eval_mode(*roots):
             yield
     finally:
         for m, name, buffer, before in buffers:

@@ -83,6 +83,8 @@ class Consumer:
     ) -> None:
         self.name, self.space, self.generator = name, space, generator
         self.embedding, self.relaxation = embedding, relaxation
+        # The student's table is in training: it is read here, and is no part of the teacher.
+        self.teacher_modules = () if embedding is None or name == "student" else (embedding,)
         self.same = space.same_as(generator)
         weight, most = getattr(embedding, "weight", None), max(space.vocabulary.values(), default=-1)
         if isinstance(weight, Tensor) and weight.shape[0] <= most:

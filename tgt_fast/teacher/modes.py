@@ -9,13 +9,13 @@ from torch import nn
 
 
 @contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every submodule's own train/eval flag is what it was."""
-    flags = [(child, child.training) for child in module.modules()]
+    flags = [(child, child.training) for module in modules for child in module.modules()]
     for child, _ in flags:
         child.training = False  # not eval(): an adapter may merge weights there, which flags alone would not undo
     try:
         yield
     finally:
-        for child, training in flags:
+        for child, training in reversed(flags):  # one that was met twice is as at first
             child.training = training

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -15,6 +15,7 @@ from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.teacher import tree
 from tgt_fast.teacher.key import Key
 from tgt_fast.teacher.latents import Latents
+from tgt_fast.teacher.parts import modules_of
 
 Inputs: TypeAlias = Any  # a tensor, or a pytree of tensors that share the batch dimension
 Prior: TypeAlias = "str | tuple[int, ...] | Callable[[Tensor], Tensor | Latents] | None"
@@ -45,12 +46,15 @@ class Teacher(nn.Module):
         labeler_transform: data -> what the labeler expects, for example a normalisation. Deterministic.
         student_transform: data -> what the student expects; applied by :meth:`student_view`. Deterministic.
         max_batch: run encoder, decoder and labeler on at most so many examples at a time; None: all at once.
-        modules: modules that the callables use without showing it (a lambda's closure), to be frozen and
-            moved too.
+        modules: modules that the callables use and that are not found in them, to be frozen and moved too.
 
-    Each part is any callable: a module, a bound method of a module (``vae.encode``; the module is found and
-    frozen), a ``functools.partial`` of either, or a plain function. A module shared with the student is
-    frozen there too.
+    Each part is any callable: a module, a method, a ``functools.partial``, a function such as
+    ``lambda x: hf(**x).logits``, or an object that can be called. The modules that it computes with are found, frozen
+    and moved: in closures and default values, in globals and attributes that the code names, in lists, dicts and
+    dataclasses. They are looked for when the teacher is made. A callable with an attribute ``teacher_modules``, a tuple
+    of modules, is not searched; those are taken. Parameters of these modules are frozen for the student, too, if it
+    shares them: :func:`tgt_fast.fit` refuses an optimizer over such, :class:`tgt_fast.TGTObjective` warns of them,
+    unless they needed no gradient before.
 
     Raises:
         ArgumentError: a part that cannot be called, a prior or ``max_batch`` of the wrong kind.
@@ -89,9 +93,11 @@ class Teacher(nn.Module):
         self.max_batch = max_batch
         self._decoder_takes_relaxed = _has_parameter(decoder, "relaxed")
         self.decoder_takes_key = _has_parameter(decoder, "key")
-        found = [owner for part in self._parts.values() if (owner := module_behind(part)) is not None]
+        found = [module for part in self._parts.values() for module in modules_of(part)]
         unique = {id(module): module for module in [*found, *modules]}
         self._frozen: tuple[nn.Module, ...] = tuple(unique.values())
+        self._given = tuple(modules)
+        self._switched_off: set[int] = set()  # ids of parameters that needed a gradient
         self.training = False
         self._keep_frozen()
 
@@ -109,6 +115,7 @@ class Teacher(nn.Module):
                 for parameter in module._parameters.values():
                     if parameter is not None and parameter.requires_grad:
                         parameter.requires_grad_(False)
+                        self._switched_off.add(id(parameter))
             if thawed:
                 root.eval()
 
@@ -123,6 +130,12 @@ class Teacher(nn.Module):
         for module in self._frozen:
             yield from module.parameters()
             yield from module.buffers()
+
+    def frozen_by_it(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """Of these parameters the teacher's own that were to be trained before it froze them."""
+        self._keep_frozen()
+        own = {id(tensor) for tensor in self.frozen_tensors()} & self._switched_off
+        return [parameter for parameter in parameters if id(parameter) in own]
 
     @property
     def encoder(self) -> Callable[..., Any]:
@@ -148,7 +161,7 @@ class Teacher(nn.Module):
     def hidden_modules(self) -> tuple[nn.Module, ...]:
         """Those named by ``modules=`` that no part shows."""
         shown = {id(module_behind(part)) for part in self._parts.values()}
-        return tuple(module for module in self._frozen if id(module) not in shown)
+        return tuple(module for module in self._given if id(module) not in shown)
 
     @property
     def prior(self) -> Prior:

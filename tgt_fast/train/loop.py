@@ -20,8 +20,10 @@ from tqdm import tqdm
 from tgt_fast._ranges import named_range
 from tgt_fast._rng import isolated_rng
 from tgt_fast.errors import ArgumentError, CheckpointError
+from tgt_fast.teacher import Teacher
 from tgt_fast.teacher.batches import Batch, Columns
 from tgt_fast.teacher.modes import eval_mode
+from tgt_fast.teacher.sharing import refuse_shared
 from tgt_fast.train import checkpoint
 from tgt_fast.train.data import BatchStream, module_device, to_device
 from tgt_fast.train.files import make_writable
@@ -33,8 +35,8 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 class Objective(Protocol):
     """What :func:`fit` minimises: a ``TGTObjective``, or any callable that can be called like one.
 
-    Two attributes are used where they exist: ``sampler``, whose state goes into checkpoints, and
-    ``normalizers``, which ``accumulate`` needs.
+    Three attributes are used where they exist: ``sampler``, whose state goes into checkpoints, ``normalizers``, which
+    ``accumulate`` needs, and ``teacher``, whose parameters the optimizer must not hold.
     """
 
     def __call__(
@@ -142,9 +144,9 @@ def fit(
         A :class:`FitResult`.
 
     Raises:
-        ArgumentError: an option out of range, a monitored metric that ``evaluate`` does not return, an empty
-            loader, a batch that can be read in more than one way, or a ``checkpoint_dir`` that holds another run's
-            checkpoint while ``resume`` is False.
+        ArgumentError: an option out of range, an optimizer over parameters that the objective's teacher keeps frozen,
+            a monitored metric that ``evaluate`` does not return, an empty loader, a batch that can be read in more
+            than one way, or a ``checkpoint_dir`` that holds another run's checkpoint while ``resume`` is False.
         CheckpointError: the folder cannot be written (found out before the first step, or later when the disk
             is full), or its checkpoint is damaged or of another run; student and checkpoint are left as they
             were.
@@ -163,6 +165,8 @@ def fit(
     if isinstance(scheduler, ReduceLROnPlateau) and evaluate is None:
         raise ArgumentError("fit: ReduceLROnPlateau follows the monitored metric, so it needs evaluate")
     parts = Columns("fit", columns)
+    if isinstance(teacher := getattr(objective, "teacher", None), Teacher):
+        refuse_shared("fit", teacher, student, optimizer)
     folder = _checked_folder(checkpoint_dir, resume)
     run = _Run(student, objective, BatchStream(loader), parts, optimizer, scheduler)
     with nullcontext() if seed is None else isolated_rng(seed):

@@ -15,6 +15,7 @@ from tgt_fast.losses.distill import DistillationLoss
 from tgt_fast.ops.distill import distillation_loss
 from tgt_fast.teacher import Teacher, tree
 from tgt_fast.teacher.batches import Batch
+from tgt_fast.teacher.sharing import warn_of_shared
 
 if TYPE_CHECKING:
     from tgt_fast.explore import LatentSampler
@@ -85,6 +86,7 @@ class TGTObjective:
         self.sampler = sampler
         self.loss = DistillationLoss(temperature=2.0, hard_weight=1.0) if loss is None else loss
         self.synthetic_weight = synthetic_weight
+        self._met: int | None = None  # the student that was last looked at
         self._options()
 
     def _options(self) -> DistillOptions:
@@ -139,6 +141,9 @@ class TGTObjective:
             ShapeError: student, teacher and labels do not fit together. Errors of the sampler are passed on.
         """
         options = self._options()
+        if id(student) != self._met and not torch.compiler.is_compiling():
+            warn_of_shared("TGTObjective", self.teacher, student, stacklevel=3)
+            self._met = id(student)
         with torch.no_grad():
             teacher_logits = self.teacher.label(x)
         with named_range("student"):
