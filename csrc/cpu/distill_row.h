@@ -179,23 +179,49 @@ RowConstants<Real> settled(const RowState& state, const DistillOptions& options)
   return row;
 }
 
+// The vectors of a block, by runs over which a lane may add up: the longer, the more rounding. body(s, t, count)
+template <class Real, class Body>
+TGT_HD void each_run(const Real* s, const Real* t, int count, Body body) {
+  constexpr int kLanes = Lanes<Real>::kCount, kRun = kLanes < 16 ? 32 * kLanes : kBlock;
+  if constexpr (kRun == kBlock) return body(s, t, count);
+  for (int at = 0; at < count; at += kRun) body(s + at, t + at, count - at < kRun ? count - at : kRun);
+}
+
+// By lanes.
+template <class V>
+struct LaneSums {
+  V student{}, teacher{}, hard{}, x{}, y{};
+
+  void add(const LaneSums& other) {
+    student += other.student;
+    teacher += other.teacher;
+    hard += other.hard;
+    x += other.x;
+    y += other.y;
+  }
+};
+
 template <class Real, class D, HardPower power>
 void sum_block(const Real* s, const Real* t, int count, const RowConstants<Real>& row, OnlineSums& sums) {
   using V = typename Lanes<Real>::Vector;
-  V student{}, teacher{}, hard{}, x{}, y{};
-  each_vector(s, t, count, [&](V sv, V tv, int, int) {
-    const Class<V> c = shifted<D>(sv, tv, row);
-    student += c.q;
-    teacher += c.p;
-    if constexpr (power != kNoHard) hard += hard_exponential<power>(sv, c, row);
-    if constexpr (D::kShiftedSums) D::add(c, row.mixture, x, y);
+  LaneSums<V> lanes;
+  each_run(s, t, count, [&](const Real* s, const Real* t, int count) {
+    LaneSums<V> run;
+    each_vector(s, t, count, [&](V sv, V tv, int, int) {
+      const Class<V> c = shifted<D>(sv, tv, row);
+      run.student += c.q;
+      run.teacher += c.p;
+      if constexpr (power != kNoHard) run.hard += hard_exponential<power>(sv, c, row);
+      if constexpr (D::kShiftedSums) D::add(c, row.mixture, run.x, run.y);
+    });
+    lanes.add(run);
   });
-  sums.student += sum_lanes(student);
-  sums.teacher += sum_lanes(teacher);
-  if constexpr (power != kNoHard) sums.hard += sum_lanes(hard);
+  sums.student += sum_lanes(lanes.student);
+  sums.teacher += sum_lanes(lanes.teacher);
+  if constexpr (power != kNoHard) sums.hard += sum_lanes(lanes.hard);
   if constexpr (D::kShiftedSums) {
-    sums.x += sum_lanes(x);
-    sums.y += sum_lanes(y);
+    sums.x += sum_lanes(lanes.x);
+    sums.y += sum_lanes(lanes.y);
   }
 }
 
@@ -206,8 +232,14 @@ void sum_normalised(const Row<Real>& logits, const DistillOptions& options, RowS
   const RowConstants<Real> row = settled<Real>(state, options);
   logits.each_block([&](const Real* s, const Real* t, int64_t, int count) {
     V x{}, y{};
-    each_vector(s, t, count,
-                [&](V sv, V tv, int, int) { D::add(normalised<D>(shifted<D>(sv, tv, row), row), row.mixture, x, y); });
+    each_run(s, t, count, [&](const Real* s, const Real* t, int count) {
+      V of_x{}, of_y{};
+      each_vector(s, t, count, [&](V sv, V tv, int, int) {
+        D::add(normalised<D>(shifted<D>(sv, tv, row), row), row.mixture, of_x, of_y);
+      });
+      x += of_x;
+      y += of_y;
+    });
     state.x += sum_lanes(x);
     state.y += sum_lanes(y);
   });

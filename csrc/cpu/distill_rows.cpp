@@ -3,7 +3,7 @@
 // A gradient reads its row pair once more, from the second-level cache, where the loss has just left it.
 #include <initializer_list>
 
-#include "distill_row.h"
+#include "distill_peak.h"
 
 namespace tgt {
 inline namespace TGT_ISA {
@@ -24,11 +24,11 @@ void fill_row(const Matrix& matrix, int64_t i, int64_t classes, Real value) {
   }
 }
 
-// d_student of a block: factor * soft + hard_factor * (softmax(s) - smoothed label).
-template <class Real, class D, HardPower power>
-void student_block(const Real* s, const Real* t, int count, const RowConstants<Real>& row, Real x, Real y, Real factor,
-                   Real hard_factor, Real inverse_hard, Real smoothed, Real* to) {
-  using V = typename Lanes<Real>::Vector;
+// d_student of a block: factor * soft + hard_factor * (softmax(s) - smoothed label); what it adds up to, by lanes.
+template <class Real, class D, HardPower power, class V = typename Lanes<Real>::Vector>
+V student_block(const Real* s, const Real* t, int count, const RowConstants<Real>& row, Real x, Real y, Real factor,
+                Real hard_factor, Real inverse_hard, Real smoothed, Real* to) {
+  V sum{};
   each_vector(s, t, count, [&](V sv, V tv, int at, int lanes) {
     const Class<V> raw = shifted<D>(sv, tv, row);
     V grad = D::d_student(normalised<D>(raw, row), row.mixture, x, y) * factor;
@@ -36,26 +36,30 @@ void student_block(const Real* s, const Real* t, int count, const RowConstants<R
       const V floor = sv < splat<V>(sizeof(Real) == 8 ? Real(-DBL_MAX) : Real(-FLT_MAX)) ? V{} : splat<V>(smoothed);
       grad += (hard_exponential<power>(sv, raw, row) * inverse_hard - floor) * hard_factor;
     }
+    sum += grad;
     if (lanes == Lanes<Real>::kCount) {
       store(to + at, grad);
     } else {
       store_part(to + at, grad, lanes);
     }
   });
+  return sum;
 }
 
-template <class Real, class D>
-void teacher_block(const Real* s, const Real* t, int count, const RowConstants<Real>& row, Real x, Real y, Real factor,
-                   Real* to) {
-  using V = typename Lanes<Real>::Vector;
+template <class Real, class D, class V = typename Lanes<Real>::Vector>
+V teacher_block(const Real* s, const Real* t, int count, const RowConstants<Real>& row, Real x, Real y, Real factor,
+                Real* to) {
+  V sum{};
   each_vector(s, t, count, [&](V sv, V tv, int at, int lanes) {
     const V grad = D::d_teacher(normalised<D>(shifted<D>(sv, tv, row), row), row.mixture, x, y) * factor;
+    sum += grad;
     if (lanes == Lanes<Real>::kCount) {
       store(to + at, grad);
     } else {
       store_part(to + at, grad, lanes);
     }
   });
+  return sum;
 }
 
 // The gradients of a row from its logits and its state, for an upstream gradient of `upstream`.
@@ -85,23 +89,42 @@ void gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, c
   const Real x = Real(state.x), y = Real(state.y);
   const int64_t label = hard ? call.target[i] : -1;
 
+  const bool of_q = D::kProbabilities && peaked(state.student_sum), of_hard = hard && peaked(state.hard_sum);
+  Peak<Real> student_peak, teacher_peak;
+  if (!std::is_same<D, Mse>::value && (of_q || of_hard)) student_peak.look_for(state.student_max);
+  if (D::kProbabilities && peaked(state.teacher_sum)) teacher_peak.look_for(state.teacher_max);
+
   alignas(64) Real buffer[kBlock];
   logits.each_block([&](const Real* s, const Real* t, int64_t at, int count) {
     if (call.d_teacher) {  // first: the student's gradient may overwrite the student's logits
       char* to = call.d_teacher.row(i);
       Real* values = write_block(to, call.d_teacher.type, at, buffer);
-      teacher_block<Real, D>(s, t, count, row, x, y, Real(soft / options.teacher_temperature), values);
+      teacher_peak.look_at(t, at, count);
+      teacher_peak.add(
+          teacher_block<Real, D>(s, t, count, row, x, y, Real(soft / options.teacher_temperature), values));
+      teacher_peak.keep(values, at, count);
       if (values == buffer) finish_block(values, to, call.d_teacher.type, at, count);
     }
     if (call.d_student) {
       char* to = call.d_student.row(i);
       Real* values = write_block(to, call.d_student.type, at, buffer);
-      student_block<Real, D, power>(s, t, count, row, x, y, Real(soft / options.temperature), Real(hard_factor),
-                                    inverse_hard, smoothed, values);
-      if (label >= at && label < at + count) values[label - at] -= Real(hard_factor * (1 - options.label_smoothing));
+      student_peak.look_at(s, at, count);
+      const auto sum =
+          student_block<Real, D, power>(s, t, count, row, x, y, Real(soft / options.temperature), Real(hard_factor),
+                                        inverse_hard, smoothed, values);
+      if (label >= at && label < at + count) {
+        const Real of_label = Real(hard_factor * (1 - options.label_smoothing));
+        values[label - at] -= of_label;
+        student_peak.add_with_label(sum, of_label, label, values, count);
+      } else {
+        student_peak.add(sum);
+      }
+      student_peak.keep(values, at, count);
       if (values == buffer) finish_block(values, to, call.d_student.type, at, count);
     }
   });
+  if (call.d_teacher) teacher_peak.correct(call.d_teacher, i);
+  if (call.d_student) student_peak.correct(call.d_student, i);
 }
 
 template <class Real>
