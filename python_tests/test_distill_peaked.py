@@ -102,3 +102,16 @@ def test_the_label_at_the_peak_leaves_a_small_gradient_exact(place: str, smoothi
         )  # fmt: skip
         for out, truth in zip(made, expected, strict=True):
             assert float(errors(out, truth).max()) < 1e-5
+
+
+def test_two_classes(native: str) -> None:
+    student = torch.tensor([[-5.3484, 23.0495], [-3.8951, 1.9514]])
+    teacher = torch.tensor([[-3.1615, 6.0309], [-1.9193, -9.4623]])
+    for divergence in DIVERGENCES:
+        expected = gradients(lambda s, t, d=divergence: plain(d, s, t), student.double(), teacher.double())
+        made = gradients(
+            lambda s, t, d=divergence: distillation_loss(s, t, divergence=d, reduction="none", backend=native),
+            student, teacher,
+        )  # fmt: skip
+        for out, truth in zip(made, expected, strict=True):
+            assert float(errors(out, truth).max()) < 5e-6

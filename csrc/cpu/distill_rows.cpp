@@ -109,9 +109,8 @@ void gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, c
       char* to = call.d_student.row(i);
       Real* values = write_block(to, call.d_student.type, at, buffer);
       student_peak.look_at(s, at, count);
-      const auto sum =
-          student_block<Real, D, power>(s, t, count, row, x, y, Real(soft / options.temperature), Real(hard_factor),
-                                        inverse_hard, smoothed, values);
+      const auto sum = student_block<Real, D, power>(s, t, count, row, x, y, Real(soft / options.temperature),
+                                                     Real(hard_factor), inverse_hard, smoothed, values);
       if (label >= at && label < at + count) {
         const Real of_label = Real(hard_factor * (1 - options.label_smoothing));
         values[label - at] -= of_label;
