@@ -24,6 +24,7 @@ from tgt_fast.errors import ArgumentError, CacheError, ShapeError, UnknownIdErro
 from tgt_fast.ops import _checks
 from tgt_fast.ops._sparse_record import TeacherTopK
 from tgt_fast.teacher import Latents, tree
+from tgt_fast.teacher.batches import Columns
 
 _SHOWN: Final = 5  # ids in a message
 
@@ -233,12 +234,20 @@ class TeacherCache:
         return store.append(ids, layout.pack(tensors), layout)
 
     def fill(
-        self, loader: Iterable[Any], *, batch_size: int | None = None, progress: bool = True, flush: bool = True
+        self,
+        loader: Iterable[Any],
+        *,
+        columns: Sequence[Any] | None = None,
+        batch_size: int | None = None,
+        progress: bool = True,
+        flush: bool = True,
     ) -> int:
         """Label every sample of a loader that is not stored yet.
 
         Args:
-            loader: batches ``(ids, x, ...)``; what comes after ``x`` is not looked at.
+            loader: batches ``(ids, x)`` or ``(ids, x, y)``, of which ``y`` is not looked at; others with ``columns``.
+            columns: where ids, x and y are in a batch, ``(ids, x, y)``: each an index, a key, or None for y; x may be a
+                tuple of keys, and is then a dict of them.
             batch_size: run the teacher on at most so many samples at a time.
             progress: show a progress bar.
             flush: write what still waits in memory at the end.
@@ -247,6 +256,7 @@ class TeacherCache:
             How many rows were computed.
 
         Raises:
+            ArgumentError: a batch without ids, or one that could be read in more than one way.
             What :meth:`label` raises. What was computed by then is kept.
         """
         store = self._open()
@@ -254,17 +264,17 @@ class TeacherCache:
             raise CacheError(f"{OP}: {self.folder} was opened to be read")
         if batch_size is not None:
             batch_size = _checks.integer(OP, "batch_size", batch_size, 1, 2**31)
-        added = 0
+        parts, added = Columns(OP, columns, needs_ids=True), 0
         with tqdm(loader, desc="teacher cache", unit="batch", disable=not progress) as bar:
             for batch in bar:
-                if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-                    raise ArgumentError(f"{OP}: a batch to fill from is (ids, x, ...), got {type(batch).__name__}")
-                ids = as_ids(batch[0])
+                given, x, _ = parts.split(batch)
+                assert given is not None
+                ids = as_ids(given)
                 which = lacking(ids, self._find(ids))
                 step = batch_size or max(1, len(which))
                 for start in range(0, len(which), step):
                     part = which[start : start + step]
-                    layout, rows = self._compute(batch[1], part, ids)
+                    layout, rows = self._compute(x, part, ids)
                     added += store.append(ids[part], rows, layout)
                 bar.set_postfix(computed=added, refresh=False)
         if flush:

@@ -28,7 +28,7 @@ def build(
     Args:
         folder: of the cache.
         teacher, data: ``package.module:factory``; called without arguments they give a teacher, and an iterable of
-            batches ``(ids, x, ...)``.
+            batches ``(ids, x)`` or ``(ids, x, y)``.
         batch_size: samples that the teacher is given at a time.
         settings: those of :class:`TeacherCache`.
 

@@ -65,11 +65,11 @@ def teacher_fingerprint(
     functions of the user's in it).
 
     **Not seen**: hooks, locks, loggers, devices, random generators but for the seed of PyTorch's, properties that are
-    kept once they were computed, and the caches of installed packages; methods that are called on other objects; what the loader does to the data, unless it is given as
-    ``transforms``; versions of PyTorch and of the driver; weights that change after the fingerprint was taken.
-    Objects that hide their state (compiled code, an open connection) are listed in ``.unseen``, and so is a
-    ``*_cache`` of the user's that is not empty. Say all those by ``version``. Give one also for a teacher whose
-    attributes change as it runs, as a counter's do: it would be another teacher each time.
+    kept once they were computed, and the caches of installed packages; methods that are called on other objects; what
+    the loader does to the data, unless it is given as ``transforms``; versions of PyTorch and of the driver; weights
+    that change after the fingerprint was taken. Objects that hide their state (compiled code, an open connection) are
+    listed in ``.unseen``, and so is a ``*_cache`` of the user's that is not empty. Say all those by ``version``. Give
+    one also for a teacher whose attributes change as it runs, as a counter's do: it would be another teacher each time.
 
     Args:
         teacher: a :class:`~tgt_fast.Teacher` (of which only what the outputs depend on is taken: the labeler, its
