@@ -242,15 +242,15 @@ def test_a_fork_writes_its_own_rows_and_not_the_parents(tmp_path: Path) -> None:
         assert same(cache.read(range(9)), tgt.topk_teacher(teacher(x), 3, 2.0))
 
 
-def test_a_pickled_cache_reads(tmp_path: Path) -> None:
+def test_a_pickled_cache_that_is_read_only_reads(tmp_path: Path) -> None:
     teacher, x = RowWise(), data(5)
     with tgt.TeacherCache(tmp_path, teacher, k=3) as cache:
         cache.label(x, range(5))
-        with pickle.loads(pickle.dumps(cache)) as other:
-            assert same(other.read(range(5)), cache.read(range(5)))
-            assert other.fingerprint == cache.fingerprint
-            with pytest.raises(CacheError, match="opened to be read"):
-                other.add([7], teacher(x[:1]))
+    with tgt.TeacherCache.open(tmp_path) as cache, pickle.loads(pickle.dumps(cache)) as other:
+        assert same(other.read(range(5)), cache.read(range(5)))
+        assert other.fingerprint == cache.fingerprint
+        with pytest.raises(CacheError, match="opened to be read"):
+            other.add([7], teacher(x[:1]))
 
 
 def test_rows_that_wait_are_written_when_nobody_closes(tmp_path: Path) -> None:

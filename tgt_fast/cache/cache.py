@@ -19,6 +19,7 @@ from tgt_fast.cache.fingerprint import Fingerprint, teacher_fingerprint, warn_of
 from tgt_fast.cache.index import MISSING, Ids, Places
 from tgt_fast.cache.layout import Layout, Rows
 from tgt_fast.cache.outputs import LABELS, LATENTS, OP, Settings
+from tgt_fast.cache.processes import packed, unpacked
 from tgt_fast.cache.store import Store
 from tgt_fast.errors import ArgumentError, CacheError, ShapeError, UnknownIdError
 from tgt_fast.ops import _checks
@@ -73,8 +74,10 @@ class TeacherCache:
             used. Without, only its size, header and sample ids are compared.
 
     Samples may have any dimensions in front of the classes, ``(L, C)`` of a language model for one; all samples of a
-    cache share them. One thread at a time. Forked and pickled caches read; a forked one that is given rows writes its
-    own. Rows are read into host memory; :meth:`label` moves them to the device of ``x`` (not yet run on a GPU).
+    cache share them. One thread at a time. Forked and pickled caches, such as those in the workers of a DataLoader,
+    read and write shards of their own, at the latest when their process ends; a pickled one takes the teacher along if
+    that can be pickled. Rows are read into host memory; :meth:`label` moves them to the device of ``x`` (not yet run on
+    a GPU).
 
     Raises:
         StaleCacheError: the folder holds rows of another teacher or of other settings; it names both and what differs.
@@ -140,6 +143,7 @@ class TeacherCache:
     ) -> None:
         self.folder = Path(folder)
         self._teacher = teacher
+        self._stayed = ""  # why it is not in this process
         self._store: Store | None = None
         store = Store(self.folder, fingerprint, **options)
         self._store = store
@@ -325,9 +329,10 @@ class TeacherCache:
         return f"{OP}({str(self.folder)!r}, {state}, fingerprint={self.fingerprint[:12]}...)"
 
     def __reduce__(self) -> Any:
-        """A copy in another process reads; the teacher stays here."""
+        """A copy in another process writes shards of its own, and takes the teacher along where that can be pickled."""
         self.flush()
-        return _reopened, (self.folder, self._open().checksums)
+        store = self._open()
+        return _reopened, (self.folder, store.fingerprint, *packed(self._teacher), store.options)
 
     # Inside
 
@@ -367,7 +372,7 @@ class TeacherCache:
     def _compute(self, x: Any, which: Ids, ids: Ids) -> tuple[Layout, Rows]:
         """Run the teacher on these positions of a batch."""
         if self._teacher is None:
-            raise UnknownIdError(self._unknown(ids[which]) + ", and there is no teacher to ask")
+            raise UnknownIdError(f"{self._unknown(ids[which])}, and there is no teacher to ask{self._stayed}")
         size = tree.batch_size(x)
         if size != len(ids):
             raise ShapeError(f"{OP}: {len(ids)} sample ids for {size} samples")
@@ -401,5 +406,10 @@ def _lacks(where: Places) -> bool:
     return bool(len(where)) and where.min() < 0
 
 
-def _reopened(folder: Path, checksums: bool) -> TeacherCache:
-    return TeacherCache.open(folder, checksums=checksums)
+def _reopened(
+    folder: Path, fingerprint: Fingerprint | None, teacher: bytes | None, stayed: str, options: dict[str, Any]
+) -> TeacherCache:
+    made = TeacherCache.__new__(TeacherCache)
+    made._start(folder, unpacked(teacher), fingerprint, **options)
+    made._stayed = stayed
+    return made

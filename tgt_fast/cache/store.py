@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from tgt_fast.cache.index import MISSING, ROW_BITS, ROW_MASK, Ids, Index, Places
 from tgt_fast.cache.layout import Bytes, Layout, Rows
 from tgt_fast.cache.manifest import Manifest
 from tgt_fast.cache.pending import Pending
+from tgt_fast.cache.processes import close_at_exit
 from tgt_fast.cache.shard import TORN, Shard, is_shard, write_shard
 from tgt_fast.errors import CacheError, ShapeError, StaleCacheError
 
@@ -50,6 +51,7 @@ class Store:
         self.folder, self.writable = folder, writable
         self._shard_bytes, self._shard_seconds, self.checksums = shard_bytes, shard_seconds, checksums
         self._process = os.getpid()
+        self._watched: int | None = None  # the process whose end is waited for
         self._segments: list[Shard | Pending | None] = []  # None: a shard that was dropped
         self._unchecked: set[int] = set()
         self._seen: set[str] = set()  # names of files
@@ -67,6 +69,14 @@ class Store:
             self.manifest.accept(folder, fingerprint)
         self.fingerprint = fingerprint
         self.refresh()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it was made with beside the folder and the fingerprint."""
+        return {
+            "writable": self.writable, "shard_bytes": self._shard_bytes, "shard_seconds": self._shard_seconds,
+            "checksums": self.checksums,
+        }  # fmt: skip
 
     # What there is
 
@@ -291,7 +301,10 @@ class Store:
         return segment if isinstance(segment, Pending) else None
 
     def _own(self) -> None:
-        """After a fork: what the parent had waiting is read here, but is for the parent to write."""
+        """Before a write. After a fork what the parent had waiting is read here, but is for the parent to write."""
+        if self._watched != os.getpid():  # not at construction: a process that unpickles its task has not begun
+            close_at_exit(self)
+            self._watched = os.getpid()
         if os.getpid() == self._process:
             return
         self._process = os.getpid()
