@@ -309,11 +309,3 @@ def test_a_sampler_built_under_inference_mode_serves_outside(mode: str, anchors:
     for sampler in (inside, loaded):
         assert all(torch.equal(a, b) for a, b in zip(draws(sampler), expected, strict=True))
         assert int(sampler.state_dict()["step"]) == 3
-
-
-def test_ids_that_repeat_share_their_noise() -> None:
-    teacher = Teacher(nn.Identity(), nn.Identity(), nn.Linear(4, 3))
-    sampler = LatentSampler(teacher, "random", units="absolute")
-    z = sampler(torch.zeros(3, 4), sample_ids=torch.tensor([7, 2, 7])).latents.z
-    assert torch.equal(z[0], z[2])
-    assert not torch.equal(z[0], z[1])

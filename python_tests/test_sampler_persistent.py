@@ -315,7 +315,7 @@ def test_no_cycle_keeps_a_batch_alive() -> None:
     ],
 )
 def test_ids_are_needed_and_unique(ids: Tensor | None, message: str) -> None:
-    sampler = persistent()
+    sampler = persistent(repeats="same")
     with pytest.raises(ArgumentError, match=message):
         sampler(X, sample_ids=ids)
 

@@ -86,6 +86,19 @@ def test_a_text_belongs_to_its_key_alone() -> None:
     assert teacher.texts(sampler(teacher, replicas=2, seed=4)(x, sample_ids=IDS, step=1).x) != first
 
 
+def test_copies_of_a_text_are_drawn_apart() -> None:
+    """Each is a further replica of its id, also where texts that have ended are dropped from the batch."""
+    teacher, _ = text_teacher()
+    x = teacher.tokenize([TEXTS[0]] * 5 + [TEXTS[3]])
+    made = teacher.texts(sampler(teacher, sigma=0.0)(x, sample_ids=IDS[[0, 0, 0, 0, 0, 3]], step=1).x)
+    assert len(set(made[:5])) == 5
+    one_id = teacher.tokenize([TEXTS[0]])
+    replicas = sampler(teacher, sigma=1e-9, replicas=5)(one_id, sample_ids=IDS[:1], step=1)
+    assert teacher.texts(replicas.x) == made[:5]
+    same = teacher.texts(sampler(teacher, sigma=0.0, repeats="same")(x, sample_ids=IDS[[0] * 6], step=1).x)
+    assert len(set(same[:5])) == 1
+
+
 def test_draws_differ_where_the_latents_do_not() -> None:
     """Tokens are drawn from numbers of their own: the noise on z is not all that is random."""
     teacher, _ = text_teacher()

@@ -184,6 +184,24 @@ def test_gumbel_noise_is_one_sample_for_both_readers_keyed_by_id() -> None:
     assert not torch.equal(sides[0](later)["inputs_embeds"], sides[0](x)["inputs_embeds"])
 
 
+def test_relaxed_texts_of_several_replicas_and_copies_are_drawn_apart() -> None:
+    """As persistent exploration asks for them: each row's noise is that of its replica."""
+    teacher, _ = text_teacher(gumbel=True)
+    x = teacher.tokenize(TEXTS[:1] * 2)
+    sampler = tgt.LatentSampler(teacher, "persistent", sigma=0.0, step_size=0.1, units="absolute")
+    ids = IDS[[0, 0]]
+    single = sampler(x, sample_ids=ids, step=0)
+    assert not torch.allclose(single.teacher_logits[0], single.teacher_logits[1])
+    noisy = tgt.LatentSampler(teacher, "persistent", sigma=1e-9, replicas=2, units="absolute")
+    four = noisy(x, sample_ids=ids, step=0)
+    assert len(four.teacher_logits.unique(dim=0)) == 4
+    for row, replica in enumerate((0, 2, 1, 3)):
+        key = Key(torch.tensor(0), ids[:1], 0, replica)
+        latents = teacher.encode(teacher.tokenize(TEXTS[:1]))
+        alone = teacher.label(teacher.decode(latents, relaxed=True, key=key))
+        torch.testing.assert_close(four.teacher_logits[row : row + 1], alone, rtol=1e-3, atol=1e-4)
+
+
 def test_exploring_in_pieces_changes_nothing() -> None:
     whole, pieces = (text_teacher(KINDS[1], max_batch=size, gumbel=True)[0] for size in (None, 4))
     student = text_teacher(KINDS[1])[1]
@@ -266,10 +284,6 @@ def test_what_a_gradient_needs_is_asked_for_by_name() -> None:
     for wrong in ({"tau": 0.0}, {"gumbel": 1}, {"minimum_overlap": 2.0}, {"backend": "fast"}, {"max_length": 0}):
         with pytest.raises(ArgumentError, match=f"Seq2SeqTeacher: {next(iter(wrong))} must"):
             text_teacher(**wrong)  # type: ignore[arg-type]
-    drawn, learner = text_teacher(gumbel=True)
-    options: dict[str, Any] = {"sigma": 0.5, "units": "absolute", "replicas": 2}
-    with pytest.raises(ArgumentError, match="one replica at a time"):
-        tgt.LatentSampler(drawn, "persistent", **options)(x, sample_ids=IDS)
     strict, learner = text_teacher(KINDS[1], minimum_overlap=0.95)
     strict.texts(
         tgt.LatentSampler(strict, sigma=0.1, units="absolute")(strict.tokenize(TEXTS)).x

@@ -50,9 +50,8 @@ class AnchorPool:
         return AnchorPool(tree.map_batched(lambda leaf: leaf.to(device), self.latents), self.labels.to(device), ids)
 
     def draw(self, key: Key) -> Anchors:
-        """An anchor for each sample id of the key; the same for every replica."""
-        key = key.on(self.labels.device)
-        first, second, _, _ = words(key.of_replica(0), OP_PERTURB)
+        """An anchor for each row of the key, which is that of the rows' first replicas; the others start there, too."""
+        first, second, _, _ = words(key.on(self.labels.device), OP_PERTURB)
         # floor(word * n / 2^32): uniform over 0..n-1, exact in int64 as n < 2^31.
         group = (first * self.classes) >> 32
         member = (second * self._sizes[group]) >> 32

@@ -15,8 +15,9 @@ _ID_BITS = 48
 
 
 def chain_key(sample_id: int, replica: int) -> int:
-    """One int64 for a chain: an example has one a replica."""
-    return sample_id | replica << _ID_BITS
+    """One int64 for a chain: an example has one a replica. From replica 2^15 on it is negative."""
+    key = sample_id | replica << _ID_BITS
+    return key - (1 << 64) if key >> 63 else key
 
 
 class LatentBank:
@@ -126,8 +127,8 @@ class LatentBank:
         if len(set(chains)) < len(chains):
             twice = next(chain for chain in chains if chains.count(chain) > 1) & ((1 << _ID_BITS) - 1)
             raise ArgumentError(
-                f"LatentSampler: sample id {twice} occurs twice in one batch, but persistent mode keeps one "
-                "chain an id; draw batches without replacement, or use replicas="
+                f"LatentSampler: sample id {twice} occurs twice in one batch as the same copy, but persistent mode "
+                'keeps one chain a copy; use repeats="distinct", or draw batches without replacement'
             )
         if len(chains) > self.size:
             raise ArgumentError(f"LatentSampler: one call visits {len(chains)} chains, but bank_size is {self.size}")

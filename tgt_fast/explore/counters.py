@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
-from tgt_fast.explore.options import checked_integer
+from tgt_fast.explore.options import SamplerOptions, checked_integer
+from tgt_fast.explore.repeats import first_replicas
 from tgt_fast.kernels.options import MAX_SAMPLE_ID, MAX_STEP
 from tgt_fast.ops._noise import check_ids
 from tgt_fast.teacher.key import Key
@@ -27,17 +28,33 @@ class Counters:
             self.next_id = torch.tensor(0)
         self.stride = 0  # ids set aside for each rank a call, where there are several
 
-    def key(self, count: int, device: torch.device, sample_ids: Tensor | None, step: int | Tensor | None) -> Key:
-        """The key of a batch of ``count`` examples: what the caller gives, and for the rest the counters."""
+    def key(
+        self,
+        count: int,
+        device: torch.device,
+        sample_ids: Tensor | None,
+        step: int | Tensor | None,
+        occurrence: Tensor | None,
+        options: SamplerOptions,
+    ) -> Key:
+        """The key of a batch of ``count`` examples' first replicas: what the caller gives, and for the rest the
+        counters."""
         if self.seed.device != device:
             with torch.inference_mode(False):
                 self.seed, self.step, self.next_id = (t.to(device) for t in (self.seed, self.step, self.next_id))
-        if sample_ids is None:
+        given = None if sample_ids is None else _checked_ids(sample_ids, count)
+        replica = first_replicas(given, occurrence, options)  # where the ids lie: on a CPU it costs least
+        if given is None:
             rank, world = self.place
             ids = self.next_id + rank * self._stride_for(count, world) + torch.arange(count, device=device)
         else:
-            ids = _checked_ids(sample_ids, count).to(device)
-        return Key(self.seed, ids, self.step.clone() if step is None else _checked_step(step, device))
+            ids = given.to(device)
+        return Key(
+            self.seed,
+            ids,
+            self.step.clone() if step is None else _checked_step(step, device),
+            replica.to(device) if isinstance(replica, Tensor) else replica,
+        )
 
     def advance(self, count: int, *, ids: bool, step: bool) -> None:
         """Count one call, for the counters that it used."""

@@ -15,6 +15,7 @@ from tgt_fast.ops import _checks
 MODES: Final = ("prior", "random", "gradient", "persistent")
 UNITS: Final = ("std", "absolute")
 ANCHORS: Final = ("batch", "balanced")
+REPEATS: Final = ("distinct", "same", "error")
 NAMED: Final = {"mode": MODES, "units": UNITS, "norm": STEP_NORMS}
 _OP: Final = "LatentSampler"
 _LARGE: Final = 1e30
@@ -42,6 +43,7 @@ class SamplerOptions:
     truncation: float | None = None
     backend: str = "auto"
     record_disagreement: bool = False
+    repeats: str = "distinct"
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -49,6 +51,7 @@ class SamplerOptions:
             ("norm", STEP_NORMS),
             ("units", UNITS),
             ("anchors", ANCHORS),
+            ("repeats", REPEATS),
             ("divergence", DIVERGENCES),
             ("backend", ("auto", *BACKENDS)),
         ):
@@ -142,6 +145,7 @@ class Adjustable:
     truncation = option("truncation")
     backend = option("backend")
     record_disagreement = option("record_disagreement")
+    repeats = option("repeats")
 
 
 def checked_integer(name: str, value: object, low: int, high: int) -> int:

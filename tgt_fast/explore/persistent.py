@@ -38,13 +38,15 @@ def visit_chains(
     A chain that is unknown, and any with probability ``restart_probability``, (re)starts at Enc(x) + noise;
     only those examples are encoded. The gradient that a later backward brings to the leaf moves the bank.
     """
-    host = key.on(_CPU)
-    ids = host.ids.tolist()
-    if not ids:
+    count = key.ids.shape[0]
+    if not count:
         nothing = teacher.encode(x)
         return replace(nothing, z=nothing.z.requires_grad_())
-    chains = [chain_key(sample_id, replica) for replica in range(options.replicas) for sample_id in ids]
-    fresh = torch.stack([_starts_anew(bank, host.of_replica(r), options) for r in range(options.replicas)])  # [m, B]
+    host = key.on(_CPU)
+    keys = [host.of_replica(replica) for replica in range(options.replicas)]
+    by_replica = [_chains_of(k) for k in keys]
+    chains = [chain for some in by_replica for chain in some]
+    fresh = torch.stack([_starts_anew(bank, k, c, options) for k, c in zip(keys, by_replica, strict=True)])  # [m, B]
     encoded: Latents | None = None
     places = torch.cumsum(fresh.any(0), 0) - 1  # [B], an example's row among the encoded ones
     if fresh.any():
@@ -66,9 +68,8 @@ def visit_chains(
             if not chosen.numel():
                 continue
             anchors.append(tree.take(encoded, places[chosen]))
-            noise_key = replace(host, ids=host.ids[chosen], replica=replica)
-            where.append(with_noise(anchors[-1], scale, noise_key, options, op="restart"))
-            rows.append(chosen + replica * len(ids))
+            where.append(with_noise(anchors[-1], scale, keys[replica].take(chosen), options, op="restart"))
+            rows.append(chosen + replica * count)
 
     order = torch.argsort(torch.cat(rows))
     start = _in_order(where, order)
@@ -88,11 +89,17 @@ def visit_chains(
     return replace(start, z=leaf)
 
 
-def _starts_anew(bank: LatentBank, key: Key, options: SamplerOptions) -> Tensor:
+def _chains_of(key: Key) -> list[int]:
+    """The chain of each row of a key on the host."""
+    replicas = key.replica.tolist() if isinstance(key.replica, Tensor) else [key.replica] * key.ids.shape[0]
+    return [chain_key(*pair) for pair in zip(key.ids.tolist(), replicas, strict=True)]
+
+
+def _starts_anew(bank: LatentBank, key: Key, chains: list[int], options: SamplerOptions) -> Tensor:
     """Whether each chain starts from its example, bool [B]; decided by sample id, step and replica alone."""
     # Against an integer: as float32 the largest words would round up to 2^32.
     coin = words(key, OP_RESTART)[0] < round(options.restart_probability * 2**32)
-    unknown = [chain_key(sample_id, key.replica) not in bank for sample_id in key.ids.tolist()]
+    unknown = [chain not in bank for chain in chains]
     return coin | torch.tensor(unknown, dtype=torch.bool)
 
 

@@ -88,6 +88,10 @@ class LatentSampler(Adjustable):
         backend: of the ops, see :func:`tgt_fast.explain`.
         record_disagreement: keep, of each call, ``last_disagreement`` (gradient mode; costs one more
             evaluation and a synchronisation).
+        repeats: what rows of a call with the same sample id get, as loaders that draw with replacement give them:
+            "distinct" noise (and, balanced, anchors; persistent, chains), the k-th copy of an id, counted from 0, being
+            its replicas k * replicas + r, r < replicas, 2**16 at most; the "same" noise, so the same example; or an
+            "error" (which waits for a device where the ids lie on one).
         compile: run decoder, student, labeler, divergence and step as one ``torch.compile``d graph (gradient mode),
             replayed as a CUDA graph on a CUDA device. The first call, and the first of another batch size, takes
             seconds. Where the parts cannot be compiled they run as they are; the reason is logged. A student that
@@ -150,12 +154,13 @@ class LatentSampler(Adjustable):
         backend: str = "auto",
         record_disagreement: bool = False,
         compile: bool = False,
+        repeats: str = "distinct",
     ) -> None:
         if not isinstance(teacher, Teacher):
             raise ArgumentError(f"LatentSampler: teacher must be a tgt_fast.Teacher, got {type(teacher).__name__}")
         self.options = SamplerOptions(
             mode, sigma, step_size, steps, radius, norm, step_noise, units, anchors, replicas, divergence,
-            beta, temperature, restart_probability, bank_size, truncation, backend, record_disagreement,
+            beta, temperature, restart_probability, bank_size, truncation, backend, record_disagreement, repeats,
         )  # fmt: skip
         if mode == "prior" and teacher.prior is None:
             raise ArgumentError(
@@ -198,6 +203,7 @@ class LatentSampler(Adjustable):
         student: Callable[..., Any] | None = None,
         sample_ids: Tensor | None = None,
         step: int | Tensor | None = None,
+        occurrence: Tensor | None = None,
     ) -> Synthetic:
         """Explore from a batch.
 
@@ -206,26 +212,30 @@ class LatentSampler(Adjustable):
             student: the model in training, a module, called as ``student(teacher.student_view(x~))`` ->
                 logits [B, ..., C] (gradient mode). A plain function is called as it is: a module that it
                 hides keeps its train mode.
-            sample_ids: [B] integers, 0 <= id < 2**48, what the noise and the chains are keyed by. Ids that
-                repeat within a batch share their noise; in persistent mode they are an error. By default
+            sample_ids: [B] integers, 0 <= id < 2**48, what the noise and the chains are keyed by. Of ids that
+                repeat within a batch see ``repeats``; persistent chains refuse them with "same". By default
                 a running counter over the global batch: rank r of R takes the r-th part of it. Ranks are
                 taken to see batches of one size, the last excepted, which may be smaller.
             step: 0 <= step < 2**28 (divided by ``steps`` with step noise); by default an internal counter
                 that advances once a call. Pass the optimizer's step when several calls make one batch.
+            occurrence: [B] integers >= 0, which copy of its id each row is (``repeats="distinct"``), where calls
+                of one step, or processes, may hold copies of one example; by default counted within the call, in
+                the order of its rows. :meth:`tgt_fast.TGTObjective.occurrences` counts over calls.
 
         Returns:
             :class:`Synthetic` of replicas * B examples; detached, except in persistent mode.
 
         Raises:
             ArgumentError: a missing student, ids or calibration; a student that is the labeler; on a CPU, an
-                id out of range; in persistent mode, an id twice.
+                id or a copy out of range; with ``repeats="error"``, and in persistent mode with "same", an id twice.
             ShapeError: a decoder that changes the batch size, a student whose class count is not the
                 labeler's.
         """
         not_recorded("LatentSampler")
         if sample_ids is None and self.mode == "persistent":
             raise ArgumentError("LatentSampler: persistent mode keeps one chain an example: pass sample_ids=")
-        key = self._counters.key(tree.batch_size(x), tree.first_device(x), sample_ids, step)
+        where = tree.batch_size(x), tree.first_device(x)
+        key = self._counters.key(*where, sample_ids, step, occurrence, self.options)
         drawn = self._drawn(key) if self.options.anchors == "balanced" else None
         with named_range(f"explore ({self.mode})"):
             if self.mode == "persistent":

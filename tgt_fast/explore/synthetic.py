@@ -14,8 +14,9 @@ from tgt_fast.teacher import Latents
 class Synthetic:
     """``x = Dec(z)`` and ``teacher_logits = h(x)``, for M = replicas * B synthetic examples.
 
-    Row ``r * B + b`` is replica r of the batch's row b: its noise is keyed by that row's id, and it starts from that
-    row's example, unless anchors are balanced: then from the example ``anchor_ids``, of class ``anchor_labels``.
+    Row ``r * B + b`` is replica r of the batch's row b: its noise is keyed by that row's id and by which copy of the id
+    it is in the batch, and it starts from that row's example, unless anchors are balanced: then from the example
+    ``anchor_ids``, of class ``anchor_labels``.
     Everything is detached, except in persistent mode, where x (the decoder's relaxed output, if it has one) and
     teacher_logits keep their graph to ``latents.z``.
     """

@@ -89,10 +89,10 @@ class TextGenerator:
 
     def join(self, pieces: Sequence[TextData]) -> TextData:
         """Batches one after the other, padded on the right to the longest."""
-        if len({piece["key"].replica for piece in pieces if "key" in piece}) > 1:
-            raise ArgumentError(f"{_OP}: with gumbel=True relaxed texts are of one replica at a time; use replicas=1")
-        if len(pieces) == 1 or "token_logits" in pieces[0]:
-            return tree.concat(pieces)
+        if len(pieces) == 1:
+            return pieces[0]
+        if "token_logits" in pieces[0]:
+            return tree.concat([p | {"key": p["key"].by_row()} if "key" in p else p for p in pieces])
         longest = {name: max(piece[name].shape[1] for piece in pieces) for name in pieces[0]}
         return tree.concat(
             [

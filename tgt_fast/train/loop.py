@@ -35,8 +35,9 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 class Objective(Protocol):
     """What :func:`fit` minimises: a ``TGTObjective``, or any callable that can be called like one.
 
-    Three attributes are used where they exist: ``sampler``, whose state goes into checkpoints, ``normalizers``, which
-    ``accumulate`` needs, and ``teacher``, whose parameters the optimizer must not hold.
+    Four attributes are used where they exist: ``teacher``, whose parameters the optimizer must not hold; ``sampler``,
+    whose state goes into checkpoints; and for ``accumulate`` ``normalizers``, which it needs, and ``occurrences``: what
+    it gives that is not None is passed as ``occurrence=``.
     """
 
     def __call__(
@@ -48,7 +49,7 @@ class Objective(Protocol):
         *,
         sample_ids: Tensor | None,
         step: int,
-        **normalizers: Any,
+        **normalizers: Any,  # and occurrence
     ) -> Mapping[str, Any]:
         """``{"loss": 0-d}`` and, if wanted, ``"parts"``: detached 0-d tensors, averaged in the history."""
         ...
@@ -224,8 +225,9 @@ class _Run:
         if accumulate > 1:
             real, synthetic = self.objective.normalizers(batches)  # type: ignore[attr-defined]
             normalizers = {"normalizer": real, "synthetic_normalizer": synthetic}
-        for ids, x, y in batches:
-            output = self.objective(self.student, x, y, sample_ids=ids, step=self.result.steps, **normalizers)
+        for (ids, x, y), copies in zip(batches, self._copies(batches), strict=True):
+            more = normalizers if copies is None else {**normalizers, "occurrence": copies}
+            output = self.objective(self.student, x, y, sample_ids=ids, step=self.result.steps, **more)
             with named_range("backward"):
                 output["loss"].backward()
             self._add({"loss": output["loss"].detach(), **output.get("parts", {})})
@@ -239,6 +241,14 @@ class _Run:
             self.scheduler.step()
         self.summed += 1
         self.result.steps += 1
+
+    def _copies(self, batches: list[Batch]) -> list[Tensor | None]:
+        """Of the batches of one step, which copy of its id each row is; a single one's are counted by its sampler."""
+        counted = getattr(self.objective, "occurrences", None)
+        if counted is None or len(batches) == 1:
+            return [None] * len(batches)
+        found: list[Tensor | None] = counted(batches)
+        return found
 
     def _take(self) -> Batch:
         batch: Batch = to_device(self.columns.split(self.stream.take()), self.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tgt_fast._ranges import named_range
 from tgt_fast.errors import ArgumentError
+from tgt_fast.explore.repeats import occurrences_over
 from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.losses.distill import DistillationLoss
 from tgt_fast.ops.distill import distillation_loss
@@ -117,6 +118,7 @@ class TGTObjective:
         sample_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
         synthetic_normalizer: float | Tensor | None = None,
+        occurrence: Tensor | None = None,
     ) -> ObjectiveOutput:
         """The loss on one batch; its ``backward()`` is yours to call.
 
@@ -132,6 +134,8 @@ class TGTObjective:
             normalizer: replaces n, the number (or total weight) of counted real rows, where several calls
                 make one step; see :meth:`normalizers`.
             synthetic_normalizer: likewise replaces m, the number of synthetic rows.
+            occurrence: (n,) int64, for the sampler: which copy of its id each row is, where calls of one step hold
+                copies of one example; see :meth:`occurrences`.
 
         Returns:
             ``{"loss", "parts": {"hard", "soft", "synthetic"}}``, 0-d; the parts are detached and add up to
@@ -153,7 +157,8 @@ class TGTObjective:
         soft = loss.detach() - hard
         synthetic = torch.zeros_like(soft)
         if self.sampler is not None and self.synthetic_weight > 0:
-            made = self.sampler(x, student=student, sample_ids=sample_ids, step=step)
+            copies = {} if occurrence is None else {"occurrence": occurrence}
+            made = self.sampler(x, student=student, sample_ids=sample_ids, step=step, **copies)
             with named_range("student (synthetic)"):
                 logits = student(self.teacher.student_view(made.x))
             with named_range("loss (synthetic)"):
@@ -186,6 +191,16 @@ class TGTObjective:
                 counts.append((batch.y != self.loss.options.ignore_index).sum())
         real = torch.stack(counts).sum().to(torch.float32)
         return real, torch.full_like(real, examples * (1 if self.sampler is None else self.sampler.options.replicas))
+
+    def occurrences(self, batches: Sequence[Batch]) -> list[Tensor | None]:
+        """For each micro-batch of one step the ``occurrence`` of its rows, counted over all of them.
+
+        A loader that draws with replacement may put copies of an example into several micro-batches, whose noise is of
+        one step: only the copies' number tells it apart. None where there is nothing to tell apart: no ids, no copies
+        (as far as that can be seen on a CPU), no sampler or one with another ``repeats`` than "distinct".
+        """
+        distinct = self.sampler is not None and self.sampler.options.repeats == "distinct"
+        return occurrences_over([batch.sample_ids if distinct else None for batch in batches])
 
     def _real(
         self,
