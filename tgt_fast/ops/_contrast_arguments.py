@@ -101,5 +101,5 @@ def warn_of_one_passage(t: ContrastTensors) -> None:
         warnings.warn(
             f"{OP}: there is one passage, whose probability is 1 whatever its score, so loss and gradients are 0; "
             "make batches of two queries at least (drop_last=True), or add passages",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.kernels import select
 from tgt_fast.ops import library
 from tgt_fast.ops._noise import KEY, KEY_COUNT, check_key, for_kernel, packed, unpacked
@@ -58,6 +59,7 @@ class Perturb(torch.autograd.Function):
         return out
 
     @staticmethod
+    @one_thread_in_forks
     def backward(ctx: Any, d_out: Tensor) -> Any:  # type: ignore[override]
         kernel, per_sample, per_coordinate, key, truncation, radius = ctx.call
         if radius is None:

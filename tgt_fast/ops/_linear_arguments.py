@@ -183,5 +183,5 @@ def warn_of_trained_teacher(weight: Tensor | None, bias: Tensor | None) -> None:
         warnings.warn(
             f"{OP}: {' and '.join(asking)} requires grad, so the teacher's head gets a gradient, which takes time and "
             f"memory of the head's size; pass {asking[0]}.detach() if the teacher is not trained",
-            stacklevel=3,
+            stacklevel=4,
         )

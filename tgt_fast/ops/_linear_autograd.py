@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, LinearOptions, LinearTensors
 from tgt_fast.ops import library
 from tgt_fast.ops._linear_arguments import OP
@@ -56,6 +57,7 @@ class Linear(torch.autograd.Function):
         return out.loss, out.stats
 
     @staticmethod
+    @one_thread_in_forks
     def backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> Any:  # type: ignore[override]
         if d_loss is None:
             return (None,) * len(ctx.needs_input_grad)

@@ -174,7 +174,7 @@ def check_options(op: str, record: TeacherTopK, options: DistillOptions) -> None
         warnings.warn(
             f"{op}: the record lists one class a row and tail='renormalize' leaves out the others, so the soft term is "
             "0 for every student; list more classes, or use tail='bucket'",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels import select
 from tgt_fast.kernels.options import SampleOptions, SoftOptions, SoftState
@@ -78,6 +79,7 @@ class SoftEmbedding(torch.autograd.Function):
         return result
 
     @staticmethod
+    @one_thread_in_forks
     def backward(ctx: Any, d_out: Tensor) -> Any:  # type: ignore[override]
         kernel, options, key = ctx.call
         logits, table, rows, chosen, sample_ids = _saved(ctx)

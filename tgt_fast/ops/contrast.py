@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.kernels import select
 from tgt_fast.kernels.options import DistillStats, LinearOptions, LinearTensors
 from tgt_fast.kernels.reference import contrast as reference_contrast
@@ -101,6 +102,7 @@ def contrastive_distillation_loss(
     return_stats: bool = ...,
     backend: str = ...,
 ) -> Tensor | tuple[Tensor, DistillStats]: ...
+@one_thread_in_forks
 def contrastive_distillation_loss(
     student_q: Tensor,  # [N, Hs]
     student_d: Tensor,  # [M, Hs]

@@ -7,6 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels import select
 from tgt_fast.kernels.options import DistillOptions, DistillStats
@@ -88,6 +89,7 @@ def distillation_loss(
     return_stats: bool = ...,
     backend: str = ...,
 ) -> Tensor | tuple[Tensor, DistillStats]: ...
+@one_thread_in_forks
 def distillation_loss(
     student_logits: Tensor,  # [..., C]
     teacher_logits: Tensor | TeacherTopK,  # [..., C]

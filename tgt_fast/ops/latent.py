@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.kernels import select
 from tgt_fast.kernels.options import OP_PERTURB, OP_RESTART, RADIUS_NORMS, STEP_NORMS
@@ -21,6 +22,7 @@ _STREAMS = {"perturb": OP_PERTURB, "restart": OP_RESTART}
 _LARGE = 1e30
 
 
+@one_thread_in_forks
 def perturb_latents(
     z: Tensor,  # [B, ...]
     sigma: float | Tensor,
@@ -99,6 +101,7 @@ def perturb_latents(
     return out if z.dim() == 2 else out.reshape(z.shape)
 
 
+@one_thread_in_forks
 def ascend_latents(
     z: Tensor,  # [B, ...]
     grad: Tensor,  # [B, ...]

@@ -17,6 +17,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.errors import BackendError
 from tgt_fast.kernels.plain import PLAIN
 
@@ -87,7 +88,7 @@ def define(
         f"{name} says how it is differentiated, or in what, but not both"
     )
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, kernel, "CPU")
+    LIBRARY.impl(name, one_thread_in_forks(kernel), "CPU")
     LIBRARY.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"tgt_fast::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.tgt_fast, name).default

@@ -7,6 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.kernels import select
 from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, DistillStats, LinearOptions, LinearTensors
 from tgt_fast.kernels.reference import linear as reference_linear
@@ -131,6 +132,7 @@ def linear_distillation_loss(
     return_stats: bool = ...,
     backend: str = ...,
 ) -> Tensor | tuple[Tensor, DistillStats]: ...
+@one_thread_in_forks
 def linear_distillation_loss(
     student_hidden: Tensor,  # [..., Hs]
     student_weight: Tensor,  # [Cs, Hs]

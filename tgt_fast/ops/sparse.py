@@ -7,6 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.errors import ShapeError
 from tgt_fast.kernels import select
 from tgt_fast.kernels.options import TAILS, DistillOptions, Listed
@@ -27,6 +28,7 @@ _CPU_PIECE: Final = 1 << 22
 _PIECE: Final = 1 << 24
 
 
+@one_thread_in_forks
 def topk_teacher(
     logits: Tensor,  # [..., C]
     k: int,

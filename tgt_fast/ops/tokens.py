@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.kernels import select
 from tgt_fast.kernels.options import SampleOptions, SoftOptions
@@ -20,6 +21,7 @@ from tgt_fast.ops.library import seen_by_dispatcher
 _LARGE = 1e30
 
 
+@one_thread_in_forks
 def sample_tokens(
     logits: Tensor,  # [..., V]
     *,
@@ -87,6 +89,7 @@ def sample_tokens(
     return ids.reshape(logits.shape[:-1])
 
 
+@one_thread_in_forks
 def soft_embedding(
     logits: Tensor,  # [..., V]
     table: Tensor,  # [V, D]

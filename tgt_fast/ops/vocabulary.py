@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.kernels.vocabulary import shared
@@ -16,6 +17,7 @@ HOW_TO_MAP = (
 )
 
 
+@one_thread_in_forks
 def align_logits(
     student_logits: Tensor,  # [..., Cs]
     teacher_logits: Tensor,  # [..., Ct]

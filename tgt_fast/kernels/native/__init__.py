@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -15,21 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgt_fast._forks import forked
 from tgt_fast.errors import BackendError
 from tgt_fast.kernels.plain import not_plain
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/common/dtype.h
-
-_in_forked_child = False
-
-
-def _after_fork() -> None:
-    global _in_forked_child
-    _in_forked_child = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)  # the core watches too, but only once it is loaded
 
 
 @functools.cache
@@ -39,7 +28,7 @@ def load() -> ModuleType | str:
         module = importlib.import_module("tgt_fast._core")
     except ImportError as error:
         return f"tgt_fast._core does not load ({error}); reinstall tgt-fast with a C++17 compiler present"
-    if _in_forked_child:
+    if forked():  # the core watches too, but only once it is loaded
         module.avoid_openmp()
     return module
 

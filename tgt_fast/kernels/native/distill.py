@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tgt_fast._forks import threads
 from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels.distill_calls import accumulate_dtype, dense, prepare, upstream
 from tgt_fast.kernels.native import core, cuda, cuda_distill
@@ -80,7 +81,7 @@ def forward(
     status, row = compiled.distill_forward(
         core_options(compiled, options), rows, classes, matrix(student), matrix(teacher), pointer(target),
         pointer(weight), -1.0 if normalizer is None else float(normalizer), pointer(row_loss), pointer(loss),
-        matrix(d_student), matrix(d_teacher), pointer(state), pointer(stats), torch.get_num_threads(),
+        matrix(d_student), matrix(d_teacher), pointer(state), pointer(stats), threads(),
     )  # fmt: skip
     if status == compiled.BAD_TARGET and target is not None:
         raise ArgumentError(bad_target(row, int(target[row]), classes, options))
@@ -116,7 +117,7 @@ def backward(
     compiled.distill_backward(
         core_options(compiled, options), rows, classes, matrix(student), matrix(teacher), pointer(target),
         pointer(state), pointer(d_loss), int(d_loss.dim() > 0), matrix(d_student), matrix(d_teacher),
-        torch.get_num_threads(),
+        threads(),
     )  # fmt: skip
     return d_student, d_teacher
 
@@ -128,5 +129,5 @@ def scale_(grad: Tensor, d_loss: Tensor) -> None:
         return cuda_distill.scale_(engine, grad, d_loss)
     d_loss = upstream(d_loss, accumulate_dtype(grad, grad))
     core().distill_scale(
-        *grad.shape, matrix(grad), pointer(d_loss), int(d_loss.dim() > 0), torch.get_num_threads()
+        *grad.shape, matrix(grad), pointer(d_loss), int(d_loss.dim() > 0), threads()
     )  # fmt: skip

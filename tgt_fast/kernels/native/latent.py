@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tgt_fast._forks import threads
 from tgt_fast.kernels.latent_calls import on_device, samples, vector, wide_dtype
 from tgt_fast.kernels.native import DTYPES, core, cuda
 from tgt_fast.kernels.options import OP_ASCEND, RADIUS_NORMS, STEP_NORMS
@@ -76,7 +77,7 @@ def perturb(
         return out
     core().latent_perturb(
         *z.shape, DTYPES[z.dtype], z.data_ptr(), out.data_ptr(), sigma.packed(), _pointer(scale),
-        noise(seed, sample_ids, step, replica, op), truncation or 0.0, radius, torch.get_num_threads(),
+        noise(seed, sample_ids, step, replica, op), truncation or 0.0, radius, threads(),
     )  # fmt: skip
     return out
 
@@ -117,6 +118,6 @@ def ascend(
     core().latent_ascend(
         *z.shape, types, z.data_ptr(), grad.data_ptr(), _pointer(anchor), out.data_ptr(), steps.packed(),
         sigmas.packed(), radii.packed(), _pointer(unit), STEP_NORMS.index(norm), RADIUS_NORMS.index(radius_norm),
-        noise(seed, sample_ids, step, replica, OP_ASCEND), torch.get_num_threads(),
+        noise(seed, sample_ids, step, replica, OP_ASCEND), threads(),
     )  # fmt: skip
     return out

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from tgt_fast._forks import threads
 from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels.distill_calls import accumulate_dtype, dense, prepare, upstream
 from tgt_fast.kernels.native import core, cuda, cuda_sparse
@@ -80,7 +81,7 @@ def forward(
     status, row = compiled.sparse_forward(
         core_options(compiled, options), rows, classes, matrix(student), record_of(record), pointer(target),
         pointer(weight), -1.0 if normalizer is None else float(normalizer), pointer(row_loss), pointer(loss),
-        matrix(d_student), pointer(state), torch.get_num_threads(),
+        matrix(d_student), pointer(state), threads(),
     )  # fmt: skip
     if status == compiled.BAD_TARGET and target is not None:
         raise ArgumentError(bad_target(row, int(target[row]), classes, options))
@@ -114,6 +115,6 @@ def backward(
     d_student = student.detach() if inplace else gradient_like(student)
     compiled.sparse_backward(
         core_options(compiled, options), *student.shape, matrix(student), record_of(record), pointer(target),
-        pointer(state), pointer(d_loss), int(d_loss.dim() > 0), matrix(d_student), torch.get_num_threads(),
+        pointer(state), pointer(d_loss), int(d_loss.dim() > 0), matrix(d_student), threads(),
     )  # fmt: skip
     return d_student

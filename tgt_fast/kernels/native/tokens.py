@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from tgt_fast._forks import threads
 from tgt_fast.kernels.latent_calls import on_device, wide_dtype
 from tgt_fast.kernels.native import core, cuda
 from tgt_fast.kernels.native.distill import workspace
@@ -46,7 +47,7 @@ def sample(
         return tokens
     core().tokens_sample(
         *shape, matrix(logits), filters, noise(seed, sample_ids, step, replica, OP_TOKENS), tokens.data_ptr(),
-        torch.get_num_threads(),
+        threads(),
     )  # fmt: skip
     return tokens
 
@@ -79,7 +80,7 @@ class _Soft:
         kernel(
             at.start, at.stop - at.start, self.classes, self._positions, self.dtype == torch.float64,
             matrix(self.logits[at]), self._options.tau, self._options.gumbel, self._key, state[0, at].data_ptr(),
-            state[1, at].data_ptr(), pointer(weights), *rest, torch.get_num_threads(),
+            state[1, at].data_ptr(), pointer(weights), *rest, threads(),
         )  # fmt: skip
 
 

@@ -1,0 +1,102 @@
+"""Ops in forked children, where PyTorch's own parallel loops hang: with two threads wanted, no op of ours does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+CHILD = """
+import json, os, signal
+import torch
+import tgt_fast as tgt
+
+N, C, H, THREADS = 64, 20_000, 128, 2
+torch.set_num_threads(THREADS)
+s, t = torch.randn(N, C, requires_grad=True), torch.randn(N, C)
+target = torch.randint(0, C, (N,), dtype=torch.int32)
+hidden, weight = torch.randn(N, H, requires_grad=True), torch.randn(C, H, requires_grad=True)
+teacher_hidden, teacher_weight = torch.randn(N, H), torch.randn(C, H)
+z, gradient = torch.randn(512, 4096), torch.randn(512, 4096)
+sphere = torch.randn(512, 4096, requires_grad=True)
+record = tgt.topk_teacher(t, k=64)
+queries, passages = (torch.randn(512, H, requires_grad=True) for _ in range(2))
+towers = torch.randn(512, H), torch.randn(512, H)
+vocabulary = torch.randperm(C)
+
+
+def grads(loss, *inputs):
+    return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+def linear(*teacher, **options):
+    loss = tgt.linear_distillation_loss(hidden, weight, *teacher, target=target, hard_weight=0.5, **options)
+    return grads(loss, hidden, weight)
+
+
+CALLS = {
+    "distill": lambda: grads(tgt.distillation_loss(s, t, target=target, hard_weight=0.5), s),
+    "distill, strided": lambda: [tgt.distillation_loss(s.detach().T[:64], t.T[:64])],
+    "distill, reference": lambda: [tgt.distillation_loss(s.detach(), t, backend="reference")],
+    "record": lambda: grads(tgt.distillation_loss(s, record), s),
+    "topk_teacher": lambda: [tgt.topk_teacher(t, k=64).log_probs],
+    "linear": lambda: linear(teacher_hidden, teacher_weight),
+    "linear, logits": lambda: linear(teacher_logits=t),
+    "linear, record": lambda: linear(teacher_logits=record),
+    "contrast": lambda: grads(
+        tgt.contrastive_distillation_loss(
+            queries, passages, *towers, temperature=0.1),
+        queries, passages),
+    "align": lambda: list(tgt.align_logits(s.detach(), t, vocab_map=vocabulary)),
+    "sample": lambda: [tgt.sample_tokens(t, top_p=0.9, seed=1), tgt.sample_tokens(t.T[:64], top_k=50, seed=1)],
+    "soft": lambda: grads(tgt.soft_embedding(s, weight, seed=1).square().sum(), s, weight)
+        if not forked else [tgt.soft_embedding(s.detach(), weight.detach(), seed=1)],
+    "perturb": lambda: [tgt.perturb_latents(z, 0.5, seed=1, sphere_radius="keep"), tgt.perturb_latents(z.T, 0.5)],
+    "ascend": lambda: [tgt.ascend_latents(z, gradient, step_size=1.0, anchor=z, radius=0.5)],
+}
+forked = False
+
+
+def told(name):
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        global forked
+        forked = True
+        signal.alarm(20)  # a hang ends here
+        torch.set_num_threads(THREADS)
+        found = CALLS[name]()
+        said = "other threads" if torch.get_num_threads() != THREADS else "done"
+        torch.set_num_threads(1)
+        for one, other in zip(found, expected):
+            if name != "soft" and not torch.allclose(one, other, atol=1e-5):
+                said = "other numbers"
+        os.write(writer, said.encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as file:
+        said = file.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return said or f"ended with {code}"
+
+
+found = {}
+for name, call in CALLS.items():
+    expected = call()
+    found[name] = told(name)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_no_op_hangs_in_a_forked_child(native: str, child_environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD],
+        env=child_environment, capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert {name: said for name, said in found.items() if said != "done"} == {}
