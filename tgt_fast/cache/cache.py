@@ -52,7 +52,10 @@ class TeacherCache:
     are whole and on the disk, and sees those of the others when it lacks a row. Where two computed the same id, the one
     that had read it first keeps its own; whoever opens the folder later gets the row of the older shard. A killed
     writer loses what waited in memory. A shard that is torn (cut short, or with a wrong checksum) is found before any
-    of its torn rows is used; it is set aside as ``*.torn`` with a warning, and all its rows are computed again.
+    of its torn rows is used; it is set aside as ``*.torn`` with a warning, and all its rows are computed again. That
+    goes for a shard that is cut while the cache is open, too, but not for one that is cut, or a disk that fails, in
+    the moment in which its rows are copied: the system then ends the process with SIGBUS, as with any memory map. So
+    replace and remove files of a cache that is in use, but write to none of them, which nothing here does.
 
     Args:
         folder: made if need be.
@@ -173,14 +176,14 @@ class TeacherCache:
         """
         ids, store = as_ids(sample_ids), self._open()
         where = self._find(ids)
-        if store.layout is not None and not _lacks(where):
-            return self._labels(store.gather(where, self._names(LABELS)), x)
-        which = lacking(ids, where)
-        layout, rows = self._compute(x, which, ids)
-        if store.writable:
+        while store.layout is None or _lacks(where):  # again if a file was cut while the teacher computed
+            which = lacking(ids, where)
+            if not store.writable:
+                return self._labels(self._mixed(x, ids, where, which), x)
+            layout, rows = self._compute(x, which, ids)
             store.append(ids[which], rows, layout)
-            return self._labels(store.gather(store.find(ids), self._names(LABELS)), x)
-        return self._labels(self._mixed(ids, where, which, rows, layout), x)
+            where = store.find(ids)
+        return self._labels(store.gather(where, self._names(LABELS)), x)
 
     def read(self, sample_ids: SampleIds) -> TeacherTopK | Tensor:
         """The rows of these ids, in that order, on the CPU; the teacher is not asked.
@@ -382,14 +385,16 @@ class TeacherCache:
         layout, tensors = self.settings.fields(outputs, latents, len(which))
         return layout, layout.pack(tensors)
 
-    def _mixed(self, ids: Ids, where: Places, computed: Ids, rows: Rows, layout: Layout) -> Rows:
-        """Rows of a batch of which some are stored and the others have just been computed, and are not kept."""
+    def _mixed(self, x: Any, ids: Ids, where: Places, which: Ids) -> Rows:
+        """Rows of a batch of which some are stored and the others are computed, and not kept."""
         store = self._open()
-        store.agree(layout)
         names, have = self._names(LABELS), where != MISSING
-        stored, out = store.gather(where[have], names), layout.empty(len(ids), names)
-        order = np.argsort(ids[computed])
-        source = order[np.searchsorted(ids[computed], ids[~have], sorter=order)]
+        stored = store.gather(where[have], names)  # first: a file may be cut while a teacher computes
+        layout, rows = self._compute(x, which, ids)
+        store.agree(layout)
+        out = layout.empty(len(ids), names)
+        order = np.argsort(ids[which])
+        source = order[np.searchsorted(ids[which], ids[~have], sorter=order)]
         for name in names:
             out[name][have] = stored[name]
             out[name][~have] = rows[name][source]

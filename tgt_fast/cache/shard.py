@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 import platform
 import re
@@ -42,6 +43,7 @@ _OURS: Final = re.compile(rf"\d{{20}}-{MARK}.*{re.escape(SUFFIX)}")
 IDS: Final = "sample_ids"
 FORMAT: Final = "3"
 _CRC: Final = "crc32."  # in front of the name of a tensor
+_CUT: Final = "it was cut short since it was opened"
 _LARGEST_HEADER: Final = 100 << 20  # as in the library
 
 
@@ -71,10 +73,14 @@ class Shard:
                 raise TornError("its tensors are not those of the manifest")
             self.fingerprint = metadata.get("fingerprint", "")
             expected = {name: metadata.get(_CRC + name, "") for name in kinds}
-            if _checksum(kinds, self.fingerprint, expected) != metadata.get("checksum"):
+            if metadata != _metadata(kinds, self.fingerprint, expected):
                 raise TornError("the checksum of its header is wrong")
-            self._map: Bytes = np.memmap(file, np.uint8, mode="r")
-        whole = np.asarray(self._map)
+            self.bytes = size
+            try:
+                self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+            except ValueError as error:  # it is shorter by now
+                raise TornError(_CUT) from error
+        whole: Bytes = np.frombuffer(self._map, np.uint8)
         widths = {IDS: 8, **{name: block.stored.row_bytes for name, block in layout.blocks.items()}}
         parts = {name: whole[start + a : start + b].reshape(self.rows, widths[name]) for name, (a, b) in spans.items()}
         self._checked = {name: Checked(part, expected[name]) for name, part in parts.items()}
@@ -83,13 +89,18 @@ class Shard:
         self.blocks: Rows = parts
 
     @property
-    def bytes(self) -> int:
-        return int(self._map.size)
-
-    @property
     def checked(self) -> bool:
         """All of it."""
         return all(part.done for part in self._checked.values())
+
+    def check_size(self) -> None:
+        """To be called before rows are copied: what is missing of a file ends the process where a map is read there.
+
+        Raises:
+            TornError: another process has cut the file.
+        """
+        if self._map.size() < self.bytes:
+            raise TornError(_CUT)
 
     def check(self, rows: slice | Places | None = None) -> None:
         """Compare the checksums of these rows, or of all, unless that was done.
@@ -122,12 +133,7 @@ def write_shard(folder: Path, ids: NDArray[np.int64], rows: Rows, layout: Layout
     for name in sorted(kinds, key=lambda n: (-_itemsize(kinds[n]), n)):  # the widest first: all are aligned
         header[name] = {**kinds[name], "data_offsets": [at, at + parts[name].nbytes]}
         at += parts[name].nbytes
-    header["__metadata__"] = {
-        "format": "tgt_fast.cache " + FORMAT,
-        "fingerprint": fingerprint,
-        "checksum": _checksum(kinds, fingerprint, sums),
-        **{_CRC + name: digits for name, digits in sums.items()},
-    }
+    header["__metadata__"] = _metadata(kinds, fingerprint, sums)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     writer = f"{MARK}{re.sub('[^A-Za-z0-9]+', '', platform.node())[:20]}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -193,6 +199,15 @@ def _kind(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _itemsize(entry: dict[str, Any]) -> int:
     return DTYPES[entry["dtype"]].itemsize
+
+
+def _metadata(kinds: dict[str, Any], fingerprint: str, sums: dict[str, str]) -> dict[str, str]:
+    return {
+        "format": "tgt_fast.cache " + FORMAT,
+        "fingerprint": fingerprint,
+        "checksum": _checksum(kinds, fingerprint, sums),
+        **{_CRC + name: digits for name, digits in sums.items()},
+    }
 
 
 def _checksum(kinds: dict[str, Any], fingerprint: str, sums: dict[str, str]) -> str:

@@ -140,10 +140,22 @@ class Store:
             pending = self._waiting()
             if pending is not None:
                 pending.find(ids, where, number=self._pending)
-            if not self._unchecked:
+            # Each one of them, so that a list and no generator.
+            if all([self._is_there(number) for number in _segments_of(where)]) and (  # noqa: C419
+                not self._unchecked or all([self._is_sound(number, rows) for number, rows in self._to_check(where)])  # noqa: C419
+            ):
                 return where
-            if all([self._is_sound(number, rows) for number, rows in self._to_check(where)]):  # noqa: C419 (each one)
-                return where
+
+    def _is_there(self, number: int) -> bool:
+        """Whether a segment is as long as it was; a shard that is not is dropped."""
+        shard = self._segments[number]
+        if isinstance(shard, Shard):
+            try:
+                shard.check_size()
+            except TornError as error:
+                self._drop(number, shard, error)
+                return False
+        return True
 
     def _to_check(self, where: Places) -> list[tuple[int, slice | Places]]:
         """Of these places the rows of each segment that is not known to be sound."""
@@ -160,16 +172,20 @@ class Store:
         shard = self._segments[number]
         assert isinstance(shard, Shard)
         try:
+            shard.check_size()
             shard.check(rows)
         except TornError as error:
-            self._unchecked.discard(number)
-            self._segments[number] = None
-            self._reindex()
-            self._set_aside(shard.path, str(error))
+            self._drop(number, shard, error)
             return False
         if shard.checked:
             self._unchecked.discard(number)
         return True
+
+    def _drop(self, number: int, shard: Shard, error: TornError) -> None:
+        self._unchecked.discard(number)
+        self._segments[number] = None
+        self._reindex()
+        self._set_aside(shard.path, str(error))
 
     def _reindex(self) -> None:
         self._index = Index()
@@ -312,6 +328,12 @@ class Store:
         if pending is not None and number is not None:
             self._index.add(pending.ids, places(number, len(pending.ids)), replace=True)
         self._pending = None
+
+
+def _segments_of(where: Places) -> list[int]:
+    """The numbers of the segments that these places lie in."""
+    numbers = (where >> ROW_BITS) + 1  # of what is missing, 0
+    return [number - 1 for number in np.bincount(numbers).nonzero()[0].tolist() if number]
 
 
 def _copy(source: Bytes, rows: Places, out: Bytes, to: Places) -> None:
