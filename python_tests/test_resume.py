@@ -202,6 +202,15 @@ def test_resumed_without_a_seed_moves_the_global_generators_alike(tmp_path: Path
     assert_same_weights(run["student"], unbroken["student"])
 
 
+def test_tensors_that_a_killed_run_did_not_come_to_remove(tmp_path: Path) -> None:
+    """They go even if nothing is left to do, and so nothing is saved."""
+    tgt.fit(**make_run(), steps=3, checkpoint_dir=tmp_path)
+    whole = sorted(tmp_path.iterdir())
+    (tmp_path / "checkpoint-0123456789abcdef.safetensors").write_bytes(b"older tensors")
+    tgt.fit(**make_run(), steps=3, checkpoint_dir=tmp_path, resume=True)
+    assert sorted(tmp_path.iterdir()) == whole
+
+
 def test_the_order_matters_to_these_tests() -> None:
     """Another order of the data, or other random numbers, do give other weights."""
     one, other = make_run(), make_run()

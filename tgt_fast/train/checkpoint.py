@@ -113,7 +113,7 @@ def save_checkpoint(
         }
         replace_file(manifest, lambda file: file.write(_canonical(document).encode()))
     finally:
-        _remove_unnamed(manifest)
+        remove_unnamed(folder)
     return manifest
 
 
@@ -330,8 +330,9 @@ def _write_under_hash(folder: Path, tensors: dict[str, Tensor]) -> str:
     return digest
 
 
-def _remove_unnamed(manifest: Path) -> None:
+def remove_unnamed(folder: Path) -> None:
     """Remove the tensor files that ``checkpoint.json`` does not name; where it cannot be read, none."""
+    manifest = folder / MANIFEST
     try:
         with open_file(manifest) as file:
             named = _tensor_file(parse_json(file.read())["tensors_sha256"])

@@ -173,6 +173,7 @@ def fit(
     with nullcontext() if seed is None else isolated_rng(seed):
         if folder is not None and resume and checkpoint.has_checkpoint(folder):
             run.load(folder)
+            checkpoint.remove_unnamed(folder)  # of a process that was killed as it removed them
         student.train()
         optimizer.zero_grad()
         result = run.result

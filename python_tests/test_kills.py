@@ -1,0 +1,25 @@
+"""A few of the kills that ``kills.py`` does by the hundred."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+@pytest.mark.parametrize(("what", "kills"), [("fit", 10), ("cache", 15)])
+def test_kills_at_random_leave_no_stray_file_and_no_wrong_bit(
+    what: str, kills: int, child_environment: dict[str, str]
+) -> None:
+    script = Path(__file__).with_name("kills.py")
+    done = subprocess.run(
+        [sys.executable, str(script), what, "--kills", str(kills)],
+        env=child_environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["kills"] == kills
