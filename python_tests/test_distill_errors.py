@@ -14,6 +14,7 @@ from tgt_fast.errors import ArgumentError, BackendError, DeviceError, DTypeError
 
 S, T = logits(4, 5, 0), logits(4, 5, 1)
 Y = torch.tensor([0, 1, 2, 3])
+MAPS = logits(30, 4, 0).reshape(2, 5, 3, 4)  # classes in the second dimension
 HARD = {"target": Y, "hard_weight": 1.0}
 
 
@@ -30,6 +31,16 @@ SHAPES: list[tuple[dict[str, Any], str]] = [
     ({"student_logits": torch.empty(4, 0), "teacher_logits": torch.empty(4, 0)}, r"\(4, 0\)"),
     ({"target": Y[:3], "hard_weight": 1.0}, r"\(3,\).*\(4,\)"),
     ({"target": Y[:, None], "hard_weight": 1.0}, r"\(4, 1\).*\(4,\)"),
+    ({"target": T.softmax(-1), "hard_weight": 1.0}, r"number a class.*argmax.*cross_entropy"),  # mixed labels
+    ({"target": T > 0, "hard_weight": 1.0}, r"number a class.*binary_cross_entropy_with_logits"),  # several a row
+    (
+        {"student_logits": MAPS, "teacher_logits": MAPS, "target": MAPS[:, 0].long(), "hard_weight": 1.0},
+        r"student_logits\.movedim\(1, -1\)",
+    ),
+    (
+        {"student_logits": MAPS, "teacher_logits": MAPS, "sample_weight": torch.ones(2, 3, 4)},
+        r"student_logits\.movedim\(1, -1\)",
+    ),
     ({"sample_weight": torch.ones(5)}, r"\(5,\).*\(4,\)"),
     ({"normalizer": torch.ones(2)}, r"\(2,\)"),
 ]
@@ -64,7 +75,6 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"ignore_index": 0.5}, "ignore_index.*0.5"),
     ({"unlabeled_index": True}, "unlabeled_index.*True"),
     ({"hard_weight": 1.0}, "hard_weight.*target.*missing"),
-    ({"target": Y}, "hard_weight.*target.*given"),
     ({"normalizer": 3.0, "reduction": "sum"}, "normalizer.*'sum'"),
     ({"normalizer": torch.tensor(3.0), "reduction": "none"}, "normalizer.*'none'"),
     ({"normalizer": -1.0}, "normalizer.*-1.0"),

@@ -20,6 +20,6 @@ def not_plain(tensors: Sequence[Tensor]) -> str | None:
     for tensor in tensors:
         if type(tensor) not in PLAIN:
             return f"{type(tensor).__name__} is a tensor subclass; pass a plain tensor, or use backend='reference'"
-        if tensor.layout != torch.strided:
+        if tensor.layout is not torch.strided:
             return f"tensors of layout {tensor.layout} are not dense"
     return None

@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from tgt_fast.errors import ArgumentError, BackendError
+from tgt_fast.errors import ArgumentError, BackendError, DTypeError
 from tgt_fast.kernels import native, reference, triton
 
 OPS: Final = ("distill", "latent", "linear", "sparse", "contrast", "tokens", "soft_embedding")  # the last two: one noun
@@ -94,6 +94,9 @@ def explain(op: str, *tensors: Tensor) -> list[Verdict]:
     """
     if op not in OPS:
         raise ArgumentError(f"op must be one of {OPS}, got {op!r}")
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise DTypeError(f"explain: {op!r} is asked about tensors, got {tensor!r}")
     if not tensors:
         tensors = (torch.empty(0),)
     default = requested("auto")

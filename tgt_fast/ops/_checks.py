@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, BackendError, DeviceError, DTypeError
+from tgt_fast.kernels.plain import PLAIN
+from tgt_fast.ops._readable import has_memory, readable
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -58,28 +60,33 @@ def choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> str:
 
 
 def floating(op: str, name: str, tensor: object) -> Tensor:
-    """``tensor`` if it is a floating-point tensor of a dtype the ops take; else DTypeError."""
-    if not isinstance(tensor, Tensor):
-        raise DTypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    if type(tensor).__name__ == "DTensor":
-        raise DTypeError(
-            f"{op}: {name} is a DTensor, which no backend takes; pass {name}.to_local() where each process holds whole "
-            f"rows, else {name}.full_tensor()"
-        )
-    if tensor.dtype not in FLOATING:
-        raise DTypeError(f"{op}: {name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
-    return tensor
+    """``tensor`` if it is a dense floating-point tensor of a dtype the ops take; else DTypeError or ArgumentError."""
+    if type(tensor) in PLAIN and tensor.dtype in FLOATING and has_memory(tensor):  # type: ignore[attr-defined, arg-type]
+        return tensor  # type: ignore[return-value]
+    checked = readable(op, name, tensor)
+    if checked.dtype not in FLOATING:
+        eight = checked.dtype.is_floating_point and checked.dtype.itemsize == 1
+        remedy = f"; pass {name}.to(torch.bfloat16), times its scale if it has one" if eight else ""
+        raise DTypeError(f"{op}: {name} must be float64, float32, bfloat16 or float16, got {checked.dtype}{remedy}")
+    return checked
 
 
 def real(op: str, name: str, tensor: object) -> Tensor:
     """``tensor`` if it is a tensor of real numbers that asks for no gradient; else DTypeError or ArgumentError."""
-    if not isinstance(tensor, Tensor):
-        raise DTypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.is_complex():
-        raise DTypeError(f"{op}: {name} must hold real numbers, got {tensor.dtype}")
-    if tensor.requires_grad:
+    checked = readable(op, name, tensor)
+    if checked.is_complex():
+        raise DTypeError(f"{op}: {name} must hold real numbers, got {checked.dtype}")
+    if checked.requires_grad:
         raise ArgumentError(f"{op}: {name} requires grad, but the result is not differentiable in it; detach it")
-    return tensor
+    return checked
+
+
+def integers(op: str, name: str, tensor: object, kind: str = "integers") -> Tensor:
+    """``tensor`` if it is a dense tensor of integers; else DTypeError or ArgumentError."""
+    checked = readable(op, name, tensor)
+    if checked.is_floating_point() or checked.is_complex() or checked.dtype == torch.bool:
+        raise DTypeError(f"{op}: {name} must hold {kind}, got {checked.dtype}")
+    return checked
 
 
 def finite_from(op: str, name: str, tensor: Tensor, low: float) -> None:
@@ -93,14 +100,14 @@ def finite_from(op: str, name: str, tensor: Tensor, low: float) -> None:
 
 def same_device(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """DeviceError unless both tensors are on one device."""
-    if tensor.device != other.device:
+    if not (tensor.is_cpu and other.is_cpu) and tensor.device != other.device:  # devices cost more to compare
         raise DeviceError(f"{op}: {name} is on {tensor.device}, {other_name} on {other.device}")
 
 
 def on_plain_cpu(tensor: Tensor) -> bool:
     """Whether values may be looked at: a CPU tensor with data, outside transforms and compilation."""
     return (
-        tensor.device.type == "cpu"
+        tensor.is_cpu
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not isinstance(tensor, torch._subclasses.FakeTensor)

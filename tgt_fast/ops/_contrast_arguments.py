@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
+from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.ops import _checks
 from tgt_fast.ops._distill_arguments import check_row_values, check_rows
@@ -42,9 +42,6 @@ def check_tensors(t: ContrastTensors, normalizer: float | Tensor | None, options
     for name, tensor in zip(t._fields[:4], t[:4], strict=True):
         _checks.floating(OP, name, tensor)
         assert tensor is not None
-        if tensor.layout != torch.strided or tensor.is_nested:
-            kind = "nested" if tensor.is_nested else tensor.layout
-            raise DTypeError(f"{OP}: {name} must be a dense tensor, got a {kind} one")
         if tensor.dim() != 2 or tensor.shape[1] == 0:
             raise ShapeError(f"{OP}: {name} must be (rows, H) with H >= 1, got {tuple(tensor.shape)}")
         _checks.same_device(OP, name, tensor, "student_q", t.student_q)
@@ -69,9 +66,7 @@ def check_tensors(t: ContrastTensors, normalizer: float | Tensor | None, options
 def _check_indices(name: str, ids: Tensor | None, of: str, rows: Tensor) -> None:
     if ids is None:
         return
-    _checks.real(OP, name, ids)
-    if ids.is_floating_point() or ids.dtype == torch.bool:
-        raise DTypeError(f"{OP}: {name} must hold integers, got {ids.dtype}")
+    _checks.integers(OP, name, ids)
     if tuple(ids.shape) != (rows.shape[0],):
         raise ShapeError(f"{OP}: {name} {tuple(ids.shape)} must be ({rows.shape[0]},), one a row of {of}")
     _checks.same_device(OP, name, ids, "student_q", rows)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,9 +76,8 @@ def check_tensors(
 ) -> None:  # fmt: skip
     _checks.floating(OP, "student_logits", student)
     _checks.floating(OP, "teacher_logits", teacher)
-    _check_dense("student_logits", student)
-    _check_dense("teacher_logits", teacher)
-    if student.shape != teacher.shape:
+    shape = student.shape
+    if shape != teacher.shape:
         if student.dim() and teacher.dim() and student.shape[-1] != teacher.shape[-1]:
             raise ShapeError(
                 f"{OP}: student_logits have {student.shape[-1]} classes, teacher_logits {teacher.shape[-1]}; "
@@ -86,9 +87,12 @@ def check_tensors(
         raise ShapeError(
             f"{OP}: student_logits {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)} differ"
         )
-    if student.dim() == 0 or student.shape[-1] == 0:
-        raise ShapeError(f"{OP}: logits must be (..., C) with C >= 1, got {tuple(student.shape)}")
-    check_classes(OP, "student_logits", student.shape[-1], options)
+    if not shape or shape[-1] == 0:
+        raise ShapeError(f"{OP}: logits must be (..., C) with C >= 1, got {tuple(shape)}")
+    if shape[-1] == 1:
+        check_classes(OP, "student_logits", 1, options)
+    if len(shape) > 3:
+        warn_of_maps(student)
     _checks.same_device(OP, "student_logits", student, "teacher_logits", teacher)
     check_rows(OP, "student_logits", student, target, sample_weight, normalizer, options)
 
@@ -96,7 +100,25 @@ def check_tensors(
 def check_student(student: Tensor) -> None:
     """The student's logits by themselves."""
     _checks.floating(OP, "student_logits", student)
-    _check_dense("student_logits", student)
+
+
+_warned_of_maps = False
+
+
+def warn_of_maps(student: Tensor) -> None:
+    """Say once a process that classes are the last dimension, where logits look as those of a convolution do."""
+    global _warned_of_maps
+    if _warned_of_maps or torch.compiler.is_compiling():
+        return
+    shape = student.shape
+    last = student.dim() == 4 and shape[1] > 1 and student.is_contiguous(memory_format=torch.channels_last)
+    if shape[-1] == shape[-2] or (last and not student.is_contiguous()):
+        _warned_of_maps = True
+        warnings.warn(
+            f"{OP}: logits {tuple(shape)} look like maps with their classes in the second dimension, but classes are "
+            "the last one here; if they are, pass student_logits.movedim(1, -1) and the teacher's likewise",
+            stacklevel=4,
+        )
 
 
 def check_classes(op: str, name: str, classes: int, options: DistillOptions) -> None:
@@ -114,29 +136,19 @@ def check_classes(op: str, name: str, classes: int, options: DistillOptions) -> 
     )
 
 
-def _check_dense(name: str, logits: Tensor) -> None:
-    if logits.layout != torch.strided or logits.is_nested:
-        kind = "nested" if logits.is_nested else logits.layout
-        raise DTypeError(f"{OP}: {name} must be a dense tensor, got a {kind} one")
-
-
 def check_rows(
     op: str, name: str, student: Tensor, target: Tensor | None, sample_weight: Tensor | None,
     normalizer: float | Tensor | None, options: DistillOptions,
 ) -> None:  # fmt: skip
     """What comes a number a row, and the divisor; ``student`` is (rows..., whatever)."""
-    # Two plain conditions: compared with each other, a compiler would have to solve for hard_weight.
     if target is None and options.hard_weight > 0:
         raise ArgumentError(f"{op}: hard_weight is {options.hard_weight:g} but target is missing")
-    if target is not None and options.hard_weight == 0:
-        raise ArgumentError(f"{op}: hard_weight is 0 but target is given; pass a target exactly when hard_weight > 0")
     for label, tensor in (("target", target), ("sample_weight", sample_weight)):
         if tensor is None:
             continue
         _checks.real(op, label, tensor)
         if tensor.shape != student.shape[:-1]:
-            found, wanted = tuple(tensor.shape), tuple(student.shape[:-1])
-            raise ShapeError(f"{op}: {label} {found} does not match the logits' rows {wanted}")
+            raise ShapeError(f"{op}: {label} {tuple(tensor.shape)} {_misfit(label, tensor, name, student)}")
         _checks.same_device(op, label, tensor, name, student)
     if target is not None and (target.is_floating_point() or target.dtype == torch.bool):
         raise DTypeError(f"{op}: target must hold integer class indices, got {target.dtype}")
@@ -146,14 +158,40 @@ def check_rows(
                 f"{op}: normalizer replaces the divisor of 'mean', but reduction is {options.reduction!r}"
             )
         if isinstance(normalizer, Tensor):
+            _checks.real(op, "normalizer", normalizer)
             if normalizer.dim() != 0:
                 raise ShapeError(
                     f"{op}: normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}"
                 )
             _checks.same_device(op, "normalizer", normalizer, name, student)
-            _checks.finite_from(op, "normalizer", _checks.real(op, "normalizer", normalizer), 0)
+            _checks.finite_from(op, "normalizer", normalizer, 0)
         else:
             _checks.number(op, "normalizer", normalizer, 0, _LARGE)
+
+
+def _misfit(label: str, tensor: Tensor, name: str, student: Tensor) -> str:
+    """Why a tensor that should hold a number a row does not fit, and what to do where that can be told."""
+    shape, rows = tuple(student.shape), tuple(student.shape[:-1])
+    said = f"does not match the logits' rows {rows}"
+    if label == "target" and tensor.shape == student.shape:
+        return (
+            f"{said}, but has a number a class: the hard term takes class indices (target.argmax(-1)); a one-hot or "
+            "mixed distribution can stand for the teacher, teacher_logits=target.log() in a call of its own with "
+            "divergence='cross_entropy'; several labels a row need binary_cross_entropy_with_logits beside this loss"
+        )
+    if len(shape) > 2 and tuple(tensor.shape) == (shape[0], *shape[2:]):
+        return f"{said}: classes are the last dimension here; pass {name}.movedim(1, -1), and the teacher's likewise"
+    return said
+
+
+def as_mask(
+    op: str, classes: int, target: Tensor, sample_weight: Tensor | None, options: DistillOptions
+) -> tuple[Tensor, DistillOptions]:
+    """A target beside ``hard_weight=0``: which rows count is all that it says, so no kernel looks for a class in it."""
+    if _checks.on_plain_cpu(target):
+        check_row_values(op, classes, target, sample_weight, options)
+    plain = replace(options, ignore_index=-100, unlabeled_index=-1)
+    return torch.where(target == options.ignore_index, plain.ignore_index, plain.unlabeled_index), plain
 
 
 def check_inplace(student_logits: Tensor, rows: Tensor) -> None:

@@ -11,6 +11,7 @@ from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.ops import library
 from tgt_fast.ops._distill_arguments import OP
+from tgt_fast.ops._readable import all_readable, upstream
 
 
 class Call:
@@ -83,13 +84,16 @@ class Distill(torch.autograd.Function):
         if call.inplace and torch.is_grad_enabled():
             raise RuntimeError(f"{OP}: inplace=True has no second derivative (create_graph=True); pass inplace=False")
         ctx.spent = True
+        d_loss = upstream(OP, d_loss)
         if ctx.ready is not None:
             grads, ctx.ready = ctx.ready, None
             for grad in grads:
                 if grad is not None:
                     call.kernel.scale_(grad, d_loss)
         else:
-            student, teacher, target, rows, *_ = _saved(ctx)
+            student, teacher, target, rows, *data = _saved(ctx)
+            all_readable(f"{OP}, backward", student_logits=student, teacher_logits=teacher, target=target)
+            all_readable(f"{OP}, backward", **{f"the record's tensor {i}": tensor for i, tensor in enumerate(data)})
             grads = call.kernel.backward(
                 student, teacher, target, rows, d_loss, call.options, wanted=ctx.wanted, inplace=call.inplace
             )

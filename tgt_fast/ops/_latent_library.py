@@ -11,6 +11,7 @@ from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.kernels import select
 from tgt_fast.ops import library
 from tgt_fast.ops._noise import KEY, KEY_COUNT, check_key, for_kernel, packed, unpacked
+from tgt_fast.ops._readable import all_readable, upstream
 
 _KEEP = -1.0  # the sphere through z itself
 
@@ -67,6 +68,8 @@ class Perturb(torch.autograd.Function):
         # out = R * v / |v| with v = z + sigma * noise, so that d_z = R/|v| * (d - u (u.d)) with u = v/|v|,
         # plus d_R z/|z| where R = |z| is kept.
         (rows,) = ctx.saved_tensors
+        all_readable("perturb_latents, backward", z=rows, sigma=per_sample, scale=per_coordinate, **key)
+        d_out = upstream("perturb_latents", d_out)
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
         z, d = rows.to(wide), d_out.to(wide)
         v = perturb(kernel, z, per_sample, per_coordinate, key, truncation, None)  # differentiable again

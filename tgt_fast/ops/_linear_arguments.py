@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
+from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.kernels.options import DistillOptions, LinearOptions, LinearTensors
 from tgt_fast.kernels.reference.linear import record_of, vocabulary_of
 from tgt_fast.kernels.vocabulary import Vocabulary
@@ -100,9 +100,6 @@ def check_tensors(
         if tensor is None:
             continue
         _checks.floating(OP, name, tensor)
-        if tensor.layout != torch.strided or tensor.is_nested:
-            kind = "nested" if tensor.is_nested else tensor.layout
-            raise DTypeError(f"{OP}: {name} must be a dense tensor, got a {kind} one")
         _checks.same_device(OP, name, tensor, "student_hidden", t.student_hidden)
     _check_head("student", t.student_hidden, t.student_weight, t.student_bias)
     teacher_classes = t.teacher.shape[-1] if t.teacher.dim() else 0

@@ -11,6 +11,7 @@ from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, LinearOptions, LinearTensors
 from tgt_fast.ops import library
 from tgt_fast.ops._linear_arguments import OP
+from tgt_fast.ops._readable import all_readable, upstream
 
 _HEADS = (1, 2, 4, 5)  # weights and biases: their gradients are sums over rows
 
@@ -62,6 +63,7 @@ class Linear(torch.autograd.Function):
         if d_loss is None:
             return (None,) * len(ctx.needs_input_grad)
         call = ctx.call
+        d_loss = upstream(OP, d_loss)
         if ctx.ready is not None:
             grads, ctx.ready = ctx.ready, None
             for grad in grads:
@@ -69,6 +71,7 @@ class Linear(torch.autograd.Function):
                     call.kernel.scale_(grad if grad.dim() == 2 else grad[None], d_loss)
         else:
             t, normalizer = _saved(ctx)
+            all_readable(f"{OP}, backward", **t._asdict())
             grads = call.kernel.backward(t, normalizer, d_loss, call.heads, call.options, wanted=ctx.wanted)
         if torch.is_grad_enabled():
             inputs = [x for x in _saved(ctx)[0][:DIFFERENTIABLE] if x is not None]

@@ -7,9 +7,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
+from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.kernels.options import MAX_REPLICA, MAX_SAMPLE_ID, MAX_STEP
 from tgt_fast.ops import _checks, library
+from tgt_fast.ops._readable import readable
 
 KEY: Final = (
     "Tensor? device_seed, int seed, Tensor sample_ids, Tensor? device_step, int step, Tensor? replicas, int replica"
@@ -54,8 +55,6 @@ def for_kernel(key: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked_ids(name: str, what: str, tensor: Tensor, samples: int, sample_ids: Tensor) -> Tensor:
-    if not isinstance(sample_ids, Tensor):
-        raise DTypeError(f"{name}: sample_ids must be an integer tensor, got {type(sample_ids).__name__}")
     ids = _one_a_sample(name, "sample_ids", sample_ids, what, tensor, samples)
     check_ids(name, ids)
     return ids
@@ -70,8 +69,7 @@ def _checked_replica(name: str, what: str, tensor: Tensor, samples: int, replica
 
 
 def _one_a_sample(name: str, label: str, value: Tensor, what: str, tensor: Tensor, samples: int) -> Tensor:
-    if value.is_floating_point() or value.dtype == torch.bool or value.is_complex():
-        raise DTypeError(f"{name}: {label} must hold integers, got {value.dtype}")
+    _checks.integers(name, label, value)
     if value.shape != (samples,):
         found, shape = tuple(value.shape), tuple(tensor.shape)
         raise ShapeError(f"{name}: {label} {found} must be one a sample of {what} {shape}")
@@ -83,6 +81,7 @@ def _whole(name: str, what: str, value: int | Tensor, low: int, high: int) -> in
     """An int, or a 0-d int64 tensor; what lies on another device is not looked at."""
     if not isinstance(value, Tensor):
         return _checks.integer(name, what, value, low, high)
+    readable(name, what, value)
     if value.dim() != 0 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         found = f"{value.dtype} {tuple(value.shape)}"
         raise ArgumentError(f"{name}: {what} must be an integer or a 0-d int64 tensor, got {found}")

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
+from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.kernels.native.sparse import bad_id, find_bad_id
 from tgt_fast.kernels.options import SPARSE_DIVERGENCES, TAILS, DistillOptions
 from tgt_fast.ops import _checks
+from tgt_fast.ops._readable import all_readable
 
 OP: Final = "TeacherTopK"
 SMALL: Final = 1e-30
@@ -70,10 +71,7 @@ class TeacherTopK:
         object.__setattr__(self, "temperature", _checks.number(OP, "temperature", self.temperature, SMALL, LARGE))
         object.__setattr__(self, "num_classes", _checks.integer(OP, "num_classes", self.num_classes, 1, 2**63))
         _checks.choice(OP, "tail", self.tail, TAILS)
-        if not isinstance(self.ids, Tensor):
-            raise DTypeError(f"{OP}: ids must be a tensor, got {type(self.ids).__name__}")
-        if self.ids.is_floating_point() or self.ids.is_complex() or self.ids.dtype == torch.bool:
-            raise DTypeError(f"{OP}: ids must hold integer class indices, got {self.ids.dtype}")
+        _checks.integers(OP, "ids", self.ids, "integer class indices")
         _checks.real(OP, "log_probs", _checks.floating(OP, "log_probs", self.log_probs))
         if self.ids.shape != self.log_probs.shape or self.ids.dim() == 0:
             shapes = f"{tuple(self.ids.shape)} and {tuple(self.log_probs.shape)}"
@@ -135,6 +133,7 @@ class TeacherTopK:
         Raises:
             ArgumentError: an id that is out of range or listed twice in its row, with row and value.
         """
+        all_readable(OP, ids=self.ids, log_probs=self.log_probs)
         ids, log_probs = self.ids.reshape(-1, self.k), self.log_probs.reshape(-1, self.k)
         found = find_bad_id(ids.to(torch.int64), log_probs, self.num_classes, None)
         if found is not None:
@@ -157,7 +156,8 @@ class TeacherTopK:
 
 
 def check_options(op: str, record: TeacherTopK, options: DistillOptions) -> None:
-    """That a loss of these options can be taken of the record."""
+    """That a loss of these options can be taken of the record, whose tensors may have been freed since it was made."""
+    all_readable(op, ids=record.ids, log_probs=record.log_probs, tail_log_prob=record.tail_log_prob)
     if options.divergence not in SPARSE_DIVERGENCES:
         raise ArgumentError(
             f"{op}: divergence must be one of {SPARSE_DIVERGENCES} with a top-k record, got {options.divergence!r}"

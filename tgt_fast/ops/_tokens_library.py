@@ -15,6 +15,7 @@ from tgt_fast.ops import library
 from tgt_fast.ops._distill_autograd import _save, _saved
 from tgt_fast.ops._distill_library import dense_rows
 from tgt_fast.ops._noise import KEY, KEY_COUNT, check_key, for_kernel, packed, unpacked
+from tgt_fast.ops._readable import all_readable, upstream
 
 _SOFT = "float tau, bool gumbel, bool hard"
 _SOFT_COUNT = 3
@@ -83,6 +84,8 @@ class SoftEmbedding(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> Any:  # type: ignore[override]
         kernel, options, key = ctx.call
         logits, table, rows, chosen, sample_ids = _saved(ctx)
+        all_readable("soft_embedding, backward", logits=logits, table=table, sample_ids=sample_ids, **key)
+        d_out = upstream("soft_embedding", d_out)
         grads = kernel.soft_backward(
             logits, table, SoftState(rows, chosen), d_out, options, wanted=tuple(ctx.needs_input_grad[:2]),
             sample_ids=sample_ids, **key,

@@ -13,7 +13,7 @@ from tgt_fast.kernels import select
 from tgt_fast.kernels.options import DistillOptions, DistillStats
 from tgt_fast.kernels.reference import distill as reference_distill
 from tgt_fast.ops import _checks
-from tgt_fast.ops._distill_arguments import OP, check_inplace, check_tensors, check_values, make_options
+from tgt_fast.ops._distill_arguments import OP, as_mask, check_inplace, check_tensors, check_values, make_options
 from tgt_fast.ops._distill_autograd import Call, Distill
 from tgt_fast.ops._distill_library import dense_rows
 from tgt_fast.ops._distill_library import distillation_loss as distillation_loss_op
@@ -131,8 +131,9 @@ def distillation_loss(
             with one logit z has two, ``torch.cat([torch.zeros_like(z), z], -1)``.
         teacher_logits: ``(..., C)``, any of these dtypes. Differentiable: its gradient is made when it requires one.
             Or a :class:`TeacherTopK`, see below.
-        target: ``(...)`` class indices, needed exactly when ``hard_weight > 0``. ``ignore_index`` drops the row,
-            ``unlabeled_index`` drops its hard term alone.
+        target: ``(...)`` class indices, needed when ``hard_weight > 0``. ``ignore_index`` drops the row,
+            ``unlabeled_index`` drops its hard term alone. With ``hard_weight=0`` it may be given as a mask of rows:
+            ``ignore_index`` alone then has an effect.
         divergence: one of the names above.
         beta: weight of the teacher in the mixture of ``jsd``, ``0 < beta < 1``.
         temperature: ``Ts``, in [1e-30, 1e30]. The soft term carries the factor ``Ts**2`` (not with mse), which
@@ -198,10 +199,12 @@ def distillation_loss(
     check_tensors(student_logits, teacher_logits, target, sample_weight, normalizer, options)
     shape = student_logits.shape
     loss: Tensor
-    if target is not None:
-        target = target.reshape(-1).to(torch.int64)
     if sample_weight is not None:
         sample_weight = sample_weight.reshape(-1)
+    if target is not None:
+        target = target.reshape(-1).to(torch.int64)
+        if options.hard_weight == 0:
+            target, options = as_mask(OP, shape[-1], target, sample_weight, options)
 
     if backend != "reference" and seen_by_dispatcher(student_logits, teacher_logits, target, sample_weight):
         # inplace is a permission: whoever traces plans the memory.

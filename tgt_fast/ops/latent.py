@@ -161,9 +161,7 @@ def ascend_latents(
     name = "ascend_latents"
     _checks.not_recorded(name)
     _check_latents(name, z)
-    for other_name, other in (("grad", grad), ("anchor", anchor)):
-        if other is None:
-            continue
+    for other_name, other in (("grad", grad), *(() if anchor is None else (("anchor", anchor),))):
         _checks.floating(name, other_name, other)
         if other.shape != z.shape:
             raise ShapeError(f"{name}: {other_name} {tuple(other.shape)} and z {tuple(z.shape)} differ")

@@ -20,6 +20,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.errors import BackendError
 from tgt_fast.kernels.plain import PLAIN
+from tgt_fast.ops._readable import all_readable
 
 LIBRARY: Final = torch.library.Library("tgt_fast", "DEF")
 NAMES: Final[list[str]] = []  # of the registered ops, in the order of their definition
@@ -41,7 +42,7 @@ def seen_by_dispatcher(*tensors: Any) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return all(type(t) in PLAIN or isinstance(t, _TRACED) for t in tensors if isinstance(t, Tensor))
     for tensor in tensors:  # noqa: SIM110, a loop costs a third of any(), and this runs at every call
-        if isinstance(tensor, _TRACED):
+        if type(tensor) not in PLAIN and isinstance(tensor, _TRACED):  # which is slow to say no
             return True
     return False
 
@@ -88,10 +89,13 @@ def define(
         f"{name} says how it is differentiated, or in what, but not both"
     )
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, one_thread_in_forks(kernel), "CPU")
-    LIBRARY.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"tgt_fast::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.tgt_fast, name).default
+    names = [argument.name for argument in op._schema.arguments]
+
+    def with_memory(*arguments: Any) -> Any:
+        all_readable(name, **dict(zip(names, arguments, strict=False)))
+        return kernel(*arguments)
 
     def without_graph(*arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -111,6 +115,8 @@ def define(
     def under_vmap(*_: Any) -> Any:
         raise BackendError(f"{name}: no compiled kernel runs under vmap; backend='reference' does")
 
+    LIBRARY.impl(name, one_thread_in_forks(with_memory), "CPU")
+    LIBRARY.impl(name, with_memory, "CUDA")
     LIBRARY.impl(name, without_graph if autograd is None else with_graph, "Autograd")
     torch.library.register_vmap(f"tgt_fast::{name}", under_vmap, lib=LIBRARY)
     for key in ("AutocastCPU", "AutocastCUDA"):

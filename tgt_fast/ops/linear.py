@@ -12,7 +12,7 @@ from tgt_fast.kernels import select
 from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, DistillStats, LinearOptions, LinearTensors
 from tgt_fast.kernels.reference import linear as reference_linear
 from tgt_fast.ops import _checks
-from tgt_fast.ops._distill_arguments import make_options
+from tgt_fast.ops._distill_arguments import as_mask, make_options
 from tgt_fast.ops._linear_arguments import (
     OP,
     check_record,
@@ -184,7 +184,8 @@ def linear_distillation_loss(
         teacher_hidden: ``(..., Ht)``. Differentiable: with frozen heads a gradient to it, or to ``student_hidden``,
             costs no product for a weight.
         teacher_weight: ``(Ct, Ht)``. Differentiable.
-        target: ``(...)`` student's class indices, needed exactly when ``hard_weight > 0``.
+        target: ``(...)`` student's class indices, needed when ``hard_weight > 0``; with ``hard_weight=0`` it may be
+            given as a mask, of which ``ignore_index`` alone has an effect.
         student_bias, teacher_bias: ``(Cs,)`` and ``(Ct,)``. Differentiable.
         teacher_logits: ``(..., Ct)`` instead of ``teacher_hidden`` and ``teacher_weight``; taken as they are.
             Differentiable. Or a :class:`TeacherTopK`, see below.
@@ -250,7 +251,7 @@ def linear_distillation_loss(
     check_teacher(teacher_hidden, teacher_weight, teacher_bias, teacher_logits, heads)
     teacher, ids, rest = teacher_hidden if teacher_logits is None else teacher_logits, None, None
     if record is not None:
-        check_record(record, heads, options, return_stats)
+        check_record(record, heads, options, return_stats)  # before its tensors are read
         teacher, ids, rest = record.log_probs.detach(), record.ids, record.rest()
     given = LinearTensors(
         student_hidden, student_weight, student_bias, teacher, teacher_weight, teacher_bias, target,  # type: ignore[arg-type]
@@ -270,6 +271,10 @@ def linear_distillation_loss(
         record_ids=None if ids is None else _rows(ids).to(torch.int64),
         record_tail=None if rest is None else rest.reshape(-1),
     )
+    if tensors.target is not None and options.hard_weight == 0:
+        classes = student_weight.shape[0] if vocab_size is None else vocab_size
+        mask, options = as_mask(OP, classes, tensors.target, tensors.sample_weight, options)
+        tensors = tensors._replace(target=mask)
     if backend != "reference" and seen_by_dispatcher(*tensors):
         loss, stats = run_dispatched(tensors, normalizer, heads, options, return_stats, backend)
     else:

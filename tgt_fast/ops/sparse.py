@@ -13,7 +13,7 @@ from tgt_fast.kernels import select
 from tgt_fast.kernels.options import TAILS, DistillOptions, Listed
 from tgt_fast.kernels.reference import sparse as reference_sparse
 from tgt_fast.ops import _checks
-from tgt_fast.ops._distill_arguments import OP, check_classes, check_inplace, check_rows, check_student
+from tgt_fast.ops._distill_arguments import OP, as_mask, check_classes, check_inplace, check_rows, check_student
 from tgt_fast.ops._distill_autograd import Call, Distill
 from tgt_fast.ops._distill_library import dense_rows
 from tgt_fast.ops._packing import packed
@@ -114,10 +114,12 @@ def sparse_distillation_loss(
     _check(student_logits, record, options)
     check_rows(OP, "student_logits", student_logits, target, sample_weight, normalizer, options)
     shape, k = student_logits.shape, record.k
-    if target is not None:
-        target = target.reshape(-1).to(torch.int64)
     if sample_weight is not None:
         sample_weight = sample_weight.reshape(-1)
+    if target is not None:
+        target = target.reshape(-1).to(torch.int64)
+        if options.hard_weight == 0:
+            target, options = as_mask(OP, shape[-1], target, sample_weight, options)
     rest = record.rest()
     ids, log_probs = record.ids.reshape(-1, k).to(torch.int64), record.log_probs.reshape(-1, k)
     rest = None if rest is None else rest.reshape(-1)
@@ -143,6 +145,7 @@ def sparse_distillation_loss(
 
 def _check(student: Tensor, record: TeacherTopK, options: DistillOptions) -> None:
     check_student(student)
+    check_options(OP, record, options)
     if student.shape[-1:] != (record.num_classes,):
         found = student.shape[-1] if student.dim() else "no"
         raise ShapeError(
@@ -156,7 +159,6 @@ def _check(student: Tensor, record: TeacherTopK, options: DistillOptions) -> Non
         )
     _checks.same_device(OP, "student_logits", student, "the record", record.log_probs)
     _checks.real(OP, "log_probs", record.log_probs)
-    check_options(OP, record, options)
 
 
 def _run_reference(

@@ -53,8 +53,6 @@ def release_buffers() -> int:
 
 def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
     """Why the core cannot run ``op`` on ``tensors``; None when it can."""
-    from tgt_fast.kernels.native import cuda
-
     module = load()
     if isinstance(module, str):
         return module
@@ -62,13 +60,17 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
     if reason is not None:
         return reason
     for tensor in tensors:
-        if tensor.device.type == "cuda":
+        if tensor.is_cpu:
+            continue
+        if tensor.is_cuda:
+            from tgt_fast.kernels.native import cuda
+
             if op == "soft_embedding":
                 return "the core has no CUDA kernel for soft_embedding, which Triton fuses with its matrix product"
             reason = cuda.refusal(tensor.device)
             if reason is not None:
                 return reason
-        elif tensor.device.type != "cpu":
+        else:
             return f"the core serves CPU and CUDA tensors, these are on {tensor.device}"
     return None
 

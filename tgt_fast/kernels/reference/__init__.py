@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -22,8 +23,16 @@ __all__ = [
 
 
 def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
-    """None: the reference runs every call."""
+    """Why it cannot run: it computes in float64, which some devices lack."""
+    device = tensors[0].device.type
+    if device == "mps" or (device == "xpu" and not _xpu_has_float64()):
+        return f"the reference computes in float64, which {device} devices lack; move the tensors to the CPU"
     return None
+
+
+@functools.cache
+def _xpu_has_float64() -> bool:
+    return torch.xpu.is_available() and bool(torch.xpu.get_device_properties().has_fp64)
 
 
 def status() -> tuple[bool, str, tuple[str, ...], str]:

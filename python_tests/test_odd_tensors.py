@@ -1,0 +1,314 @@
+"""Tensors whose numbers cannot be read, as any argument of any op: a typed error that says what to do, and no crash."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+import tgt_fast as tgt
+import tgt_fast.testing
+from tgt_fast.errors import ArgumentError, BackendError, DTypeError, TgtError
+
+Call = tuple[Callable[..., Any], dict[str, Any]]
+
+
+def rows(*shape: int) -> Tensor:
+    return torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(shape)
+
+
+def public_calls() -> dict[str, Call]:
+    """Every public op, with a tensor in each argument that takes one."""
+    labels, weight, one = torch.tensor([0, 1, 2]), torch.ones(3), torch.tensor(2.0)
+    noise = {
+        "seed": torch.tensor(3),
+        "step": torch.tensor(1),
+        "sample_ids": torch.arange(3),
+        "replica": torch.arange(3),
+    }
+    hard = {"target": labels, "hard_weight": 1.0, "sample_weight": weight, "normalizer": one}
+    shared = {"vocab_map": torch.arange(5), "vocab_mask": torch.ones(5, dtype=torch.bool)}
+    record = tgt.topk_teacher(rows(3, 5), 2)
+    heads = {"student_hidden": rows(3, 4), "student_weight": rows(5, 4), "student_bias": rows(5)}
+    return {
+        "distillation_loss": (
+            tgt.distillation_loss, {"student_logits": rows(3, 5), "teacher_logits": rows(3, 5), **hard},
+        ),
+        "distillation_loss of a record": (
+            lambda ids, log_probs, tail, **rest: tgt.distillation_loss(
+                teacher_logits=tgt.TeacherTopK(ids, log_probs, tail, 1.0, 5), **rest
+            ),
+            {
+                "student_logits": rows(3, 5), "ids": record.ids, "log_probs": record.log_probs,
+                "tail": record.tail_log_prob, **hard,
+            },
+        ),
+        "topk_teacher": (tgt.topk_teacher, {"logits": rows(3, 5), "k": 2}),
+        "linear_distillation_loss": (
+            tgt.linear_distillation_loss,
+            {
+                **heads, "teacher_hidden": rows(3, 2), "teacher_weight": rows(5, 2), "teacher_bias": rows(5), **hard,
+                **shared,
+            },
+        ),
+        "linear_distillation_loss of logits": (
+            tgt.linear_distillation_loss, {**heads, "teacher_logits": rows(3, 5), **hard, **shared},
+        ),
+        "align_logits": (tgt.align_logits, {"student_logits": rows(3, 5), "teacher_logits": rows(3, 5), **shared}),
+        "contrastive_distillation_loss": (
+            tgt.contrastive_distillation_loss,
+            {
+                "student_q": rows(3, 4), "student_d": rows(4, 4), "teacher_q": rows(3, 2), "teacher_d": rows(4, 2),
+                "temperature": 1.0, "hard_weight": 1.0, "positives": labels, "passage_ids": torch.arange(4),
+                "sample_weight": weight, "normalizer": one,
+            },
+        ),
+        "perturb_latents": (tgt.perturb_latents, {"z": rows(3, 5), "sigma": rows(3, 1).abs(), **noise}),
+        "perturb_latents a coordinate": (tgt.perturb_latents, {"z": rows(3, 5), "sigma": rows(5).abs(), **noise}),
+        "ascend_latents": (
+            tgt.ascend_latents,
+            {
+                "z": rows(3, 5), "grad": rows(3, 5), "step_size": rows(3), "scale": rows(5).abs(),
+                "anchor": rows(3, 5), "radius": torch.ones(3), "sigma": torch.ones(3), **noise,
+            },
+        ),
+        "sample_tokens": (tgt.sample_tokens, {"logits": rows(3, 5), **noise}),
+        "soft_embedding": (
+            tgt.soft_embedding, {"logits": rows(3, 5), "table": rows(5, 2), "gumbel": True, **noise},
+        ),
+    }  # fmt: skip
+
+
+CALLS = public_calls()
+ARGUMENTS = [(call, name) for call, (_, given) in CALLS.items() for name in given if isinstance(given[name], Tensor)]
+
+
+def freed(tensor: Tensor) -> Tensor:
+    gone = tensor.clone()
+    gone.untyped_storage().resize_(0)
+    return gone
+
+
+def freed_view(tensor: Tensor) -> Tensor:
+    """Does not begin where its storage does, so that its address is not 0."""
+    gone = torch.stack([tensor, tensor])[1]
+    gone.untyped_storage().resize_(0)
+    return gone
+
+
+def cut_short(tensor: Tensor) -> Tensor:
+    """Has an address, but not for all of its elements."""
+    gone = torch.stack([tensor, tensor], dim=-1)[..., 1]
+    gone.untyped_storage().resize_(tensor.nbytes)
+    return gone
+
+
+def zeros(tensor: Tensor) -> Tensor:
+    return torch._efficientzerotensor(tensor.shape, dtype=tensor.dtype)  # type: ignore[attr-defined,no-any-return]
+
+
+def nested(tensor: Tensor) -> Tensor:
+    return torch.nested.nested_tensor([tensor.reshape(-1), tensor.reshape(-1)])
+
+
+def jagged(tensor: Tensor) -> Tensor:
+    return torch.nested.nested_tensor([tensor.reshape(-1), tensor.reshape(-1)], layout=torch.jagged)
+
+
+def quantised(tensor: Tensor) -> Tensor:
+    return torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8)
+
+
+def compressed(tensor: Tensor) -> Tensor:
+    return tensor.reshape(1, -1).to_sparse_csr()
+
+
+def opaque(tensor: Tensor) -> Tensor:
+    return tensor.float().to_mkldnn()
+
+
+def narrow(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float8_e4m3fn)
+
+
+WITHOUT_MEMORY = [(freed, r"freed.*0 bytes"), (freed_view, "freed"), (cut_short, "freed"), (zeros, r"clone\(\)")]
+OTHER_KINDS = [
+    (Tensor.to_sparse, "dense.*sparse"),
+    (compressed, "dense.*sparse_csr"),
+    (opaque, "dense.*mkldnn"),
+    (nested, "dense.*nested"),
+    (jagged, "dense.*nested"),
+    (quantised, r"dense.*quantised.*dequantize\(\)"),
+]
+
+
+def refusal(function: Callable[..., Any], *args: Any, **given: Any) -> tuple[type | None, str]:
+    """What a call raises, as a type and words: pytest would show the arguments, and to show them is to read them."""
+    try:
+        function(*args, **given)
+    except Exception as error:
+        return type(error), str(error)
+    return None, "no error"
+
+
+def _id(value: Any) -> str | None:
+    return getattr(value, "__name__", None)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(("make", "message"), WITHOUT_MEMORY, ids=_id)
+@pytest.mark.parametrize(("call", "argument"), ARGUMENTS)
+def test_a_tensor_without_memory(
+    call: str, argument: str, make: Callable[[Tensor], Tensor], message: str, backend: str
+) -> None:
+    function, given = CALLS[call]
+    made = make(given[argument])
+    if call not in ("topk_teacher", "align_logits"):
+        given = {**given, "backend": backend}
+    kind, said = refusal(function, **{**given, argument: made})
+    assert kind is ArgumentError
+    assert re.search(message, said)
+    assert _said(argument) in said
+
+
+@pytest.mark.parametrize(("make", "message"), OTHER_KINDS, ids=_id)
+@pytest.mark.parametrize(("call", "argument"), [(c, a) for c, a in ARGUMENTS if CALLS[c][1][a].dim()])
+def test_a_tensor_that_holds_other_things_than_its_numbers(
+    call: str, argument: str, make: Callable[[Tensor], Tensor], message: str
+) -> None:
+    function, given = CALLS[call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, of prototypes
+        made = make(given[argument])
+    kind, said = refusal(function, **{**given, argument: made})
+    assert kind is DTypeError
+    assert re.search(f"{_said(argument)}.*{message}", said), said
+
+
+NUMBERS = [(c, a) for c, a in ARGUMENTS if CALLS[c][1][a].is_floating_point()]
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"), [(c, a) for c, a in NUMBERS if a not in ("sample_weight", "normalizer")]
+)  # which are converted
+def test_float8(call: str, argument: str) -> None:
+    function, given = CALLS[call]
+    with pytest.raises(DTypeError, match=rf"{_said(argument)}.*float8.*to\(torch.bfloat16\)"):
+        function(**{**given, argument: narrow(given[argument])})
+
+
+def _said(argument: str) -> str:
+    return "tail_log_prob" if argument == "tail" else argument
+
+
+def test_the_calls_are_right_as_they_are() -> None:
+    for function, given in CALLS.values():
+        function(**given)
+
+
+def test_views_and_expanded_tensors_have_memory() -> None:
+    wide = rows(6, 10)
+    views = [wide[1:4, :5], wide.T[:3, :5], wide[:3, ::2], rows(1, 5).expand(3, 5), rows(3, 5)[:0], rows(5, 3).T]
+    for student in views:
+        teacher = torch.zeros(student.shape)
+        ours = tgt.distillation_loss(student, teacher, reduction="none")
+        assert torch.equal(ours, tgt.distillation_loss(student.clone(), teacher, reduction="none"))
+    assert tgt.distillation_loss(rows(3, 5).to("meta"), rows(3, 5).to("meta")).is_meta
+
+
+def registered_arguments() -> Iterator[tuple[Any, tuple[Any, ...], int]]:
+    """One call of each registered op with each of its tensors."""
+    seen = set()
+    for op, args, _ in tgt_fast.testing.op_samples():
+        for at, argument in enumerate(args):
+            if isinstance(argument, Tensor) and argument.numel() and (op.name(), at) not in seen:
+                seen.add((op.name(), at))
+                yield op, args, at
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "at"),
+    list(registered_arguments()),
+    ids=lambda value: value.name().removeprefix("tgt_fast::") if hasattr(value, "name") else "",
+)
+def test_a_freed_tensor_in_a_registered_op(op: Any, args: tuple[Any, ...], at: int) -> None:
+    name = op._schema.arguments[at].name
+    given = [value.detach() if isinstance(value, Tensor) else value for value in args]
+    for make in (freed, freed_view, cut_short):
+        kind, said = refusal(op, *given[:at], make(given[at]), *given[at + 1 :])
+        assert (kind, f"the memory of {name} was freed" in said) == (ArgumentError, True), said
+
+
+def test_memory_that_is_freed_before_backward() -> None:
+    student, teacher = rows(3, 5).half(), rows(3, 5).half()
+    hidden, weight = rows(3, 4), rows(5, 4).requires_grad_()
+    z, table = rows(3, 5), rows(5, 2)
+    losses: list[tuple[Tensor, Callable[[Tensor], Tensor]]] = [
+        (student, lambda s: tgt.distillation_loss(s, teacher)),
+        (student, lambda s: tgt.distillation_loss(s, tgt.topk_teacher(teacher, 2))),
+        (hidden, lambda h: tgt.linear_distillation_loss(h, weight, teacher_logits=z, reduction="none").sum()),
+        (z, lambda x: tgt.perturb_latents(x, 1.0, sphere_radius="keep").sum()),
+        (z, lambda x: tgt.soft_embedding(x, table).sum()),
+    ]
+    for leaf, function in losses:
+        inner = leaf.clone().requires_grad_()
+        middle = inner * 1  # what is freed is no leaf, so that autograd knows nothing of it
+        result = function(middle)
+        middle.untyped_storage().resize_(0)
+        kind, said = refusal(result.backward)
+        assert kind is ArgumentError
+        assert re.search(r"backward.*freed", said)
+
+
+def test_an_upstream_gradient_that_stands_for_zeros() -> None:
+    student = rows(3, 5).requires_grad_()
+    loss = tgt.distillation_loss(student, -rows(3, 5))
+    loss.backward(torch._efficientzerotensor(()))  # type: ignore[attr-defined]
+    assert student.grad is not None
+    assert bool((student.grad == 0).all())
+
+
+@pytest.mark.parametrize("call", [name for name in CALLS if "loss" in name] + ["soft_embedding", "perturb_latents"])
+def test_a_batch_of_gradients(call: str) -> None:
+    """The old vmap of ``jacobian(vectorize=True)``, inside which tensors have no memory of their own."""
+    function, given = CALLS[call]
+    name = next(iter(given))
+    options = {"reduction": "none", "normalizer": None} if "loss" in call else {}
+    options |= {"sphere_radius": 2.0} if "perturb" in call else {}
+
+    def of(x: Tensor, **more: Any) -> Tensor:
+        made: Tensor = function(**{**given, **options, name: x, **more})
+        return made
+
+    with pytest.raises(TgtError, match="vectorize=False"):
+        torch.autograd.functional.jacobian(of, given[name], vectorize=True)
+    torch.autograd.functional.jacobian(of, given[name])
+    torch.autograd.functional.jacobian(lambda x: of(x, backend="reference"), given[name], vectorize=True)
+
+
+def test_devices_without_float64_are_refused() -> None:
+    with FakeTensorMode():
+        for device, name in itertools.product(("mps", "xpu"), ("distill", "latent", "linear", "tokens")):
+            there = torch.empty(3, 5, device=device)
+            assert all(not row.chosen for row in tgt.explain(name, there))
+            with pytest.raises(BackendError, match=f"reference computes in float64, which {device} .*CPU"):
+                tgt.distillation_loss(there, there, backend="reference")
+
+
+def test_explain_of_no_tensor() -> None:
+    with pytest.raises(DTypeError, match=r"explain.*1\.0"):
+        tgt.explain("distill", 1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("argument", ["grad", "z"])
+def test_ascent_without_its_tensors(argument: str) -> None:
+    given: dict[str, Any] = {"z": rows(3, 5), "grad": rows(3, 5), argument: None}
+    with pytest.raises(DTypeError, match=f"{argument} must be a tensor, got NoneType"):
+        tgt.ascend_latents(**given, step_size=1.0)
