@@ -26,7 +26,6 @@ from tgt_fast.kernels import select
 from tgt_fast.kernels import triton as backend_module
 from tgt_fast.kernels.native import latent as native_latent
 from tgt_fast.kernels.options import DIVERGENCES, OP_PERTURB, DistillOptions
-from tgt_fast.kernels.reference import philox4x32
 from tgt_fast.kernels.triton import distill, latent, tuning
 from tgt_fast.kernels.triton.tuning import Plan
 
@@ -166,27 +165,6 @@ def test_ascend_in_tiles(interpreted: str, norm: str, radius_norm: str | None) -
     whole = native_latent.ascend(z, grad, **options)
     tiled = latent.ascend(z, grad, **options, plan=Plan("rows", 2, 64, 1))
     torch.testing.assert_close(tiled, whole, rtol=1e-6, atol=1e-6)
-
-
-def test_the_words_of_the_stream_are_those_of_the_reference(interpreted: str) -> None:
-    from triton_words import words_kernel
-
-    generator = torch.Generator().manual_seed(0)
-    counters, keys = (torch.randint(0, 2**32, (n, 64), generator=generator) for n in (4, 2))
-    counters[:, 0] = keys[:, 0] = 2**32 - 1
-    out = torch.empty(4, 64, dtype=torch.int64)
-    words_kernel[(1,)](counters, keys, out)
-    assert torch.equal(out, torch.stack(philox4x32(tuple(counters), tuple(keys))))  # type: ignore[arg-type]
-
-
-def test_the_gumbel_numbers_of_the_stream_are_exact_at_both_ends(interpreted: str) -> None:
-    from test_headers import exact_gumbels, gumbel_words
-    from triton_words import gumbel_kernel
-
-    words = gumbel_words()
-    out = torch.empty(4096)
-    gumbel_kernel[(1,)](torch.from_numpy(words.astype("int64")), out)
-    torch.testing.assert_close(out.double(), torch.from_numpy(exact_gumbels(words)), rtol=5e-7, atol=5e-7)
 
 
 # The choice of the backend

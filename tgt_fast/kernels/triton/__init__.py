@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -57,7 +58,19 @@ def load() -> Kernels | str:
     interpreted = "Interpreted" in type(language.sum).__name__
     if interpreted != ("Interpreted" in type(distill.distill_fwd_kernel).__name__):
         return "TRITON_INTERPRET changed after Triton was imported; set it before, or not at all"
+    if interpreted:
+        reason = interpreter_trouble(*(importlib.metadata.version(name) for name in ("triton", "numpy")))
+        if reason is not None:
+            return reason
     return Kernels(distill, finish, latent, tokens, interpreted)
+
+
+def interpreter_trouble(triton: str, numpy: str) -> str | None:
+    """Why Triton's interpreter of this version cannot run with that NumPy; None when it can."""
+    of_triton, of_numpy = (tuple(int(n) for n in re.findall(r"\d+", version)[:2]) for version in (triton, numpy))
+    if of_triton == (3, 6) and of_numpy >= (2, 4):  # it takes a loop's bounds from arrays of one element
+        return f"the interpreter of Triton {triton} cannot run loops with NumPy {numpy}; pip install 'numpy<2.4'"
+    return None
 
 
 def kernels() -> Kernels:

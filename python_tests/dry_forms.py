@@ -1,0 +1,171 @@
+"""Every Triton kernel in its main forms, launched twice on a dry GPU. As a script: a process of its own, whose findings
+go to a file; Triton decides at its import whether it interprets, so the tests' own process will not do.
+
+    python dry_forms.py FINDINGS.json
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from dry_gpu import resources, tensors_on_a_dry_gpu
+
+import tgt_fast as tgt
+from tgt_fast.kernels.options import DIVERGENCES, DistillOptions
+from tgt_fast.kernels.triton import distill
+from tgt_fast.kernels.triton.tuning import Plan
+
+MODULES: Final = ("distill_kernels", "distill_finish", "latent_kernels", "tokens_kernels")
+LABELS: Final = {"no labels": (0.0, 0.0), "labels": (0.7, 0.0), "smoothed": (0.7, 0.1)}
+
+Form = Callable[[], Any]
+
+
+def main_forms() -> dict[str, Form]:
+    """Few enough to compile in a minute."""
+    made: dict[str, Form] = {}
+    kinds = [(label, dtype) for label in LABELS for dtype in (torch.float32, torch.bfloat16)]
+    calls = itertools.product(("none", *DIVERGENCES), (100, 5000))  # several rows a program, and streamed rows
+    for number, (divergence, classes) in enumerate(calls):
+        labels, dtype = kinds[number % len(kinds)]
+        if divergence == "none" and labels == "no labels":
+            labels = "labels"
+        made[f"distill: {divergence}, {classes} classes, {labels}, {dtype}"] = functools.partial(
+            distill_form, divergence, classes, dtype, labels, 1.0 + number // 2 % 2, wanted=(True, number % 3 == 0),
+            again=classes == 100,
+        )  # fmt: skip
+    made["distill: float64"] = functools.partial(distill_form, "forward_kl", 100, torch.float64, "smoothed")
+    made["distill: a row a program"] = functools.partial(distill_form, "forward_kl", 2000, torch.bfloat16, "labels")
+    for warps in (16, 32):
+        plan = Plan("stream", 1, 4096, warps)
+        made[f"distill: {warps} warps"] = functools.partial(
+            distill_form, "forward_kl", 5000, torch.float32, "labels", plan=plan, again=False
+        )
+    for reduction in ("mean", "sum", "none"):
+        made[f"distill: {reduction}"] = functools.partial(_reduced, reduction)
+    for size in (64, 20_001):
+        made[f"latent: {size}"] = functools.partial(_latents, size)
+    for dtype, gumbel, hard in (
+        (torch.float32, False, False), (torch.bfloat16, True, False), (torch.bfloat16, True, True)
+    ):  # fmt: skip
+        made[f"soft embedding: {'hard' if hard else 'soft'}, {dtype}"] = functools.partial(_soft, dtype, gumbel, hard)
+    return made
+
+
+def every_forward() -> Iterator[tuple[str, Form]]:
+    """The loss in all combinations of the options that are constants of its kernels."""
+    for classes, divergence, labels in itertools.product((100, 4096, 5000), ("none", *DIVERGENCES), LABELS):
+        if divergence == "none" and labels == "no labels":
+            continue
+        for dtype, temperature in itertools.product((torch.float32, torch.bfloat16, torch.float64), (1.0, 2.0)):
+            wants = ((False, False), (True, False), (False, True), (True, True))
+            for wanted, keep in itertools.product(wants, (False, True)):
+                name = f"{divergence}, {classes} classes, {labels}, {dtype}, T {temperature}, gradients {wanted}"
+                form = functools.partial(
+                    distill_form, divergence, classes, dtype, labels, temperature, wanted=wanted, keep=keep, again=False
+                )
+                yield name + (", state" if keep else ""), form
+
+
+def distill_form(
+    divergence: str, classes: int, dtype: torch.dtype, labels: str, temperature: float = 1.0, *,
+    wanted: tuple[bool, bool] = (True, True), keep: bool = True, again: bool = True, plan: Plan | None = None,
+) -> None:  # fmt: skip
+    """A forward, and the backward from its state."""
+    hard, smoothing = LABELS[labels]
+    soft = {"soft_weight": 0.0} if divergence == "none" else {"divergence": divergence}
+    options = DistillOptions(
+        **soft, temperature=temperature, teacher_temperature=temperature, hard_weight=hard, label_smoothing=smoothing,
+        reduction="none",
+    )  # type: ignore[arg-type]  # fmt: skip
+    student, teacher = torch.zeros(2, 6, classes, dtype=dtype)
+    target = torch.zeros(6, dtype=torch.int64) if hard else None
+    out = distill.forward(
+        student, teacher, target, None, None, options, wanted=wanted, keep_rows=keep, inplace=True, plan=plan
+    )
+    if again and out.rows is not None:
+        d_loss = out.loss if labels == "smoothed" else torch.ones(())
+        distill.backward(student, teacher, target, out.rows, d_loss, options, wanted=wanted, plan=plan)
+
+
+def _reduced(reduction: str) -> None:
+    """As users call it: means over labels and weights, statistics, and factors in backward."""
+    student, teacher = torch.zeros(2, 6, 100)
+    target = torch.zeros(6, dtype=torch.int64)
+    loss, _ = tgt.distillation_loss(
+        student.requires_grad_(), teacher, target, sample_weight=torch.ones(6), reduction=reduction, hard_weight=0.5,
+        return_stats=True, backend="triton",
+    )  # fmt: skip
+    torch.autograd.grad(loss, student, torch.ones_like(loss))
+    divisor = torch.ones(()) if reduction == "mean" else None
+    tgt.distillation_loss(student, teacher, reduction=reduction, normalizer=divisor, backend="triton")
+
+
+def _latents(size: int) -> None:
+    z, ids = torch.zeros(3, size), torch.arange(3)
+    tgt.perturb_latents(z, 1.0, seed=3, sample_ids=ids, backend="triton")
+    tgt.perturb_latents(z, 1.0, sphere_radius="keep" if size > 64 else 2.0, truncation=1.5, backend="triton")
+    for norm, radius_norm, sigma in (("l2", "l2", 0.1), ("linf", "linf", 0.0))[: 1 if size > 64 else 2]:
+        tgt.ascend_latents(
+            z, z, step_size=torch.ones(3), norm=norm, sigma=sigma, anchor=z, radius=0.5, radius_norm=radius_norm,
+            seed=torch.tensor(3), step=torch.tensor(4), backend="triton",
+        )  # fmt: skip
+    tgt.ascend_latents(z, z, step_size=1.0, backend="triton")
+
+
+def _soft(dtype: torch.dtype, gumbel: bool, hard: bool) -> None:
+    device = "meta" if hard else "cpu"  # nothing has chosen a token: on a CPU none could be taken from the table
+    rows, table = (torch.zeros(shape, dtype=dtype, device=device).requires_grad_() for shape in ((70, 600), (600, 96)))
+    out = tgt.soft_embedding(rows, table, gumbel=gumbel, hard=hard, backend="triton")
+    torch.autograd.grad(out, (rows, table), torch.ones_like(out))
+
+
+def functions() -> dict[str, Any]:
+    """Triton's kernels, by name."""
+    modules = (importlib.import_module(f"tgt_fast.kernels.triton.{module}") for module in MODULES)
+    return {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
+
+
+def run(forms: dict[str, Form], times: int = 2) -> dict[str, str]:
+    """What went wrong, by form."""
+    errors = {}
+    for name, form in forms.items():
+        for time in range(times):
+            try:
+                form()
+            except Exception as error:  # whatever it is, the others are to be seen too
+                errors[name] = f"launch {time + 1}: {type(error).__name__}: {error}"
+                break
+    return errors
+
+
+def compiled() -> list[dict[str, Any]]:
+    """What became of the kernels, those that did not load included."""
+    return [
+        {
+            "name": name, "code": kernel.asm["ttir"], "warps": kernel.metadata.num_warps,
+            "constants": {function.arg_names[place]: value for (place,), value in kernel.src.constants.items()},
+            "registers": resources(kernel.asm["cubin"])[0], "limit": kernel.metadata.maxnreg,
+        }
+        for name, function in functions().items()
+        for kernel in function.device_caches[0][0].values()
+    ]  # fmt: skip
+
+
+def main() -> None:
+    with tensors_on_a_dry_gpu() as launches:
+        errors = run(main_forms())
+        findings = {"errors": errors, "launches": launches, "names": list(functions()), "kernels": compiled()}
+    Path(sys.argv[1]).write_text(json.dumps(findings))
+
+
+if __name__ == "__main__":
+    main()
