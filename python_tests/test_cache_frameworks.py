@@ -234,6 +234,20 @@ def test_it_is_equal_in_another_process(name: str) -> None:
     assert found[0].stdout == found[1].stdout != ""
 
 
+def test_what_accelerate_puts_around_a_model_does_not_count() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = bert()
+    before = of(model)
+    hooked = accelerate.hooks.add_hook_to_module(bert(), accelerate.hooks.AlignDevicesHook(execution_device="cpu"))
+    assert of(hooked) == before
+    hooked.bert._old_forward = doubled  # under a hook, another forward than that of the class
+    hooked.bert._hf_hook = hooked._hf_hook
+    assert of(hooked) != before
+    prepared = accelerate.Accelerator(cpu=True).prepare(bert())
+    assert of(prepared) == before
+    assert before.unseen == ()
+
+
 def test_a_copy_is_the_same_teacher() -> None:
     model = bert()
     assert of(copy.deepcopy(model)) == of(model)

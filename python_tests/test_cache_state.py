@@ -282,6 +282,17 @@ def test_wrappers_are_what_is_in_them_before_and_after_they_ran(wrap: Callable[.
     assert of(wrap(RowWise(seed=1), **options)) != before
 
 
+def test_a_compiled_function_is_what_was_compiled_before_and_after_it_ran() -> None:
+    def make(k: float) -> Any:
+        return torch.compile(with_attribute(k), backend="eager")
+
+    one = make(1.0)
+    before = of(one)
+    one(torch.ones(2))
+    assert of(one) == before == of(make(1.0)) != of(make(2.0))
+    assert before.unseen == ()
+
+
 @pytest.mark.parametrize("thing", [io.StringIO("a"), iter("ab"), memoryview(b"ab"), (x for x in "ab")])
 def test_what_hides_its_state_is_named(thing: Any) -> None:
     unseen = of(Factor(thing)).unseen

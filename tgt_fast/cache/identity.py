@@ -237,6 +237,10 @@ class Identity:
             self._miss(path, thing)
 
     def _function(self, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+        original = getattr(function, "_torchdynamo_orig_callable", None)  # of a compiled function
+        if original is not None:
+            yield "", original
+            return
         self._say("function", name_of(function))
         if is_given(function.__module__):
             return

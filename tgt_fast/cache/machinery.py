@@ -54,7 +54,7 @@ _MACHINERY: Final = (
     RemovableHandle,
 )
 # What every module has: parameters, buffers and modules are walked elsewhere; the rest are hooks and the mode.
-_OF_MODULES: Final = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
+_OF_MODULES: Final = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_is_accelerate_prepared"}
 # By package and class: where a model or its settings came from, what loading it left behind, who trains it, and what a
 # graph or a script is kept as, which is taken in as code.
 _PROVENANCE: Final = {
@@ -110,6 +110,11 @@ def attributes(thing: Any) -> tuple[list[tuple[str, Any]], list[str]]:
         return [], []
     found = {name: getattr(thing, name) for name in _slots(thing) or () if hasattr(thing, name)}
     found |= getattr(thing, "__dict__", {})
+    if "_hf_hook" in found:  # accelerate moves inputs to where weights are, in a forward around that of the module
+        found |= {"forward": found.pop("_old_forward", None)}
+        del found["_hf_hook"]
+        if getattr(found["forward"], "__func__", None) is getattr(type(thing), "forward", None):
+            del found["forward"]
     left_out, own = _left_out(type(thing)), is_own(type(thing).__module__)
     is_settings = ("transformers", "PreTrainedConfig") in _bases(type(thing))
     kept, doubtful = [], []

@@ -42,7 +42,10 @@ def name_of(thing: Any) -> str:
 def is_bound(function: types.BuiltinFunctionType | types.MethodWrapperType) -> bool:
     """Whether a function in another language is a method of some object, as ``table.get`` is."""
     owner = getattr(function, "__self__", None)
-    return owner is not None and not isinstance(owner, (type, types.ModuleType)) and type(owner).__name__ != "PyCapsule"
+    if owner is None or isinstance(owner, (type, types.ModuleType)):
+        return False
+    kind = type(owner)
+    return kind.__name__ != "PyCapsule" and kind.__module__ != "pybind11_builtins"  # where their own code is kept
 
 
 def source_of(function: types.FunctionType) -> str:
