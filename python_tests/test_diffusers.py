@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,7 +18,7 @@ pytest.importorskip("diffusers")
 from diffusers import AutoencoderKL
 
 import tgt_fast as tgt
-from tgt_fast.errors import ArgumentError
+from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.teacher import DiffusersTeacher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -131,3 +132,51 @@ def test_what_is_no_range_or_no_autoencoder_is_refused() -> None:
     bare.config = object()  # type: ignore[assignment]
     with pytest.raises(ArgumentError, match="scaling_factor"):
         DiffusersTeacher(bare, labeler())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool], ids=str)
+def test_images_of_integers_are_refused_with_what_to_do(dtype: torch.dtype) -> None:
+    pixels = (PIXELS * 255).to(dtype)
+    with pytest.raises(DTypeError, match=r"got torch\.\w+; of uint8 make x\.float\(\) / 255 where"):
+        tgt.LatentSampler(DiffusersTeacher(autoencoder(), labeler()), units="absolute")(pixels)
+    teacher = DiffusersTeacher(autoencoder(), labeler(), value_range=(-1.0, 1.0))
+    with pytest.raises(DTypeError, match=r"x\.float\(\) \* \(2 / 255\) \+ \(-1\)"):
+        teacher.encode(pixels)
+    eight = (PIXELS * 255).to(torch.uint8)
+    torch.testing.assert_close(teacher.encode(eight.float() * (2 / 255) + (-1)).z, teacher.encode(eight / 127.5 - 1).z)
+
+
+def test_images_of_another_range_warn() -> None:
+    teacher = DiffusersTeacher(autoencoder(), labeler())
+    for wrong in (PIXELS * 255, (PIXELS - 0.45) / 0.22):
+        with pytest.warns(UserWarning, match=r"images have values from .* value_range says \(0\.0, 1\.0\)"):
+            teacher.encode(wrong)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        teacher.encode(PIXELS * 1.2 - 0.1)  # what interpolation overshoots
+        DiffusersTeacher(autoencoder(), labeler(), value_range=(0.0, 255.0)).encode(PIXELS * 255)
+
+
+@pytest.mark.parametrize(
+    ("sides", "factor", "back"), [((17, 16), 2, (16, 16)), ((8, 31), 2, (8, 30)), ((18, 24), 4, (16, 24))]
+)
+def test_images_that_would_come_back_in_another_size_are_refused(
+    sides: tuple[int, int], factor: int, back: tuple[int, int]
+) -> None:
+    levels = factor.bit_length()
+    options = {
+        "block_out_channels": (8,) * levels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
+    vae = autoencoder(**options)
+    teacher = DiffusersTeacher(vae, labeler())
+    images = torch.rand(2, 3, *sides)
+    with torch.no_grad():  # which is what the autoencoder itself does, in silence
+        assert vae.decode(vae.encode(images).latent_dist.mode()).sample.shape[-2:] == back
+    message = rf"{sides[0]} x {sides[1]} would come back as {back[0]} x {back[1]}.*multiples of {factor}"
+    with pytest.raises(ShapeError, match=message) as refused:
+        teacher.encode(images)
+    padding = tuple(map(int, str(refused.value).split("pad(x, (")[1].split(")")[0].split(", ")))
+    padded = torch.nn.functional.pad(images, padding)
+    assert teacher.decode(teacher.encode(padded)).shape == padded.shape

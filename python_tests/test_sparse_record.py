@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from types import ModuleType
 
 import pytest
@@ -208,3 +209,79 @@ def test_on_a_device_such_an_entry_is_dropped(
             with pytest.raises(ArgumentError, match=message):
                 tgt.distillation_loss(student, record)
             monkeypatch.delenv("TGT_FAST_CHECK_RECORDS")
+
+
+# What is no log-probability
+
+
+def listed(values: str, scale: float = 3.0, shift: float = 0.0) -> TeacherTopK:
+    """The top 4 of 70 classes, as logits, probabilities or what they should be."""
+    t = scale * logits(5, 70, 1) + shift
+    ids = t.topk(4).indices
+    made = {"logits": t, "probabilities": t.softmax(-1), "log-probabilities": t.log_softmax(-1)}[values]
+    return TeacherTopK(ids, made.gather(-1, ids), None, 1.0, 70)
+
+
+def taken(record: TeacherTopK, linear: bool, backend: str, **options: object) -> torch.Tensor:
+    student = logits(5, 70, 0)
+    if linear:
+        return tgt.linear_distillation_loss(student, torch.eye(70), teacher_logits=record, backend=backend, **options)  # type: ignore[arg-type, call-overload, no-any-return]
+    return tgt.distillation_loss(student, record, backend=backend, **options)  # type: ignore[arg-type, call-overload, no-any-return]
+
+
+@tails
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "hidden states"])
+@pytest.mark.parametrize("values", ["logits", "probabilities"])
+def test_logits_and_probabilities_in_a_record_are_refused(
+    host_backend: str, values: str, linear: bool, tail: str
+) -> None:
+    record = dataclasses.replace(listed(values), tail=tail)
+    message = (
+        "seem to be probabilities: pass their log" if values == "probabilities" else r"are they logits\? Pass log_soft"
+    )
+    with pytest.raises(ArgumentError, match=rf"log_probs\[0\] = \[.*no log-probabilities.*{message}"):
+        taken(record, linear, host_backend)
+    with pytest.raises(ArgumentError, match=message):
+        record.check()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        right = dataclasses.replace(listed("log-probabilities"), tail=tail)
+        assert taken(right.check(), linear, host_backend).isfinite()
+        narrow = dataclasses.replace(right, log_probs=right.log_probs.to(torch.bfloat16))
+        assert taken(narrow.check(), linear, host_backend).isfinite()
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "hidden states"])
+def test_rows_that_do_not_count_may_hold_anything(host_backend: str, linear: bool) -> None:
+    record = listed("log-probabilities")
+    record.log_probs[2] = 0.0  # what a collate function pads with
+    record.log_probs[4, 1] = 7.0
+    counted = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0])
+    loss = taken(record, linear, host_backend, sample_weight=counted)
+    assert torch.equal(loss, taken(listed("log-probabilities"), linear, host_backend, sample_weight=counted))
+    target = torch.where(counted > 0, 0, -100)
+    assert taken(record, linear, host_backend, target=target, hard_weight=1.0).isfinite()
+    with pytest.raises(ArgumentError, match=r"log_probs\[2\] = \[0, 0, 0, 0\]"):
+        taken(record, linear, host_backend)
+    record.log_probs[:] = math.nan
+    assert taken(record, linear, host_backend).isnan()
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "hidden states"])
+def test_logits_that_are_all_negative_warn(linear: bool) -> None:
+    """As those of some language models: their mass is nearly 0, and what a record derives as its tail nearly 1."""
+    record = listed("logits", shift=-60.0)
+    with pytest.warns(UserWarning, match=r"below log\(1 / 70\).*are log_probs logits\?"):
+        taken(record, linear, "auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        taken(
+            dataclasses.replace(record, tail="renormalize"), linear, "auto"
+        )  # the right loss: rows are divided by their sum
+        flat = torch.zeros(5, 70, dtype=torch.bfloat16).log_softmax(-1)  # each class its share, rounded
+        taken(TeacherTopK(torch.arange(4).expand(5, 4), flat[:, :4], None, 1.0, 70), linear, "auto")
+
+
+def test_a_compiled_call_looks_at_the_entries_too() -> None:
+    with pytest.raises(ArgumentError, match="no log-probabilities"):
+        torch.compile(tgt.distillation_loss, backend="eager", fullgraph=True)(logits(5, 70, 0), listed("logits"))

@@ -13,7 +13,7 @@ from tgt_fast.kernels.reference.linear import record_of, vocabulary_of
 from tgt_fast.kernels.vocabulary import Vocabulary
 from tgt_fast.ops import _checks
 from tgt_fast.ops._distill_arguments import check_classes, check_row_values, check_rows
-from tgt_fast.ops._sparse_library import check_ids
+from tgt_fast.ops._sparse_library import check_entries, check_ids
 from tgt_fast.ops._sparse_record import TeacherTopK, check_options
 from tgt_fast.ops.vocabulary import check_labels_exist, check_vocabulary, check_vocabulary_values
 
@@ -144,6 +144,7 @@ def check_values(t: LinearTensors, heads: LinearOptions, options: DistillOptions
     record = record_of(t, heads)
     if record is not None and heads.record_classes is not None:
         check_ids(OP, record, heads.record_classes, t.target, t.sample_weight, options)
+        check_entries(OP, record, t.target, t.sample_weight, options)
         if mapped and record.tail != "renormalize":
             _check_tail(vocabulary_of(t, heads), heads.record_classes)
 

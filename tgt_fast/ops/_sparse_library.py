@@ -18,6 +18,8 @@ from tgt_fast.ops._distill_arguments import check_values as check_targets
 from tgt_fast.ops._distill_autograd import Call, Distill
 from tgt_fast.ops._distill_library import dense_rows, distill_scale_
 from tgt_fast.ops._packing import DIVISOR, OPTIONS, or_nothing, packed, unpacked
+from tgt_fast.ops._record_values import check_log_probs, warn_of_small_log_probs
+from tgt_fast.ops._sparse_record import TeacherTopK
 
 _TENSORS = "Tensor student, Tensor ids, Tensor log_probs, Tensor? tail_log_prob, Tensor? target, Tensor? sample_weight"
 
@@ -65,14 +67,39 @@ def check_ids(
     """That the rows that count list classes that exist, each once."""
     if options.soft_weight == 0:
         return
-    counted = torch.ones(record.ids.shape[0], dtype=torch.bool)
-    if target is not None:
-        counted &= target != options.ignore_index
-    if sample_weight is not None:
-        counted &= sample_weight != 0
-    found = find_bad_id(record.ids, record.log_probs, classes, counted)
+    found = find_bad_id(record.ids, record.log_probs, classes, counted_rows(record, target, sample_weight, options))
     if found is not None:
         raise ArgumentError(bad_id(op, record.ids, *found, classes))
+
+
+def check_entries(
+    op: str, record: Listed, target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions
+) -> None:
+    """On a CPU: that the rows that count hold log-probabilities."""
+    if options.soft_weight > 0 and _checks.on_plain_cpu(record.log_probs):
+        check_log_probs(op, record.log_probs, counted_rows(record, target, sample_weight, options))
+
+
+def warn_where_small(
+    op: str, record: TeacherTopK, listed: Listed, target: Tensor | None, sample_weight: Tensor | None,
+    options: DistillOptions, *, stacklevel: int,
+) -> None:  # fmt: skip
+    """On a CPU, of a record whose tail was derived: say so where its entries are too small to be the likeliest."""
+    derived = record.tail_log_prob is None and record.tail != "renormalize" and record.k < record.num_classes
+    if derived and options.soft_weight > 0 and _checks.on_plain_cpu(listed.log_probs):
+        counted = counted_rows(listed, target, sample_weight, options)
+        warn_of_small_log_probs(op, listed.log_probs, record.num_classes, counted, stacklevel=stacklevel + 1)
+
+
+def counted_rows(
+    record: Listed, target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions
+) -> Tensor | None:
+    """The rows that enter the loss, bool [N]; None: all."""
+    counted = None if target is None else target != options.ignore_index
+    if sample_weight is not None:
+        weighed = sample_weight != 0
+        counted = weighed if counted is None else counted & weighed
+    return counted
 
 
 def _choose(backend: str, *tensors: Tensor | None) -> str:
@@ -92,6 +119,7 @@ def _forward(
     chosen = _choose(backend, student, ids, log_probs, tail_log_prob)
     if chosen == "reference" and _checks.on_plain_cpu(student):
         check_values(student, record, target, sample_weight, options)
+    check_entries(OP, record, target, sample_weight, options)
     out = select.kernel("sparse", chosen).forward(
         student, record, target, sample_weight, divisor if normalizer is None else normalizer, options,
         wanted=wanted, keep_rows=keep_rows,

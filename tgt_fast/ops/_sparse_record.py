@@ -17,6 +17,7 @@ from tgt_fast.kernels.native.sparse import bad_id, find_bad_id
 from tgt_fast.kernels.options import SPARSE_DIVERGENCES, TAILS, DistillOptions
 from tgt_fast.ops import _checks
 from tgt_fast.ops._readable import all_readable
+from tgt_fast.ops._record_values import check_log_probs
 
 OP: Final = "TeacherTopK"
 SMALL: Final = 1e-30
@@ -49,7 +50,8 @@ class TeacherTopK:
 
     Raises:
         ShapeError, DTypeError, DeviceError, ArgumentError: with the offending values. Ids that repeat or lie out of
-            range are found by :meth:`check` and, on a CPU, by the loss.
+            range, and logits or probabilities in the place of log-probabilities, are found by :meth:`check` and, on a
+            CPU, by the loss. Where no row lists a class with its share of the mass, 1 / C, the loss warns.
 
     Rows are selected as those of a tensor (``record[2:5]``, ``record[mask]``), ``len`` counts them, and a record is a
     node of PyTorch's pytrees.
@@ -131,13 +133,15 @@ class TeacherTopK:
         """Looks at the values, which on a device waits for it, and returns the record.
 
         Raises:
-            ArgumentError: an id that is out of range or listed twice in its row, with row and value.
+            ArgumentError: an id that is out of range or listed twice in its row, or entries that are no
+                log-probabilities, with row and value.
         """
         all_readable(OP, ids=self.ids, log_probs=self.log_probs)
         ids, log_probs = self.ids.reshape(-1, self.k), self.log_probs.reshape(-1, self.k)
         found = find_bad_id(ids.to(torch.int64), log_probs, self.num_classes, None)
         if found is not None:
             raise ArgumentError(bad_id(OP, ids, *found, self.num_classes))
+        check_log_probs(OP, log_probs, None)
         return self
 
     def rest(self) -> Tensor | None:

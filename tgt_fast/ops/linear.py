@@ -11,7 +11,9 @@ from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.kernels import select
 from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, DistillStats, LinearOptions, LinearTensors
 from tgt_fast.kernels.reference import linear as reference_linear
+from tgt_fast.kernels.reference.linear import record_of
 from tgt_fast.ops import _checks
+from tgt_fast.ops._adapters import warn_of_adapters
 from tgt_fast.ops._distill_arguments import as_mask, make_options
 from tgt_fast.ops._linear_arguments import (
     OP,
@@ -26,6 +28,7 @@ from tgt_fast.ops._linear_autograd import Call, Linear
 from tgt_fast.ops._linear_library import Direct, chosen, packed_heads
 from tgt_fast.ops._linear_library import linear_distillation_loss as linear_distillation_loss_op
 from tgt_fast.ops._packing import packed
+from tgt_fast.ops._sparse_library import warn_where_small
 from tgt_fast.ops._sparse_record import TeacherTopK, check_where_asked
 from tgt_fast.ops.library import seen_by_dispatcher, split, without_autocast
 
@@ -214,6 +217,10 @@ def linear_distillation_loss(
     A teacher's head that requires grad gets one, at the cost of time and of memory of its size: pass
     ``weight.detach()`` where the teacher is not trained. A warning says so once a process.
 
+    Of a head with adapters (LoRA on ``lm_head``) ``head.weight`` is the weight underneath, which would leave them out
+    of the loss and untrained: pass ``head.weight + head.get_delta_weight("default")``, a V x H matrix more, or take
+    :func:`tgt_fast.distillation_loss` of the model's logits. A warning says so once a head, where PEFT is in use.
+
     Gradients are made together with the loss, those that are asked for, and scaled in backward. In float16, and for
     ``"none"`` with a gradient to a weight or bias, backward makes them, from logits computed again; so does a second
     backward over the same graph. Sums over rows are kept in float32. Deterministic as far as PyTorch's matrix product
@@ -259,6 +266,7 @@ def linear_distillation_loss(
     )  # fmt: skip
     check_tensors(given, normalizer, heads, options)
     warn_of_trained_teacher(teacher_weight, teacher_bias)
+    warn_of_adapters(OP, student_weight, teacher_weight)
     if record is not None:
         check_where_asked(record)
     shape = student_hidden.shape[:-1]
@@ -279,6 +287,9 @@ def linear_distillation_loss(
         loss, stats = run_dispatched(tensors, normalizer, heads, options, return_stats, backend)
     else:
         check_values(tensors, heads, options)
+        entries = record_of(tensors, heads)
+        if record is not None and entries is not None:
+            warn_where_small(OP, record, entries, tensors.target, tensors.sample_weight, options, stacklevel=2)
         run = _run_reference if all_at_once(tensors, backend) else run_in_chunks
         loss, stats = run(tensors, normalizer, heads, options, return_stats, backend)
 

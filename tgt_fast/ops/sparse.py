@@ -17,7 +17,7 @@ from tgt_fast.ops._distill_arguments import OP, as_mask, check_classes, check_in
 from tgt_fast.ops._distill_autograd import Call, Distill
 from tgt_fast.ops._distill_library import dense_rows
 from tgt_fast.ops._packing import packed
-from tgt_fast.ops._sparse_library import Bound, check_values
+from tgt_fast.ops._sparse_library import Bound, check_entries, check_values, warn_where_small
 from tgt_fast.ops._sparse_library import sparse_distillation_loss as sparse_distillation_loss_op
 from tgt_fast.ops._sparse_record import LARGE, SMALL, TeacherTopK, check_options, check_where_asked
 from tgt_fast.ops.library import seen_by_dispatcher, split
@@ -136,6 +136,8 @@ def sparse_distillation_loss(
         if inplace:
             check_inplace(student_logits, student)
         listed = Listed(ids, log_probs, rest, record.tail)
+        check_entries(OP, listed, target, sample_weight, options)
+        warn_where_small(OP, record, listed, target, sample_weight, options, stacklevel=3)
         tensors = [student, ids, log_probs] if rest is None else [student, ids, log_probs, rest]
         chosen = select.choose("sparse", backend, tensors)
         arguments = (student, listed, target, sample_weight, normalizer, options)

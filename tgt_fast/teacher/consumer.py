@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels.select import BACKENDS
 from tgt_fast.ops import _checks
+from tgt_fast.ops._adapters import with_adapters
 from tgt_fast.ops.tokens import soft_embedding
 from tgt_fast.teacher.alignment import align_vocabularies
 from tgt_fast.teacher.key import Key
@@ -172,6 +173,7 @@ class Consumer:
                 f"{_OP}: a gradient reaches the {self.name} through its table of input embeddings: give "
                 f"{self.name}_embedding=, a module with a weight, or a {self.name} with get_input_embeddings()"
             )
+        weight = with_adapters(self.embedding, weight)
         # In eval mode nobody trains the table, and its gradient would cost a matrix product.
         return weight if self.embedding.training else weight.detach()
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tgt_fast._optional import optional
-from tgt_fast.errors import ArgumentError
+from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.teacher.teacher import Prior, Teacher
-from tgt_fast.teacher.value_range import Range, checked_range, moved
+from tgt_fast.teacher.value_range import Range, checked_images, checked_range, moved
 
 _OP: Final = "DiffusersTeacher"
 _ITS_RANGE: Final = (-1.0, 1.0)  # the values that these autoencoders are trained on
@@ -37,11 +37,12 @@ class DiffusersTeacher(Teacher):
             float16 overflows. It then stays float32. bfloat16 is left alone. Autocast is switched off with it.
         prior, labeler_transform, student_transform, max_batch: of :class:`tgt_fast.Teacher`.
 
-    Images are floating point, of any such dtype; they come back, like the latents, in the autoencoder's. Not yet run on
-    a GPU.
+    Images are floating point, of any such dtype; they come back, like the latents, in the autoencoder's. Their sides
+    are multiples of the factor by which the autoencoder shrinks them. Not yet run on a GPU.
 
     Raises:
         ArgumentError: a range that is none, or an autoencoder without a ``scaling_factor``.
+        DTypeError, ShapeError: from ``encode``: images of integers (uint8), or of sides that would not come back.
 
     >>> import torch, tgt_fast as tgt
     >>> from diffusers import AutoencoderKL
@@ -122,6 +123,8 @@ class _Autoencoder:
         self._factors = self.scaling / torch.tensor(deviations, dtype=torch.float64).reshape(1, -1, 1, 1)
 
     def encode(self, x: Tensor) -> Tensor:
+        checked_images(_OP, x, self.value_range, slack=0.5)
+        self._check_size(x)
         with self._precision(x):
             posterior = self.vae.encode(moved(self._cast(x), self.value_range, _ITS_RANGE)).latent_dist  # type: ignore[operator]
             z: Tensor = posterior.mode()
@@ -133,6 +136,22 @@ class _Autoencoder:
             x: Tensor = self.vae.decode(z / self._factors.to(z) + self._means.to(z)).sample  # type: ignore[operator]
             x = moved(x, _ITS_RANGE, self.value_range)
         return x if relaxed or not self.clamp else x.clamp(*self.value_range)
+
+    def _check_size(self, x: Tensor) -> None:
+        """That images come back as large as they are: each level of the autoencoder halves them, and rounds down."""
+        levels = getattr(self.vae.config, "block_out_channels", None)
+        if levels is None or x.ndim != 4:
+            return
+        factor = 2 ** (len(levels) - 1)
+        sides = tuple(x.shape[-2:])
+        made = tuple(side // factor * factor for side in sides)
+        if made != sides:
+            right, below = (-side % factor for side in reversed(sides))
+            raise ShapeError(
+                f"{_OP}: images of {sides[0]} x {sides[1]} would come back as {made[0]} x {made[1]}: this autoencoder "
+                f"needs sides that are multiples of {factor}; resize them where the loader makes them, or pad them, "
+                f"torch.nn.functional.pad(x, (0, {right}, 0, {below}))"
+            )
 
     def _cast(self, x: Tensor) -> Tensor:
         # At each call: whoever moves the teacher's parent to float16 moves the autoencoder, too.

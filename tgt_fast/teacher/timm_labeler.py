@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tgt_fast._optional import optional
 from tgt_fast.errors import ArgumentError
-from tgt_fast.teacher.value_range import Range, checked_range, moved
+from tgt_fast.teacher.value_range import Range, checked_images, checked_range, moved
 
 _OP: Final = "TimmLabeler"
 _MODES: Final = {"bilinear", "bicubic"}  # the differentiable ones that can be antialiased
@@ -81,7 +81,12 @@ class TimmLabeler(nn.Module):
         return cls(optional("timm", "timm", _OP).create_model(name, **(model_options or {})), **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, c, h, w] -> logits [B, C]; differentiable."""
+        """Images [B, c, h, w] -> logits [B, C]; differentiable.
+
+        Raises:
+            DTypeError: images of integers.
+        """
+        checked_images(_OP, x, self.value_range, slack=8.0)  # unclamped images of a decoder that is pushed go far
         if self.size is not None and tuple(x.shape[-2:]) != self.size:
             x = F.interpolate(x, self.size, mode=self.mode, antialias=True)
         x = moved(x, self.value_range, (0.0, 1.0))

@@ -1,0 +1,88 @@
+"""Adapters of PEFT on a layer, of which its ``weight`` says nothing: that is the weight of the layer underneath."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import warnings
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+_SEARCHES: Final = 16  # a process; a head whose memory moves at each step is then no longer looked for
+_looked_for: set[tuple[int, tuple[int, ...]]] = set()
+
+
+def with_adapters(layer: nn.Module | None, weight: Tensor) -> Tensor:
+    """The weight that the layer multiplies by: with what its active adapters add, if they can say it."""
+    if layer is None or not _is_adapted(layer) or not hasattr(layer, "get_delta_weight"):
+        return weight
+    for name in _active(layer):
+        weight = weight + layer.get_delta_weight(name).to(weight)  # type: ignore[operator]
+    return weight
+
+
+def warn_of_adapters(op: str, student: Tensor, teacher: Tensor | None) -> None:
+    """Say so where a head's weight is that of a layer under active adapters, which a loss from hidden states misses.
+
+    Looked for once a head, through all objects, and only where PEFT is in use. A teacher's adapters are spoken of where
+    none is trained: the base weight of a model whose adapters are is its teacher in self-distillation.
+    """
+    if _layer_type() is None or torch.compiler.is_compiling():
+        return
+    for name, weight in (("student_weight", student), ("teacher_weight", teacher)):
+        if weight is None or type(weight) not in (Tensor, nn.Parameter) or weight.device.type == "meta":
+            continue
+        key = (weight.data_ptr(), tuple(weight.shape))
+        if key in _looked_for or len(_looked_for) >= _SEARCHES:
+            continue
+        _looked_for.add(key)
+        found = [layer for layer in _layers_on(weight) if _active(layer)]
+        if name == "teacher_weight":
+            found = [layer for layer in found if not any(p.requires_grad for p in layer.parameters())]
+        for layer in found[:1]:
+            adapters, instead = _active(layer), ""
+            if hasattr(layer, "get_delta_weight"):
+                parts = ["head.weight", *(f"head.get_delta_weight({adapter!r})" for adapter in adapters)]
+                instead = f"pass {name}={' + '.join(parts)}, head being that layer, or "
+            warnings.warn(
+                f"{op}: {name} is the weight under the adapters {adapters} of a layer ({type(layer).__module__}."
+                f"{type(layer).__name__}), which this loss neither sees nor trains; {instead}take distillation_loss of "
+                "the model's own logits",
+                stacklevel=3,
+            )
+
+
+def _layer_type() -> type | None:
+    module = sys.modules.get("peft.tuners.tuners_utils")
+    return getattr(module, "BaseTunerLayer", None)
+
+
+def _is_adapted(layer: Any) -> bool:
+    # By the classes it is made of: isinstance() asks some objects, and they may answer by importing things.
+    return _layer_type() in type(layer).__mro__
+
+
+def _active(layer: Any) -> list[str]:
+    """The adapters that the layer's forward adds to its base."""
+    if layer.disable_adapters or layer.merged:
+        return []
+    known = layer._get_available_adapters()
+    return [name for name in layer.active_adapters if name in known]
+
+
+def _layers_on(weight: Tensor) -> list[Any]:
+    """The linear layers with adapters whose base has this weight, or the memory of it."""
+    found = []
+    for thing in gc.get_objects():
+        if not _is_adapted(thing):
+            continue
+        base = thing.get_base_layer()
+        own = getattr(base, "weight", None)
+        # An embedding may share its memory with a head that has no adapters.
+        if isinstance(base, nn.Embedding) or not isinstance(own, Tensor) or own.shape != weight.shape:
+            continue
+        if own.data_ptr() == weight.data_ptr() and own.device == weight.device:
+            found.append(thing)
+    return found
