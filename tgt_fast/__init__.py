@@ -7,6 +7,7 @@ core is loaded at first use.
 
 from __future__ import annotations
 
+from tgt_fast import _interrupted  # noqa: F401  (first: the others take seconds)
 from tgt_fast.cache import Fingerprint, TeacherCache, teacher_fingerprint
 from tgt_fast.explore import LatentSampler, Synthetic
 from tgt_fast.kernels.native import release_buffers

@@ -49,10 +49,14 @@ def isolated_rng(seed: int | None = None, *, cuda: bool = True) -> Iterator[None
     """What runs inside leaves the global generators as they were; with a seed, it starts from that seed."""
     before = get_rng_state(cuda=cuda)
     try:
-        if seed is not None:
-            torch.manual_seed(seed)
-            np.random.seed(seed % 2**32)
-            random.seed(seed)
-        yield
-    finally:
+        try:
+            if seed is not None:
+                torch.manual_seed(seed)
+                np.random.seed(seed % 2**32)
+                random.seed(seed)
+            yield
+        finally:
+            set_rng_state(before)
+    except BaseException:  # perhaps an interruption of set_rng_state()
         set_rng_state(before)
+        raise

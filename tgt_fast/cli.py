@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tgt_fast import _interrupted
 from tgt_fast.errors import TgtError
 
 # Those of bench/nouns.py, which imports all that it measures
@@ -15,9 +16,11 @@ BENCH_OPS = ("distill", "latent", "explore", "linear", "sparse", "tokens", "cont
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 (it could not be done), 2 (misuse), 130 (interrupted)."""
-    parser = _parser()
-    given = parser.parse_args(arguments)
+    given = None
     try:
+        _interrupted.leave_to_main()
+        _results().clear()
+        given = _parser().parse_args(arguments)
         if given.command == "doctor":
             _doctor()
         elif given.command == "cache":
@@ -32,10 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tgt-fast: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        # A benchmark writes its file after every case and a cache what it has; the others write at the end.
-        kept = given.command in ("bench", "cache")
-        print("tgt-fast: interrupted" + ("" if kept else "; nothing was written"), file=sys.stderr)
-        return 130
+        kept = given is not None and given.command == "cache"  # what it has
+        written = ", ".join(map(str, _results()))
+        _interrupted.say("" if kept else f"after it wrote {written}" if written else _interrupted.NOTHING)
+        return _interrupted.STATUS
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         sys.stderr.close()
         return 1
@@ -198,6 +201,12 @@ def _add_cache(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         ("verify", "compare all checksums; exit status 1: some are torn"),
     ):
         verbs.add_parser(verb, help=does).add_argument("folder", type=Path, help="of the cache")
+
+
+def _results() -> dict[Path, None]:
+    """What was written so far; the module is imported by commands that write."""
+    written: dict[Path, None] = getattr(sys.modules.get("tgt_fast.report.output"), "written", {})
+    return written
 
 
 def _seeds(text: str) -> list[int]:

@@ -58,7 +58,7 @@ class Crew:
                     result = future.result()
                 except BrokenProcessPool as error:
                     raise WorkerError(
-                        "a worker process died (killed, or out of memory?); nothing was written"
+                        "a worker process died (killed, or out of memory?); no result was written"
                     ) from error
                 then(result)
 

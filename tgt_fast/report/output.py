@@ -12,6 +12,8 @@ from typing import Any
 from tgt_fast.errors import ArgumentError
 from tgt_fast.train.files import make_writable, replace_file
 
+written: dict[Path, None] = {}  # what was put in its place in this process, in that order
+
 NEEDED_BYTES = 8 << 20  # a page with its plots takes 1 to 3 MB
 
 
@@ -54,7 +56,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    replace_file(path, lambda file: file.write(content))
+    _replace(path, content)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -64,7 +66,25 @@ def write_json(path: Path, value: Any) -> None:
         CheckpointError: it cannot be written.
     """
     text = json.dumps(_standard(value), indent=2, allow_nan=False) + "\n"
-    replace_file(path, lambda file: file.write(text.encode()))
+    _replace(path, text.encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    before = _identity(path)
+    try:
+        replace_file(path, lambda file: file.write(content))
+    finally:  # an interruption may come when it has its name already
+        if _identity(path) not in (None, before):
+            written[path] = None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Another file is another one; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _standard(value: Any) -> Any:

@@ -27,6 +27,7 @@ from tgt_fast.teacher.sharing import refuse_shared
 from tgt_fast.train import checkpoint
 from tgt_fast.train.data import BatchStream, module_device, to_device
 from tgt_fast.train.files import make_writable
+from tgt_fast.train.rng import turn
 
 BEST_WEIGHTS = "best.safetensors"
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
@@ -134,7 +135,8 @@ def fit(
         resume: go on from the checkpoint in ``checkpoint_dir``; start anew where there is none.
         seed: None draws from the global random generators, and moves them. With a seed the run has its own
             numbers (torch, numpy, Python) and leaves the global ones as they were: its result does not depend
-            on what ran before.
+            on what ran before. Those generators are one each in a process: beside a run with a seed no other thread
+            can run fit, nor may it draw from them.
         progress: show a bar.
         columns: ``(ids, x, y)``, where they are in a batch: each an index, a key of a dict or another Mapping, or
             None for what there is not; x may be a tuple of keys, and is then a dict of them. By default the length
@@ -147,7 +149,8 @@ def fit(
     Raises:
         ArgumentError: an option out of range, an optimizer over parameters that the objective's teacher keeps frozen,
             a monitored metric that ``evaluate`` does not return, an empty loader, a batch that can be read in more
-            than one way, or a ``checkpoint_dir`` that holds another run's checkpoint while ``resume`` is False.
+            than one way, a ``checkpoint_dir`` that holds another run's checkpoint while ``resume`` is False, or a run
+            in another thread while one of the two has a seed.
         CheckpointError: the folder cannot be written (found out before the first step, or later when the disk
             is full), or its checkpoint is damaged or of another run; student and checkpoint are left as they
             were.
@@ -170,7 +173,7 @@ def fit(
         refuse_shared("fit", teacher, student, optimizer)
     folder = _checked_folder(checkpoint_dir, resume)
     run = _Run(student, objective, BatchStream(loader), parts, optimizer, scheduler)
-    with nullcontext() if seed is None else isolated_rng(seed):
+    with turn("fit", seeded=seed is not None), nullcontext() if seed is None else isolated_rng(seed):
         if folder is not None and resume and checkpoint.has_checkpoint(folder):
             run.load(folder)
             checkpoint.remove_unnamed(folder)  # of a process that was killed as it removed them

@@ -19,6 +19,7 @@ from tgt_fast.demos.docstrings.teachers import TeacherWeights
 from tgt_fast.demos.text.vocabulary import word_pieces
 from tgt_fast.errors import ArgumentError
 from tgt_fast.losses.distill import DistillationLoss
+from tgt_fast.teacher.modes import eval_mode
 from tgt_fast.train import agreement, class_accuracy, class_thirds, mean_kl
 from tgt_fast.train.rng import isolated_rng
 
@@ -182,10 +183,8 @@ def _loss(
 @torch.no_grad()
 def logits_of(student: Student, texts: Texts) -> Tensor:
     """float32 [N, C], in eval mode."""
-    student.eval()
-    found = torch.cat([student(as_input(ids)) for ids in torch.split(texts.ids, 256)])
-    student.train()
-    return found
+    with eval_mode(student):
+        return torch.cat([student(as_input(ids)) for ids in torch.split(texts.ids, 256)])
 
 
 def _accuracy(student: Student, texts: Texts) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tgt_fast.demos.lm.data import Batches, Windows
 from tgt_fast.demos.lm.models import LanguageModel
 from tgt_fast.ops.linear import linear_distillation_loss
+from tgt_fast.teacher.modes import eval_mode
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # hidden states, ids, x, y -> loss
 
@@ -31,13 +32,11 @@ def next_token_loss(hidden: Tensor, head: Tensor, y: Tensor, reduction: str = "m
 @torch.no_grad()
 def bits_per_byte(model: LanguageModel, windows: Windows, bytes_of: Tensor) -> float:
     """The mean number of bits that the next byte costs: what a token costs, over the bytes it stands for."""
-    training = model.training
-    model.eval()
-    nats = math.fsum(
-        float(next_token_loss(model(part[:, :-1]), model.head, part[:, 1:], "none").double().sum())
-        for part in torch.split(windows.tokens, 16)
-    )
-    model.train(training)
+    with eval_mode(model):
+        nats = math.fsum(
+            float(next_token_loss(model(part[:, :-1]), model.head, part[:, 1:], "none").double().sum())
+            for part in torch.split(windows.tokens, 16)
+        )
     return nats / math.log(2) / int(bytes_of[windows.y].sum())
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tgt_fast.demos.text.layer import Layer
+from tgt_fast.teacher.modes import eval_mode
 
 
 class Tower(nn.Module):
@@ -33,11 +34,9 @@ class Tower(nn.Module):
     @torch.inference_mode()
     def embed(self, ids: Tensor, batch: int = 256) -> Tensor:
         """The vectors of any number of texts, without dropout."""
-        before = self.training
-        self.eval()
         order = (ids != 0).sum(1).argsort()
-        found = torch.cat([self(ids[rows]) for rows in torch.split(order, batch)])
-        self.train(before)
+        with eval_mode(self):
+            found = torch.cat([self(ids[rows]) for rows in torch.split(order, batch)])
         made = torch.empty_like(found)
         made[order] = found
         return made
