@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tgt_fast.cache.arguments import with_numbers
 from tgt_fast.cache.index import MISSING, Ids, Places
 from tgt_fast.cache.outputs import OP
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
@@ -26,9 +27,10 @@ def as_ids(given: SampleIds) -> Ids:
     """int64 on the host.
 
     Raises:
-        DTypeError, ShapeError, ArgumentError: they are no sample ids.
+        DTypeError, ShapeError, ArgumentError, DeviceError: they are no sample ids.
     """
     if isinstance(given, Tensor):
+        given = with_numbers(OP, "sample_ids", given)
         if given.dtype != torch.int64:
             if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
                 raise DTypeError(f"{OP}: sample_ids must be integers, got {given.dtype}")

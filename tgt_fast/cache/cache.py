@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tgt_fast.cache.arguments import as_folder, as_loader, flag
 from tgt_fast.cache.asking import SampleIds, as_ids, ask, lacking
 from tgt_fast.cache.fingerprint import Fingerprint, teacher_fingerprint, warn_of_unseen
 from tgt_fast.cache.index import MISSING, Ids, Places
@@ -119,6 +120,7 @@ class TeacherCache:
             version=version,
         )  # fmt: skip
         warn_of_unseen(fingerprint)
+        readonly, checksums = flag(OP, "readonly", readonly), flag(OP, "checksums", checksums)
         shard_bytes = _checks.integer(OP, "shard_bytes", shard_bytes, 1, 1 << 40)
         shard_seconds = _checks.number(OP, "shard_seconds", shard_seconds, 0.0, 1e9)
         self._start(
@@ -133,6 +135,7 @@ class TeacherCache:
         Raises:
             CacheError: there is none, or it cannot be read.
         """
+        checksums = flag(OP, "checksums", checksums)
         made = cls.__new__(cls)
         made._start(folder, None, None, writable=False, shard_bytes=1, shard_seconds=0.0, checksums=checksums)
         return made
@@ -144,7 +147,7 @@ class TeacherCache:
         fingerprint: Fingerprint | None,
         **options: Any,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = as_folder(OP, folder)
         self._teacher = teacher
         self._stayed = ""  # why it is not in this process
         self._store: Store | None = None
@@ -271,7 +274,7 @@ class TeacherCache:
             raise CacheError(f"{OP}: {self.folder} was opened to be read")
         if batch_size is not None:
             batch_size = _checks.integer(OP, "batch_size", batch_size, 1, 2**31)
-        parts, added = Columns(OP, columns, needs_ids=True), 0
+        parts, added, loader = Columns(OP, columns, needs_ids=True), 0, as_loader(OP, loader)
         with tqdm(loader, desc="teacher cache", unit="batch", disable=not progress) as bar:
             for batch in bar:
                 given, x, _ = parts.split(batch)

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 
+from tgt_fast.cache.arguments import as_transforms, flag
 from tgt_fast.cache.identity import Identity
 from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels.options import TAILS
@@ -111,7 +112,7 @@ def teacher_fingerprint(
     identity = Identity(latents=latents)
     if teacher is not None:
         identity.add("teacher", teacher)
-    identity.add("transforms", tuple(transforms))
+    identity.add("transforms", as_transforms(op, transforms))
     parts["weights"] = identity.weights
     parts["code"] = identity.code if version is None else None
     parts["version"] = version
@@ -147,7 +148,7 @@ def checked_settings(
         "k": k,
         "temperature": None if k is None else temperature,
         "tail": None if k is None else tail,
-        "latents": bool(latents),
+        "latents": flag(op, "latents", latents),
         "dtype": name,
     }
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from tgt_fast.cache.arguments import with_numbers
 from tgt_fast.cache.layout import CLASS_IDS, Layout
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.ops import _checks
@@ -49,6 +50,7 @@ class Settings:
         elif latents is not None:
             raise ArgumentError(f"{OP}: this cache stores no latents; make it with latents=True")
         for name, x in tensors.items():
+            with_numbers(OP, name, x)
             if x.shape[0] != n:
                 raise ShapeError(f"{OP}: {n} sample ids, but {name} {tuple(x.shape)}")
         return Layout.of(tensors, classes), tensors
