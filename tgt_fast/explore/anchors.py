@@ -82,7 +82,7 @@ class PoolBuilder:
         if self._named not in (None, ids is not None):
             raise ArgumentError("calibrate: some batches have ids and others have none")
         self._named = ids is not None
-        ids = torch.arange(self._seen, self._seen + len(labels)) if ids is None else ids.to(torch.int64)
+        ids = torch.arange(self._seen, self._seen + len(labels), device="cpu") if ids is None else ids.to(torch.int64)
         self._seen += len(labels)
         rows = []
         for row, label in enumerate(labels.tolist()):
@@ -91,7 +91,7 @@ class PoolBuilder:
                 self._kept[label] = seen + 1
                 rows.append(row)
         if rows:
-            keep = torch.tensor(rows)
+            keep = torch.tensor(rows, device="cpu")
             self._latents.append(tree.take(latents, keep))
             for kept, given in ((self._labels, labels), (self._ids, ids)):
                 kept.append(given.to(latents.z.device)[keep.to(latents.z.device)])

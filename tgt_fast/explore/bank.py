@@ -81,7 +81,7 @@ class LatentBank:
         """New places for the chains of a visit, except those evicted, or visited again, since then."""
         current = [row for row, chain in enumerate(chains) if self._visits.get(chain) == visit]
         if len(current) < len(chains):
-            latents = tree.take(latents, torch.tensor(current, dtype=torch.int64))
+            latents = tree.take(latents, torch.tensor(current, dtype=torch.int64, device="cpu"))
         self._write([chains[row] for row in current], latents, None)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -89,7 +89,7 @@ class LatentBank:
         if self._store is None or not self._slots:
             return {}
         latents, anchors = self.get(list(self._slots))
-        state = {"bank_chains": torch.tensor(list(self._slots)), "bank_latents": latents.z}
+        state = {"bank_chains": torch.tensor(list(self._slots), device="cpu"), "bank_latents": latents.z}
         if latents.mask is not None:
             state["bank_mask"] = latents.mask
         if latents.source is not None:
@@ -137,7 +137,7 @@ class LatentBank:
         """Room for ``needed`` chains, at the latents' length and on their device."""
         store = self._store
         if store is None:
-            store = tree.take(latents, torch.zeros(0, dtype=torch.int64))
+            store = tree.take(latents, torch.zeros(0, dtype=torch.int64, device="cpu"))
             self._anchors = None if anchors is None else anchors[:0]
         store, old = _moved(store, latents.z.device), self._anchors
         carries = [(x.mask is None, x.source is None) for x in (store, latents)]

@@ -20,8 +20,8 @@ class StreamingStd:
 
     def __init__(self) -> None:
         self._count: Tensor | None = None  # per coordinate, as the mask may hide different positions
-        self._mean = torch.empty(0)
-        self._squares = torch.empty(0)
+        self._mean = torch.empty(0, device="cpu")
+        self._squares = torch.empty(0, device="cpu")
 
     def update(self, latents: Latents) -> None:
         z = latents.z.detach().double()

@@ -24,8 +24,8 @@ class Counters:
         self._place_given = _checked_place(rank, world_size)
         self.seed = seed_tensor(seed)
         with torch.inference_mode(False):  # normal tensors, which may be counted up in any mode
-            self.step = torch.tensor(0)
-            self.next_id = torch.tensor(0)
+            self.step = torch.tensor(0, device="cpu")
+            self.next_id = torch.tensor(0, device="cpu")
         self.stride = 0  # ids set aside for each rank a call, where there are several
 
     def key(
@@ -82,7 +82,7 @@ class Counters:
 def seed_tensor(seed: int) -> Tensor:
     """0-d int64, a normal tensor in any mode."""
     with torch.inference_mode(False):
-        return torch.tensor(checked_integer("seed", seed, -(2**63), 2**63 - 1))
+        return torch.tensor(checked_integer("seed", seed, -(2**63), 2**63 - 1), device="cpu")
 
 
 def _checked_place(rank: int | None, world_size: int | None) -> tuple[int, int] | None:

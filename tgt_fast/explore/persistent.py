@@ -100,7 +100,7 @@ def _starts_anew(bank: LatentBank, key: Key, chains: list[int], options: Sampler
     # Against an integer: as float32 the largest words would round up to 2^32.
     coin = words(key, OP_RESTART)[0] < round(options.restart_probability * 2**32)
     unknown = [chain not in bank for chain in chains]
-    return coin | torch.tensor(unknown, dtype=torch.bool)
+    return coin | torch.tensor(unknown, dtype=torch.bool, device=coin.device)
 
 
 def _in_order(parts: list[Latents], order: Tensor) -> Latents:
@@ -123,7 +123,7 @@ def _moved(
     count = key.ids.shape[0]
     parts = []
     for replica in range(options.replicas):
-        rows = torch.arange(replica * count, (replica + 1) * count)
+        rows = torch.arange(replica * count, (replica + 1) * count, device="cpu")
         anchor = None if anchors is None else tree.take(anchors, rows)
         mine = tree.take(start, rows)
         parts.append(step_up(mine, tree.take(slope, rows), anchor, scale, key.of_replica(replica), options))

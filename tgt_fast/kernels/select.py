@@ -98,7 +98,7 @@ def explain(op: str, *tensors: Tensor) -> list[Verdict]:
         if not isinstance(tensor, Tensor):
             raise DTypeError(f"explain: {op!r} is asked about tensors, got {tensor!r}")
     if not tensors:
-        tensors = (torch.empty(0),)
+        tensors = (torch.empty(0, device="cpu"),)
     default = requested("auto")
     rows: list[Verdict] = []
     taken = False

@@ -22,8 +22,10 @@ def same_count(op: str, name: str, rows: Tensor, group: Any) -> None:
     """On a CPU, where it costs no synchronisation: ShapeError unless every process brings as many rows."""
     if rows.device.type != "cpu":
         return
-    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(counts, torch.tensor([rows.shape[0]]), group=group)
+    counts = [
+        torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(torch.distributed.get_world_size(group))
+    ]
+    torch.distributed.all_gather(counts, torch.tensor([rows.shape[0]], device=rows.device), group=group)
     found = [int(count) for count in counts]
     if len(set(found)) > 1:
         raise ShapeError(f"{op}: the processes bring {found} rows of {name}; they must bring equally many")

@@ -151,8 +151,8 @@ def check_values(t: LinearTensors, heads: LinearOptions, options: DistillOptions
 
 def _check_tail(vocabulary: Vocabulary, classes: int) -> None:
     """That every class of a record is shared, so that its tail is the mass of shared classes alone."""
-    own = torch.arange(classes) if vocabulary.back is None else vocabulary.back
-    lost = torch.zeros(classes, dtype=torch.bool) if vocabulary.unused is None else vocabulary.unused
+    own = torch.arange(classes, device="cpu") if vocabulary.back is None else vocabulary.back
+    lost = torch.zeros(classes, dtype=torch.bool, device="cpu") if vocabulary.unused is None else vocabulary.unused
     if vocabulary.missing is not None:
         lost = lost | vocabulary.missing[own]
     if bool(lost.any()):

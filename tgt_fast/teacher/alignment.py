@@ -64,7 +64,7 @@ def align_vocabularies(source: Any, target: Any, *, minimum_overlap: float = 0.2
         if place not in other_special:  # of two spellings of one text the lower id stays
             found[(begins, token if text is None else text)] = place
     lower = not any(text != text.lower() for _, text in found)
-    ids = torch.full((1 + max(mine.values(), default=0),), -1)
+    ids = torch.full((1 + max(mine.values(), default=0),), -1, device="cpu")
     ordinary, hits = len(mine) - len(special), 0
     for token, place in mine.items():
         if place in special:

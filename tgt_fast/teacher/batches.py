@@ -145,7 +145,7 @@ def _as_tensor(part: Any) -> Any:
     if isinstance(part, np.ndarray) and part.dtype.kind in "biuf":
         return torch.from_numpy(part)
     if isinstance(part, (list, tuple)) and part and all(isinstance(one, (int, np.integer)) for one in part):
-        return torch.tensor([int(one) for one in part])
+        return torch.tensor([int(one) for one in part], device="cpu")
     return part
 
 

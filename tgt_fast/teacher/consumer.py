@@ -161,10 +161,11 @@ class Consumer:
             tokenizers = self.generator.tokenizer, self.space.tokenizer
             spelled = dict(enumerate(align_vocabularies(*tokenizers, minimum_overlap=how.minimum_overlap).spelled))
         bags = [spelled.get(token, ()) for token in range(classes)]
-        lengths = torch.tensor([len(bag) for bag in bags])
+        lengths = torch.tensor([len(bag) for bag in bags], device="cpu")
         readable = lengths > 0
         readable[[token for token in self.generator.special if token < classes]] = False
-        return torch.tensor([token for bag in bags for token in bag]), lengths.cumsum(0) - lengths, readable
+        ids = torch.tensor([token for bag in bags for token in bag], device="cpu")
+        return ids, lengths.cumsum(0) - lengths, readable
 
     def _weight(self) -> Tensor:
         weight = getattr(self.embedding, "weight", None)

@@ -119,8 +119,8 @@ class _Autoencoder:
         means, deviations = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
         if means is None or deviations is None:
             means, deviations = (getattr(config, "shift_factor", None) or 0.0,), (1.0,)
-        self._means = torch.tensor(means, dtype=torch.float64).reshape(1, -1, 1, 1)
-        self._factors = self.scaling / torch.tensor(deviations, dtype=torch.float64).reshape(1, -1, 1, 1)
+        self._means = torch.tensor(means, dtype=torch.float64, device="cpu").reshape(1, -1, 1, 1)
+        self._factors = self.scaling / torch.tensor(deviations, dtype=torch.float64, device="cpu").reshape(1, -1, 1, 1)
 
     def encode(self, x: Tensor) -> Tensor:
         checked_images(_OP, x, self.value_range, slack=0.5)

@@ -212,7 +212,9 @@ class Teacher(nn.Module):
         if not self.decoder_takes_key:
             key = None
         elif key is None:
-            key = Key(torch.tensor(0), torch.arange(latents.z.shape[0], device=latents.z.device), 0)
+            key = Key(
+                torch.tensor(0, device=latents.z.device), torch.arange(latents.z.shape[0], device=latents.z.device), 0
+            )
         with named_range("decode"):
             pieces = tree.chunks((latents, key), self.max_batch)
             return self.join([self._decode(*piece, relaxed) for piece in pieces])

@@ -66,7 +66,7 @@ class TokenSpace:
         longest = max(map(len, rows))
         ids = [row + [self.pad] * (longest - len(row)) for row in rows]
         mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
-        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        return {"input_ids": torch.tensor(ids, device="cpu"), "attention_mask": torch.tensor(mask, device="cpu")}
 
     def contents(self, x: dict[str, Tensor]) -> list[list[int]]:
         """The ids of each text that are real and not special."""

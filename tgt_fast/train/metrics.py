@@ -34,7 +34,7 @@ def class_thirds(class_counts: Sequence[int] | Tensor) -> tuple[Tensor, Tensor, 
     >>> [third.tolist() for third in class_thirds([5, 50, 20, 1])]
     [[1, 2], [0], [3]]
     """
-    counts = torch.as_tensor(class_counts).cpu()
+    counts = torch.as_tensor(class_counts, device="cpu")
     if counts.dim() != 1 or counts.numel() < 3 or bool((counts < 0).any()):
         raise ArgumentError(
             f"class_counts: expected at least 3 non-negative counts in one dimension, got {class_counts}"

@@ -34,7 +34,7 @@ def workspace(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Memory on a CPU, contiguous. A large piece of it the core uses again from call to call."""
     bytes_needed = math.prod(shape) * dtype.itemsize
     if bytes_needed < _LARGE:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(core().Buffer(bytes_needed), dtype=dtype).view(shape)
 
 
@@ -77,7 +77,7 @@ def forward(
     d_teacher = gradient_like(teacher) if wanted[1] else None
     compiled = core()
     state = empty_state(student, teacher) if keep_rows else None
-    stats = torch.empty(6, rows, dtype=accumulate) if want_stats else None
+    stats = torch.empty(6, rows, dtype=accumulate, device="cpu") if want_stats else None
     status, row = compiled.distill_forward(
         core_options(compiled, options), rows, classes, matrix(student), matrix(teacher), pointer(target),
         pointer(weight), -1.0 if normalizer is None else float(normalizer), pointer(row_loss), pointer(loss),

@@ -77,7 +77,7 @@ def forward(
     if wanted:
         d_student = student.detach() if inplace else gradient_like(student)
     compiled = core()
-    state = torch.empty(rows, compiled.SPARSE_ROW_STATE, dtype=torch.float64) if keep_rows else None
+    state = torch.empty(rows, compiled.SPARSE_ROW_STATE, dtype=torch.float64, device="cpu") if keep_rows else None
     status, row = compiled.sparse_forward(
         core_options(compiled, options), rows, classes, matrix(student), record_of(record), pointer(target),
         pointer(weight), -1.0 if normalizer is None else float(normalizer), pointer(row_loss), pointer(loss),
@@ -88,7 +88,7 @@ def forward(
     if status == compiled.BAD_WEIGHT and weight is not None:
         raise ArgumentError(bad_weight(row, float(weight[row])))
     if status == compiled.BAD_ID:
-        alone = torch.zeros(rows, dtype=torch.bool).scatter(0, torch.tensor([row]), True)
+        alone = torch.arange(rows, device="cpu") == row
         found = find_bad_id(record.ids, record.log_probs, classes, alone)
         assert found is not None
         raise ArgumentError(bad_id(OP, record.ids, *found, classes))

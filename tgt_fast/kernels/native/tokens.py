@@ -97,15 +97,15 @@ def soft_forward(
 ) -> tuple[Tensor, SoftState | None]:
     """softmax((logits + noise) / tau) @ table a chunk of rows at a time; with ``keep`` what backward needs."""
     job = _Soft(logits, table, options, seed, sample_ids, step, replica)
-    state = torch.empty(2, job.count, dtype=job.dtype)
-    chosen = torch.empty(job.count if options.hard else 0, dtype=torch.int64)
+    state = torch.empty(2, job.count, dtype=job.dtype, device="cpu")
+    chosen = torch.empty(job.count if options.hard else 0, dtype=torch.int64, device="cpu")
     kernel = core().tokens_soft_forward
     if options.hard:
         if job.count:
             job.call(kernel, slice(0, job.count), state, None, chosen.data_ptr())
         out = taken(table, chosen)
     else:
-        wide = torch.empty(job.count, table.shape[1], dtype=job.dtype)
+        wide = torch.empty(job.count, table.shape[1], dtype=job.dtype, device="cpu")
         weights = job.buffer()
         for at in job.chunks(job.rows):
             job.call(kernel, at, state, weights, 0)
@@ -133,7 +133,7 @@ def soft_backward(
     rows = state.rows.contiguous()
     d_logits = workspace(logits.shape, logits.dtype) if wanted[0] else None
     soft_table = wanted[1] and not options.hard
-    d_table = torch.zeros(table.shape, dtype=job.dtype) if soft_table else None
+    d_table = torch.zeros(table.shape, dtype=job.dtype, device="cpu") if soft_table else None
     weights = job.buffer() if soft_table else None
     # The slope of a chunk lies where its gradient will be written over it, or in memory of its own.
     slope = job.buffer() if d_logits is not None and d_logits.dtype != job.dtype else None

@@ -60,7 +60,7 @@ def _words(seed: Word, sample_ids: Tensor, blocks: int, step: Word, replica: Wor
         (op << 28) | step,
     )
     words = philox4x32(counter, (seed & _MASK32, (seed >> 32) & _MASK32))
-    return torch.stack([torch.as_tensor(word) for word in words], dim=-1)
+    return torch.stack([torch.as_tensor(word, device=sample_ids.device) for word in words], dim=-1)
 
 
 def standard_normal(
