@@ -22,6 +22,7 @@ from tgt_fast.explore.gradient import checked_student, climb
 from tgt_fast.explore.options import Adjustable, SamplerOptions, checked_integer, fixed
 from tgt_fast.explore.persistent import visit_chains
 from tgt_fast.explore.prior import prior_latents
+from tgt_fast.explore.processes import warn_of_foreign_chains, warn_of_own_chains, warn_of_shards
 from tgt_fast.explore.state import SamplerState, checked_state
 from tgt_fast.explore.synthetic import Synthetic
 from tgt_fast.kernels.options import MAX_SAMPLE_ID
@@ -261,7 +262,8 @@ class LatentSampler(Adjustable):
 
         Args:
             loader: batches ``x``, ``(x,)``, ``(x, y)`` or ``(ids, x, y)``. In data parallel runs give every
-                rank the same data, or load one rank's state, so that all measure in the same unit.
+                rank the same data, or load one rank's state, so that all measure in the same unit; what is seen
+                to be one rank's part of the data warns.
             per_class: anchors kept a class, the first ones (balanced anchors only; class: y, or, where y is
                 missing or negative, the labeler's argmax; ``Synthetic.anchor_ids`` are the loader's ids, or, where it
                 gives none, places in it, counted from 0).
@@ -290,17 +292,25 @@ class LatentSampler(Adjustable):
         scale = std.result()
         self._pool = None if pool is None else pool.build()
         self.scale = scale
+        if self.options.needs_scale:
+            warn_of_shards(loader, scale)
         return self
 
     def state_dict(self) -> dict[str, Tensor | int]:
-        """What a resumed run needs to go on with the same numbers: tensors and ints, not the teacher's."""
+        """What a resumed run needs to go on with the same numbers: tensors and ints, not the teacher's.
+
+        In persistent mode the chains are this process's alone: with several, save every rank's state. The first one's
+        warns, as frameworks save that one alone.
+        """
         counters = self._counters
         state: dict[str, Tensor | int] = {"version": 1, **self.options.fingerprint(), "stride": counters.stride}
         for name in ("seed", "step", "next_id"):
             state[name] = getattr(counters, name).clone()
         if self.scale is not None:
             state["scale"] = self.scale.clone()
-        state |= self._bank.state_dict()
+        if len(self._bank):
+            warn_of_own_chains(counters.place)
+            state |= {"rank": counters.place[0], "world_size": counters.place[1], **self._bank.state_dict()}
         if self._pool is not None:
             state |= self._pool.state_dict()
         return state
@@ -308,7 +318,7 @@ class LatentSampler(Adjustable):
     @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
         """Take over a :meth:`state_dict`, the seed included; the options stay this sampler's (a schedule may have
-        changed its sigma, step size, steps or radius).
+        changed its sigma, step size, steps or radius). Chains of another rank than this one warn.
 
         Raises:
             CheckpointError: contents that are missing or foreign, or a sampler of another mode, units, norm or
@@ -316,6 +326,8 @@ class LatentSampler(Adjustable):
         """
         checked: SamplerState = checked_state(state, self.options)
         counters = self._counters
+        if len(checked.bank) and checked.place is not None:
+            warn_of_foreign_chains(checked.place, counters.place)
         counters.seed, counters.step, counters.next_id = checked.seed, checked.step, checked.next_id
         counters.stride = checked.stride
         self.scale, self._bank, self._pool = checked.scale, checked.bank, checked.pool

@@ -16,6 +16,7 @@ from tgt_fast.teacher import Latents
 
 _COUNTERS: Final = ("seed", "step", "next_id")
 _BANK: Final = ("bank_chains", "bank_latents", "bank_mask", "bank_source", "bank_anchors")
+_PLACE: Final = ("rank", "world_size")
 _POOL: Final = ("pool_latents", "pool_mask", "pool_source", "pool_labels", "pool_ids")
 
 
@@ -27,6 +28,7 @@ class SamplerState:
     stride: int
     scale: Tensor | None
     bank: LatentBank
+    place: tuple[int, int] | None  # the rank whose chains these are, and of how many; None: it was not saved
     pool: AnchorPool | None
 
 
@@ -40,7 +42,8 @@ def checked_state(state: Any, options: SamplerOptions) -> SamplerState:
         raise CheckpointError(f"LatentSampler: a state is a dict, got {type(state).__name__}")
     _check_names(state, options)
     mine = options.fingerprint()
-    for name in ("version", "stride", *mine):
+    placed = [name for name in _PLACE if name in state]
+    for name in ("version", "stride", *placed, *mine):
         if isinstance(state[name], bool) or not isinstance(state[name], int) or state[name] < 0:
             raise CheckpointError(f"LatentSampler: {name} must be a non-negative integer, got {state[name]!r}")
     if state["version"] != 1:
@@ -66,7 +69,8 @@ def checked_state(state: Any, options: SamplerOptions) -> SamplerState:
     bank = LatentBank(options.bank_size)
     bank.load_state_dict({name: _tensor(state, name) for name in _BANK if name in state})
     seed, step, next_id = (state[name].clone() for name in _COUNTERS)
-    return SamplerState(seed, step, next_id, state["stride"], scale, bank, _pool(state))
+    place = (state["rank"], state["world_size"]) if placed else None
+    return SamplerState(seed, step, next_id, state["stride"], scale, bank, place, _pool(state))
 
 
 def _shown(name: str, saved: int) -> str:
@@ -79,7 +83,9 @@ def _check_names(state: dict[str, Any], options: SamplerOptions) -> None:
     allowed = needed | {"scale"}
     has_bank, has_pool = any(name in state for name in _BANK), any(name in state for name in _POOL)
     if options.mode == "persistent":
-        allowed |= set(_BANK)
+        allowed |= {*_BANK, *_PLACE}
+        if any(name in state for name in _PLACE):
+            needed |= set(_PLACE)
         if has_bank:
             needed |= {"bank_chains", "bank_latents"} | ({"bank_anchors"} if options.radius is not None else set())
     if options.anchors == "balanced":
