@@ -173,7 +173,7 @@ def _add_cache(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     build.add_argument("folder", type=Path, help="of the cache; made if need be")
-    for name, gives in (("teacher", "a teacher"), ("data", "batches (ids, x, ...)")):
+    for name, gives in (("teacher", "a teacher"), ("data", "batches (ids, x) or (ids, x, y)")):
         build.add_argument(
             f"--{name}", required=True, metavar="MODULE:FACTORY", default=argparse.SUPPRESS,
             help=f"a function without arguments that returns {gives}",
