@@ -220,6 +220,18 @@ def test_micro_batches_of_one_step_hold_copies_apart() -> None:
     assert tgt.TGTObjective(teacher).occurrences(parts) == [None, None]
 
 
+@MODES
+def test_copies_are_counted_beside_the_data(mode: str) -> None:
+    expected = explore(sampler_for(mode)).latents.z.detach()
+    sampler, student = sampler_for(mode), toys.student()
+    torch.set_default_device("meta")
+    try:
+        made = sampler(EXAMPLES[ROWS], student=student, sample_ids=IDS[ROWS], step=4)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(made.latents.z.detach(), expected)
+
+
 def test_compiled_exploration_gives_copies_their_own_noise() -> None:
     plain, fast = (sampler_for("gradient", compile=compiled) for compiled in (False, True))
     torch.testing.assert_close(explore(fast).latents.z, explore(plain).latents.z, rtol=1e-4, atol=1e-5)

@@ -118,7 +118,8 @@ class LatentSampler(Adjustable):
     backward of persistent mode, within ``torch.backends.cudnn.flags(enabled=False)``.
 
     On a CUDA device persistent mode reads ids and step back to the host once a call; the other modes do not
-    synchronise.
+    synchronise, but for ``repeats="error"`` and calls of more than 2**16 synthetic examples with ids of yours, whose
+    copies could be too many.
 
     >>> import torch, tgt_fast as tgt
     >>> from torch import nn
