@@ -15,7 +15,7 @@ from text_kit import KINDS, TEXTS, one, text_teacher
 from transformers import AutoModelForSeq2SeqLM
 
 import tgt_fast as tgt
-from tgt_fast.errors import ArgumentError
+from tgt_fast.errors import ArgumentError, DTypeError
 from tgt_fast.teacher import Generation, Latents, Seq2SeqTeacher
 from tgt_fast.train.rng import get_rng_state
 
@@ -215,3 +215,23 @@ def test_arguments_that_make_no_sense_are_refused() -> None:
     broken = teacher.encode(teacher.tokenize(TEXTS))
     with pytest.raises(ArgumentError, match="not finite"):
         teacher.decode(Latents(broken.z * torch.nan, broken.mask, broken.source))
+
+
+NO_DATA: list[Any] = [
+    TEXTS, tuple(TEXTS), "a text", torch.ones(2, 4, dtype=torch.int64), [torch.ones(2, 4, dtype=torch.int64)], None,
+    {"input_ids": [[1, 2], [1, 2]], "attention_mask": [[1, 1], [1, 1]]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("x", NO_DATA, ids=lambda x: type(x).__name__)
+def test_what_is_no_data_says_how_to_make_some(x: Any) -> None:
+    teacher, student = text_teacher(KINDS[0])
+    draw = sampler(teacher)
+    calls = [
+        lambda: draw(x, sample_ids=IDS[:2]),
+        lambda: teacher.encode(x), lambda: teacher.label(x), lambda: teacher.student_view(x), lambda: teacher.texts(x),
+        lambda: tgt.TGTObjective(teacher)(student, x),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(DTypeError, match=r"Seq2SeqTeacher: .*teacher\.tokenize\(texts\)"):
+            call()

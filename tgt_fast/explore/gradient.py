@@ -14,8 +14,9 @@ from torch import Tensor
 from tgt_fast._ranges import named_range
 from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.explore.draws import over_coordinates
-from tgt_fast.explore.guard import left_as_found, unwrapped, what_runs
+from tgt_fast.explore.guard import left_as_found, unwrapped
 from tgt_fast.explore.options import SamplerOptions
+from tgt_fast.explore.student import logits_of, refuse_labeler
 from tgt_fast.ops.distill import distillation_loss
 from tgt_fast.ops.latent import ascend_latents
 from tgt_fast.teacher import Latents, Teacher, tree
@@ -37,11 +38,7 @@ def checked_student(teacher: Teacher, student: Student | None) -> Student:
     if not callable(student):
         raise ArgumentError(f"LatentSampler: student must be callable, got {type(student).__name__}")
     student = unwrapped(student)
-    if any(what_runs(student) is what_runs(part) for part in (teacher, teacher.labeler)):
-        raise ArgumentError(
-            "LatentSampler: the student is the teacher's labeler, so their disagreement is identically 0; "
-            "pass the model that is being trained"
-        )
+    refuse_labeler("LatentSampler", teacher, student)
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         raise ArgumentError("LatentSampler: gradient mode needs gradients, which torch.inference_mode() forbids")
     return student
@@ -131,7 +128,8 @@ def _slope_traced(
 def _disagreement(teacher: Teacher, student: Student, latents: Latents, key: Key, options: SamplerOptions) -> Tensor:
     x = teacher.decode(latents, relaxed=True, key=key)
     theirs = teacher.label(x)
-    ours = checked_logits(student(teacher.student_view(x)), latents.z.shape[0], "student")
+    ours = logits_of("LatentSampler", student, teacher.student_view(x))
+    ours = checked_logits(ours, latents.z.shape[0], "student")
     if ours.shape[-1] != theirs.shape[-1]:
         raise ShapeError(f"LatentSampler: the student has {ours.shape[-1]} classes, the labeler {theirs.shape[-1]}")
     loss = distillation_loss(

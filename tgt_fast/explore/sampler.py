@@ -234,6 +234,7 @@ class LatentSampler(Adjustable):
                 labeler's.
         """
         not_recorded("LatentSampler")
+        self.teacher.check_data(x)
         if sample_ids is None and self.mode == "persistent":
             raise ArgumentError("LatentSampler: persistent mode keeps one chain an example: pass sample_ids=")
         where = tree.batch_size(x), tree.first_device(x)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tgt_fast._optional import optional
-from tgt_fast.errors import ArgumentError
+from tgt_fast.errors import ArgumentError, DTypeError
 from tgt_fast.ops import _checks
 from tgt_fast.teacher.consumer import Consumer, Relaxation, TextClassifier
 from tgt_fast.teacher.generation import Generation
@@ -184,12 +184,31 @@ class Seq2SeqTeacher(Teacher):
         made: TextData = {**space.tokenize(texts)}
         return made | self._generator.tokens_beside(list(texts))
 
+    def check_data(self, x: TextData) -> None:
+        """
+        Raises:
+            DTypeError: strings, a tensor, or tokens that are no tensors.
+        """
+        if not isinstance(x, Mapping):
+            found = f"{type(x).__name__} of strings" if _holds_strings(x) else type(x).__name__
+            raise DTypeError(
+                f"{_OP}: data are a dict of tensors, input_ids and attention_mask, got {found}; pass "
+                "teacher.tokenize(texts), or what the tokenizer gives with padding=True, return_tensors='pt'"
+            )
+        for name in ("input_ids", "attention_mask"):
+            if name in x and not isinstance(x[name], Tensor):
+                raise DTypeError(
+                    f"{_OP}: {name} must be a tensor, got {type(x[name]).__name__}; pass teacher.tokenize(texts), or "
+                    "call the tokenizer with padding=True, return_tensors='pt'"
+                )
+
     def texts(self, x: TextData) -> list[str]:
         """The strings of a batch of data, from the generator's tokens; special tokens are left out.
 
         Raises:
             ArgumentError: relaxed data, which stand for no one text.
         """
+        self.check_data(x)
         return self._generator.texts(x)
 
     def changes(self, before: TextData, after: TextData) -> dict[str, float]:
@@ -210,6 +229,10 @@ class Seq2SeqTeacher(Teacher):
     def join(self, pieces: Sequence[TextData]) -> TextData:
         """Batches one after the other, padded on the right to the longest."""
         return self._generator.join(pieces)
+
+
+def _holds_strings(x: Any) -> bool:
+    return isinstance(x, str) or (isinstance(x, (list, tuple)) and all(isinstance(one, str) for one in x))
 
 
 def _table(model: Any, given: nn.Module | None) -> nn.Module | None:

@@ -177,6 +177,9 @@ class Teacher(nn.Module):
         lines = [f"{name}={_name_of(part)}" for name, part in self._parts.items()]
         return ", ".join([*lines, f"max_batch={self.max_batch}"])
 
+    def check_data(self, x: Inputs) -> None:
+        """An error that says what to do where ``x`` cannot be data at all; of any teacher a tensor or a pytree can."""
+
     @torch.no_grad()
     def encode(self, x: Inputs) -> Latents:
         """``Enc(x)``: data, a pytree of B examples -> :class:`Latents` of B examples, without a graph.
@@ -184,6 +187,7 @@ class Teacher(nn.Module):
         Raises:
             ShapeError, DTypeError: the encoder gave another number of examples, or no floating-point latents.
         """
+        self.check_data(x)
         self._keep_frozen()
         with named_range("encode"):
             return tree.concat([self._encode(piece) for piece in tree.chunks(x, self.max_batch)])
@@ -241,6 +245,7 @@ class Teacher(nn.Module):
         Raises:
             ShapeError, DTypeError: the labeler changed the batch size, or gave no floating-point logits.
         """
+        self.check_data(x)
         self._keep_frozen()
         with named_range("label"), torch.set_grad_enabled(torch.is_grad_enabled() and tree.requires_grad(x)):
             return tree.concat([self._label(piece) for piece in tree.chunks(x, self.max_batch)])
@@ -257,6 +262,7 @@ class Teacher(nn.Module):
         transform = self._parts["student_transform"]
         if transform is None:
             return x
+        self.check_data(x)
         self._keep_frozen()
         view = transform(x)
         _same_batch("student_transform", tree.batch_size(x), tree.batch_size(view, "student_transform's output"))

@@ -31,6 +31,7 @@ from tgt_fast._rng import get_rng_state, set_rng_state
 from tgt_fast.errors import ArgumentError, CheckpointError
 from tgt_fast.train.codec import decode, encode
 from tgt_fast.train.files import make_writable, replace_file, reported, write_tensors
+from tgt_fast.train.names import under_names_of, under_own_names
 
 MANIFEST = "checkpoint.json"
 _FORMAT, _VERSION = "tgt_fast.checkpoint", 1
@@ -75,9 +76,9 @@ def save_checkpoint(
 ) -> Path:
     """Save a training state, so that ``load_checkpoint`` continues it bit for bit on the same machine.
 
-    Saved are ``student.state_dict()``, the states of the other objects given, those of the global random
-    number generators (torch, numpy, Python), ``step`` and ``extra``. The teacher is not: it is frozen, and
-    yours to build again.
+    Saved are ``student.state_dict()``, without the names that ``torch.compile`` puts in, the states of the other
+    objects given, those of the global random number generators (torch, numpy, Python), ``step`` and ``extra``. The
+    teacher is not: it is frozen, and yours to build again.
 
     Args:
         directory: the folder; made if it is missing. It holds one checkpoint, the last.
@@ -151,7 +152,7 @@ def load_checkpoint(
     # The data first, since finding its place may move the global generators, which are set last.
     parts = {"data": data, "sampler": sampler, "scheduler": scheduler, "optimizer": optimizer}
     try:
-        weights = decode(state["student"], tensors)
+        weights = under_names_of(student.state_dict(), decode(state["student"], tensors))
         rng = decode(state["rng"], tensors)
         checkpoint = Checkpoint(_steps(state["step"]), decode(state["extra"], tensors))
         states = {name: _decode_part(name, part, state[name], tensors) for name, part in parts.items()}
@@ -221,7 +222,7 @@ def _encode_all(
     try:
         state = {
             "step": steps,
-            "student": encode(dict(student.state_dict()), "student", tensors),
+            "student": encode(under_own_names(student.state_dict()), "student", tensors),
             "rng": encode(get_rng_state(), "rng", tensors),
             "extra": encode(extra, "extra", tensors),
         }

@@ -20,13 +20,16 @@ from tqdm import tqdm
 from tgt_fast._ranges import named_range
 from tgt_fast._rng import isolated_rng
 from tgt_fast.errors import ArgumentError, CheckpointError
+from tgt_fast.explore.student import refuse_labeler
 from tgt_fast.teacher import Teacher
 from tgt_fast.teacher.batches import Batch, Columns
 from tgt_fast.teacher.modes import eval_mode
 from tgt_fast.teacher.sharing import refuse_shared
 from tgt_fast.train import checkpoint
+from tgt_fast.train.checks import check_options, check_parties, checked_output
 from tgt_fast.train.data import BatchStream, module_device, to_device
 from tgt_fast.train.files import make_writable
+from tgt_fast.train.names import take_own_names, under_own_names
 from tgt_fast.train.rng import turn
 
 BEST_WEIGHTS = "best.safetensors"
@@ -65,7 +68,8 @@ class FitResult:
         history: one record an evaluation: ``step``, the means of ``loss`` and of its parts (``hard``,
             ``soft``, ``synthetic``) since the record before, the learning rate ``lr``, and what ``evaluate``
             returned.
-        best: the student's ``state_dict`` (copies on the CPU) at its best evaluation; None without one.
+        best: the student's ``state_dict`` (copies on the CPU) at its best evaluation; None without one. Its names are
+            the model's own, also where ``torch.compile`` wraps it; ``student.load_state_dict`` takes them either way.
         best_step: the step of that evaluation.
         best_score: its value of the monitored metric.
     """
@@ -147,8 +151,9 @@ def fit(
         A :class:`FitResult`.
 
     Raises:
-        ArgumentError: an option out of range, an optimizer over parameters that the objective's teacher keeps frozen,
-            a monitored metric that ``evaluate`` does not return, an empty loader, a batch that can be read in more
+        ArgumentError: an option out of range, an objective that cannot be called as one or gives no loss to be trained
+            on, a student that is the labeler, an optimizer over parameters that the objective's teacher keeps frozen, a
+            monitored metric that ``evaluate`` does not return, an empty loader, a batch that can be read in more
             than one way, a ``checkpoint_dir`` that holds another run's checkpoint while ``resume`` is False, or a run
             in another thread while one of the two has a seed.
         CheckpointError: the folder cannot be written (found out before the first step, or later when the disk
@@ -163,15 +168,18 @@ def fit(
     >>> tgt.fit(student, tgt.TGTObjective(teacher), batches, steps=3, optimizer=optimizer, progress=False).steps
     3
     """
-    _check(steps, accumulate, clip_grad_norm, eval_every, mode, checkpoint_every)
+    check_options(steps, accumulate, clip_grad_norm, eval_every, mode, checkpoint_every)
+    check_parties(student, objective)
     if accumulate > 1 and not hasattr(objective, "normalizers"):
         raise ArgumentError("fit: accumulate > 1 needs an objective with normalizers(batches), as TGTObjective has")
     if isinstance(scheduler, ReduceLROnPlateau) and evaluate is None:
         raise ArgumentError("fit: ReduceLROnPlateau follows the monitored metric, so it needs evaluate")
     parts = Columns("fit", columns)
     if isinstance(teacher := getattr(objective, "teacher", None), Teacher):
+        refuse_labeler("fit", teacher, student)
         refuse_shared("fit", teacher, student, optimizer)
     folder = _checked_folder(checkpoint_dir, resume)
+    take_own_names(student)
     run = _Run(student, objective, BatchStream(loader), parts, optimizer, scheduler)
     with turn("fit", seeded=seed is not None), nullcontext() if seed is None else isolated_rng(seed):
         if folder is not None and resume and checkpoint.has_checkpoint(folder):
@@ -232,9 +240,10 @@ class _Run:
         for (ids, x, y), copies in zip(batches, self._copies(batches), strict=True):
             more = normalizers if copies is None else {**normalizers, "occurrence": copies}
             output = self.objective(self.student, x, y, sample_ids=ids, step=self.result.steps, **more)
+            loss, parts = checked_output(output)
             with named_range("backward"):
-                output["loss"].backward()
-            self._add({"loss": output["loss"].detach(), **output.get("parts", {})})
+                loss.backward()  # type: ignore[no-untyped-call]
+            self._add({"loss": loss.detach(), **parts})
         if clip_grad_norm is not None:
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
@@ -283,7 +292,7 @@ class _Run:
         if math.isnan(score) or (result.best_score is not None and not _better(score, result.best_score, mode)):
             return False
         result.best_step, result.best_score = result.steps, score
-        result.best = {name: _copy(value) for name, value in self.student.state_dict().items()}
+        result.best = {name: _copy(value) for name, value in under_own_names(self.student.state_dict()).items()}
         return True
 
     def save(self, folder: Path) -> None:
@@ -301,7 +310,8 @@ class _Run:
     def load(self, folder: Path) -> None:
         loaded = checkpoint.load_checkpoint(folder, **self._parts(), check=_check_saved)
         extra = loaded.extra
-        self.result = FitResult(loaded.step, extra["history"], extra["best"], extra["best_step"], extra["best_score"])
+        best = extra["best"] and under_own_names(extra["best"])
+        self.result = FitResult(loaded.step, extra["history"], best, extra["best_step"], extra["best_score"])
         self.sums = {name: value.to(self.device) for name, value in extra["sums"].items()}
         self.summed = extra["summed"]
 
@@ -348,30 +358,6 @@ def _better(score: float, best: float, mode: str) -> bool:
 
 def _copy(value: Any) -> Any:
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-
-
-def _check(
-    steps: int,
-    accumulate: int,
-    clip_grad_norm: float | None,
-    eval_every: int,
-    mode: str,
-    checkpoint_every: int,
-) -> None:
-    counts = {
-        "steps": steps,
-        "eval_every": eval_every,
-        "checkpoint_every": checkpoint_every,
-        "accumulate": accumulate,
-    }
-    for name, value in counts.items():
-        low = int(name == "accumulate")
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ArgumentError(f"fit: {name} must be an integer >= {low}, got {value!r}")
-    if clip_grad_norm is not None and not clip_grad_norm > 0:
-        raise ArgumentError(f"fit: clip_grad_norm must be > 0, got {clip_grad_norm!r}")
-    if mode not in ("max", "min"):
-        raise ArgumentError(f"fit: mode must be 'max' or 'min', got {mode!r}")
 
 
 def _checked_folder(checkpoint_dir: str | os.PathLike[str] | None, resume: bool) -> Path | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tgt_fast.errors import ArgumentError, ShapeError
+from tgt_fast.explore.student import logits_of
 from tgt_fast.teacher.batches import Columns
 from tgt_fast.teacher.modes import eval_mode
 from tgt_fast.train.data import module_device, to_device
@@ -136,6 +137,7 @@ def evaluate(
         ArgumentError: the loader gave no batch or batches that can be read in more than one way, or ``class_counts``
             does not fit.
         ShapeError: student, teacher and labels do not fit together.
+        DTypeError: the student returned something else than a tensor of logits.
     """
     hits: Tensor | None = None  # [C]
     totals: Tensor | None = None  # [C]
@@ -149,7 +151,7 @@ def evaluate(
         for batch in loader:
             batches += 1
             _, x, y = to_device(parts.split(batch), device)
-            logits = student(x if teacher is None else teacher.student_view(x))
+            logits = logits_of("evaluate", student, x if teacher is None else teacher.student_view(x))
             if y is not None:
                 _check_rows("evaluate", logits, y)
                 correct, total = _class_hits("evaluate", logits, y)

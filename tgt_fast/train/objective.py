@@ -11,6 +11,7 @@ from torch import Tensor
 from tgt_fast._ranges import named_range
 from tgt_fast.errors import ArgumentError
 from tgt_fast.explore.repeats import occurrences_over
+from tgt_fast.explore.student import logits_of, refuse_labeler
 from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.losses.distill import DistillationLoss
 from tgt_fast.ops.distill import distillation_loss
@@ -60,8 +61,8 @@ class TGTObjective:
     calls; the next call goes by what they are then.
 
     Raises:
-        ArgumentError: a loss with another reduction or with ``return_stats``, a negative weight, or a sampler
-            with a loss that has no soft term.
+        ArgumentError: a teacher that is no :class:`Teacher`, a loss with another reduction or with ``return_stats``, a
+            negative weight, or a sampler with a loss that has no soft term.
 
     Source: Zaheer et al., "Teacher Guided Training: An Efficient Framework for Knowledge Transfer", ICLR 2023. The
     weight of the synthetic term is ours.
@@ -92,6 +93,11 @@ class TGTObjective:
 
     def _options(self) -> DistillOptions:
         """Those of the loss; at each call, as any setting may have been changed since the last one."""
+        if not isinstance(self.teacher, Teacher):
+            raise ArgumentError(
+                f"TGTObjective: teacher must be a tgt_fast.Teacher, got {type(self.teacher).__name__}; a labeler "
+                "alone, without a sampler, is tgt_fast.Teacher(nn.Identity(), nn.Identity(), labeler)"
+            )
         options = self.loss.options
         if options.reduction != "mean" or self.loss.return_stats:
             raise ArgumentError(
@@ -143,15 +149,19 @@ class TGTObjective:
 
         Raises:
             ShapeError: student, teacher and labels do not fit together. Errors of the sampler are passed on.
+            DTypeError: the student returned something else than a tensor of logits.
+            ArgumentError: the student is the teacher's labeler.
         """
         options = self._options()
-        if id(student) != self._met and not torch.compiler.is_compiling():
-            warn_of_shared("TGTObjective", self.teacher, student, stacklevel=3)
-            self._met = id(student)
+        if not torch.compiler.is_compiling():
+            refuse_labeler("TGTObjective", self.teacher, student)
+            if id(student) != self._met:
+                warn_of_shared("TGTObjective", self.teacher, student, stacklevel=3)
+                self._met = id(student)
         with torch.no_grad():
             teacher_logits = self.teacher.label(x)
         with named_range("student"):
-            logits = student(self.teacher.student_view(x))
+            logits = logits_of("TGTObjective", student, self.teacher.student_view(x))
         with named_range("loss"):
             loss, hard = self._real(options, logits, teacher_logits, y, sample_weight, normalizer)
         soft = loss.detach() - hard
@@ -160,7 +170,7 @@ class TGTObjective:
             copies = {} if occurrence is None else {"occurrence": occurrence}
             made = self.sampler(x, student=student, sample_ids=sample_ids, step=step, **copies)
             with named_range("student (synthetic)"):
-                logits = student(self.teacher.student_view(made.x))
+                logits = logits_of("TGTObjective", student, self.teacher.student_view(made.x))
             with named_range("loss (synthetic)"):
                 term = self.synthetic_weight * self._soft(logits, made.teacher_logits, None, synthetic_normalizer)
             loss, synthetic = loss + term, term.detach()
@@ -216,9 +226,8 @@ class TGTObjective:
             loss = self._soft(logits, teacher_logits, weight, normalizer)
             return loss, torch.zeros_like(loss.detach())
         if options.hard_weight == 0:
-            # The loss takes no target then; what ignore_index says still holds.
-            counted = (y != options.ignore_index).to(torch.float32)
-            loss = self._soft(logits, teacher_logits, counted if weight is None else counted * weight, normalizer)
+            # The labels say which rows count, and nothing else.
+            loss = cast(Tensor, self.loss(logits, teacher_logits, y, sample_weight=weight, normalizer=normalizer))
             return loss, torch.zeros_like(loss.detach())
         hard = None
         if options.soft_weight != 0:
