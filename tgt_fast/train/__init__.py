@@ -2,9 +2,10 @@
 
 from tgt_fast.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_weights
 from tgt_fast.train.data import BatchStream
-from tgt_fast.train.loop import FitResult, fit
+from tgt_fast.train.loop import fit
 from tgt_fast.train.metrics import accuracy, agreement, class_accuracy, class_thirds, evaluate, mean_kl
 from tgt_fast.train.objective import TGTObjective
+from tgt_fast.train.run import FitResult
 
 __all__ = [
     "BatchStream",

@@ -8,37 +8,41 @@ In a checkpoint folder::
 A new checkpoint's tensors are written beside the old ones, then ``checkpoint.json`` is replaced in one
 rename, then the old tensors are removed: a process killed at any moment leaves a whole checkpoint, the old or
 the new.
+
+Of the processes of a distributed :func:`tgt_fast.fit` each writes a tensor file with what differs from the first one's;
+``checkpoint.json``, which the first one writes, names them all.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import safetensors.torch
-import torch
 from torch import Tensor, nn
 
-from tgt_fast._files import new_file, remove_dead, sync
-from tgt_fast._opening import open_file, parse_json
+from tgt_fast._files import remove_dead
 from tgt_fast._rng import get_rng_state, set_rng_state
 from tgt_fast.errors import ArgumentError, CheckpointError
 from tgt_fast.train.codec import decode, encode
-from tgt_fast.train.files import make_writable, replace_file, reported, write_tensors
+from tgt_fast.train.document import (
+    MALFORMED,
+    MANIFEST,
+    Entry,
+    canonical,
+    hashes,
+    read,
+    remove_unnamed,
+    write_document,
+    write_entry,
+)
+from tgt_fast.train.files import make_writable, replace_file, write_tensors
 from tgt_fast.train.names import under_names_of, under_own_names
+from tgt_fast.train.processes import ALONE, Processes
 
-MANIFEST = "checkpoint.json"
-_FORMAT, _VERSION = "tgt_fast.checkpoint", 1
-_ANY_TENSOR_FILE = "checkpoint-" + "[0-9a-f]" * 16 + ".safetensors"
-_LARGEST = 1 << 30  # bytes of JSON
-# What the reading of a document raises that is not of the form that its code expects
-_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, RuntimeError)
 _SHOWN = 5  # how many differing names an error lists
 
 
@@ -48,6 +52,9 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+Parts = Mapping[str, Stateful | None]
 
 
 @dataclass(frozen=True)
@@ -97,25 +104,43 @@ def save_checkpoint(
         CheckpointError: a state cannot be stored without pickle, or the folder cannot be written (full,
             read-only). The previous checkpoint in the folder is then intact.
     """
-    folder = Path(directory)
     parts = {"data": data, "sampler": sampler, "scheduler": scheduler, "optimizer": optimizer}
-    state, tensors = _encode_all(student, parts, step, extra)
-    make_writable(folder)
-    manifest = folder / MANIFEST
+    return save_together(ALONE, Path(directory), student, parts, step, extra)
+
+
+def save_together(processes: Processes, folder: Path, student: nn.Module, parts: Parts, step: int, extra: Any) -> Path:
+    """:func:`save_checkpoint` for processes that share a folder: all of them call it, or none."""
+    state: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+
+    def prepare() -> dict[str, str]:
+        nonlocal state, tensors
+        state, tensors = _encode_all(student, parts, step, extra)
+        make_writable(folder)
+        return hashes(tensors) if processes.first and processes.count > 1 else {}
+
+    def write() -> Entry:
+        mine: Mapping[str, Tensor] = tensors
+        if not processes.first:
+            mine = {name: tensors[name] for name, digest in hashes(tensors).items() if common.get(name) != digest}
+        return write_entry(folder, state, mine)
+
+    def name_them() -> None:
+        if processes.first:
+            try:
+                write_document(folder, entries)
+            finally:
+                remove_unnamed(folder)
+
+    common = processes.together(prepare)[0]
     try:
-        digest = _write_under_hash(folder, tensors)
-        document = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "torch": torch.__version__,
-            "tensors_sha256": digest,
-            "state_sha256": _text_sha256(_canonical(state)),
-            "state": state,
-        }
-        replace_file(manifest, lambda file: file.write(_canonical(document).encode()))
-    finally:
-        remove_unnamed(folder)
-    return manifest
+        entries = processes.together(write)
+        processes.together(name_them)
+    except BaseException:
+        if processes.first:
+            remove_unnamed(folder)
+        raise
+    return folder / MANIFEST
 
 
 def load_checkpoint(
@@ -147,27 +172,27 @@ def load_checkpoint(
         CheckpointError: no checkpoint, a damaged or foreign one, or one of another student, optimizer,
             schedule, sampler or loader. The message names the file and what differs, and nothing was changed.
     """
-    manifest = Path(directory) / MANIFEST
-    state, tensors = _read(manifest)
     # The data first, since finding its place may move the global generators, which are set last.
     parts = {"data": data, "sampler": sampler, "scheduler": scheduler, "optimizer": optimizer}
-    try:
-        weights = under_names_of(student.state_dict(), decode(state["student"], tensors))
-        rng = decode(state["rng"], tensors)
-        checkpoint = Checkpoint(_steps(state["step"]), decode(state["extra"], tensors))
-        states = {name: _decode_part(name, part, state[name], tensors) for name, part in parts.items()}
-        _check_student(student, weights)
-        if optimizer is not None:
-            _check_optimizer(optimizer, states["optimizer"])
-        if check is not None:
-            check(checkpoint)
-    except CheckpointError as error:
-        raise CheckpointError(f"{manifest}: {error}") from None
-    except _MALFORMED as error:
-        raise CheckpointError(f"{manifest}: not a training state of tgt_fast ({error!r})") from error
+    return load_together(ALONE, Path(directory), student, parts, check)
+
+
+def load_together(
+    processes: Processes,
+    folder: Path,
+    student: nn.Module,
+    parts: Parts,
+    check: Callable[[Checkpoint], None] | None,
+) -> Checkpoint:
+    """:func:`load_checkpoint` for processes that share a folder: where one cannot, nothing is changed in any."""
+    manifest = folder / MANIFEST
+    found: list[tuple[Checkpoint, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+    processes.together(lambda: found.append(_checked(manifest, processes, student, parts, check)))
+    ((checkpoint, weights, rng, states),) = found
 
     undo = [_restorer(set_rng_state, get_rng_state())]
-    try:
+
+    def fill() -> None:
         for name, part in parts.items():
             if part is not None:
                 undo.append(_restorer(part.load_state_dict, part.state_dict()))
@@ -175,6 +200,9 @@ def load_checkpoint(
         undo.append(_restorer(student.load_state_dict, student.state_dict()))
         student.load_state_dict(weights)
         set_rng_state(rng)
+
+    try:
+        processes.together(fill)
     except BaseException as error:
         for restore in reversed(undo):
             restore()
@@ -182,6 +210,32 @@ def load_checkpoint(
             raise
         raise CheckpointError(f"{manifest}: its state was refused ({error}); nothing was changed") from error
     return checkpoint
+
+
+def _checked(
+    manifest: Path,
+    processes: Processes,
+    student: nn.Module,
+    parts: Parts,
+    check: Callable[[Checkpoint], None] | None,
+) -> tuple[Checkpoint, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What will be returned, weights, generators and the states of the parts, of a checkpoint that fits them."""
+    state, tensors = read(manifest.parent, processes.rank, processes.count)
+    try:
+        weights = under_names_of(student.state_dict(), decode(state["student"], tensors))
+        rng = decode(state["rng"], tensors)
+        checkpoint = Checkpoint(_steps(state["step"]), decode(state["extra"], tensors))
+        states = {name: _decode_part(name, part, state[name], tensors) for name, part in parts.items()}
+        _check_student(student, weights)
+        if parts["optimizer"] is not None:
+            _check_optimizer(parts["optimizer"], states["optimizer"])
+        if check is not None:
+            check(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{manifest}: {error}") from None
+    except MALFORMED as error:
+        raise CheckpointError(f"{manifest}: not a training state of tgt_fast ({error!r})") from error
+    return checkpoint, weights, rng, states
 
 
 def save_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> None:
@@ -228,7 +282,7 @@ def _encode_all(
         }
         for name, part in parts.items():
             state[name] = None if part is None else _encode_part(name, part, tensors)
-        _canonical(state)
+        canonical(state)
     except RecursionError:
         raise CheckpointError("a state is nested too deep for a checkpoint, or holds itself") from None
     except ValueError as error:  # an integer of thousands of digits
@@ -296,91 +350,3 @@ def _names(names: list[str]) -> str:
 def _restorer(load: Callable[[Any], Any], state: Any) -> Callable[[], Any]:
     snapshot = copy.deepcopy(state)
     return lambda: load(snapshot)
-
-
-# ---- the files ----
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, allow_nan=False, separators=(",", ":"))
-
-
-def _text_sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _has_hash(state: dict[str, Any], digest: Any) -> bool:
-    try:
-        return bool(_text_sha256(_canonical(state)) == digest)
-    except (ValueError, RecursionError):  # json.loads takes NaN, 1e999 and lone surrogates, which no checkpoint has
-        return False
-
-
-def _tensor_file(digest: str) -> str:
-    return f"checkpoint-{digest[:16]}.safetensors"
-
-
-def _write_under_hash(folder: Path, tensors: dict[str, Tensor]) -> str:
-    """Write a tensor file named by its hash, which is returned; no other checkpoint's file is touched."""
-    with reported(folder, "write to"):
-        with new_file(folder) as new:
-            digest = write_tensors(new.file, tensors)
-            new.sync()
-            new.take_name(folder / _tensor_file(digest))
-        sync(folder)
-    return digest
-
-
-def remove_unnamed(folder: Path) -> None:
-    """Remove the tensor files that ``checkpoint.json`` does not name; where it cannot be read, none."""
-    manifest = folder / MANIFEST
-    try:
-        with open_file(manifest) as file:
-            named = _tensor_file(parse_json(file.read())["tensors_sha256"])
-        for path in manifest.parent.glob(_ANY_TENSOR_FILE):
-            if path.name != named:
-                path.unlink()
-    except (OSError, *_MALFORMED):
-        return  # untidy, but no checkpoint is harmed
-
-
-def _read(manifest: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The validated content of a checkpoint: its state, still encoded, and its tensors."""
-    with reported(manifest, "read"):
-        try:
-            with open_file(manifest) as file:
-                size = os.fstat(file.fileno()).st_size
-                raw = file.read() if size <= _LARGEST else b""
-        except (FileNotFoundError, NotADirectoryError):
-            raise CheckpointError(f"{manifest.parent}: no checkpoint there (no {manifest.name})") from None
-    try:
-        if size > _LARGEST:
-            raise ValueError(f"it is larger than {_LARGEST} bytes")
-        document = parse_json(raw)
-    except ValueError as error:
-        raise CheckpointError(f"{manifest}: damaged, not JSON ({error})") from error
-    if not isinstance(document, dict) or document.get("format") != _FORMAT:
-        raise CheckpointError(f"{manifest}: not a checkpoint of tgt_fast (no format {_FORMAT!r})")
-    if document.get("version") != _VERSION:
-        raise CheckpointError(
-            f"{manifest}: version {document.get('version')!r}; this tgt_fast reads version {_VERSION}"
-        )
-    state, digest = document.get("state"), document.get("tensors_sha256")
-    if not isinstance(state, dict) or not _has_hash(state, document.get("state_sha256")):
-        raise CheckpointError(f"{manifest}: damaged (its content does not match its hash)")
-    # The file's name comes from a hash, checked to be one, never from a path in the document.
-    if not isinstance(digest, str) or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-        raise CheckpointError(f"{manifest}: damaged (tensors_sha256 is no hash)")
-    tensor_file = manifest.parent / _tensor_file(digest)
-    with reported(tensor_file, "read"):
-        try:
-            with open_file(tensor_file) as file:
-                data = file.read()
-        except FileNotFoundError:
-            raise CheckpointError(f"{tensor_file}: missing, though {manifest.name} names it") from None
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise CheckpointError(f"{tensor_file}: damaged (truncated or altered: its hash does not match)")
-        try:
-            return state, safetensors.torch.load(data)
-        except _MALFORMED as error:
-            raise CheckpointError(f"{tensor_file}: not tensors of a checkpoint ({error!r})") from error

@@ -108,11 +108,12 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> str:
         digest.update(part)
         file.write(part)
     for name in header:
-        data = _bytes(tensors[name])
+        data = bytes_of(tensors[name])
         digest.update(data)
         file.write(data)
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Of a tensor on the CPU, as they are stored."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

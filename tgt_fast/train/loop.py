@@ -2,83 +2,34 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from tgt_fast._ranges import named_range
 from tgt_fast._rng import isolated_rng
-from tgt_fast.errors import ArgumentError, CheckpointError
+from tgt_fast.errors import ArgumentError
 from tgt_fast.explore.student import refuse_labeler
 from tgt_fast.teacher import Teacher
-from tgt_fast.teacher.batches import Batch, Columns
-from tgt_fast.teacher.modes import eval_mode
+from tgt_fast.teacher.batches import Columns
 from tgt_fast.teacher.sharing import refuse_shared
 from tgt_fast.train import checkpoint
-from tgt_fast.train.checks import check_options, check_parties, checked_output
-from tgt_fast.train.data import BatchStream, module_device, to_device
+from tgt_fast.train.checks import check_options, check_parties
+from tgt_fast.train.data import BatchStream
+from tgt_fast.train.document import remove_unnamed
 from tgt_fast.train.files import make_writable
-from tgt_fast.train.names import take_own_names, under_own_names
+from tgt_fast.train.names import take_own_names
+from tgt_fast.train.processes import ALONE, sharing
 from tgt_fast.train.rng import turn
+from tgt_fast.train.run import Evaluate, FitResult, Objective, Run
 
 BEST_WEIGHTS = "best.safetensors"
-Evaluate = Callable[[nn.Module], Mapping[str, float]]
-
-
-class Objective(Protocol):
-    """What :func:`fit` minimises: a ``TGTObjective``, or any callable that can be called like one.
-
-    Four attributes are used where they exist: ``teacher``, whose parameters the optimizer must not hold; ``sampler``,
-    whose state goes into checkpoints; and for ``accumulate`` ``normalizers``, which it needs, and ``occurrences``: what
-    it gives that is not None is passed as ``occurrence=``.
-    """
-
-    def __call__(
-        self,
-        student: nn.Module,
-        x: Any,
-        y: Tensor | None,
-        /,
-        *,
-        sample_ids: Tensor | None,
-        step: int,
-        **normalizers: Any,  # and occurrence
-    ) -> Mapping[str, Any]:
-        """``{"loss": 0-d}`` and, if wanted, ``"parts"``: detached 0-d tensors, averaged in the history."""
-        ...
-
-
-@dataclass
-class FitResult:
-    """What :func:`fit` did.
-
-    Attributes:
-        steps: optimizer steps taken in all, those before a resume included.
-        history: one record an evaluation: ``step``, the means of ``loss`` and of its parts (``hard``,
-            ``soft``, ``synthetic``) since the record before, the learning rate ``lr``, and what ``evaluate``
-            returned.
-        best: the student's ``state_dict`` (copies on the CPU) at its best evaluation; None without one. Its names are
-            the model's own, also where ``torch.compile`` wraps it; ``student.load_state_dict`` takes them either way.
-        best_step: the step of that evaluation.
-        best_score: its value of the monitored metric.
-    """
-
-    steps: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-    best: dict[str, Tensor] | None = None
-    best_step: int | None = None
-    best_score: float | None = None
 
 
 def fit(
@@ -114,6 +65,13 @@ def fit(
     are random numbers that persistent workers draw themselves (augmentation in the data set: they live longer than an
     epoch, and so do their generators), loaders with a state of their own, and iterators that can be read only once.
 
+    Where ``torch.distributed`` has several processes, all of them call ``fit``, with one ``checkpoint_dir`` on a file
+    system that they share. The first writes it, ``best.safetensors`` by its own evaluation; of the others it holds what
+    differs: generators, place in the data, sampler, history, buffers. A run of two processes that was killed gives the
+    same bits as one that was not if as many resume it. With more than two, an ``all_reduce`` may round otherwise in the
+    first step after a resume, in which DistributedDataParallel has its buckets in another order. A process that has a
+    ``checkpoint_dir`` of its own keeps to itself.
+
     Args:
         student: the module to train, inputs -> logits. Batches are moved to its device.
         objective: a :class:`TGTObjective`, or another :class:`Objective`.
@@ -134,7 +92,7 @@ def fit(
         mode: whether more of it ("max") or less ("min") is better.
         checkpoint_dir: keeps the last checkpoint (:mod:`tgt_fast.train.checkpoint`; the best weights are in it too)
             and ``best.safetensors``, the best weights under their own names. A checkpoint is saved at the end in any
-            case.
+            case. In several processes each gives it, or none does.
         checkpoint_every: steps between checkpoints.
         resume: go on from the checkpoint in ``checkpoint_dir``; start anew where there is none.
         seed: None draws from the global random generators, and moves them. With a seed the run has its own
@@ -158,9 +116,10 @@ def fit(
             in another thread while one of the two has a seed.
         CheckpointError: the folder cannot be written (found out before the first step, or later when the disk
             is full), or its checkpoint is damaged or of another run; student and checkpoint are left as they
-            were.
+            were. In several processes it is raised in all of them when one cannot go on.
 
-    >>> import tgt_fast as tgt
+    >>> import torch, tgt_fast as tgt
+    >>> from torch import nn
     >>> teacher = tgt.Teacher(nn.Linear(8, 2), nn.Linear(2, 8), nn.Linear(8, 3))
     >>> student = nn.Linear(8, 3)
     >>> batches = [(torch.randn(4, 8), torch.tensor([0, 1, 2, -1]))]
@@ -178,13 +137,11 @@ def fit(
     if isinstance(teacher := getattr(objective, "teacher", None), Teacher):
         refuse_labeler("fit", teacher, student)
         refuse_shared("fit", teacher, student, optimizer)
-    folder = _checked_folder(checkpoint_dir, resume)
+    keeper = _Keeper(checkpoint_dir, resume)
     take_own_names(student)
-    run = _Run(student, objective, BatchStream(loader), parts, optimizer, scheduler)
+    run = Run(student, objective, BatchStream(loader), parts, optimizer, scheduler)
     with turn("fit", seeded=seed is not None), nullcontext() if seed is None else isolated_rng(seed):
-        if folder is not None and resume and checkpoint.has_checkpoint(folder):
-            run.load(folder)
-            checkpoint.remove_unnamed(folder)  # of a process that was killed as it removed them
+        keeper.load(run)
         student.train()
         optimizer.zero_grad()
         result = run.result
@@ -194,15 +151,14 @@ def fit(
                 run.step(accumulate, clip_grad_norm)
                 if _due(eval_every, result.steps, steps):
                     improved = run.record(evaluate, monitor, mode)
-                    if improved and folder is not None:
-                        checkpoint.save_weights(folder / BEST_WEIGHTS, result.best or {})
+                    keeper.save_best(result.best if improved else None)
                     last = result.history[-1]
                     bar.set_postfix({name: f"{last[name]:.4g}" for name in ("loss", monitor) if name in last})
-                if folder is not None and _due(checkpoint_every, result.steps, steps):
-                    run.save(folder)
+                if _due(checkpoint_every, result.steps, steps):
+                    keeper.save(run)
                 bar.update()
-        if folder is not None and not checkpoint.has_checkpoint(folder):
-            run.save(folder)  # of no steps
+        if not keeper.kept:
+            keeper.save(run)  # of no steps
     return result
 
 
@@ -212,161 +168,50 @@ class _Bar(tqdm):  # type: ignore[misc]
     monitor_interval = 0
 
 
-class _Run:
-    """What a step changes, and so what a checkpoint holds."""
+class _Keeper:
+    """The folder of a run, if it has one, which the processes of a distributed run may share."""
 
-    def __init__(
-        self,
-        student: nn.Module,
-        objective: Objective,
-        stream: BatchStream,
-        columns: Columns,
-        optimizer: Optimizer,
-        scheduler: LRScheduler | None,
-    ) -> None:
-        self.student, self.objective, self.stream, self.columns = student, objective, stream, columns
-        self.optimizer, self.scheduler = optimizer, scheduler
-        self.device = module_device(student)
-        self.result = FitResult()
-        self.sums: dict[str, Tensor] = {}  # of the loss and its parts since the last record; no step waits for them
-        self.summed = 0  # steps in the sums
+    def __init__(self, checkpoint_dir: str | os.PathLike[str] | None, resume: bool) -> None:
+        self.folder: Path | None = None
+        self.kept = True  # whether what is to be kept is
+        self.processes, self.found = ALONE, False
+        if checkpoint_dir is None:
+            if resume:
+                raise ArgumentError("fit: resume=True needs a checkpoint_dir")
+            return
+        self.folder, self.kept = Path(checkpoint_dir), False
+        self.processes = sharing("fit", self.folder)
+        self.found = self.processes.together(lambda: self._look(resume))[0]
 
-    def step(self, accumulate: int, clip_grad_norm: float | None) -> None:
-        batches = [self._take() for _ in range(accumulate)]
-        normalizers: dict[str, Any] = {}
-        if accumulate > 1:
-            real, synthetic = self.objective.normalizers(batches)  # type: ignore[attr-defined]
-            normalizers = {"normalizer": real, "synthetic_normalizer": synthetic}
-        for (ids, x, y), copies in zip(batches, self._copies(batches), strict=True):
-            more = normalizers if copies is None else {**normalizers, "occurrence": copies}
-            output = self.objective(self.student, x, y, sample_ids=ids, step=self.result.steps, **more)
-            loss, parts = checked_output(output)
-            with named_range("backward"):
-                loss.backward()  # type: ignore[no-untyped-call]
-            self._add({"loss": loss.detach(), **parts})
-        if clip_grad_norm is not None:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
-        with named_range("optimizer"):
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step()
-        self.summed += 1
-        self.result.steps += 1
-
-    def _copies(self, batches: list[Batch]) -> list[Tensor | None]:
-        """Of the batches of one step, which copy of its id each row is; a single one's are counted by its sampler."""
-        counted = getattr(self.objective, "occurrences", None)
-        if counted is None or len(batches) == 1:
-            return [None] * len(batches)
-        found: list[Tensor | None] = counted(batches)
+    def _look(self, resume: bool) -> bool:
+        assert self.folder is not None
+        found = checkpoint.has_checkpoint(self.folder)
+        if found and not resume:
+            raise ArgumentError(
+                f"fit: {self.folder} holds a run's checkpoint; pass resume=True to go on, or another folder"
+            )
+        make_writable(self.folder)
         return found
 
-    def _take(self) -> Batch:
-        batch: Batch = to_device(self.columns.split(self.stream.take()), self.device)
-        return batch
+    def load(self, run: Run) -> None:
+        if self.folder is not None and self.found:
+            run.load(self.processes, self.folder)
+            if self.processes.first:
+                remove_unnamed(self.folder)  # of a process that was killed as it removed them
+            self.kept = True
 
-    def _add(self, terms: Mapping[str, Tensor]) -> None:
-        for name, value in terms.items():
-            value = value.double()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+    def save_best(self, weights: Mapping[str, Tensor] | None) -> None:
+        """Of this process, if they are better than before; those of the first one are kept."""
+        if self.folder is not None:
+            path = self.folder / BEST_WEIGHTS
+            mine = weights if self.processes.first else None
+            self.processes.together(lambda: None if mine is None else checkpoint.save_weights(path, mine))
 
-    def record(self, evaluate: Evaluate | None, monitor: str, mode: str) -> bool:
-        """Add to the history; whether this is the best evaluation so far (its weights are then kept)."""
-        result = self.result
-        means = {name: value.item() / self.summed for name, value in self.sums.items()}
-        self.sums, self.summed = {}, 0
-        learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        result.history.append({"step": result.steps, **means, "lr": learning_rate})
-        if evaluate is None:
-            return False
-        with isolated_rng(), eval_mode(self.student):
-            metrics = {name: float(value) for name, value in evaluate(self.student).items()}
-        result.history[-1].update(metrics)
-        if monitor not in metrics:
-            raise ArgumentError(f"fit: monitor is {monitor!r}, but evaluate returned {sorted(metrics)}")
-        score = metrics[monitor]
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(score)
-        if math.isnan(score) or (result.best_score is not None and not _better(score, result.best_score, mode)):
-            return False
-        result.best_step, result.best_score = result.steps, score
-        result.best = {name: _copy(value) for name, value in under_own_names(self.student.state_dict()).items()}
-        return True
-
-    def save(self, folder: Path) -> None:
-        result = self.result
-        extra = {
-            "sums": self.sums,
-            "summed": self.summed,
-            "history": result.history,
-            "best": result.best,
-            "best_step": result.best_step,
-            "best_score": result.best_score,
-        }
-        checkpoint.save_checkpoint(folder, **self._parts(), step=result.steps, extra=extra)
-
-    def load(self, folder: Path) -> None:
-        loaded = checkpoint.load_checkpoint(folder, **self._parts(), check=_check_saved)
-        extra = loaded.extra
-        best = extra["best"] and under_own_names(extra["best"])
-        self.result = FitResult(loaded.step, extra["history"], best, extra["best_step"], extra["best_score"])
-        self.sums = {name: value.to(self.device) for name, value in extra["sums"].items()}
-        self.summed = extra["summed"]
-
-    def _parts(self) -> dict[str, Any]:
-        return {
-            "student": self.student,
-            "optimizer": self.optimizer,
-            "scheduler": self.scheduler,
-            "sampler": getattr(self.objective, "sampler", None),
-            "data": self.stream,
-        }
-
-
-def _check_saved(saved: checkpoint.Checkpoint) -> None:
-    """Whether a checkpoint's step and ``extra`` are what ``_Run.save`` writes."""
-    extra = saved.extra
-    kinds: dict[str, Any] = {
-        "sums": dict,
-        "summed": int,
-        "history": list,
-        "best": (dict, NoneType),
-        "best_step": (int, NoneType),
-        "best_score": (float, NoneType),
-    }
-    if not isinstance(extra, dict) or extra.keys() != kinds.keys():
-        found = sorted(map(str, extra)) if isinstance(extra, dict) else type(extra).__name__
-        raise CheckpointError(f"it was not saved by fit: its extra holds {found}, fit's {sorted(kinds)}")
-    wrong = [name for name, kind in kinds.items() if not isinstance(extra[name], kind)]
-    if not wrong and not all(isinstance(value, Tensor) for value in extra["sums"].values()):
-        wrong = ["sums"]
-    if not wrong and not all(isinstance(record, dict) for record in extra["history"]):
-        wrong = ["history"]
-    if wrong:
-        raise CheckpointError(f"it was not saved by fit: of its extra, {wrong} are not what fit saves")
+    def save(self, run: Run) -> None:
+        if self.folder is not None:
+            run.save(self.processes, self.folder)
+            self.kept = True
 
 
 def _due(every: int, step: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
-
-
-def _better(score: float, best: float, mode: str) -> bool:
-    return score > best if mode == "max" else score < best
-
-
-def _copy(value: Any) -> Any:
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-
-
-def _checked_folder(checkpoint_dir: str | os.PathLike[str] | None, resume: bool) -> Path | None:
-    if checkpoint_dir is None:
-        if resume:
-            raise ArgumentError("fit: resume=True needs a checkpoint_dir")
-        return None
-    folder = Path(checkpoint_dir)
-    if not resume and checkpoint.has_checkpoint(folder):
-        raise ArgumentError(f"fit: {folder} holds a run's checkpoint; pass resume=True to go on, or another folder")
-    make_writable(folder)
-    return folder

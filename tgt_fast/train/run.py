@@ -1,0 +1,216 @@
+"""What a training run is at a step, and so what a checkpoint of it holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from tgt_fast._ranges import named_range
+from tgt_fast._rng import isolated_rng
+from tgt_fast.errors import ArgumentError, CheckpointError
+from tgt_fast.teacher.batches import Batch, Columns
+from tgt_fast.teacher.modes import eval_mode
+from tgt_fast.train import checkpoint
+from tgt_fast.train.checks import checked_output
+from tgt_fast.train.data import BatchStream, module_device, to_device
+from tgt_fast.train.names import under_own_names
+from tgt_fast.train.processes import Processes
+
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
+
+
+class Objective(Protocol):
+    """What :func:`fit` minimises: a ``TGTObjective``, or any callable that can be called like one.
+
+    Four attributes are used where they exist: ``teacher``, whose parameters the optimizer must not hold; ``sampler``,
+    whose state goes into checkpoints; and for ``accumulate`` ``normalizers``, which it needs, and ``occurrences``: what
+    it gives that is not None is passed as ``occurrence=``.
+    """
+
+    def __call__(
+        self,
+        student: nn.Module,
+        x: Any,
+        y: Tensor | None,
+        /,
+        *,
+        sample_ids: Tensor | None,
+        step: int,
+        **normalizers: Any,  # and occurrence
+    ) -> Mapping[str, Any]:
+        """``{"loss": 0-d}`` and, if wanted, ``"parts"``: detached 0-d tensors, averaged in the history."""
+        ...
+
+
+@dataclass
+class FitResult:
+    """What :func:`fit` did.
+
+    Attributes:
+        steps: optimizer steps taken in all, those before a resume included.
+        history: one record an evaluation: ``step``, the means of ``loss`` and of its parts (``hard``,
+            ``soft``, ``synthetic``) since the record before, the learning rate ``lr``, and what ``evaluate``
+            returned.
+        best: the student's ``state_dict`` (copies on the CPU) at its best evaluation; None without one. Its names are
+            the model's own, also where ``torch.compile`` wraps it; ``student.load_state_dict`` takes them either way.
+        best_step: the step of that evaluation.
+        best_score: its value of the monitored metric.
+    """
+
+    steps: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, Tensor] | None = None
+    best_step: int | None = None
+    best_score: float | None = None
+
+
+class Run:
+    """What a step changes, and so what a checkpoint holds."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        objective: Objective,
+        stream: BatchStream,
+        columns: Columns,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None,
+    ) -> None:
+        self.student, self.objective, self.stream, self.columns = student, objective, stream, columns
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.device = module_device(student)
+        self.result = FitResult()
+        self.sums: dict[str, Tensor] = {}  # of the loss and its parts since the last record; no step waits for them
+        self.summed = 0  # steps in the sums
+
+    def step(self, accumulate: int, clip_grad_norm: float | None) -> None:
+        batches = [self._take() for _ in range(accumulate)]
+        normalizers: dict[str, Any] = {}
+        if accumulate > 1:
+            real, synthetic = self.objective.normalizers(batches)  # type: ignore[attr-defined]
+            normalizers = {"normalizer": real, "synthetic_normalizer": synthetic}
+        for (ids, x, y), copies in zip(batches, self._copies(batches), strict=True):
+            more = normalizers if copies is None else {**normalizers, "occurrence": copies}
+            output = self.objective(self.student, x, y, sample_ids=ids, step=self.result.steps, **more)
+            loss, parts = checked_output(output)
+            with named_range("backward"):
+                loss.backward()  # type: ignore[no-untyped-call]
+            self._add({"loss": loss.detach(), **parts})
+        if clip_grad_norm is not None:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
+        with named_range("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step()
+        self.summed += 1
+        self.result.steps += 1
+
+    def _copies(self, batches: list[Batch]) -> list[Tensor | None]:
+        """Of the batches of one step, which copy of its id each row is; a single one's are counted by its sampler."""
+        counted = getattr(self.objective, "occurrences", None)
+        if counted is None or len(batches) == 1:
+            return [None] * len(batches)
+        found: list[Tensor | None] = counted(batches)
+        return found
+
+    def _take(self) -> Batch:
+        batch: Batch = to_device(self.columns.split(self.stream.take()), self.device)
+        return batch
+
+    def _add(self, terms: Mapping[str, Tensor]) -> None:
+        for name, value in terms.items():
+            value = value.double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def record(self, evaluate: Evaluate | None, monitor: str, mode: str) -> bool:
+        """Add to the history; whether this is the best evaluation so far (its weights are then kept)."""
+        result = self.result
+        means = {name: value.item() / self.summed for name, value in self.sums.items()}
+        self.sums, self.summed = {}, 0
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        result.history.append({"step": result.steps, **means, "lr": learning_rate})
+        if evaluate is None:
+            return False
+        with isolated_rng(), eval_mode(self.student):
+            metrics = {name: float(value) for name, value in evaluate(self.student).items()}
+        result.history[-1].update(metrics)
+        if monitor not in metrics:
+            raise ArgumentError(f"fit: monitor is {monitor!r}, but evaluate returned {sorted(metrics)}")
+        score = metrics[monitor]
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(score)
+        if math.isnan(score) or (result.best_score is not None and not _better(score, result.best_score, mode)):
+            return False
+        result.best_step, result.best_score = result.steps, score
+        result.best = {name: _copy(value) for name, value in under_own_names(self.student.state_dict()).items()}
+        return True
+
+    def save(self, processes: Processes, folder: Path) -> None:
+        result = self.result
+        extra = {
+            "sums": self.sums,
+            "summed": self.summed,
+            "history": result.history,
+            "best": result.best,
+            "best_step": result.best_step,
+            "best_score": result.best_score,
+        }
+        checkpoint.save_together(processes, folder, self.student, self._parts(), result.steps, extra)
+
+    def load(self, processes: Processes, folder: Path) -> None:
+        loaded = checkpoint.load_together(processes, folder, self.student, self._parts(), _check_saved)
+        extra = loaded.extra
+        best = extra["best"] and under_own_names(extra["best"])
+        self.result = FitResult(loaded.step, extra["history"], best, extra["best_step"], extra["best_score"])
+        self.sums = {name: value.to(self.device) for name, value in extra["sums"].items()}
+        self.summed = extra["summed"]
+
+    def _parts(self) -> dict[str, Any]:
+        return {  # the data first, since finding its place may move the global generators
+            "data": self.stream,
+            "sampler": getattr(self.objective, "sampler", None),
+            "scheduler": self.scheduler,
+            "optimizer": self.optimizer,
+        }
+
+
+def _check_saved(saved: checkpoint.Checkpoint) -> None:
+    """Whether a checkpoint's step and ``extra`` are what ``Run.save`` writes."""
+    extra = saved.extra
+    kinds: dict[str, Any] = {
+        "sums": dict,
+        "summed": int,
+        "history": list,
+        "best": (dict, NoneType),
+        "best_step": (int, NoneType),
+        "best_score": (float, NoneType),
+    }
+    if not isinstance(extra, dict) or extra.keys() != kinds.keys():
+        found = sorted(map(str, extra)) if isinstance(extra, dict) else type(extra).__name__
+        raise CheckpointError(f"it was not saved by fit: its extra holds {found}, fit's {sorted(kinds)}")
+    wrong = [name for name, kind in kinds.items() if not isinstance(extra[name], kind)]
+    if not wrong and not all(isinstance(value, Tensor) for value in extra["sums"].values()):
+        wrong = ["sums"]
+    if not wrong and not all(isinstance(record, dict) for record in extra["history"]):
+        wrong = ["history"]
+    if wrong:
+        raise CheckpointError(f"it was not saved by fit: of its extra, {wrong} are not what fit saves")
+
+
+def _better(score: float, best: float, mode: str) -> bool:
+    return score > best if mode == "max" else score < best
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
