@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_calls import PLANS, Kernels, Plan, every_kernel_once
+from cuda_calls import PLANS, Kernels, Plan
 from emulated_gpu import tensors_on_an_emulated_gpu
+from gpu_calls import every_kernel_once
 from numerics import Result, assert_matches_truth, logits, targets, truth
 from strategies import DTYPES, lay_out
 from torch import Tensor

@@ -12,7 +12,8 @@ from types import ModuleType
 import emulated_gpu
 import pytest
 import torch
-from cuda_calls import PLANS, Kernels, Plan, every_kernel_once
+from cuda_calls import PLANS, Kernels, Plan
+from gpu_calls import every_kernel_once
 from numerics import logits, targets
 
 CSRC = emulated_gpu.CSRC
