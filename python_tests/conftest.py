@@ -7,7 +7,7 @@ import os
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -137,6 +137,13 @@ def gpu() -> str:
     if reason:
         pytest.skip(f"no GPU: {reason}")
     return "cuda"
+
+
+@pytest.fixture
+def room() -> Iterator[Callable[[int], None]]:
+    """For tests of large tensors: ``room(gigabytes)`` waits until the device has so much, which is given back."""
+    yield real_gpu.wait_for_memory
+    real_gpu.give_memory_back()
 
 
 @pytest.fixture(scope="session", params=["reference", "native"])

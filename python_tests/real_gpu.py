@@ -6,15 +6,34 @@ and brings the results back. So every test of the ``backend`` fixture also runs 
 
 from __future__ import annotations
 
+import gc
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from tgt_fast.kernels.native import distill, latent, sparse, tokens
 from tgt_fast.kernels.options import Forward, Listed
+
+
+def wait_for_memory(gigabytes: int, patience: float = 30.0) -> None:
+    """Until so much of the device is free: other processes run tests beside this one. Skips where it never is."""
+    end = time.monotonic() + patience
+    while torch.cuda.mem_get_info()[0] < gigabytes << 30:
+        if time.monotonic() > end:
+            pytest.skip(f"needs {gigabytes} GB of free device memory")
+        time.sleep(0.5)
+
+
+def give_memory_back() -> None:
+    """What torch keeps of a test for a next one, others may need."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_calls import PLANS, Plan, every_kernel_once, planned
+from cuda_calls import PLANS, Plan, planned
+from gpu_calls import every_kernel_once
 from hypothesis import given, settings
 from numerics import Result, assert_matches_truth, distillation_loss, logits, targets, truth
-from strategies import DTYPES, AscendCase, DistillCase, ascend_cases, distill_cases
+from strategies import DTYPES, AscendCase, DistillCase, ascend_cases, distill_cases, lay_out
 from torch import Tensor
 
 import tgt_fast as tgt
@@ -70,6 +71,18 @@ def test_every_size_and_dtype(divergence: str, dtype: torch.dtype, classes: int)
         student, teacher, targets(rows, classes, 2), divergence=divergence, temperature=2.0, hard_weight=0.5,
         label_smoothing=0.1, reduction="none",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["row-strided", "column-strided", "transposed"])
+@pytest.mark.parametrize("classes", [1000, 4099, 32000, 128256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_rows_however_they_lie(dtype: torch.dtype, classes: int, layout: str) -> None:
+    student, teacher = (logits(3, classes, seed, dtype=dtype) for seed in (0, 1))
+    target, there = targets(3, classes, 2), [lay_out(x.cuda(), layout) for x in (student, teacher)]
+    for divergence in DIVERGENCES:
+        options: dict[str, Any] = {"divergence": divergence, "hard_weight": 0.5, "reduction": "none"}
+        got, best = evaluate(*there, target, **options), truth(student, teacher, target, **options)
+        assert_matches_truth(got, best, student, teacher, divergence=divergence, hard=True)
 
 
 @settings(max_examples=150)
@@ -346,11 +359,10 @@ def test_nothing_waits_for_the_device(problem: tuple[Tensor, Tensor, Tensor]) ->
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_more_than_two_to_the_31_elements() -> None:
+def test_more_than_two_to_the_31_elements(room: Callable[[int], None]) -> None:
     """The last rows, beyond what 32 bits index, equal the same rows alone. About 14 GB."""
+    room(16)
     rows, classes = 16800, 128256
-    if torch.cuda.mem_get_info()[0] < 16 << 30:
-        pytest.skip("needs 16 GB of free device memory")
     student = torch.empty(rows, classes, dtype=torch.bfloat16, device="cuda").normal_()
     teacher = torch.empty(rows, classes, dtype=torch.bfloat16, device="cuda").normal_()
     assert student.numel() > 2**31
@@ -364,11 +376,10 @@ def test_more_than_two_to_the_31_elements() -> None:
 
 
 @pytest.mark.parametrize("size", [1000, 100_000])
-def test_more_than_two_to_the_31_latents(size: int) -> None:
+def test_more_than_two_to_the_31_latents(room: Callable[[int], None], size: int) -> None:
     """The last samples equal the same samples alone. About 9 GB."""
+    room(12)
     samples = 2**31 // size + 10
-    if torch.cuda.mem_get_info()[0] < 12 << 30:
-        pytest.skip("needs 12 GB of free device memory")
     z = torch.zeros(samples, size, dtype=torch.bfloat16, device="cuda")
     ids = torch.arange(samples, device="cuda")
     tail = slice(samples - 3, samples)

@@ -1,7 +1,7 @@
 """The Triton backend: what it refuses, how it cuts calls, and every way to cut one, in Triton's interpreter.
 
-The other tests run it too, as the backend "triton"; there a call's size chooses the way. On a GPU the tests at the end
-run the compiled kernels.
+The other tests run it too, as the backend "triton"; there a call's size chooses the way. test_triton_gpu.py runs the
+compiled kernels.
 """
 
 from __future__ import annotations
@@ -288,64 +288,3 @@ def test_an_unreadable_table_is_ignored_with_a_warning(plans_file: Path, text: s
 def test_no_table_is_no_warning(plans_file: Path, recwarn: pytest.WarningsRecorder) -> None:
     assert tuning.own_plans(None) == ()
     assert not recwarn
-
-
-# On a GPU
-
-
-@pytest.fixture(scope="module")
-def compiled() -> str:
-    """The device of tests of the compiled kernels."""
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    reason = backend_module.refusal("distill", (torch.empty(0, device="cuda"),))
-    if reason:
-        pytest.skip(f"no Triton on this GPU: {reason}")
-    return "cuda"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("classes", [10, 1000, 4096, 33001])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_on_a_gpu_the_loss_agrees_with_the_truth(
-    compiled: str, divergence: str, dtype: torch.dtype, classes: int
-) -> None:
-    student, teacher = logits(9, classes, 0, dtype=dtype), logits(9, classes, 1, dtype=dtype)
-    target = targets(9, classes, 2)
-    options: dict[str, Any] = {
-        "divergence": divergence, "hard_weight": 0.7, "label_smoothing": 0.1, "reduction": "none",
-    }  # fmt: skip
-    runs = [
-        evaluate(student.to(compiled), teacher.to(compiled), target.to(compiled), backend="triton", **options)
-        for _ in range(2)
-    ]
-    one, two = (Result(*(None if x is None else x.cpu() for x in run[:3])) for run in map(_fields, runs))
-    expected = truth(student, teacher, target, **options)
-    assert_matches_truth(one, expected, student, teacher, divergence=divergence, hard=True)
-    assert torch.equal(one.loss, two.loss)
-    assert torch.equal(one.d_student, two.d_student)  # type: ignore[arg-type]
-    assert torch.equal(one.d_teacher, two.d_teacher)  # type: ignore[arg-type]
-
-
-def _fields(result: Result) -> tuple[Any, ...]:
-    return (result.loss, result.d_student, result.d_teacher)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("size", [7, 4096, 20001])
-def test_on_a_gpu_latents_agree_with_the_reference(compiled: str, size: int) -> None:
-    z, grad = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(0))
-    seed, step = torch.tensor(7), torch.tensor(5)
-    for options in ({}, {"truncation": 2.0}, {"sphere_radius": "keep"}):
-        best = tgt.perturb_latents(z, 0.7, seed=seed, step=step, backend="reference", **options)  # type: ignore[arg-type]
-        got = tgt.perturb_latents(
-            z.to(compiled), 0.7, seed=seed.to(compiled), step=step.to(compiled), backend="triton",
-            **options,  # type: ignore[arg-type]
-        )  # fmt: skip
-        torch.testing.assert_close(got.cpu(), best, rtol=1e-5, atol=1e-5)
-    move: dict[str, Any] = {"step_size": 0.7, "radius": 0.5, "sigma": 0.1, "seed": 7}
-    best = tgt.ascend_latents(z, grad, anchor=z, backend="reference", **move)
-    there = z.to(compiled)
-    got = tgt.ascend_latents(there, grad.to(compiled), anchor=there, backend="triton", **move)
-    torch.testing.assert_close(got.cpu(), best, rtol=1e-5, atol=1e-5)

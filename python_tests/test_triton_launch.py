@@ -21,20 +21,24 @@ REGISTERS = 65536  # of a multiprocessor
 STORE = re.compile(r"tt\.store %[\w#]+, (%[\w#]+)")
 
 
-@pytest.fixture(scope="module")
-def findings(child_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What dry_forms.py found, with nothing compiled before."""
+def found_by(script: str, environment: dict[str, str], folder: Path) -> dict[str, Any]:
+    """What a script found, with nothing compiled before."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    folder = tmp_path_factory.mktemp("dry")
     unwanted = ("TRITON_INTERPRET", "TGT_FAST_TRITON_PLANS")
-    environment = {name: value for name, value in child_environment.items() if name not in unwanted}
+    environment = {name: value for name, value in environment.items() if name not in unwanted}
     subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("dry_forms.py")), str(folder / "findings.json")],
+        [sys.executable, str(Path(__file__).with_name(script)), str(folder / "findings.json")],
         check=True, env={**environment, "TRITON_CACHE_DIR": str(folder / "compiled"), "XDG_CACHE_HOME": str(folder)},
     )  # fmt: skip
     found: dict[str, Any] = json.loads((folder / "findings.json").read_text())
     return found
+
+
+@pytest.fixture(scope="module")
+def findings(child_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What dry_forms.py found."""
+    return found_by("dry_forms.py", child_environment, tmp_path_factory.mktemp("dry"))
 
 
 def test_every_kernel_is_launched_twice(findings: dict[str, Any]) -> None:
@@ -113,3 +117,10 @@ def test_a_limit_of_registers_fits_the_warps(warps: int) -> None:
 
     backend_module.launch(Kernel(), 1, warps=warps, registers=168)
     assert asked["maxnreg"] == min(168, REGISTERS // (32 * warps))
+
+
+def test_the_host_side_of_the_gpu_tests(child_environment: dict[str, str], tmp_path: Path) -> None:
+    """Each of test_triton_gpu.py, on tensors of more than 2^31 elements too."""
+    found = found_by("dry_gpu_tests.py", child_environment, tmp_path)
+    assert found["errors"] == {}
+    assert len(found["names"]) >= 10
