@@ -102,10 +102,11 @@ def _chunked(record: dict[str, Any], name: str, caption: str) -> str:
         ]
         for row in measured
     ]
-    peak = next(row["peak_extra"] for row in measured if "peak_extra" in row)
-    peaks = ", ".join(f"{_CALLED.get(name, name)} {peak[name]:.2f}" for name in peak if name != "ours")
+    peak = next((row["peak_extra"] for row in measured if "peak_extra" in row), {})
+    peaks = [f"{_CALLED.get(name, name)} {peak[name]:.2f}" for name in peak if name != "ours"]
+    said = ", ".join([f"{peak['ours']:.2f}" if "ours" in peak else "not measured", *peaks])
     header = [name, "ms", "TFLOP/s", *(called for _, called in shown), "extra MiB"]
-    return grid(header, rows) + "\n\n" + caption + f"{peak['ours']:.2f}, {peaks}. " + _source(record)
+    return grid(header, rows) + "\n\n" + caption + said + ". " + _source(record)
 
 
 def sparse(record: dict[str, Any]) -> str:
@@ -145,8 +146,8 @@ def explore(record: dict[str, Any]) -> str:
         [
             f"{row['op']}, batch {row['batch']}",
             _ms(row["milliseconds"]["ours"]),
-            _ms(row["milliseconds"]["eager"]),
-            _times(row["over_eager"]),
+            _ms(row["milliseconds"]["eager"]) if "eager" in row["milliseconds"] else "-",
+            _times(row.get("over_eager")),
         ]
         for row in _measured(record)
     ]
@@ -199,7 +200,7 @@ def tokens(record: dict[str, Any]) -> str:
 
 
 def cuda(record: dict[str, Any]) -> str:
-    """Either noun on a GPU."""
+    """Ops on a GPU whose floor is the bytes that move; rivals as far as they were measured."""
     rows = _measured(record)
     several = len({row["backend"] for row in rows}) > 1
     lines = []
@@ -232,9 +233,29 @@ def cuda(record: dict[str, Any]) -> str:
     return grid(header, lines) + "\n\n" + caption
 
 
+def gpu(record: dict[str, Any]) -> str:
+    """What has run on a GPU, and what came of it: ``benchmarks/gpu.sh``."""
+    kernels, checks, tests = (record.get(name, {}) for name in ("kernels", "checks", "tests"))
+    bad = [f"{name}: {found['status']}" for name, found in kernels.items() if found["status"] != "ok"]
+    wrong = [f"{name}: {status}" for name, status in checks.items() if status not in ("ok", "skipped")]
+    left = [f"{tests[key]} {called}" for key, called in _OF_TESTS.items() if tests.get(key)]
+    left += [each["test"] for each in tests.get("failures", [])]
+    found = [
+        ["calls that reach every kernel", f"{len(kernels) - len(bad)} of {len(kernels)}", "; ".join(bad)],
+        ["tests", str(tests.get("passed", 0)), "; ".join(left)],
+        ["benchmark cases against float64", f"{len(checks) - len(wrong)} of {len(checks)}", "; ".join(wrong)],
+    ]
+    for tool, one in record.get("sanitizer", {}).items():
+        found.append([tool, f"{one['calls']} calls", one["note"] or one["outcome"]])
+    return grid(["on a GPU", "well", "and else"], found) + f"\n\nDriver {record['driver']}. " + _source(record)
+
+
+_OF_TESTS = {"failed": "failed", "skipped": "skipped", "missing": "not reached"}
 PEERS = ("liger", "orda", "quack", "cce")
 _CALLED = {"compile": "torch.compile", "chunked": "chunks", "linear_cross_entropy": "`linear_cross_entropy`"}
-NOT_YET = {f"{noun}-cuda": "*Not yet measured on a GPU.*" for noun in ("distill", "linear", "sparse", "latent")}
+GPU_NOUNS = ("distill", "linear", "sparse", "latent", "tokens", "explore", "contrast")
+NOT_YET = {f"{noun}-cuda": "*Not yet measured on a GPU.*" for noun in GPU_NOUNS}
+NOT_YET["gpu-cuda"] = "*Nothing has run on a GPU yet.*"
 CACHE_RIVALS = ("over_memmap", "over_pread", "over_safe_open", "over_file")
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "digits": digits,
@@ -253,6 +274,10 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "linear-cuda": linear,
     "sparse-cuda": cuda,
     "latent-cuda": cuda,
+    "tokens-cuda": cuda,
+    "explore-cuda": explore,
+    "contrast-cuda": contrast,
+    "gpu-cuda": gpu,
 }
 
 

@@ -139,6 +139,7 @@ void soft_backward(int64_t first, int64_t rows, int64_t classes, int64_t positio
 py::dict build_info() {
   py::dict info;
   info["compiler"] = TGT_COMPILER;
+  info["sources"] = TGT_SOURCES;  // cmake/sources_digest.cmake
 #if defined(TGT_HAVE_CUDA)
   info["cuda"] = TGT_CUDA_VERSION;
   info["cuda_architectures"] = TGT_CUDA_ARCHITECTURES;  // as CMake lists them

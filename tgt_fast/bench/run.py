@@ -64,14 +64,19 @@ def measure(plan: Plan, copy_rate: float) -> Iterator[Row]:
     """The rows, as they come."""
     started = time.perf_counter()
     for noun in plan.nouns:
-        for number, case in enumerate(NOUNS[noun](plan.device, plan.quick)):
-            begun = time.perf_counter()
-            late = begun - started > _PATIENCE.get(plan.device.type, 600.0)
-            rows = _rows(case, plan, number, late)
-            for row in rows:
-                row.copy_rate = copy_rate
-                row.seconds = (time.perf_counter() - begun) / len(rows)
-                yield row
+        for number in range(len(NOUNS[noun](plan.device, plan.quick))):
+            late = time.perf_counter() - started > _PATIENCE.get(plan.device.type, 600.0)
+            yield from measure_case(plan, noun, number, copy_rate, late=late)
+
+
+def measure_case(plan: Plan, noun: str, number: int, copy_rate: float, *, late: bool = False) -> list[Row]:
+    """The rows of one case, one a backend. ``late``: no rival is started that has to compile itself."""
+    begun = time.perf_counter()
+    rows = _rows(NOUNS[noun](plan.device, plan.quick)[number], plan, number, late)
+    for row in rows:
+        row.copy_rate = copy_rate
+        row.seconds = (time.perf_counter() - begun) / len(rows)
+    return rows
 
 
 def _rows(case: Case, plan: Plan, number: int, late: bool) -> list[Row]:
