@@ -46,4 +46,5 @@ def dense(target: Tensor | None) -> Tensor | None:
 
 def upstream(d_loss: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of the loss, 0-d or [N], in the dtype of the arithmetic."""
-    return d_loss.detach().to(dtype).contiguous()
+    plain = d_loss.detach() if d_loss.requires_grad else d_loss
+    return plain if plain.dtype == dtype and plain.is_contiguous() else plain.to(dtype).contiguous()

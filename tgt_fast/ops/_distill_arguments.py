@@ -184,6 +184,13 @@ def _misfit(label: str, tensor: Tensor, name: str, student: Tensor) -> str:
     return said
 
 
+def flat_labels(target: Tensor) -> Tensor:
+    """[N] int64."""
+    if target.dim() == 1 and target.dtype == torch.int64:  # as most come
+        return target
+    return target.reshape(-1).to(torch.int64)
+
+
 def as_mask(
     op: str, classes: int, target: Tensor, sample_weight: Tensor | None, options: DistillOptions
 ) -> tuple[Tensor, DistillOptions]:

@@ -15,7 +15,7 @@ from tgt_fast.errors import ArgumentError, BackendError, DTypeError
 from tgt_fast.kernels.plain import PLAIN
 
 _STRIDED: Final = torch.strided
-_compiling = torch.compiler.is_compiling
+_traced = torch.compiler.is_dynamo_compiling  # the cheaper question: what other tracers hand on is not PLAIN
 _WITHOUT_DISPATCH: Final = torch._C._disabled_torch_dispatch_impl
 
 
@@ -37,7 +37,7 @@ def has_memory(tensor: Tensor) -> bool:
 
     This runs for each argument of each call, so it asks for what costs least: a sparse tensor has no storage to ask.
     """
-    if _compiling():
+    if _traced():
         return tensor.layout is _STRIDED and not tensor.is_nested
     try:
         storage = tensor.untyped_storage()
@@ -58,7 +58,7 @@ def upstream(op: str, gradient: Tensor) -> Tensor:
     """A gradient that autograd hands in, with memory: zeros that stand for themselves are made."""
     if type(gradient) in PLAIN and has_memory(gradient):
         return gradient
-    if not _compiling() and gradient._is_zerotensor():
+    if not _traced() and gradient._is_zerotensor():
         return gradient.clone()
     return readable(op, "the gradient of the result", gradient)
 

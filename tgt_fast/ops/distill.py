@@ -13,7 +13,15 @@ from tgt_fast.kernels import select
 from tgt_fast.kernels.options import DistillOptions, DistillStats
 from tgt_fast.kernels.reference import distill as reference_distill
 from tgt_fast.ops import _checks
-from tgt_fast.ops._distill_arguments import OP, as_mask, check_inplace, check_tensors, check_values, make_options
+from tgt_fast.ops._distill_arguments import (
+    OP,
+    as_mask,
+    check_inplace,
+    check_tensors,
+    check_values,
+    flat_labels,
+    make_options,
+)
 from tgt_fast.ops._distill_autograd import Call, Distill
 from tgt_fast.ops._distill_library import dense_rows
 from tgt_fast.ops._distill_library import distillation_loss as distillation_loss_op
@@ -202,7 +210,7 @@ def distillation_loss(
     if sample_weight is not None:
         sample_weight = sample_weight.reshape(-1)
     if target is not None:
-        target = target.reshape(-1).to(torch.int64)
+        target = flat_labels(target)
         if options.hard_weight == 0:
             target, options = as_mask(OP, shape[-1], target, sample_weight, options)
 

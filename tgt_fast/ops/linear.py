@@ -14,7 +14,7 @@ from tgt_fast.kernels.reference import linear as reference_linear
 from tgt_fast.kernels.reference.linear import record_of
 from tgt_fast.ops import _checks
 from tgt_fast.ops._adapters import warn_of_adapters
-from tgt_fast.ops._distill_arguments import as_mask, make_options
+from tgt_fast.ops._distill_arguments import as_mask, flat_labels, make_options
 from tgt_fast.ops._linear_arguments import (
     OP,
     check_record,
@@ -274,7 +274,7 @@ def linear_distillation_loss(
     tensors = given._replace(
         student_hidden=_rows(given.student_hidden),
         teacher=_rows(given.teacher),
-        target=None if target is None else target.reshape(-1).to(torch.int64),
+        target=None if target is None else flat_labels(target),
         sample_weight=None if sample_weight is None else sample_weight.reshape(-1),
         record_ids=None if ids is None else _rows(ids).to(torch.int64),
         record_tail=None if rest is None else rest.reshape(-1),

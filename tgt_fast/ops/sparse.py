@@ -13,7 +13,15 @@ from tgt_fast.kernels import select
 from tgt_fast.kernels.options import TAILS, DistillOptions, Listed
 from tgt_fast.kernels.reference import sparse as reference_sparse
 from tgt_fast.ops import _checks
-from tgt_fast.ops._distill_arguments import OP, as_mask, check_classes, check_inplace, check_rows, check_student
+from tgt_fast.ops._distill_arguments import (
+    OP,
+    as_mask,
+    check_classes,
+    check_inplace,
+    check_rows,
+    check_student,
+    flat_labels,
+)
 from tgt_fast.ops._distill_autograd import Call, Distill
 from tgt_fast.ops._distill_library import dense_rows
 from tgt_fast.ops._packing import packed
@@ -117,7 +125,7 @@ def sparse_distillation_loss(
     if sample_weight is not None:
         sample_weight = sample_weight.reshape(-1)
     if target is not None:
-        target = target.reshape(-1).to(torch.int64)
+        target = flat_labels(target)
         if options.hard_weight == 0:
             target, options = as_mask(OP, shape[-1], target, sample_weight, options)
     rest = record.rest()

@@ -32,7 +32,7 @@ def _current(tensor: Tensor) -> Iterator[int]:
 
 def engine(tensor: Tensor) -> Engine | None:
     """What runs kernels on ``tensor``'s device; None for a CPU."""
-    return Engine(core(), _current) if tensor.device.type == "cuda" else None
+    return Engine(core(), _current) if tensor.is_cuda else None
 
 
 def covers(architectures: str, capability: tuple[int, int]) -> bool:
