@@ -136,6 +136,7 @@ def test_what_is_left_out_are_tests_that_there_are(script: dict[str, ModuleType]
 def suite(tmp_path: Path) -> Path:
     (tmp_path / "torch.py").write_text(TORCH)
     (tmp_path / "test_device.py").write_text(TESTS)
+    (tmp_path / "test_missing.py").write_text("import a_library_that_is_not_there\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     return tmp_path
 
@@ -153,13 +154,15 @@ def test_a_hung_test_is_named_and_its_process_replaced(
         "TGT_TESTS_LEFT_OUT": json.dumps([["test_kernel", "hung"]]), "PYTHONPATH": str(FOLDER),
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TGT_FAST_REQUIRE_CUDA": "0",
     }  # fmt: skip
-    options = ["-q", "-p", "guard", "-p", "no:faulthandler", "-p", "no:cacheprovider", str(suite / "test_device.py")]
+    options = ["-q", "-p", "guard", "-p", "no:faulthandler", "-p", "no:cacheprovider"]
+    options += ["--continue-on-collection-errors", *(str(suite / f"test_{name}.py") for name in ("device", "missing"))]
     if xdist:
         options += ["-p", "xdist"]
     status, note = testing.run_tests(options, 2, 60.0, log, environment)
     counts, found = testing.read(*tmp_path.glob("outcomes*"))
     assert (status, note) == (1, ""), log.read_text()
     assert counts == {"test_device.py": 13}
+    assert "a_library_that_is_not_there" in found.pop("test_missing.py")["message"]
     by_name = {test.partition("::")[2]: outcome["outcome"] for test, outcome in found.items()}
     bad = ("test_hangs", "test_faults", "test_loses_the_device", "test_fails")
     assert {name for name, outcome in by_name.items() if outcome == "failed"} == set(bad)

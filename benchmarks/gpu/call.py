@@ -25,7 +25,7 @@ from testing import tests
 HERE = Path(__file__).parent
 KEPT = ROOT / "build" / "gpu-kept"  # results and compiled kernels, where a machine is used again
 TESTS_TIME, WHOLE_TIME = 280.0, 570.0  # seconds of a call
-BUILD_TIME, SMOKE_TIME, PROFILE_TIME, SANITIZER_TIME = 90.0, 60.0, 40.0, 150.0
+BUILD_TIME, SMOKE_TIME, PROFILE_TIME, SANITIZER_TIME = 150.0, 60.0, 40.0, 150.0
 MOST_FILES, MOST_BYTES = 8, 4 << 20
 LOGS = ("tests", "checks", "smoke", "stacks", "build", "bench", "environment")  # as far as there is room for files
 SECONDS, SECONDS_DRY = 0.6, 0.02  # of timing a case

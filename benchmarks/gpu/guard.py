@@ -120,6 +120,12 @@ class Teller:
             self.told = True
             self._write({"collected": Counter(Path(test.partition("::")[0]).name for test in ids)})
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            print(f"\nFAILED to collect {report.nodeid}\n{str(report.longrepr)[-3000:]}", flush=True)
+            message = str(report.longrepr)[-1500:]
+            self._write({"test": report.nodeid, "when": "collect", "outcome": "failed", "message": message})
+
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._write({"began": nodeid})
 
