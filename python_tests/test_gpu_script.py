@@ -81,6 +81,29 @@ def test_a_process_that_does_not_start_is_no_fault_of_its_task(script: dict[str,
     assert (outcome.status, outcome.reason) == ("failed", "at the start: exit status 3")
 
 
+def test_the_worker(
+    script: dict[str, ModuleType], native: str, child_environment: dict[str, str], tmp_path: Path
+) -> None:
+    """The one that the script starts, on a CPU."""
+    command = [sys.executable, str(FOLDER / "worker.py"), "--device", "cpu"]
+    process = script["isolated"].Isolated(command, tmp_path / "worker.log", child_environment)
+    try:
+        named = process.run({"task": "names"}, 60.0)
+        assert named.status == "ok", (tmp_path / "worker.log").read_text()
+        assert named.value == list(calls())
+        assert process.run({"task": "call", "name": "native latent: 5"}, 60.0).status == "ok"
+        unknown = process.run({"task": "call", "name": "no such call"}, 60.0)
+        assert (unknown.status, unknown.reason) == ("failed", "KeyError: 'no such call'")
+        found = process.run({"task": "cases", "quick": True}, 60.0)
+        assert {case["noun"] for case in found.value} == set(script["cases"].NOUNS)
+        task = {"task": "case", "noun": "latent", "number": 0, "quick": True, "seconds": 0.01, "copy_rate": 1e9}
+        made = process.run({**task, "rivals": ["none"], "late": False}, 60.0)
+        assert [(row["backend"], row["status"]) for row in made.value] == [("native", "ok")]
+        assert script["results"].same_case(made.value[0], found.value[[c["noun"] for c in found.value].index("latent")])
+    finally:
+        process.close()
+
+
 # The smoke stage
 
 
