@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 import tgt_fast as tgt
 import tgt_fast.testing
-from tgt_fast.errors import ArgumentError, BackendError, DTypeError, TgtError
+from tgt_fast.errors import ArgumentError, BackendError, DeviceError, DTypeError, ShapeError, TgtError
 
 CALLS = public_calls()
 ARGUMENTS = [(call, name) for call, (_, given) in CALLS.items() for name in given if isinstance(given[name], Tensor)]
@@ -244,3 +244,63 @@ def test_ascent_without_its_tensors(argument: str) -> None:
     given: dict[str, Any] = {"z": rows(3, 5), "grad": rows(3, 5), argument: None}
     with pytest.raises(DTypeError, match=f"{argument} must be a tensor, got NoneType"):
         tgt.ascend_latents(**given, step_size=1.0)
+
+
+LINEAR = ["linear_distillation_loss", "linear_distillation_loss of logits"]
+
+
+@pytest.mark.parametrize("argument", ["student_hidden", "student_weight"])
+@pytest.mark.parametrize("call", LINEAR)
+def test_a_linear_loss_without_its_tensors(call: str, argument: str) -> None:
+    function, given = CALLS[call]
+    with pytest.raises(DTypeError, match=f"{argument} must be a tensor, got NoneType"):
+        function(**{**given, argument: None})
+
+
+@pytest.mark.parametrize(("call", "argument"), [(c, a) for c, a in NUMBERS if CALLS[c][1][a].dim() == 2])
+def test_masked_tensors_and_parameters_of_lazy_modules(call: str, argument: str) -> None:
+    function, given = CALLS[call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, of prototypes
+        masked = torch.masked.masked_tensor(given[argument], given[argument] > 0)
+    kind, said = refusal(function, **{**given, argument: masked})
+    assert kind is DTypeError
+    assert re.search(rf"{argument}.*masked.*to_tensor\(value\)", said), said
+    with pytest.raises(ArgumentError, match=f"{argument} is of a lazy module"):
+        function(**{**given, argument: torch.nn.parameter.UninitializedParameter()})
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [(c, a) for c, a in ARGUMENTS if a in ("seed", "step", "sample_ids", "replica") or c == "align_logits"],
+)
+def test_tensors_of_two_devices(call: str, argument: str) -> None:
+    function, given = CALLS[call]
+    with pytest.raises(DeviceError, match="is on "):
+        function(**{**given, argument: given[argument].to("meta")})
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_unsigned_weights_and_maps(backend: str) -> None:
+    student, teacher, weight = rows(3, 5), -rows(3, 5), torch.tensor([0, 2, 1])
+    wanted = tgt.distillation_loss(student, teacher, sample_weight=weight, backend=backend)
+    shared = tgt.align_logits(student, teacher, vocab_map=torch.arange(5))
+    for dtype in (torch.uint16, torch.uint64):
+        unsigned = weight.to(dtype)
+        assert torch.equal(tgt.distillation_loss(student, teacher, sample_weight=unsigned, backend=backend), wanted)
+        made = tgt.align_logits(student, teacher, vocab_map=torch.arange(5).to(dtype))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(made, shared, strict=True))
+
+
+@pytest.mark.parametrize(
+    "call", ["distillation_loss", "linear_distillation_loss", "linear_distillation_loss of logits"]
+)
+def test_targets_that_are_no_indices(call: str) -> None:
+    function, given = CALLS[call]
+    target = given["target"]
+    one_hot = torch.nn.functional.one_hot(target, 5)
+    for each in (one_hot, one_hot.float(), one_hot.bool()):
+        with pytest.raises(ShapeError, match=r"target .*a number a class.*argmax\(-1\).*cross_entropy"):
+            function(**{**given, "target": each})
+    with pytest.raises(ShapeError, match=r"target\.squeeze\(-1\)"):
+        function(**{**given, "target": target[:, None]})

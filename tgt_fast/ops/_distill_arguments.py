@@ -173,7 +173,9 @@ def _misfit(label: str, tensor: Tensor, name: str, student: Tensor) -> str:
     """Why a tensor that should hold a number a row does not fit, and what to do where that can be told."""
     shape, rows = tuple(student.shape), tuple(student.shape[:-1])
     said = f"does not match the logits' rows {rows}"
-    if label == "target" and tensor.shape == student.shape:
+    if label == "target" and tuple(tensor.shape) == (*rows, 1):
+        return f"{said}; pass target.squeeze(-1)"
+    if label == "target" and tensor.dim() == len(shape) and tuple(tensor.shape[:-1]) == rows:
         return (
             f"{said}, but has a number a class: the hard term takes class indices (target.argmax(-1)); a one-hot or "
             "mixed distribution can stand for the teacher, teacher_logits=target.log() in a call of its own with "
@@ -221,6 +223,8 @@ def check_values(student: Tensor, target: Tensor | None, sample_weight: Tensor |
 def check_row_values(
     op: str, classes: int, target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions
 ) -> None:
+    if sample_weight is not None and not sample_weight.is_floating_point():
+        sample_weight = sample_weight.to(torch.float64)  # not every kind of integer can be compared
     if sample_weight is not None and not bool(((sample_weight >= 0) & sample_weight.isfinite()).all()):
         row = int((~((sample_weight >= 0) & sample_weight.isfinite())).nonzero()[0])
         raise ArgumentError(bad_weight(row, float(sample_weight[row]), op))

@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from tgt_fast.errors import ArgumentError, ShapeError
+from tgt_fast.errors import ArgumentError, DeviceError, ShapeError
 from tgt_fast.kernels.options import MAX_REPLICA, MAX_SAMPLE_ID, MAX_STEP
 from tgt_fast.ops import _checks, library
 from tgt_fast.ops._readable import readable
@@ -35,9 +35,9 @@ def noise_key(
     else:
         ids = _checked_ids(name, what, tensor, samples, sample_ids)
     return {
-        "seed": _whole(name, "seed", seed, -(2**63), 2**64),
+        "seed": _whole(name, "seed", seed, tensor, -(2**63), 2**64),
         "sample_ids": ids,
-        "step": _whole(name, "step", step, 0, MAX_STEP),
+        "step": _whole(name, "step", step, tensor, 0, MAX_STEP),
         "replica": _checked_replica(name, what, tensor, samples, replica),
     }
 
@@ -77,7 +77,7 @@ def _one_a_sample(name: str, label: str, value: Tensor, what: str, tensor: Tenso
     return value if value.dtype == torch.int64 else value.to(torch.int64)
 
 
-def _whole(name: str, what: str, value: int | Tensor, low: int, high: int) -> int | Tensor:
+def _whole(name: str, what: str, value: int | Tensor, tensor: Tensor, low: int, high: int) -> int | Tensor:
     """An int, or a 0-d int64 tensor; what lies on another device is not looked at."""
     if not isinstance(value, Tensor):
         return _checks.integer(name, what, value, low, high)
@@ -85,6 +85,8 @@ def _whole(name: str, what: str, value: int | Tensor, low: int, high: int) -> in
     if value.dim() != 0 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         found = f"{value.dtype} {tuple(value.shape)}"
         raise ArgumentError(f"{name}: {what} must be an integer or a 0-d int64 tensor, got {found}")
+    if value.is_meta and not tensor.is_meta:  # which nothing can be read from, unlike from another device
+        raise DeviceError(f"{name}: {what} is on {value.device}, its samples on {tensor.device}")
     value = value.to(torch.int64)
     if what == "step":
         check_step(name, value)

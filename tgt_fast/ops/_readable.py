@@ -10,6 +10,7 @@ from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from tgt_fast.errors import ArgumentError, BackendError, DTypeError
 from tgt_fast.kernels.plain import PLAIN
@@ -99,6 +100,8 @@ def _refuse(op: str, name: str, tensor: Tensor) -> None:
 def _check_dense(op: str, name: str, tensor: Tensor) -> None:
     """DTypeError unless a tensor behaves as a dense one."""
     kind = type(tensor).__name__
+    if isinstance(tensor, (UninitializedBuffer, UninitializedParameter)):
+        raise ArgumentError(f"{op}: {name} is of a lazy module that has not run yet; run it once before")
     if kind == "DTensor":
         raise DTypeError(
             f"{op}: {name} is a DTensor, which no backend takes; call the loss inside the wrapped forward, where "
@@ -112,6 +115,10 @@ def _check_dense(op: str, name: str, tensor: Tensor) -> None:
     if tensor.layout is not _STRIDED:
         layout = str(tensor.layout).removeprefix("torch.").lstrip("_")
         _no(op, name, layout, f"{name}.to_dense()")
+    if kind == "MaskedTensor":
+        _no(
+            op, name, "masked", f"{name}.to_tensor(value), and sample_weight=0 (or an ignored target) for rows left out"
+        )
     if hasattr(tensor, "dequantize") and "Quantized" in kind:  # of torchao and the like
         _no(op, name, f"quantised ({kind})", f"{name}.dequantize()")
 

@@ -57,6 +57,7 @@ def align_logits(
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if _checks.floating(op, name, logits).dim() == 0:
             raise ShapeError(f"{op}: {name} must be (..., C), got a number")
+    _checks.same_device(op, "teacher_logits", teacher_logits, "student_logits", student_logits)
     classes = student_logits.shape[-1], teacher_logits.shape[-1]
     names = "student_logits", "teacher_logits"
     check_vocabulary(op, names, classes, student_logits, vocab_size, vocab_map, vocab_mask)
@@ -100,6 +101,7 @@ def check_vocabulary_values(op: str, classes: int, vocab_map: Tensor | None, stu
     """On a CPU, where looking costs no synchronisation: ids in range, and none named twice."""
     if vocab_map is None or not _checks.on_plain_cpu(student) or not _checks.on_plain_cpu(vocab_map):
         return
+    vocab_map = vocab_map.to(torch.int64)  # not every kind of integer can be compared
     outside = (vocab_map < -1) | (vocab_map >= classes)
     if bool(outside.any()):
         at = int(outside.nonzero()[0])
