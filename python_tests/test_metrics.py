@@ -134,3 +134,13 @@ def test_errors() -> None:
         evaluate(nn.Linear(FEATURES, 7), teacher, [(x, y)])
     with pytest.raises(ArgumentError, match="4"):
         evaluate(student, teacher, [(x, y, y, y)])
+
+
+def test_logits_of_maps_and_labels_with_a_number_a_class() -> None:
+    maps = torch.zeros(2, 3, 4, 4)
+    for name, call in (("accuracy", accuracy), ("class_accuracy", class_accuracy)):
+        with pytest.raises(ShapeError, match=rf"{name}: .*logits\.movedim\(1, -1\)"):
+            call(maps, torch.zeros(2, 4, 4, dtype=torch.int64))
+        with pytest.raises(ShapeError, match=rf"{name}: .*target\.argmax\(-1\)"):
+            call(maps, maps.long())
+    assert accuracy(maps.movedim(1, -1), torch.zeros(2, 4, 4, dtype=torch.int64)) == 1.0

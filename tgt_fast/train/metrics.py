@@ -208,7 +208,12 @@ def _row_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _check_rows(name: str, logits: Tensor, target: Tensor) -> None:
     if logits.shape[:-1] != target.shape:
-        raise ShapeError(f"{name}: targets {tuple(target.shape)} do not fit the rows of logits {tuple(logits.shape)}")
+        shape, hint = tuple(logits.shape), ""
+        if target.shape == logits.shape:
+            hint = "; they must be class indices, such as target.argmax(-1)"
+        elif len(shape) > 2 and tuple(target.shape) == (shape[0], *shape[2:]):
+            hint = "; classes are the last dimension here: logits.movedim(1, -1)"
+        raise ShapeError(f"{name}: targets {tuple(target.shape)} do not fit the rows of logits {shape}{hint}")
 
 
 def _check_same(name: str, student: Tensor, teacher: Tensor) -> None:
