@@ -107,11 +107,10 @@ def _distill(architecture: str, classes: int, divergence: str, kind: str, wide: 
         cut["STAGES"], registers = streaming_of(divergence)
     yield Job("distill_kernels", name, architecture, label, pointers, constants | cut, plan.warps, not wide, registers)
     tile = elementwise_plan(plan)
-    cut = {"ROWS": tile.rows, "BLOCK": tile.block, "UPSTREAM_PER_ROW": whole}
-    if classes in (10, 4096):
-        yield Job(
-            "distill_finish", "distill_bwd_kernel", architecture, label, pointers, constants | cut, tile.warps, not wide
-        )
+    cut = {"ROWS": tile.rows, "BLOCK": tile.block, "UPSTREAM_PER_ROW": whole, "WHOLE": classes <= tile.block}
+    yield Job(
+        "distill_finish", "distill_bwd_kernel", architecture, label, pointers, constants | cut, tile.warps, not wide
+    )
 
 
 def small_jobs(architecture: str) -> Iterator[Job]:

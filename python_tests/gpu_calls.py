@@ -84,6 +84,7 @@ def _planned(device: torch.device, *, plan: Plan, inplace: bool) -> list[Tensor]
         )
         target = targets(3, 603, 2).to(device)
         student[1, 5] = teacher[1, 5] = -math.inf
+        student[2, 9] = teacher[2, 11] = 30.0  # peaks
         for divergence in DIVERGENCES:
             options = DistillOptions(divergence=divergence, hard_weight=1.0, label_smoothing=0.1)
             made = planned(
@@ -111,7 +112,9 @@ def _weighted(device: torch.device, *, dtypes: tuple[torch.dtype, ...], backend:
     """Those of float16 are made there; those of float64 are scaled there."""
     out: list[Tensor] = []
     for dtype in dtypes:
-        leaf = logits(3, 603, 0, dtype=dtype).to(device).requires_grad_()
+        leaf = logits(3, 603, 0, dtype=dtype)
+        leaf[2, 9] = 30.0  # a peak
+        leaf = leaf.to(device).requires_grad_()
         weight = torch.tensor([1.0, 0.0, 2.0], device=device)
         for inplace in (False, True):
             loss = tgt.distillation_loss(

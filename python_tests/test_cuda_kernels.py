@@ -66,6 +66,17 @@ def test_every_layout(kernels: Kernels, plan: Plan, divergence: str, classes: in
 
 
 @plans
+@pytest.mark.parametrize("at", [0, 1, 602])
+def test_peaks(kernels: Kernels, plan: Plan, at: int) -> None:
+    student, teacher = logits(3, 603, 0), logits(3, 603, 1)
+    student[:, at] += 30
+    teacher[:2, at] += 30
+    for divergence in DIVERGENCES:
+        check(kernels, plan, student, teacher, divergence=divergence)
+        check(kernels, plan, student, teacher, torch.tensor([at, 7, at]), divergence=divergence, hard_weight=0.5)
+
+
+@plans
 def test_the_label_may_be_anywhere(kernels: Kernels, plan: Plan) -> None:
     """Each row its own class: the first and last of every share and of every vector."""
     classes = 67

@@ -87,6 +87,8 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"temperature": [2.0]}, r"temperature.*\[2.0\]"),
     ({"temperature": True}, "temperature.*True"),
     ({"temperature": 1e-300}, "temperature.*1e-300"),
+    ({"temperature": 100.5}, r"temperature.*\[1e-30, 100\]"),
+    ({"teacher_temperature": 1e10}, r"teacher_temperature.*\[1e-30, 100\]"),
     ({"divergence": ["tvd"]}, r"divergence.*\['tvd'\]"),
     ({"beta": "a"}, "beta.*'a'"),
     ({"beta": math.nan}, "beta.*nan"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import Result, check, distillation_loss, evaluate, logits, targets
+from numerics import Result, check, distillation_loss, evaluate, logits, targets, truth
 from strategies import DTYPES
 from torch import Tensor
 
@@ -244,6 +244,40 @@ def test_statistics_of_rows_that_do_not_count_or_are_no_distribution(backend: st
     assert all(value[0].isfinite() for value in stats)
 
 
+def test_statistics_of_a_side_that_is_a_distribution_beside_one_that_is_none(backend: str) -> None:
+    student, teacher = logits(6, 20, 0), logits(6, 20, 1)
+    student[0, 3] = teacher[1, 19] = math.nan
+    student[2, 0] = teacher[3, 1] = INF
+    student[4] = -INF
+    student[5, 2] = math.nan
+    teacher[5, 2] = -INF
+    options: dict[str, Any] = {"temperature": 2.0, "teacher_temperature": 3.0, "return_stats": True}
+    for soft_weight in (1.0, 0.0):
+        target = targets(6, 20, 2)
+        calls = {"soft_weight": soft_weight, "hard_weight": 1.0, **options}
+        stats = distillation_loss(student, teacher, target, backend=backend, **calls)[1]
+        expected = distillation_loss(student.double(), teacher.double(), target, backend="reference", **calls)[1]
+        for name, got, want in zip(stats._fields, stats, expected, strict=True):
+            torch.testing.assert_close(
+                got, want.to(got.dtype), rtol=1e-5, atol=1e-5, equal_nan=True, msg=lambda text, n=name: f"{n}: {text}"
+            )
+        assert stats.teacher_entropy.isnan().tolist() == [False, True, False, True, False, False]
+        assert stats.student_lse.isnan().tolist() == [True, False, True, False, True, True]
+        assert stats.kl.isnan().all()
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_normalizer_of_0_leaves_no_statistics(backend: str, on_device: bool) -> None:
+    normalizer = torch.tensor(0.0) if on_device else 0.0
+    student = logits(3, 20, 0)
+    student[1, 1] = math.nan
+    loss, stats = distillation_loss(
+        student, logits(3, 20, 1), normalizer=normalizer, return_stats=True, backend=backend
+    )
+    assert loss == 0
+    assert all(value.eq(0).all() for value in stats)
+
+
 # Padding a narrower vocabulary
 
 
@@ -279,6 +313,17 @@ def test_extreme_logits_and_temperatures_stay_finite_and_right(
     result = check(base * spread, logits(8, 65, 1) * other, backend=backend, **options)
     assert result.loss.isfinite().all()
     assert result.loss.ge(0).all()
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "symmetric", "jsd"])
+def test_the_largest_temperature_leaves_the_loss_two_digits(backend: str, divergence: str) -> None:
+    student, teacher = logits(4, 100, 0), logits(4, 100, 1)
+    options: dict[str, Any] = {"divergence": divergence, "temperature": 100.0, "reduction": "none"}
+    out, expected = evaluate(student, teacher, backend=backend, **options), truth(student, teacher, **options)
+    torch.testing.assert_close(out.loss.double(), expected.loss, rtol=5e-3, atol=0)
+    assert out.d_student is not None
+    assert expected.d_student is not None
+    torch.testing.assert_close(out.d_student.double(), expected.d_student, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("value", [-1e30, -3e4, torch.finfo(torch.float32).min])

@@ -57,14 +57,14 @@ def errors(out: Tensor, expected: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_gradients_of_peaked_rows_are_no_worse_than_eager_ones(divergence: str, place: str, native: str) -> None:
+def test_gradients_of_peaked_rows_are_no_worse_than_eager_ones(divergence: str, place: str, backend: str) -> None:
     ours: dict[str, list[Tensor]] = {"student": [], "teacher": []}
     eager: dict[str, list[Tensor]] = {"student": [], "teacher": []}
     for lift in LIFTS:
         student, teacher = peaked_rows(place, lift)
         expected = gradients(lambda s, t: plain(divergence, s, t), student.double(), teacher.double())
         made = gradients(
-            lambda s, t: distillation_loss(s, t, divergence=divergence, reduction="none", backend=native),
+            lambda s, t: distillation_loss(s, t, divergence=divergence, reduction="none", backend=backend),
             student, teacher,
         )  # fmt: skip
         usual = gradients(lambda s, t: plain(divergence, s, t), student, teacher)
@@ -83,7 +83,7 @@ def test_gradients_of_peaked_rows_are_no_worse_than_eager_ones(divergence: str, 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_label_at_the_peak_leaves_a_small_gradient_exact(place: str, smoothing: float, native: str) -> None:
+def test_the_label_at_the_peak_leaves_a_small_gradient_exact(place: str, smoothing: float, backend: str) -> None:
     for lift in (10, 16):
         student, teacher = peaked_rows(place, lift)
         target = torch.full((ROWS,), 7)
@@ -96,7 +96,7 @@ def test_the_label_at_the_peak_leaves_a_small_gradient_exact(place: str, smoothi
         made = gradients(
             lambda s, t, target=target: distillation_loss(
                 s, t, target, divergence="reverse_kl", soft_weight=0.5, hard_weight=0.5, label_smoothing=smoothing,
-                reduction="none", backend=native,
+                reduction="none", backend=backend,
             ),
             student, teacher,
         )  # fmt: skip
@@ -104,14 +104,45 @@ def test_the_label_at_the_peak_leaves_a_small_gradient_exact(place: str, smoothi
             assert float(errors(out, truth).max()) < 1e-5
 
 
-def test_two_classes(native: str) -> None:
+def test_two_classes(backend: str) -> None:
     student = torch.tensor([[-5.3484, 23.0495], [-3.8951, 1.9514]])
     teacher = torch.tensor([[-3.1615, 6.0309], [-1.9193, -9.4623]])
     for divergence in DIVERGENCES:
         expected = gradients(lambda s, t, d=divergence: plain(d, s, t), student.double(), teacher.double())
         made = gradients(
-            lambda s, t, d=divergence: distillation_loss(s, t, divergence=d, reduction="none", backend=native),
+            lambda s, t, d=divergence: distillation_loss(s, t, divergence=d, reduction="none", backend=backend),
             student, teacher,
         )  # fmt: skip
         for out, truth in zip(made, expected, strict=True):
             assert float(errors(out, truth).max()) < 5e-6
+
+
+# A warp or a tile a row, a block, clusters and several tiles, rows that are read twice
+@pytest.mark.parametrize("classes", [50, 1003, 9001, 17003])
+@pytest.mark.parametrize("divergence", ["symmetric", "jsd"])
+def test_gradients_made_anew_from_states_are_as_exact(divergence: str, classes: int, backend: str) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    student, teacher = torch.randn(2, 3, classes, generator=generator)
+    for row, (of_student, of_teacher) in enumerate([(7, classes - 1), (classes // 2, classes // 2), (0, 3)]):
+        student[row, of_student] += 18
+        teacher[row, of_teacher] += 18
+    expected = gradients(lambda s, t: plain(divergence, s, t) * 2, student.double(), teacher.double())
+    student.requires_grad_()
+    teacher.requires_grad_()
+    loss = distillation_loss(student, teacher, divergence=divergence, reduction="sum", backend=backend)
+    for _ in range(2):  # made in forward, then made anew
+        made = torch.autograd.grad(loss, (student, teacher), torch.tensor(2.0), retain_graph=True)
+        for out, truth in zip(made, expected, strict=True):
+            assert float(errors(out, truth).max()) < 1e-5
+
+
+def test_peaks_in_place_and_in_half_precision(backend: str) -> None:
+    student, teacher = (x[:2].half() for x in peaked_rows("both", 10))
+    expected = gradients(lambda s, t: plain("reverse_kl", s, t) * 512, student.double(), teacher.double())
+    for inplace in (False, True):
+        leaves = student.clone().requires_grad_(), teacher.clone().requires_grad_()
+        loss = distillation_loss(
+            leaves[0] * 1, leaves[1], divergence="reverse_kl", reduction="sum", inplace=inplace, backend=backend
+        )
+        for out, truth in zip(torch.autograd.grad(loss * 512, leaves), expected, strict=True):
+            assert float(errors(out, truth).max()) < 1e-3

@@ -141,6 +141,18 @@ def test_a_sample_that_lands_on_zero_has_no_direction_and_stays(backend: str) ->
     torch.testing.assert_close(out[1].norm(), torch.tensor(2.0))
 
 
+@pytest.mark.parametrize("size", [5, 3000])
+@pytest.mark.parametrize("length", [1e-43, 1e-39, 1e-20, 1e20, 1e36])
+def test_short_and_long_samples_have_a_direction_too(backend: str, size: int, length: float) -> None:
+    """Their squares leave the range of float32, and so may the quotient of radius and norm."""
+    z = latents((3, size)) * length
+    for radius in (2.0, 1e-15, 1e15):
+        out = tgt.perturb_latents(z, 0.0, sphere_radius=radius, backend=backend)
+        torch.testing.assert_close(out.double(), expected(z, 0.0, sphere_radius=radius), rtol=1e-5, atol=1e-6 * radius)
+    kept = tgt.perturb_latents(z, 0.0, sphere_radius="keep", backend=backend)
+    torch.testing.assert_close(kept, z, rtol=1e-5, atol=3e-45)
+
+
 # Gradient
 
 

@@ -209,6 +209,17 @@ def test_inside_the_ball_nothing_is_rounded(backend: str, radius_norm: str, dtyp
     assert torch.equal(held, free)
 
 
+@pytest.mark.parametrize("size", [5, 3000])
+@pytest.mark.parametrize("radius_norm", RADIUS_NORMS)
+def test_an_anchor_that_is_not_a_number_somewhere(backend: str, radius_norm: str, size: int) -> None:
+    """The cube is a matter of each coordinate, the ball of all: its distance is NaN, and NaN is not outside."""
+    z, grad, anchor = values((3, size), 0), values((3, size), 1), values((3, size), 2) * 3
+    anchor[0, 3] = anchor[1] = math.nan
+    options: dict[str, Any] = {"step_size": 0.5, "anchor": anchor, "radius": 0.1, "radius_norm": radius_norm}
+    out = tgt.ascend_latents(z, grad, backend=backend, **options)
+    torch.testing.assert_close(out.double(), expected(z, grad, **options), rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 @pytest.mark.parametrize("radius_norm", RADIUS_NORMS)
 def test_a_radius_of_zero_returns_the_anchor(backend: str, radius_norm: str) -> None:
     z, grad, anchor = (values((4, 9), seed) for seed in range(3))

@@ -31,6 +31,31 @@ struct PerturbCall {
   bool wide() const { return type == DType::kFloat64; }
 };
 
+// radius / norm as a power of 2, which rounds nothing, times a factor near the radius: the quotient itself may leave
+// the range of Real.
+template <class Real>
+struct Stretch {
+  Real lift = 1, factor = 1;
+
+  TGT_HD Real operator()(Real x) const { return x * lift * factor; }
+};
+template <class Real>
+TGT_HD Stretch<Real> stretch_to(double radius, double norm) {
+  Stretch<Real> out;
+  if (!(norm > 0)) return out;
+  const double quotient = radius / norm;
+  if (norm < HUGE_VAL && !(quotient > 1e-30 && quotient < 1e30)) {
+    constexpr int kMost = sizeof(Real) == 8 ? 1000 : 126;
+    int exponent = ilogb(norm);
+    exponent = exponent < -kMost ? -kMost : exponent > kMost ? kMost : exponent;
+    out.lift = Real(ldexp(1.0, -exponent));
+    out.factor = Real(radius / ldexp(norm, -exponent));
+    return out;
+  }
+  out.factor = Real(quotient);
+  return out;
+}
+
 enum class StepNorm : int { kL2, kLinf, kRaw };
 enum class RadiusNorm : int { kL2, kLinf };
 

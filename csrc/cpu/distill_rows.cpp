@@ -155,41 +155,55 @@ int64_t first_largest(const char* logits, DType type, int64_t classes) {
   return found;
 }
 
-// Entropies, KL, agreement and log-sum-exps of a row, whatever its loss; zeros for a dropped row, NaN for an invalid
-// one.
+// Entropies, KL, agreement and log-sum-exps of a row pair, whatever its loss; false where a side is no distribution.
 template <class Real>
-void statistics_row(const DistillCall& call, int64_t i, int flags) {
+bool pair_statistics(const Row<Real>& logits, DistillOptions options, double* values) {
   using V = typename Lanes<Real>::Vector;
+  RowState state{};
+  Unusual unusual;
+  options.soft_weight = 1;
+  forward_row<Real, ForwardKl, kNoHard>(logits, options, -1, state, unusual);
+  if (unusual.invalid) return false;
+  const RowConstants<Real> row = settled<Real>(state, options);
+  logits.each_block([&](const Real* s, const Real* t, int64_t, int count) {
+    V of_student{}, of_teacher{};
+    each_vector(s, t, count, [&](V sv, V tv, int, int) {
+      const Class<V> c = normalised<ForwardKl>(shifted<ForwardKl>(sv, tv, row), row);
+      of_student -= c.q * c.b;
+      of_teacher -= c.p * c.a;
+    });
+    values[0] += sum_lanes(of_student);
+    values[1] += sum_lanes(of_teacher);
+  });
+  values[0] = not_negative(values[0]);
+  values[1] = not_negative(values[1]);
+  values[2] = int(state.flags) & kInfiniteSoft ? HUGE_VAL : not_negative(state.x);
+  values[3] = first_largest<Real>(logits.student, logits.student_type, logits.classes) ==
+              first_largest<Real>(logits.teacher, logits.teacher_type, logits.classes);
+  values[4] = state.student_max / options.temperature + log(state.student_sum);
+  values[5] = state.teacher_max / options.teacher_temperature + log(state.teacher_sum);
+  return true;
+}
+
+// Zeros for a row that does not count. A side that is no distribution is NaN, and so is what compares it.
+template <class Real>
+void statistics_row(const DistillCall& call, int64_t i, bool counts) {
   const Row<Real> logits = row_pair<Real>(call, call.teacher, i);
   Real* out = static_cast<Real*>(call.stats) + i;
   double values[6] = {0, 0, 0, 0, 0, 0};
-  RowState state{};
-  Unusual unusual;
-  if (!(flags & kDropped)) {
-    DistillOptions options = call.options;
-    options.soft_weight = 1;
-    forward_row<Real, ForwardKl, kNoHard>(logits, options, -1, state, unusual);
-    const RowConstants<Real> row = settled<Real>(state, options);
-    logits.each_block([&](const Real* s, const Real* t, int64_t, int count) {
-      V of_student{}, of_teacher{};
-      each_vector(s, t, count, [&](V sv, V tv, int, int) {
-        const Class<V> c = normalised<ForwardKl>(shifted<ForwardKl>(sv, tv, row), row);
-        of_student -= c.q * c.b;
-        of_teacher -= c.p * c.a;
-      });
-      values[0] += sum_lanes(of_student);
-      values[1] += sum_lanes(of_teacher);
-    });
-    values[0] = not_negative(values[0]);
-    values[1] = not_negative(values[1]);
-    values[2] = int(state.flags) & kInfiniteSoft ? HUGE_VAL : not_negative(state.x);
-    values[3] = first_largest<Real>(logits.student, logits.student_type, logits.classes) ==
-                first_largest<Real>(logits.teacher, logits.teacher_type, logits.classes);
-    values[4] = state.student_max / options.temperature + log(state.student_sum);
-    values[5] = state.teacher_max / options.teacher_temperature + log(state.teacher_sum);
-    if (unusual.invalid) {
-      for (int k : {0, 1, 2, 4, 5}) values[k] = NAN;
-      values[3] = 0;
+  if (counts && !pair_statistics<Real>(logits, call.options, values)) {
+    values[2] = NAN;
+    values[3] = 0;
+    for (const bool teacher : {false, true}) {  // each beside itself
+      Row<Real> side = logits;
+      DistillOptions options = call.options;
+      (teacher ? side.student : side.teacher) = teacher ? logits.teacher : logits.student;
+      (teacher ? side.student_type : side.teacher_type) = teacher ? logits.teacher_type : logits.student_type;
+      options.temperature = options.teacher_temperature = teacher ? options.teacher_temperature : options.temperature;
+      double own[6] = {0, 0, 0, 0, 0, 0};
+      const bool sound = pair_statistics<Real>(side, options, own);
+      values[teacher ? 1 : 0] = sound ? own[0] : NAN;
+      values[teacher ? 5 : 4] = sound ? own[4] : NAN;
     }
   }
   for (int k = 0; k < 6; ++k) out[k * call.rows] = Real(values[k]);
@@ -213,7 +227,9 @@ void forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
       loss = weight * forward_row<Real, D, power>(logits, options, label, state, unusual);
     }
     static_cast<Real*>(call.row_loss)[i] = Real(loss);
-    if (call.stats) statistics_row<Real>(call, i, int(state.flags));  // before the logits are overwritten in place
+    if (call.stats) {  // before the logits are overwritten in place
+      statistics_row<Real>(call, i, !dropped && call.divisor != 0);
+    }
     if (call.d_student || call.d_teacher) {
       if (state.coefficient == 0) state.flags = kDropped;  // a divisor of 0
       gradient_row<Real, D, power>(call, logits, i, state, 1);

@@ -75,6 +75,12 @@ double sum_of_squares_wide(const Real* values, int count) {
 }
 
 template <class Real>
+double careful_sum_of_squares(const Real* values, int count) {
+  const double sum = sum_of_squares(values, count);
+  return sizeof(Real) == 8 || (sum > 1e-20 && sum < 1e30) ? sum : sum_of_squares_wide(values, count);
+}
+
+template <class Real>
 void perturb(const PerturbCall& call, int64_t begin, int64_t end) {
   const int64_t bytes = call.size * element_size(call.type);
   const Real* scale = static_cast<const Real*>(call.scale);
@@ -98,18 +104,18 @@ void perturb(const PerturbCall& call, int64_t begin, int64_t end) {
         for (int j = 0; j < count; ++j) out[j] = z[j] + sigma * noise[j];
       }
       if (sphere) {
-        norm_before += sum_of_squares(z, count);
-        norm_after += sum_of_squares(out, count);
+        norm_before += careful_sum_of_squares(z, count);
+        norm_after += careful_sum_of_squares(out, count);
       } else if (out == out_buffer) {
         finish_block(out, out_row, call.type, at, count);
       }
     });
     if (!sphere) continue;
     const double radius = call.sphere_radius < 0 ? sqrt(norm_before) : call.sphere_radius;
-    const Real factor = Real(norm_after > 0 ? radius / sqrt(norm_after) : 1);
+    const Stretch<Real> stretch = stretch_to<Real>(radius, sqrt(norm_after));
     each_block(call.size, [&](int64_t at, int count) {
       Real* out = write_block(out_row, call.type, at, out_buffer);
-      for (int j = 0; j < count; ++j) out[j] = scratch.data()[at + j] * factor;
+      for (int j = 0; j < count; ++j) out[j] = stretch(scratch.data()[at + j]);
       if (out == out_buffer) finish_block(out, out_row, call.type, at, count);
     });
   }
@@ -233,8 +239,7 @@ void ascend(const AscendCall& call, int64_t begin, int64_t end) {
       Real* away = ascent.out_buffer;
       ascent.offsets(at, count, out, anchor, away);
       if (call.radius_norm == RadiusNorm::kL2) {
-        const double sum = sum_of_squares(away, count);
-        squares += sum > 1e-20 && sum < 1e30 ? sum : sum_of_squares_wide(away, count);
+        squares += careful_sum_of_squares(away, count);
       } else {
         for (int j = 0; j < count; ++j) furthest = larger(furthest, static_cast<double>(absolute(away[j])));
       }

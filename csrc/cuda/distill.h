@@ -13,7 +13,7 @@ cudaError_t launch_distill_fwd(const DeviceCall& d, Path path, int cluster, bool
 template <class Real, class D>
 cudaError_t launch_distill_fwd_stream(const DeviceCall& d, cudaStream_t stream);
 template <class Real, class D>
-cudaError_t launch_distill_bwd(const DeviceCall& d, cudaStream_t stream);
+cudaError_t launch_distill_bwd(DeviceCall d, cudaStream_t stream);
 
 // Calls body(D{}) with the divergence of the options.
 template <class Body>

@@ -5,7 +5,7 @@
 //   distill_fwd_stream_kernel   a block a row; the row pair is read again for the gradients
 #pragma once
 
-#include "distill_row.h"
+#include "distill_peak.h"
 
 namespace tgt::cuda {
 inline namespace TGT_ISA {
@@ -124,29 +124,39 @@ TGT_DEVICE double close_row(const DistillOptions& options, const Sums<double>& s
 }
 
 // The gradients of a source's vectors. The student's may overwrite its logits: a vector is read before it is written.
-// `label`: the label's class, or -1.
+// `label`: the label's class, or -1. `stage`: of the reduction that a row with a peak takes.
 template <class D, class Real, class Team, class Source>
 TGT_DEVICE void write_gradients(const DeviceCall& d, const Team& team, const Source& source, int64_t i, int64_t label,
-                                const Constants<Real>& row, const Factors<Real>& factors) {
+                                const Constants<Real>& row, const Factors<Real>& factors, const Peaked& peaked,
+                                int stage) {
   using Index = typename Source::Index;
   const Matrix &student = d.call.d_student, &teacher = d.call.d_teacher;
+  const DType student_type = source.student_gradient_type(d.call), teacher_type = source.teacher_gradient_type(d.call);
   const int64_t first = source.first * kVector, classes = d.call.classes - first;
   char* d_student = student.row(i) + first * element_size(student.type);
   char* d_teacher = teacher.row(i) + first * element_size(teacher.type);
   const Index labelled = label < first ? Index(-1) : Index((label - first) / kVector);
+  Others<Real> mine;
+  Peak<Real, Index> student_peak, teacher_peak;
   for (Index k = team.thread; k < Index(source.count); k += team.size) {
     Eight<Real> s, t;
     source.load(k, s, t);
     if (teacher.data) {
-      store_padded(d_teacher, source.teacher_gradient_type(d.call), Index(k * kVector), Index(classes),
-                   d.d_teacher_aligned, teacher_gradient<D>(s, t, row, factors));
+      const Eight<Real> grad = teacher_gradient<D>(s, t, row, factors);
+      if (peaked.teacher) teacher_peak.add(t, grad, row.teacher_max, Index(k * kVector), mine.teacher);
+      store_padded(d_teacher, teacher_type, Index(k * kVector), Index(classes), d.d_teacher_aligned, grad);
     }
     if (student.data) {
-      store_padded(d_student, source.student_gradient_type(d.call), Index(k * kVector), Index(classes),
-                   d.d_student_aligned,
-                   student_gradient<D>(s, t, row, factors, k == labelled ? int(label % kVector) : -1));
+      const Eight<Real> grad = student_gradient<D>(s, t, row, factors, k == labelled ? int(label % kVector) : -1);
+      if (peaked.student) student_peak.add(s, grad, row.student_max, Index(k * kVector), mine.student);
+      store_padded(d_student, student_type, Index(k * kVector), Index(classes), d.d_student_aligned, grad);
     }
   }
+  if (!peaked.any()) return;
+  const Others<Real> of_warp = merge_lanes<kWarp / 2>(mine, AddOthers<Real>());
+  const Others<double> others = team.merge_warps(of_warp.template as<double>(), stage, AddOthers<double>());
+  if (peaked.teacher) teacher_peak.write(d_teacher, teacher_type, others.teacher);
+  if (peaked.student) student_peak.write(d_student, student_type, others.student);
 }
 
 // Everything that follows a row's maxima and sums, for on-chip and streamed rows alike. Source gives vectors of the
@@ -205,8 +215,10 @@ TGT_DEVICE void finish_row(const DeviceCall& d, const Team& team, const Source& 
   }
 
   const bool labelled = (static_cast<int>(state.flags) & kHard) && !(static_cast<int>(state.flags) & kInfiniteHard);
-  write_gradients<D>(d, team, source, i, labelled ? head.label : -1, row,
-                     factors_of<D, Real>(options, state, terms, 1));
+  // A stage that was not the last one: between its two uses all threads meet.
+  constexpr int kStage = D::kProbabilities && !D::kShiftedSums ? 1 : 2;
+  write_gradients<D>(d, team, source, i, labelled ? head.label : -1, row, factors_of<D, Real>(options, state, terms, 1),
+                     peaked_of<D>(call, state), kStage);
 }
 
 // A row that is no distribution: NaN for itself alone.

@@ -28,11 +28,12 @@ __global__ void TGT_BOUNDS(kScaleThreads, 2)
   }
 }
 
-// The first largest logit of each side.
+// The first largest logit of each side, and which side holds a NaN or +inf.
 template <class Real>
 struct Best {
   Real student = minus_infinity<Real>(), teacher = minus_infinity<Real>();
   int64_t student_at = INT64_MAX, teacher_at = INT64_MAX;
+  int64_t bad_student = 0, bad_teacher = 0;
 };
 template <class Real>
 struct MergeBest {
@@ -42,18 +43,21 @@ struct MergeBest {
   TGT_DEVICE Best<Real> operator()(Best<Real> a, const Best<Real>& b) const {
     if (beats(b.student, b.student_at, a.student, a.student_at)) a.student = b.student, a.student_at = b.student_at;
     if (beats(b.teacher, b.teacher_at, a.teacher, a.teacher_at)) a.teacher = b.teacher, a.teacher_at = b.teacher_at;
+    a.bad_student |= b.bad_student;
+    a.bad_teacher |= b.bad_teacher;
     return a;
   }
 };
 
-// Entropies, KL, agreement and log-sum-exps, whatever the loss; zeros for a dropped row, NaN for an invalid one.
+// Entropies, KL, agreement and log-sum-exps, whatever the loss. Zeros for a row that does not count; a side that is no
+// distribution is NaN, and so is what compares it.
 template <class Real>
 __global__ void TGT_BOUNDS(kStatsThreads, 1) distill_stats_kernel(const TGT_GRID_CONSTANT DeviceCall d) {
   const DistillCall& call = d.call;
   const BlockTeam team;
   const int64_t i = block_in_grid();
   Real* out = static_cast<Real*>(call.stats) + i;
-  if (open_row(d, i).flags & kDropped) {
+  if ((open_row(d, i).flags & kDropped) || (d.divisor ? *d.divisor : call.divisor) == 0) {
     if (team.thread < 6) out[team.thread * call.rows] = 0;
     return;
   }
@@ -71,14 +75,12 @@ __global__ void TGT_BOUNDS(kStatsThreads, 1) distill_stats_kernel(const TGT_GRID
     for (int j = 0; j < kVector; ++j) {
       if (s.v[j] > best.student) best.student = s.v[j], best.student_at = k * kVector + j;
       if (t.v[j] > best.teacher) best.teacher = t.v[j], best.teacher_at = k * kVector + j;
+      best.bad_student |= !(s.v[j] < Real(HUGE_VAL));
+      best.bad_teacher |= !(t.v[j] < Real(HUGE_VAL));
     }
   }
   const Extremes<Real> extremes = merge_all(team, mine, 0, MergeExtremes<Real>());
   best = merge_all(team, best, 1, MergeBest<Real>());
-  if (is_invalid(extremes)) {
-    if (team.thread < 6) out[team.thread * call.rows] = team.thread == 3 ? Real(0) : Real(NAN);
-    return;
-  }
   const Constants<Real> constants = constants_of<Real>(call.options, extremes.student, extremes.teacher);
   Sums<Real> sums;
   for (int64_t k = team.thread; k < row.count; k += team.size) {
@@ -98,13 +100,19 @@ __global__ void TGT_BOUNDS(kStatsThreads, 1) distill_stats_kernel(const TGT_GRID
   if (!team.leads()) return;
   const double log_student = log(all.student), log_teacher = log(all.teacher);
   const double kl = all.linear / all.teacher - (log_teacher - log_student);
+  const bool bad_student = best.bad_student || extremes.student == minus_infinity<Real>();
+  const bool bad_teacher = best.bad_teacher || extremes.teacher == minus_infinity<Real>();
+  const bool bad = bad_student || bad_teacher;
+  const auto write = [&](int k, double value, bool undefined) {
+    out[k * call.rows] = undefined ? Real(NAN) : Real(value);
+  };
   const auto positive = [](double x) { return x < 0 ? 0.0 : x; };
-  out[0] = Real(positive(log_student - all.x / all.student));
-  out[call.rows] = Real(positive(log_teacher - all.y / all.teacher));
-  out[2 * call.rows] = Real(extremes.unusual & kStudentOnly ? HUGE_VAL : positive(kl));
-  out[3 * call.rows] = best.student_at == best.teacher_at ? Real(1) : Real(0);
-  out[4 * call.rows] = Real(extremes.student / call.options.temperature + log_student);
-  out[5 * call.rows] = Real(extremes.teacher / call.options.teacher_temperature + log_teacher);
+  write(0, positive(log_student - all.x / all.student), bad_student);
+  write(1, positive(log_teacher - all.y / all.teacher), bad_teacher);
+  write(2, extremes.unusual & kStudentOnly ? HUGE_VAL : positive(kl), bad);
+  write(3, !bad && best.student_at == best.teacher_at ? 1 : 0, false);
+  write(4, extremes.student / call.options.temperature + log_student, bad_student);
+  write(5, extremes.teacher / call.options.teacher_temperature + log_teacher, bad_teacher);
 }
 
 }  // namespace TGT_ISA

@@ -121,33 +121,33 @@ __global__ void TGT_BOUNDS(kStreamThreads, 1) distill_fwd_stream_kernel(const TG
   finish_row<Real, D>(d, team, row, i, head, all, wide, of_label);
 }
 
-// The gradients from the logits and the row states. A block handles `tile` vectors of a row.
+// The gradients from the logits and the row states: a block or a cluster a row.
 constexpr int kBackwardThreads = 256;
 
 template <class Real, class D>
-__global__ void TGT_BOUNDS(kBackwardThreads, 2)
-    distill_bwd_kernel(const TGT_GRID_CONSTANT DeviceCall d, const TGT_GRID_CONSTANT int64_t tile,
-                       const TGT_GRID_CONSTANT int64_t tiles) {
+__global__ void TGT_BOUNDS(kBackwardThreads, 2) distill_bwd_kernel(const TGT_GRID_CONSTANT DeviceCall d) {
   const DistillCall& call = d.call;
-  const int64_t i = block_in_grid() / tiles, first = block_in_grid() % tiles * tile;
+  const BlockTeam team;
+  const int64_t i = block_in_grid() / team.ranks;
   StreamRow<Real> row = stream_row<Real>(d, i);
-  BlockTeam team;
-  const int64_t left = row.count - first;
-  row.first = first;
-  row.count = left < tile ? left : tile;
+  row.first = int64_t(team.rank) * d.vectors_per_block;
+  const int64_t left = row.count - row.first;
+  row.count = left < 0 ? 0 : left < d.vectors_per_block ? left : d.vectors_per_block;
   const RowState state = call.state[i];
   const int flags = state.coefficient == 0 ? int(kDropped) : static_cast<int>(state.flags);
   if (flags & (kDropped | kInvalid)) {
     fill_gradients(d, team, i, row.first, row.count, flags & kDropped ? Real(0) : Real(NAN));
     return;
   }
+  const Peaked peaked = peaked_of<D>(call, state);
+  if (peaked.any()) team.begin();
   const Real upstream = static_cast<const Real*>(call.upstream)[call.upstream_per_row ? i : 0];
   const int64_t label = (flags & kHard) && !(flags & kInfiniteHard) ? call.target[i] : -1;
   const Terms terms = terms_of<D>(call.options, flags & kHard);
   Constants<Real> constants = constants_of<Real>(call.options, state.student_max, state.teacher_max);
   settle(constants, normalisers_of(state.student_sum, state.teacher_sum));
   write_gradients<D>(d, team, row, i, label, constants,
-                     factors_of<D, Real>(call.options, state, terms, double(upstream)));
+                     factors_of<D, Real>(call.options, state, terms, double(upstream)), peaked, 0);
 }
 
 }  // namespace TGT_ISA

@@ -79,11 +79,11 @@ __global__ void TGT_BOUNDS(kThreads, 2) latent_sphere_kernel(const TGT_GRID_CONS
   }
   reach = merge_all(team, reach, 0, AddReach());
   const double radius = call.sphere_radius < 0 ? sqrt(reach.other) : call.sphere_radius;
-  const Real factor = Real(reach.squares > 0 ? radius / sqrt(reach.squares) : 1);
+  const Stretch<Real> stretch = stretch_to<Real>(radius, sqrt(reach.squares));
   for (int64_t k = share.first; k < share.end; k += share.step) {
     Eight<Real> out = moved(k, z);
     TGT_UNROLL
-    for (int j = 0; j < kVector; ++j) out.v[j] *= factor;
+    for (int j = 0; j < kVector; ++j) out.v[j] = stretch(out.v[j]);
     store_padded(out_row, call.type, k * kVector, call.size, aligned, out);
   }
 }

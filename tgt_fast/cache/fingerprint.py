@@ -13,7 +13,7 @@ import torch
 from tgt_fast.cache.arguments import as_transforms, flag
 from tgt_fast.cache.identity import Identity
 from tgt_fast.errors import ArgumentError
-from tgt_fast.kernels.options import TAILS
+from tgt_fast.kernels.options import TAILS, TEMPERATURES
 from tgt_fast.ops import _checks
 
 DTYPES: Final = ("float64", "float32", "bfloat16", "float16")
@@ -139,7 +139,7 @@ def checked_settings(
     """The settings as JSON, without those that do not matter."""
     if k is not None:
         k = _checks.integer(op, "k", k, 1, 2**31)
-    temperature = _checks.number(op, "temperature", temperature, 1e-30, 1e30)
+    temperature = _checks.number(op, "temperature", temperature, *TEMPERATURES)
     tail = _checks.choice(op, "tail", tail, TAILS)
     name = None if dtype is None else str(dtype).removeprefix("torch.")
     if name is not None and name not in DTYPES:

@@ -13,6 +13,9 @@ SPARSE_DIVERGENCES: Final = ("forward_kl", "reverse_kl", "jsd", "cross_entropy")
 TAILS: Final = ("bucket", "renormalize", "uniform")
 STEP_NORMS: Final = ("l2", "linf", "raw")
 RADIUS_NORMS: Final = ("l2", "linf")
+# Of a soft-label loss. Its inverse is a finite float32; and what T^2 D(p, q) is made of cancels the more the larger T
+# is: of float32 losses three digits remain at 100, one at 1000, and none at 10000.
+TEMPERATURES: Final = (1e-30, 100.0)
 
 # The op's place in the random counter: two ops never share noise, whatever their seeds, ids and steps.
 OP_PERTURB: Final = 0

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.kernels.native.distill import bad_target, bad_weight
-from tgt_fast.kernels.options import DIVERGENCES, REDUCTIONS, DistillOptions
+from tgt_fast.kernels.options import DIVERGENCES, REDUCTIONS, TEMPERATURES, DistillOptions
 from tgt_fast.ops import _checks
 
 OP = "distillation_loss"
-_SMALL, _LARGE = 1e-30, 1e30  # of a temperature: its inverse is a finite float32
+_LARGE = 1e30
 
 
 def make_options(*values: Any) -> DistillOptions:
@@ -49,14 +49,14 @@ def _checked_options(
             f"{op}: jsd needs 0 < beta < 1, got {beta!r}: it tends to 0 at both ends; "
             "the limits of jsd / beta and jsd / (1 - beta) are divergence='forward_kl' and 'reverse_kl'"
         )
-    temperature = _checks.number(op, "temperature", temperature, _SMALL, _LARGE)
+    temperature = _checks.number(op, "temperature", temperature, *TEMPERATURES)
     if teacher_temperature is None:
         teacher_temperature = temperature
     return DistillOptions(
         divergence=divergence,
         beta=beta,
         temperature=temperature,
-        teacher_temperature=_checks.number(op, "teacher_temperature", teacher_temperature, _SMALL, _LARGE),
+        teacher_temperature=_checks.number(op, "teacher_temperature", teacher_temperature, *TEMPERATURES),
         soft_weight=_checks.number(op, "soft_weight", soft_weight, 0, _LARGE),
         hard_weight=_checks.number(op, "hard_weight", hard_weight, 0, _LARGE),
         label_smoothing=_checks.number(op, "label_smoothing", label_smoothing, 0, 1),

@@ -14,14 +14,12 @@ from torch.utils import _pytree as pytree
 
 from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.kernels.native.sparse import bad_id, find_bad_id
-from tgt_fast.kernels.options import SPARSE_DIVERGENCES, TAILS, DistillOptions
+from tgt_fast.kernels.options import SPARSE_DIVERGENCES, TAILS, TEMPERATURES, DistillOptions
 from tgt_fast.ops import _checks
 from tgt_fast.ops._readable import all_readable
 from tgt_fast.ops._record_values import check_log_probs
 
 OP: Final = "TeacherTopK"
-SMALL: Final = 1e-30
-LARGE: Final = 1e30  # of a temperature: its inverse is a finite float32
 CHECK_VARIABLE: Final = "TGT_FAST_CHECK_RECORDS"
 
 
@@ -70,7 +68,7 @@ class TeacherTopK:
     tail: str = "bucket"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "temperature", _checks.number(OP, "temperature", self.temperature, SMALL, LARGE))
+        object.__setattr__(self, "temperature", _checks.number(OP, "temperature", self.temperature, *TEMPERATURES))
         object.__setattr__(self, "num_classes", _checks.integer(OP, "num_classes", self.num_classes, 1, 2**63))
         _checks.choice(OP, "tail", self.tail, TAILS)
         _checks.integers(OP, "ids", self.ids, "integer class indices")

@@ -144,9 +144,9 @@ def distillation_loss(
             ``ignore_index`` alone then has an effect.
         divergence: one of the names above.
         beta: weight of the teacher in the mixture of ``jsd``, ``0 < beta < 1``.
-        temperature: ``Ts``, in [1e-30, 1e30]. The soft term carries the factor ``Ts**2`` (not with mse), which
-            :func:`tgt_fast.contrastive_distillation_loss` leaves out.
-        teacher_temperature: ``Tt``, in [1e-30, 1e30]; ``Ts`` by default.
+        temperature: ``Ts``, in [1e-30, 100]: above, rounding would leave little of the loss. The soft term carries the
+            factor ``Ts**2`` (not with mse), which :func:`tgt_fast.contrastive_distillation_loss` leaves out.
+        teacher_temperature: ``Tt``, in [1e-30, 100]; ``Ts`` by default.
         soft_weight: factor of the soft term, >= 0. A term of weight 0 is not computed.
         hard_weight: factor of the hard term, >= 0.
         label_smoothing: in [0, 1], spread over the classes whose student logit is finite.

@@ -10,7 +10,7 @@ from torch import Tensor
 from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.errors import ShapeError
 from tgt_fast.kernels import select
-from tgt_fast.kernels.options import TAILS, DistillOptions, Listed
+from tgt_fast.kernels.options import TAILS, TEMPERATURES, DistillOptions, Listed
 from tgt_fast.kernels.reference import sparse as reference_sparse
 from tgt_fast.ops import _checks
 from tgt_fast.ops._distill_arguments import (
@@ -27,7 +27,7 @@ from tgt_fast.ops._distill_library import dense_rows
 from tgt_fast.ops._packing import packed
 from tgt_fast.ops._sparse_library import Bound, check_entries, check_values, warn_where_small
 from tgt_fast.ops._sparse_library import sparse_distillation_loss as sparse_distillation_loss_op
-from tgt_fast.ops._sparse_record import LARGE, SMALL, TeacherTopK, check_options, check_where_asked
+from tgt_fast.ops._sparse_record import TeacherTopK, check_options, check_where_asked
 from tgt_fast.ops.library import seen_by_dispatcher, split
 
 # Logits that are looked at at once, of which a copy is made: on a CPU so few that the allocator gives the same memory
@@ -49,7 +49,7 @@ def topk_teacher(
     Args:
         logits: ``(..., C)`` float64, float32, bfloat16 or float16. Not differentiable: a record is data.
         k: how many classes to list, 1 to C.
-        temperature: T, in [1e-30, 1e30]. The loss must be taken at the same.
+        temperature: T, in [1e-30, 100]. The loss must be taken at the same.
         tail: what the loss makes of the classes that are not listed; see :class:`TeacherTopK`.
 
     Returns:
@@ -75,7 +75,7 @@ def topk_teacher(
         raise ShapeError(f"{op}: logits must be (..., C) with C >= 1, got {tuple(logits.shape)}")
     classes = logits.shape[-1]
     k = _checks.integer(op, "k", k, 1, classes + 1)
-    temperature = _checks.number(op, "temperature", temperature, SMALL, LARGE)
+    temperature = _checks.number(op, "temperature", temperature, *TEMPERATURES)
     _checks.choice(op, "tail", tail, TAILS)
     with torch.no_grad():
         rows = logits.detach().reshape(-1, classes)

@@ -93,7 +93,9 @@ def forward(
     with running_on(student):
         divisor_at, divisor = _divisor(loaded, student, target, weight, normalizer, options)
         if stats is not None:  # before the logits are overwritten in place
-            _statistics(loaded, student, teacher, target, weight, stats, numbers, options, wide, plan)
+            _statistics(
+                loaded, student, teacher, target, weight, divisor_at, divisor, stats, numbers, options, wide, plan
+            )
         partner = teacher if numbers.divergence != "none" else None  # else the teacher may hold anything
         module = loaded.distill
         kernel, constants, registers = module.distill_fwd_kernel, dict(numbers.constants), None
@@ -125,7 +127,10 @@ def _divisor(
     if isinstance(normalizer, Tensor):
         return normalizer.detach().to(torch.float64), 1.0
     if normalizer is not None:
-        return None, float(normalizer)
+        divisor = float(normalizer)
+        if divisor == 0 or 1e-30 <= divisor <= 1e30:
+            return None, divisor
+        return student.new_full((), divisor, dtype=torch.float64), 1.0  # two float32 could not hold it
     rows, classes = student.shape
     if target is None and sample_weight is None:
         return None, float(rows)
@@ -139,13 +144,14 @@ def _divisor(
 
 def _statistics(
     loaded: Kernels, student: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None,
-    stats: Tensor, numbers: _Numbers, options: DistillOptions, wide: bool, plan: Plan,
+    divisor_at: Tensor | None, divisor: float, stats: Tensor, numbers: _Numbers, options: DistillOptions, wide: bool,
+    plan: Plan,
 ) -> None:  # fmt: skip
     tile = elementwise_plan(plan)
     launch(
-        loaded.distill.distill_stats_kernel, len(student), student, teacher, target, sample_weight, stats,
-        *student.shape, _stride(student), _stride(teacher), options.ignore_index, options.unlabeled_index,
-        *numbers.shape[:4], WIDE=wide, BLOCK=tile.block, warps=tile.warps,
+        loaded.distill.distill_stats_kernel, len(student), student, teacher, target, sample_weight, divisor_at,
+        *two_floats(divisor), stats, *student.shape, _stride(student), _stride(teacher), options.ignore_index,
+        options.unlabeled_index, *numbers.shape[:4], WIDE=wide, BLOCK=tile.block, warps=tile.warps,
     )  # fmt: skip
 
 
@@ -176,13 +182,13 @@ def backward(
     numbers = _numbers(options, target is not None)
     partner = teacher if numbers.divergence != "none" else None
     tile = elementwise_plan(plan or plan_of(rows, classes, wide, planning_device(student)))
-    programs, tiles = _programs(rows, classes, tile)
     with running_on(student):
         launch(
-            loaded.finish.distill_bwd_kernel, programs, student, partner, target, state, d_loss, d_student, d_teacher,
-            rows, classes, _stride(student), _stride(partner), _stride(d_student), _stride(d_teacher), tiles,
-            *numbers.shape, *numbers.factors, UPSTREAM_PER_ROW=d_loss.dim() > 0, **numbers.constants, WIDE=wide,
-            ROWS=tile.rows, BLOCK=tile.block, warps=tile.warps,
+            loaded.finish.distill_bwd_kernel, -(-rows // tile.rows), student, partner, target, state, d_loss,
+            d_student, d_teacher, rows, classes, _stride(student), _stride(partner), _stride(d_student),
+            _stride(d_teacher), *numbers.shape, *numbers.factors, UPSTREAM_PER_ROW=d_loss.dim() > 0,
+            **numbers.constants, WIDE=wide, ROWS=tile.rows, BLOCK=tile.block, WHOLE=classes <= tile.block,
+            warps=tile.warps,
         )  # fmt: skip
     return d_student, d_teacher
 

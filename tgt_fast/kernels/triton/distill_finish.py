@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from tgt_fast.kernels.triton.distill_peak import folded, student_peak, teacher_peak, with_peak, write_peak
 from tgt_fast.kernels.triton.distill_row import (
     FINITE,
     HARD,
@@ -16,6 +17,7 @@ from tgt_fast.kernels.triton.distill_row import (
     X,
     Y,
     hard_value,
+    load_tile,
     soft_value,
     store_tile,
     student_tile,
@@ -88,9 +90,12 @@ def write_tile(
     d_student, d_teacher, d_student_stride, d_teacher_stride,
     s_max, t_max, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
     inverse_ts, inverse_tt, beta, soft_student, soft_teacher, hard_weight, smoothing,
+    peaks,  # of the tiles before, from no_peaks; not read where a tile is a whole row
     DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Writes the wanted gradients of a tile. The student's may overwrite its logits: both sides are read by now."""
+    of_student, student_at, of_teacher, teacher_at = peaks
     inverse_s = 1.0 / student_sum
     inverse_t = 1.0 / teacher_sum
     log_ratio = x * 0.0
@@ -102,6 +107,12 @@ def write_tile(
             s, t, s_max, t_max, inverse_ts, inverse_tt, inverse_s, inverse_t, log_ratio, x, y, beta,
             soft * soft_teacher, DIVERGENCE, WIDE,
         )  # fmt: skip
+        peak = teacher_peak(t, t_max, teacher_sum, DIVERGENCE)
+        if WHOLE:
+            grad = with_peak(grad, peak)
+        else:
+            of_teacher += folded(tl.where(peak, 0.0, grad))
+            teacher_at += folded(tl.where(peak, col + 1, 0))
         store_tile(d_teacher, row, live, d_teacher_stride, col, classes, tl.where(usual, grad, kind))
     if d_student is not None:
         inverse_h = inverse_s
@@ -116,60 +127,90 @@ def write_tile(
             soft * soft_student, hard, inverse_h, floor, hard * (1 - smoothing),
             DIVERGENCE, LABELS, SMOOTHED, SAME, WIDE,
         )  # fmt: skip
+        peak = student_peak(s, s_max, student_sum, hard_sum, hard, DIVERGENCE, LABELS)
+        if WHOLE:
+            grad = with_peak(grad, peak)
+        else:
+            of_student += folded(tl.where(peak, 0.0, grad))
+            student_at += folded(tl.where(peak, col + 1, 0))
         store_tile(d_student, row, live, d_student_stride, col, classes, tl.where(usual, grad, kind))
+    return of_student, student_at, of_teacher, teacher_at
 
 
-@triton.jit(do_not_specialize=["rows", "tiles"])
+@triton.jit
+def no_peaks(s_max, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """For the first of several tiles."""
+    nothing = folded(tl.zeros([ROWS, BLOCK], s_max.dtype))
+    nowhere = folded(tl.zeros([ROWS, BLOCK], tl.int32))
+    return nothing, nowhere, nothing, nowhere
+
+
+@triton.jit
+def write_peaks(peaks, row, live, kind, d_student, d_teacher, d_student_stride, d_teacher_stride):
+    """What the last tile leaves to write."""
+    of_student, student_at, of_teacher, teacher_at = peaks
+    live = live & (kind == 1.0)
+    if d_teacher is not None:
+        write_peak(d_teacher, row, live, d_teacher_stride, of_teacher, teacher_at)
+    if d_student is not None:
+        write_peak(d_student, row, live, d_student_stride, of_student, student_at)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def distill_bwd_kernel(
     student, teacher, target, state, upstream, d_student, d_teacher,
-    rows, classes, student_stride, teacher_stride, d_student_stride, d_teacher_stride, tiles,
+    rows, classes, student_stride, teacher_stride, d_student_stride, d_teacher_stride,
     inverse_ts_, inverse_ts_low, inverse_tt_, inverse_tt_low, beta_, beta_low,
     soft_student_, soft_student_low, soft_teacher_, soft_teacher_low,
     hard_weight_, hard_weight_low, smoothing_, smoothing_low,
     UPSTREAM_PER_ROW: tl.constexpr,
     DIVERGENCE: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The gradients from logits and states, a tile a program; the upstream gradient is applied before rounding."""
-    program = tl.program_id(0)
-    row = (program // tiles) * ROWS + tl.arange(0, ROWS)[:, None]
-    col = (program % tiles) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    """The gradients from logits and states; the upstream gradient is applied before rounding. WHOLE: rows fit a tile"""
+    LABELS: tl.constexpr = target is not None
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    lane = tl.arange(0, BLOCK)[None, :]
     live = row < rows
-    inside = live & (col < classes)
-    s = tl.load(student + row.to(tl.int64) * student_stride + col, mask=inside, other=-INFINITY)
-    s = s.to(state.dtype.element_ty)
-    t = s
-    if teacher is not None:
-        t = tl.load(teacher + row.to(tl.int64) * teacher_stride + col, mask=inside, other=-INFINITY)
-        t = t.to(state.dtype.element_ty)
     at = state + row
     column = rows.to(tl.int64)
     soft = tl.load(at + SOFT * column, mask=live, other=0.0)
     hard = tl.load(at + HARD * column, mask=live, other=0.0)
+    kind = tl.load(at + KIND * column, mask=live, other=0.0)
+    s_max = tl.load(at + STUDENT_MAX * column, mask=live, other=0.0)
+    t_max = tl.load(at + TEACHER_MAX * column, mask=live, other=0.0)
+    student_sum = tl.load(at + STUDENT_SUM * column, mask=live, other=1.0)
+    teacher_sum = tl.load(at + TEACHER_SUM * column, mask=live, other=1.0)
+    hard_sum = tl.load(at + HARD_SUM * column, mask=live, other=1.0)
+    finite = tl.load(at + FINITE * column, mask=live, other=1.0)
+    x = tl.load(at + X * column, mask=live, other=0.0)
+    y = tl.load(at + Y * column, mask=live, other=0.0)
     if UPSTREAM_PER_ROW:
         factor = tl.load(upstream + row, mask=live, other=0.0)
     else:
         factor = tl.load(upstream)
     label = tl.full([ROWS, 1], -1, tl.int64)
-    if target is not None:
+    if LABELS:
         label = tl.where(hard != 0, tl.load(target + row, mask=live, other=-1), -1)
-    write_tile(
-        s, t, row, live, col, classes, label, d_student, d_teacher, d_student_stride, d_teacher_stride,
-        tl.load(at + STUDENT_MAX * column, mask=live, other=0.0),
-        tl.load(at + TEACHER_MAX * column, mask=live, other=0.0),
-        tl.load(at + STUDENT_SUM * column, mask=live, other=1.0),
-        tl.load(at + TEACHER_SUM * column, mask=live, other=1.0),
-        tl.load(at + HARD_SUM * column, mask=live, other=1.0),
-        tl.load(at + FINITE * column, mask=live, other=1.0),
-        tl.load(at + X * column, mask=live, other=0.0),
-        tl.load(at + Y * column, mask=live, other=0.0),
-        soft * factor, hard * factor,
-        tl.load(at + KIND * column, mask=live, other=0.0),
-        real(inverse_ts_, inverse_ts_low, WIDE), real(inverse_tt_, inverse_tt_low, WIDE), real(beta_, beta_low, WIDE),
-        real(soft_student_, soft_student_low, WIDE), real(soft_teacher_, soft_teacher_low, WIDE),
-        real(hard_weight_, hard_weight_low, WIDE), real(smoothing_, smoothing_low, WIDE),
-        DIVERGENCE, target is not None, SMOOTHED, SAME, WIDE,
-    )  # fmt: skip
+    soft *= factor
+    hard *= factor
+    peaks = no_peaks(s_max, ROWS, BLOCK)
+    for start in tl.range(0, classes, BLOCK):
+        col = start + lane
+        s = load_tile(student, row, live, student_stride, col, classes, WIDE)
+        t = s
+        if teacher is not None:
+            t = load_tile(teacher, row, live, teacher_stride, col, classes, WIDE)
+        peaks = write_tile(
+            s, t, row, live, col, classes, label, d_student, d_teacher, d_student_stride, d_teacher_stride,
+            s_max, t_max, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
+            real(inverse_ts_, inverse_ts_low, WIDE), real(inverse_tt_, inverse_tt_low, WIDE),
+            real(beta_, beta_low, WIDE), real(soft_student_, soft_student_low, WIDE),
+            real(soft_teacher_, soft_teacher_low, WIDE), real(hard_weight_, hard_weight_low, WIDE),
+            real(smoothing_, smoothing_low, WIDE), peaks, DIVERGENCE, LABELS, SMOOTHED, SAME, WIDE, WHOLE,
+        )  # fmt: skip
+    if not WHOLE:
+        write_peaks(peaks, row, live, kind, d_student, d_teacher, d_student_stride, d_teacher_stride)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])

@@ -12,7 +12,7 @@ Nothing is added atomically and every sum has one order, so the same inputs give
 import triton
 import triton.language as tl
 
-from tgt_fast.kernels.triton.distill_finish import close_rows, keep_rows, write_tile
+from tgt_fast.kernels.triton.distill_finish import close_rows, keep_rows, no_peaks, write_peaks, write_tile
 from tgt_fast.kernels.triton.distill_row import (
     centred_terms,
     classes_of,
@@ -49,7 +49,7 @@ def distill_fwd_kernel(
     hard_weight = real(hard_weight_, hard_weight_low, WIDE)
     smoothing = real(smoothing_, smoothing_low, WIDE)
     label, a_weight, coefficient, counts, active = open_rows(
-        row, live, target, weight, divisor_at, real(divisor_, divisor_low, WIDE), classes,
+        row, live, target, weight, divisor_at, real(divisor_, divisor_low, True), classes,
         ignore_index, unlabeled_index, WIDE,
     )  # fmt: skip
 
@@ -119,7 +119,7 @@ def distill_fwd_kernel(
             d_student, d_teacher, d_student_stride, d_teacher_stride,
             s_peak, t_peak, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
             inverse_ts, inverse_tt, beta, soft_student, real(soft_teacher_, soft_teacher_low, WIDE),
-            hard_weight, smoothing, DIVERGENCE, LABELS, SMOOTHED, SAME, WIDE,
+            hard_weight, smoothing, no_peaks(s_peak, 1, 4), DIVERGENCE, LABELS, SMOOTHED, SAME, WIDE, True,
         )  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def distill_fwd_stream_kernel(
     hard_weight = real(hard_weight_, hard_weight_low, WIDE)
     smoothing = real(smoothing_, smoothing_low, WIDE)
     label, a_weight, coefficient, counts, active = open_rows(
-        row, live, target, weight, divisor_at, real(divisor_, divisor_low, WIDE), classes,
+        row, live, target, weight, divisor_at, real(divisor_, divisor_low, True), classes,
         ignore_index, unlabeled_index, WIDE,
     )  # fmt: skip
 
@@ -268,18 +268,20 @@ def distill_fwd_stream_kernel(
         )  # fmt: skip
     if (d_student is not None) or (d_teacher is not None):
         label = tl.where(hard != 0, label, -1)
+        peaks = no_peaks(s_peak, 1, BLOCK)
         for start in tl.range(0, classes, BLOCK, num_stages=STAGES):
             col = start + lane
             s = load_tile(student, row, live, student_stride, col, classes, WIDE)
             t = s
             if teacher is not None:
                 t = load_tile(teacher, row, live, teacher_stride, col, classes, WIDE)
-            write_tile(
+            peaks = write_tile(
                 s, t, row, live, col, classes, label, d_student, d_teacher, d_student_stride, d_teacher_stride,
                 s_peak, t_peak, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
                 inverse_ts, inverse_tt, beta, soft_student, real(soft_teacher_, soft_teacher_low, WIDE),
-                hard_weight, smoothing, DIVERGENCE, LABELS, SMOOTHED, SAME, WIDE,
+                hard_weight, smoothing, peaks, DIVERGENCE, LABELS, SMOOTHED, SAME, WIDE, False,
             )  # fmt: skip
+        write_peaks(peaks, row, live, kind, d_student, d_teacher, d_student_stride, d_teacher_stride)
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index", "unlabeled_index"])
@@ -319,12 +321,12 @@ def distill_reduce_kernel(
 
 @triton.jit(do_not_specialize=["rows", "ignore_index", "unlabeled_index"])
 def distill_stats_kernel(
-    student, teacher, target, weight, stats,
+    student, teacher, target, weight, divisor_at, divisor_, divisor_low, stats,
     rows, classes, student_stride, teacher_stride, ignore_index, unlabeled_index,
     inverse_ts_, inverse_ts_low, inverse_tt_, inverse_tt_low,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Whatever the loss; zeros for a dropped row, NaN for what is no distribution."""
+    """Whatever the loss; zeros for a row that does not count, NaN for what is no distribution."""
     row = tl.program_id(0) + tl.zeros([1, 1], tl.int32)
     lane = tl.arange(0, BLOCK)[None, :]
     live = row < rows
@@ -332,18 +334,23 @@ def distill_stats_kernel(
     inverse_tt = real(inverse_tt_, inverse_tt_low, WIDE)
     one = as_real(tl.full([1, 1], 1.0, tl.float32), WIDE)
     label, a_weight, coefficient, counts, active = open_rows(
-        row, live, target, weight, None, one, classes, ignore_index, unlabeled_index, WIDE
-    )
+        row, live, target, weight, divisor_at, real(divisor_, divisor_low, True), classes,
+        ignore_index, unlabeled_index, WIDE,
+    )  # fmt: skip
     s_max = one * -INFINITY
     t_max = s_max
     s_best = tl.zeros([1, 1], tl.int32)
     t_best = s_best
     problems = tl.zeros([1, BLOCK], tl.int32)
+    not_finite_s = problems
+    not_finite_t = problems
     for start in range(0, classes, BLOCK):
         col = start + lane
         s = load_tile(student, row, live, student_stride, col, classes, WIDE)
         t = load_tile(teacher, row, live, teacher_stride, col, classes, WIDE)
         problems = tl.maximum(problems, problems_of(s, t, "forward_kl"))
+        not_finite_s = tl.maximum(not_finite_s, (~(s < INFINITY)).to(tl.int32))
+        not_finite_t = tl.maximum(not_finite_t, (~(t < INFINITY)).to(tl.int32))
         s_here = tl.max(s, 1, keep_dims=True)
         t_here = tl.max(t, 1, keep_dims=True)
         s_at = tl.min(tl.where(s == s_here, col, 2147483647), 1, keep_dims=True)
@@ -378,22 +385,22 @@ def distill_stats_kernel(
     student_entropy = log_student - tl.sum(qb_sums, 1, keep_dims=True) / student_sum
     teacher_entropy = log_teacher - tl.sum(pa_sums, 1, keep_dims=True) / teacher_sum
     problem = tl.max(problems, 1, keep_dims=True)
-    bad_student = ~(student_sum < INFINITY) | (s_max == -INFINITY)
-    bad_teacher = ~(teacher_sum < INFINITY) | (t_max == -INFINITY)
-    undefined = (problem == 2) | bad_student | bad_teacher
+    bad_student = (tl.max(not_finite_s, 1, keep_dims=True) > 0) | (s_max == -INFINITY)
+    bad_teacher = (tl.max(not_finite_t, 1, keep_dims=True) > 0) | (t_max == -INFINITY)
     kl = tl.where(problem == 1, INFINITY, tl.where(kl < 0, 0.0, kl))
-    agreement = as_real((s_best == t_best).to(tl.int32), WIDE)
-    at = stats + row
-    invalid = tl.where(undefined, float("nan"), 0.0)
+    agreement = as_real(((s_best == t_best) & ~bad_student & ~bad_teacher).to(tl.int32), WIDE)
+    no_student = tl.where(bad_student, float("nan"), 0.0)
+    no_teacher = tl.where(bad_teacher, float("nan"), 0.0)
     zero = one * 0.0
-    tl.store(at, tl.where(counts, tl.where(student_entropy < 0, 0.0, student_entropy) + invalid, zero), mask=live)
+    at = stats + row
+    tl.store(at, tl.where(active, tl.where(student_entropy < 0, 0.0, student_entropy) + no_student, zero), mask=live)
     at += rows
-    tl.store(at, tl.where(counts, tl.where(teacher_entropy < 0, 0.0, teacher_entropy) + invalid, zero), mask=live)
+    tl.store(at, tl.where(active, tl.where(teacher_entropy < 0, 0.0, teacher_entropy) + no_teacher, zero), mask=live)
     at += rows
-    tl.store(at, tl.where(counts, kl + invalid, zero), mask=live)
+    tl.store(at, tl.where(active, kl + no_student + no_teacher, zero), mask=live)
     at += rows
-    tl.store(at, tl.where(counts & ~undefined, agreement, zero), mask=live)
+    tl.store(at, tl.where(active, agreement, zero), mask=live)
     at += rows
-    tl.store(at, tl.where(counts, s_peak * inverse_ts + log_student + invalid, zero), mask=live)
+    tl.store(at, tl.where(active, s_peak * inverse_ts + log_student + no_student, zero), mask=live)
     at += rows
-    tl.store(at, tl.where(counts, t_peak * inverse_tt + log_teacher + invalid, zero), mask=live)
+    tl.store(at, tl.where(active, t_peak * inverse_tt + log_teacher + no_teacher, zero), mask=live)

@@ -180,8 +180,8 @@ def open_rows(
     live,  # [R, 1] whether the row exists
     target,
     weight,
-    divisor_at,
-    divisor,
+    divisor_at,  # float64
+    divisor,  # float64
     classes,
     ignore_index,
     unlabeled_index,
@@ -199,7 +199,7 @@ def open_rows(
         counts = counts & (label != ignore_index) & (unlabeled | ((label >= 0) & (label < classes)))
         label = tl.where(counts & ~unlabeled, label, -1)
     if divisor_at is not None:
-        divisor = as_real(tl.load(divisor_at), WIDE)
+        divisor = tl.load(divisor_at)
     safe = tl.where(divisor == 0, 1.0, divisor)
     if weight is not None:
         a_weight = tl.load(weight + row, mask=live, other=0.0)  # float64: it may leave the range of the logits' type
@@ -207,7 +207,7 @@ def open_rows(
         coefficient = as_real(a_weight / safe, WIDE)
     else:
         a_weight = as_real(tl.full(row.shape, 1.0, tl.float32), WIDE)
-        coefficient = a_weight / safe
+        coefficient = as_real(1.0 / safe + tl.zeros(row.shape, tl.float64), WIDE)
     active = tl.where(counts, divisor, 0.0) != 0
     return label, a_weight, tl.where(active, coefficient, 0.0), counts, active
 

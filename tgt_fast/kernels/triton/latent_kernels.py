@@ -46,6 +46,14 @@ def sum_of_squares(v, w, live, WIDE: tl.constexpr):
 
 
 @triton.jit
+def power_near(x, WIDE: tl.constexpr):
+    """A power of 2 near x, within the range of the arithmetic: a factor that rounds nothing. x: float64 above 0"""
+    most = 1e300 if WIDE else 1e37
+    bits = tl.minimum(tl.maximum(x, 1 / most), most).to(tl.int64, bitcast=True)
+    return (bits & 0x7FF0000000000000).to(tl.float64, bitcast=True)
+
+
+@triton.jit
 def gathered(partial, row, live, samples, tiles, LARGEST: tl.constexpr):
     """The sum, or the largest, of what the tiles of each row left.  -> [R, 1]"""
     at = partial + row
@@ -108,8 +116,10 @@ def latent_perturb_kernel(
         if PHASE == "measure":
             tl.store(after + tile.to(tl.int64) * samples + row, squares, mask=live)
         else:
-            stretch = tl.where(squares > 0, norm / tl.sqrt(tl.where(squares > 0, squares, 1.0)), 1.0)
-            moved = moved * as_real(stretch, WIDE)
+            length = tl.sqrt(tl.where(squares > 0, squares, 1.0))
+            lift = power_near(1.0 / length, WIDE)
+            stretch = tl.where(squares > 0, norm / (length * lift), 1.0)
+            moved = moved * as_real(tl.where(squares > 0, lift, 1.0), WIDE) * as_real(stretch, WIDE)
     if PHASE != "measure":
         tl.store(out + row.to(tl.int64) * size + col, narrowed(moved, out.dtype.element_ty), mask=inside)
 
@@ -170,7 +180,8 @@ def latent_ascend_kernel(
                 distance = gathered(distances, row, live, samples, tiles, RADIUS_NORM == "linf")
             else:
                 offset = tl.where(inside & (unit > 0), away / tl.where(unit > 0, unit, 1.0), 0.0)
-                if RADIUS_NORM == "linf":
+                if RADIUS_NORM == "linf":  # a coordinate that is NaN is its own affair
+                    offset = tl.where(offset == offset, offset, 0.0)
                     distance = tl.max(tl.abs(offset), 1, keep_dims=True).to(tl.float64)
                 else:
                     distance = sum_of_squares(offset, ones(ROWS, BLOCK, WIDE), live, WIDE)
