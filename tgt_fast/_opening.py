@@ -9,6 +9,18 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tgt_fast.errors import ArgumentError
+
+
+def as_path(op: str, name: str, value: Any) -> Path:
+    """
+    Raises:
+        ArgumentError: it is none.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(text := os.fspath(value), str) or "\0" in text:
+        raise ArgumentError(f"{op}: {name} must be a path, got {value!r}")
+    return Path(text)
+
 
 def open_file(path: Path) -> BinaryIO:
     """A regular file, to be read. A FIFO would wait for a writer that never comes.

@@ -43,7 +43,8 @@ def as_transforms(op: str, transforms: Any) -> tuple[Callable[..., Any], ...]:
     """
     if callable(transforms) and not isinstance(transforms, (list, tuple)):
         raise ArgumentError(f"{op}: transforms must be a sequence of callables; put the one in a list")
-    if not isinstance(transforms, Iterable) or isinstance(transforms, (str, bytes, Tensor)):
+    empty = not isinstance(transforms, Iterable) or getattr(transforms, "ndim", None) == 0  # a scalar of numpy
+    if empty or isinstance(transforms, (str, bytes, Tensor)):
         raise ArgumentError(f"{op}: transforms must be a sequence of callables, got {transforms!r}")
     found = tuple(transforms)
     for one in found:

@@ -35,7 +35,7 @@ def as_ids(given: SampleIds) -> Ids:
             if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
                 raise DTypeError(f"{OP}: sample_ids must be integers, got {given.dtype}")
             given = given.to(torch.int64)
-        ids: Ids = given.cpu().numpy()
+        ids: Ids = given.detach().cpu().resolve_neg().numpy()
     else:
         found = np.asarray(given)
         if found.dtype.kind not in "iu" and found.size:

@@ -349,7 +349,8 @@ class TeacherCache:
 
     def _layout(self) -> Layout:
         layout = self._open().layout
-        assert layout is not None  # a row was found
+        if layout is None:
+            raise CacheError(f"{OP}: the cache in {self.folder} has no rows yet")
         return layout
 
     def _names(self, fields: Sequence[str]) -> list[str]:

@@ -61,6 +61,9 @@ class SamplerOptions:
         _checks.number(_OP, "restart_probability", self.restart_probability, 0, 1)
         _checks.number(_OP, "temperature", self.temperature, 0, _LARGE, open_low=True)
         _checks.number(_OP, "beta", self.beta, 0, 1)
+        object.__setattr__(
+            self, "record_disagreement", _checks.flag(_OP, "record_disagreement", self.record_disagreement)
+        )
         for name in ("radius", "truncation"):
             if getattr(self, name) is not None:
                 _checks.number(_OP, name, getattr(self, name), 0, _LARGE, open_low=True)

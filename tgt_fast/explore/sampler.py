@@ -26,9 +26,9 @@ from tgt_fast.explore.processes import warn_of_foreign_chains, warn_of_own_chain
 from tgt_fast.explore.state import SamplerState, checked_state
 from tgt_fast.explore.synthetic import Synthetic
 from tgt_fast.kernels.options import MAX_SAMPLE_ID
-from tgt_fast.ops._checks import not_recorded
+from tgt_fast.ops._checks import flag, not_recorded
 from tgt_fast.teacher import Latents, Teacher, tree
-from tgt_fast.teacher.batches import Columns
+from tgt_fast.teacher.batches import Columns, check_loader
 from tgt_fast.teacher.key import Key
 
 
@@ -171,6 +171,7 @@ class LatentSampler(Adjustable):
         self.teacher = teacher
         self.scale: Tensor | None = None
         self.last_disagreement: list[float] = []
+        compile = flag("LatentSampler", "compile", compile)
         if compile and mode != "gradient":
             raise ArgumentError(f'LatentSampler: compile=True serves mode="gradient", not {mode!r}')
         compiled = CompiledExploration() if compile else None
@@ -283,6 +284,7 @@ class LatentSampler(Adjustable):
         pool = PoolBuilder(per_class) if self.options.anchors == "balanced" else None
         device = self.teacher.device
         parts = Columns("calibrate", columns)
+        check_loader("calibrate", loader)
         for batch in loader:
             ids, x, y = parts.split(batch)
             if device is not None:

@@ -21,6 +21,8 @@ def logits_of(op: str, student: Callable[..., Any], x: Any) -> Tensor:
     Raises:
         DTypeError: it is no tensor, as what models of other libraries give.
     """
+    if not callable(student):
+        raise ArgumentError(f"{op}: the student must be callable, got {type(student).__name__}")
     if not isinstance(x, Tensor) and not torch.compiler.is_compiling():
         _check_called_with_parts(op, student)
     made = student(x)

@@ -92,7 +92,7 @@ def explain(op: str, *tensors: Tensor) -> list[Verdict]:
     >>> [row.backend for row in tgt.explain("distill", torch.zeros(2, 3)) if row.chosen]
     ['native']
     """
-    if op not in OPS:
+    if not isinstance(op, str) or op not in OPS:
         raise ArgumentError(f"op must be one of {OPS}, got {op!r}")
     for tensor in tensors:
         if not isinstance(tensor, Tensor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from numbers import Integral, Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,10 @@ def number(op: str, name: str, value: object, low: float, high: float, *, open_l
     elif isinstance(value, bool) or not isinstance(value, Real):
         raise ArgumentError(f"{op}: {name} must be a number, got {value!r}")
     else:
-        result = float(value)
+        try:
+            result = float(value)
+        except OverflowError:
+            result = math.inf
     inside = low < result <= high if open_low else low <= result <= high
     if not inside:  # the bounds are finite, and NaN is inside nothing
         bracket = "(" if open_low else "["
@@ -50,6 +54,15 @@ def integer(op: str, name: str, value: object, low: int, high: int) -> int:
     if not low <= result < high:
         raise ArgumentError(f"{op}: {name} must be in [{low}, {high}), got {result}")
     return result
+
+
+def flag(op: str, name: str, value: object) -> bool:
+    """``value`` if it is one, or a number that stands for one; else ArgumentError."""
+    if type(value) is bool:
+        return value
+    if not isinstance(value, (Integral, np.bool_)) or value not in (0, 1):
+        raise ArgumentError(f"{op}: {name} must be True or False, got {value!r}")
+    return bool(value)
 
 
 def choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> str:

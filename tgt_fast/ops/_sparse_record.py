@@ -113,8 +113,13 @@ class TeacherTopK:
         return self.shape[0]
 
     def __getitem__(self, rows: Any) -> TeacherTopK:
-        ids, log_probs = self.ids[rows], self.log_probs[rows]
-        tail = None if self.tail_log_prob is None else self.tail_log_prob[rows]
+        try:
+            ids, log_probs = self.ids[rows], self.log_probs[rows]
+            tail = None if self.tail_log_prob is None else self.tail_log_prob[rows]
+        except (TypeError, RuntimeError, IndexError) as error:
+            if isinstance(error, IndexError) and isinstance(rows, int):
+                raise  # what ends an iteration
+            raise ArgumentError(f"{OP}: {rows!r} selects no rows of {tuple(self.shape)} ({error})") from error
         if ids.dim() == 0 or ids.shape[-1] != self.k or (tail is not None and tail.shape != ids.shape[:-1]):
             raise ShapeError(f"{OP}: an index selects rows {tuple(self.shape)}, not entries of a row; got {rows!r}")
         return _with_tensors(self, [ids, log_probs, tail])

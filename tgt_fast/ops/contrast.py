@@ -184,6 +184,7 @@ def contrastive_distillation_loss(
     (0.3408, torch.Size([4, 3]))
     """
     _checks.not_recorded(OP)
+    gather, return_stats = _checks.flag(OP, "gather", gather), _checks.flag(OP, "return_stats", return_stats)
     temperatures = make_temperatures(temperature, teacher_temperature)
     options = make_options(
         divergence, beta, 1.0, 1.0, soft_weight, hard_weight, label_smoothing, -100, -1, reduction, OP

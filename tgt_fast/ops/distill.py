@@ -194,6 +194,7 @@ def distillation_loss(
     0.6606
     """
     _checks.not_recorded(OP)
+    inplace, return_stats = _checks.flag(OP, "inplace", inplace), _checks.flag(OP, "return_stats", return_stats)
     options = make_options(
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing,
         ignore_index, unlabeled_index, reduction,

@@ -247,6 +247,7 @@ def linear_distillation_loss(
     (0.078, torch.Size([4, 3]))
     """
     _checks.not_recorded(OP)
+    return_stats = _checks.flag(OP, "return_stats", return_stats)
     options = make_options(
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing,
         ignore_index, unlabeled_index, reduction, OP,

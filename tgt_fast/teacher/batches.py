@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -138,6 +138,27 @@ class Columns:
                     f"{self.op}: columns={columns!r}: {name} is one index or key, x alone can be several"
                 )
         return ids, x, y
+
+
+def check_loader(op: str, loader: Any) -> None:
+    """
+    Raises:
+        ArgumentError: nothing can be read from it.
+    """
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise ArgumentError(f"{op}: the loader must be something to iterate over, got {type(loader).__name__}")
+    if getattr(loader, "ndim", None) == 0:  # torch's and numpy's have __iter__ all the same
+        raise ArgumentError(f"{op}: the loader must be something to iterate over, got one number")
+
+
+def checked_batches(op: str, batches: Any) -> list[Batch]:
+    """Batches that were read already."""
+    check_loader(op, batches)
+    found = list(batches)
+    for batch in found:
+        if not all(hasattr(batch, name) for name in Batch._fields):
+            raise ArgumentError(f"{op}: batches must be of {', '.join(Batch._fields)}, got {type(batch).__name__}")
+    return found
 
 
 def _as_tensor(part: Any) -> Any:

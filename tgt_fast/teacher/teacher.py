@@ -93,6 +93,9 @@ class Teacher(nn.Module):
         self.max_batch = max_batch
         self._decoder_takes_relaxed = _has_parameter(decoder, "relaxed")
         self.decoder_takes_key = _has_parameter(decoder, "key")
+        if not isinstance(modules, Iterable) or not all(isinstance(module, nn.Module) for module in modules):
+            raise ArgumentError(f"Teacher: modules must be a list of torch.nn.Module, got {modules!r}")
+        modules = tuple(modules)
         found = [module for part in self._parts.values() for module in modules_of(part)]
         unique = {id(module): module for module in [*found, *modules]}
         self._frozen: tuple[nn.Module, ...] = tuple(unique.values())

@@ -88,6 +88,8 @@ def concat(trees: Sequence[T]) -> T:
     Raises:
         ShapeError: the trees differ in structure, or their tensors in anything but the batch size.
     """
+    if not isinstance(trees, Sequence) or not trees:
+        raise ShapeError(f"batches to be put together must be a list of one at least, got {trees!r}")
     if len(trees) == 1:
         return trees[0]
     flat = [pytree.tree_flatten(plain(tree)) for tree in trees]

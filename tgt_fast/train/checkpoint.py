@@ -25,6 +25,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from tgt_fast._files import remove_dead
+from tgt_fast._opening import as_path
 from tgt_fast._rng import get_rng_state, set_rng_state
 from tgt_fast.errors import ArgumentError, CheckpointError
 from tgt_fast.train.codec import decode, encode
@@ -105,11 +106,12 @@ def save_checkpoint(
             read-only). The previous checkpoint in the folder is then intact.
     """
     parts = {"data": data, "sampler": sampler, "scheduler": scheduler, "optimizer": optimizer}
-    return save_together(ALONE, Path(directory), student, parts, step, extra)
+    return save_together(ALONE, as_path("save_checkpoint", "directory", directory), student, parts, step, extra)
 
 
 def save_together(processes: Processes, folder: Path, student: nn.Module, parts: Parts, step: int, extra: Any) -> Path:
     """:func:`save_checkpoint` for processes that share a folder: all of them call it, or none."""
+    _check_parts("save_checkpoint", student, parts)
     state: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
 
@@ -174,7 +176,7 @@ def load_checkpoint(
     """
     # The data first, since finding its place may move the global generators, which are set last.
     parts = {"data": data, "sampler": sampler, "scheduler": scheduler, "optimizer": optimizer}
-    return load_together(ALONE, Path(directory), student, parts, check)
+    return load_together(ALONE, as_path("load_checkpoint", "directory", directory), student, parts, check)
 
 
 def load_together(
@@ -185,6 +187,7 @@ def load_together(
     check: Callable[[Checkpoint], None] | None,
 ) -> Checkpoint:
     """:func:`load_checkpoint` for processes that share a folder: where one cannot, nothing is changed in any."""
+    _check_parts("load_checkpoint", student, parts)
     manifest = folder / MANIFEST
     found: list[tuple[Checkpoint, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
     processes.together(lambda: found.append(_checked(manifest, processes, student, parts, check)))
@@ -247,16 +250,28 @@ def save_weights(path: str | os.PathLike[str], weights: Mapping[str, Tensor]) ->
         CheckpointError: an entry is not a tensor, or the file cannot be written; an older file is then
             intact.
     """
+    path = as_path("save_weights", "path", path)
+    if not isinstance(weights, Mapping):
+        raise ArgumentError(f"save_weights: weights must be a state_dict, got {type(weights).__name__}")
     tensors: dict[str, Tensor] = {}
     for name, value in weights.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: {name} is a {type(value).__name__}; a weights file takes tensors only")
         encode(value, name, tensors)
-    remove_dead(Path(path).parent)
-    replace_file(Path(path), lambda file: write_tensors(file, tensors))
+    remove_dead(path.parent)
+    replace_file(path, lambda file: write_tensors(file, tensors))
 
 
 # ---- the parts ----
+
+
+def _check_parts(op: str, student: Any, parts: Parts) -> None:
+    if not isinstance(student, nn.Module):
+        raise ArgumentError(f"{op}: student must be a torch.nn.Module, got {type(student).__name__}")
+    for name, part in parts.items():
+        stateful = hasattr(part, "state_dict") and hasattr(part, "load_state_dict") and not isinstance(part, type)
+        if part is not None and not stateful:
+            raise ArgumentError(f"{op}: {name} must have state_dict and load_state_dict, got {type(part).__name__}")
 
 
 def _steps(value: Any) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, Final
 
 from torch import Tensor, nn
 
 from tgt_fast.errors import ArgumentError
+from tgt_fast.ops import _checks
 
 _OBJECTIVE: Final = (
     "pass tgt_fast.TGTObjective(teacher, loss=tgt_fast.DistillationLoss(...)), or a function "
@@ -34,10 +36,36 @@ def check_options(
         low = int(name == "accumulate")
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise ArgumentError(f"fit: {name} must be an integer >= {low}, got {value!r}")
-    if clip_grad_norm is not None and not clip_grad_norm > 0:
+    if clip_grad_norm is not None and not (_is_number(clip_grad_norm) and clip_grad_norm > 0):
         raise ArgumentError(f"fit: clip_grad_norm must be > 0, got {clip_grad_norm!r}")
-    if mode not in ("max", "min"):
+    if not isinstance(mode, str) or mode not in ("max", "min"):
         raise ArgumentError(f"fit: mode must be 'max' or 'min', got {mode!r}")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one of the numbers that a float can be; infinity is."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and float(value) == value
+    except OverflowError:
+        return False
+
+
+def check_tools(optimizer: Any, scheduler: Any, seed: Any, monitor: Any, evaluate: Any) -> None:
+    """What else ``fit`` uses."""
+    for name, part, needed in (
+        ("optimizer", optimizer, ("step", "zero_grad", "param_groups", "state_dict", "load_state_dict")),
+        ("scheduler", scheduler, ("step", "state_dict", "load_state_dict")),
+    ):
+        if (part is not None or name == "optimizer") and not (
+            all(hasattr(part, method) for method in needed) and not isinstance(part, type)
+        ):
+            raise ArgumentError(f"fit: {name} must be a torch {name}, got {part!r:.200}")
+    if seed is not None:
+        _checks.integer("fit", "seed", seed, -(1 << 63), 1 << 64)
+    if not isinstance(monitor, str):
+        raise ArgumentError(f"fit: monitor must be the name of a metric, got {monitor!r}")
+    if evaluate is not None and not callable(evaluate):
+        raise ArgumentError(f"fit: evaluate must be a function of the student, got {type(evaluate).__name__}")
 
 
 def check_parties(student: Any, objective: Any) -> None:

@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
 
 from tgt_fast._rng import get_rng_state, isolated_rng, set_rng_state
-from tgt_fast.errors import ArgumentError
+from tgt_fast.errors import ArgumentError, DeviceError
+from tgt_fast.teacher.batches import check_loader
 
 _END = object()
 
@@ -21,7 +22,13 @@ def to_device(batch: Any, device: torch.device | None) -> Any:
     """Every tensor of a pytree on ``device``; None leaves them where they are."""
     if device is None:
         return batch
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
+    return pytree.tree_map_only(Tensor, lambda tensor: _moved(tensor, device), batch)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    if tensor.is_meta and device.type != "meta":
+        raise DeviceError(f"a batch is on the device meta, where tensors have no values; the student is on {device}")
+    return tensor.to(device, non_blocking=True)
 
 
 def module_device(module: nn.Module) -> torch.device | None:
@@ -46,6 +53,7 @@ class BatchStream:
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
+        check_loader("BatchStream", loader)
         self.loader = loader
         self.epoch = 0  # the epoch under way, counted from 0
         self.position = 0  # batches taken of it
@@ -83,6 +91,8 @@ class BatchStream:
             ArgumentError: the loader has fewer batches, or other generators, than the one whose place was
                 saved.
         """
+        if not isinstance(state, dict) or state.keys() != self.state_dict().keys():
+            raise ArgumentError(f"BatchStream: it is no state of one: {str(state)[:200]}")
         generators, start = self._generators(), state["start"]
         if len(generators) != len(state["generators"]):
             raise ArgumentError("the loader's random generators are not those of the run that was saved")

@@ -13,14 +13,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
+from tgt_fast._opening import as_path
 from tgt_fast._rng import isolated_rng
 from tgt_fast.errors import ArgumentError
 from tgt_fast.explore.student import refuse_labeler
+from tgt_fast.ops import _checks
 from tgt_fast.teacher import Teacher
-from tgt_fast.teacher.batches import Columns
+from tgt_fast.teacher.batches import Columns, check_loader
 from tgt_fast.teacher.sharing import refuse_shared
 from tgt_fast.train import checkpoint
-from tgt_fast.train.checks import check_options, check_parties
+from tgt_fast.train.checks import check_options, check_parties, check_tools
 from tgt_fast.train.data import BatchStream
 from tgt_fast.train.document import remove_unnamed
 from tgt_fast.train.files import make_writable
@@ -129,6 +131,9 @@ def fit(
     """
     check_options(steps, accumulate, clip_grad_norm, eval_every, mode, checkpoint_every)
     check_parties(student, objective)
+    check_tools(optimizer, scheduler, seed, monitor, evaluate)
+    check_loader("fit", loader)
+    resume, progress = _checks.flag("fit", "resume", resume), _checks.flag("fit", "progress", progress)
     if accumulate > 1 and not hasattr(objective, "normalizers"):
         raise ArgumentError("fit: accumulate > 1 needs an objective with normalizers(batches), as TGTObjective has")
     if isinstance(scheduler, ReduceLROnPlateau) and evaluate is None:
@@ -179,7 +184,7 @@ class _Keeper:
             if resume:
                 raise ArgumentError("fit: resume=True needs a checkpoint_dir")
             return
-        self.folder, self.kept = Path(checkpoint_dir), False
+        self.folder, self.kept = as_path("fit", "checkpoint_dir", checkpoint_dir), False
         self.processes = sharing("fit", self.folder)
         self.found = self.processes.together(lambda: self._look(resume))[0]
 

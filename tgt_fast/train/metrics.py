@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tgt_fast.errors import ArgumentError, ShapeError
+from tgt_fast.errors import ArgumentError, DeviceError, ShapeError
 from tgt_fast.explore.student import logits_of
-from tgt_fast.teacher.batches import Columns
+from tgt_fast.ops import _checks
+from tgt_fast.teacher.batches import Columns, check_loader
 from tgt_fast.teacher.modes import eval_mode
 from tgt_fast.train.data import module_device, to_device
 
@@ -35,7 +36,13 @@ def class_thirds(class_counts: Sequence[int] | Tensor) -> tuple[Tensor, Tensor, 
     >>> [third.tolist() for third in class_thirds([5, 50, 20, 1])]
     [[1, 2], [0], [3]]
     """
-    counts = torch.as_tensor(class_counts, device="cpu")
+    if isinstance(class_counts, Tensor):
+        counts = _checks.integers("class_thirds", "class_counts", class_counts).cpu()
+    else:
+        try:
+            counts = torch.tensor([int(count) for count in class_counts], device="cpu")
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise ArgumentError(f"class_counts must be counts, got {class_counts!r} ({error})") from None
     if counts.dim() != 1 or counts.numel() < 3 or bool((counts < 0).any()):
         raise ArgumentError(
             f"class_counts: expected at least 3 non-negative counts in one dimension, got {class_counts}"
@@ -64,7 +71,7 @@ def accuracy(logits: Tensor, target: Tensor, *, classes: Tensor | None = None) -
     _check_rows("accuracy", logits, target)
     counted = target >= 0
     if classes is not None:
-        counted &= torch.isin(target, classes.to(target.device))
+        counted &= torch.isin(target, _checks.integers("accuracy", "classes", classes).to(target.device))
     return _ratio((logits.argmax(-1) == target)[counted].sum().item(), counted.sum().item())
 
 
@@ -145,8 +152,13 @@ def evaluate(
     agreed: Tensor | float = 0.0  # sums on the device until the end
     kl: Tensor | float = 0.0
     batches = 0
+    if not isinstance(student, nn.Module):
+        raise ArgumentError(f"evaluate: the student must be a torch.nn.Module, got {type(student).__name__}")
+    if teacher is not None and not (hasattr(teacher, "student_view") and hasattr(teacher, "label")):
+        raise ArgumentError(f"evaluate: the teacher must be a tgt_fast.Teacher or None, got {type(teacher).__name__}")
     device = module_device(student)
     parts = Columns("evaluate", columns)
+    check_loader("evaluate", loader)
     with eval_mode(student):
         for batch in loader:
             batches += 1
@@ -193,9 +205,10 @@ def _class_hits(name: str, logits: Tensor, target: Tensor) -> tuple[Tensor, Tens
     classes = logits.shape[-1]
     counted = target >= 0
     right = counted & (logits.argmax(-1) == target)
+    most = int(target.max()) if target.numel() else -1
+    if most >= classes:
+        raise ArgumentError(f"{name}: a target is class {most}, but the logits have {classes} classes")
     total = torch.bincount(target[counted], minlength=classes).cpu()
-    if total.numel() > classes:
-        raise ArgumentError(f"{name}: a target is class {total.numel() - 1}, but the logits have {classes} classes")
     return torch.bincount(target[right], minlength=classes).cpu(), total
 
 
@@ -207,6 +220,10 @@ def _row_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _check_rows(name: str, logits: Tensor, target: Tensor) -> None:
+    _checks.floating(name, "logits", logits)
+    _checks.integers(name, "target", target)
+    _checks.same_device(name, "target", target, "logits", logits)
+    _check_classes(name, logits)
     if logits.shape[:-1] != target.shape:
         shape, hint = tuple(logits.shape), ""
         if target.shape == logits.shape:
@@ -216,7 +233,18 @@ def _check_rows(name: str, logits: Tensor, target: Tensor) -> None:
         raise ShapeError(f"{name}: targets {tuple(target.shape)} do not fit the rows of logits {shape}{hint}")
 
 
+def _check_classes(name: str, logits: Tensor) -> None:
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ShapeError(f"{name}: logits must be (..., C) with C >= 1, got {tuple(logits.shape)}")
+    if logits.is_meta:
+        raise DeviceError(f"{name}: logits on the device meta have no values")
+
+
 def _check_same(name: str, student: Tensor, teacher: Tensor) -> None:
+    for what, logits in (("student logits", student), ("teacher logits", teacher)):
+        _checks.floating(name, what, logits)
+        _check_classes(name, logits)
+    _checks.same_device(name, "teacher logits", teacher, "student logits", student)
     if student.shape != teacher.shape:
         raise ShapeError(
             f"{name}: student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
@@ -14,9 +15,10 @@ from tgt_fast.explore.repeats import occurrences_over
 from tgt_fast.explore.student import logits_of, refuse_labeler
 from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.losses.distill import DistillationLoss
+from tgt_fast.ops import _checks
 from tgt_fast.ops.distill import distillation_loss
 from tgt_fast.teacher import Teacher, tree
-from tgt_fast.teacher.batches import Batch
+from tgt_fast.teacher.batches import Batch, checked_batches
 from tgt_fast.teacher.sharing import warn_of_shared
 
 if TYPE_CHECKING:
@@ -98,15 +100,16 @@ class TGTObjective:
                 f"TGTObjective: teacher must be a tgt_fast.Teacher, got {type(self.teacher).__name__}; a labeler "
                 "alone, without a sampler, is tgt_fast.Teacher(nn.Identity(), nn.Identity(), labeler)"
             )
+        for name, part, needed in (("loss", self.loss, "return_stats"), ("sampler", self.sampler, "calibrate")):
+            if part is not None and not (hasattr(part, "options") and hasattr(part, needed)):
+                made = "DistillationLoss" if name == "loss" else "LatentSampler"
+                raise ArgumentError(f"TGTObjective: {name} must be a tgt_fast.{made}, got {type(part).__name__}")
         options = self.loss.options
         if options.reduction != "mean" or self.loss.return_stats:
             raise ArgumentError(
                 f"TGTObjective: the loss must have reduction='mean' and return_stats=False, got {self.loss}"
             )
-        if not 0 <= self.synthetic_weight < float("inf"):
-            raise ArgumentError(
-                f"TGTObjective: synthetic_weight must be finite and >= 0, got {self.synthetic_weight!r}"
-            )
+        _checks.number("TGTObjective", "synthetic_weight", self.synthetic_weight, 0, sys.float_info.max)
         if self.sampler is not None and options.soft_weight == 0:
             raise ArgumentError(
                 "TGTObjective: a loss with soft_weight=0 ignores synthetic examples; leave the sampler out"
@@ -192,13 +195,15 @@ class TGTObjective:
         """
         counts: list[Tensor] = []
         examples = 0
-        for batch in batches:
+        for batch in checked_batches("TGTObjective", batches):
             rows = tree.batch_size(batch.x)
             examples += rows
             if batch.y is None:
                 counts.append(torch.tensor(rows, device=tree.first_device(batch.x)))
             else:
                 counts.append((batch.y != self.loss.options.ignore_index).sum())
+        if not counts:
+            raise ArgumentError("TGTObjective: normalizers needs a batch at least")
         real = torch.stack(counts).sum().to(torch.float32)
         return real, torch.full_like(real, examples * (1 if self.sampler is None else self.sampler.options.replicas))
 
@@ -210,7 +215,8 @@ class TGTObjective:
         (as far as that can be seen on a CPU), no sampler or one with another ``repeats`` than "distinct".
         """
         distinct = self.sampler is not None and self.sampler.options.repeats == "distinct"
-        return occurrences_over([batch.sample_ids if distinct else None for batch in batches])
+        found = checked_batches("TGTObjective", batches)
+        return occurrences_over([batch.sample_ids if distinct else None for batch in found])
 
     def _real(
         self,

@@ -1,0 +1,23 @@
+"""A few of the calls that ``fuzz.py`` makes by the ten thousand: no crash, no hang, no error that is not typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_odd_arguments_give_results_or_typed_errors(child_environment: dict[str, str]) -> None:
+    script = Path(__file__).with_name("fuzz.py")
+    done = subprocess.run(
+        [sys.executable, str(script), "--calls", "640"],
+        env=child_environment, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    told = json.loads(done.stdout)
+    assert min(told["results"], told["errors"]) > 200  # neither is all that happens
