@@ -18,6 +18,8 @@ from tgt_fast.kernels.options import (
     SPARSE_DIVERGENCES,
     TAILS,
     DistillOptions,
+    LateHeads,
+    LateOptions,
     LinearOptions,
     LinearTensors,
 )
@@ -140,8 +142,17 @@ def _distill(make: _Maker, backend: str) -> Iterator[Sample]:
         state = _distill_state(student, teacher, target, both, backend)
         args = (student, teacher, target, state, make.uniform(5), *packed(both), backend, *wanted)
         yield distill._distill_backward, args, {}
+    args = (*rows(5, _late(both), grads=(True, True)), None, None, *packed(_late(both)), True, backend)
+    yield distill.distillation_loss, args, {}
     for factor in (make.uniform(5), make.uniform(1).reshape(())):
         yield distill.distill_scale_, (make.normal(5, classes), factor, backend), {}
+
+
+def _late(options: DistillOptions) -> DistillOptions:
+    """The same options with their numbers in a tensor."""
+    o = options
+    numbers = (o.beta, o.temperature, o.teacher_temperature, o.soft_weight, o.hard_weight, o.label_smoothing)
+    return LateOptions(**{**vars(options), "numbers": torch.tensor(numbers, dtype=torch.float64)})
 
 
 def _distill_state(student: Tensor, teacher: Tensor, target: Tensor, options: DistillOptions, backend: str) -> Tensor:
@@ -271,6 +282,8 @@ def _linear(make: _Maker, backend: str, tails: tuple[str, ...]) -> Iterator[Samp
         yield call(queries, both_scaled, DistillOptions(hard_weight=1.0, reduction=reduction), stats=True)
     for divide_by in ((make.uniform(1).reshape(()), None), (None, 7.0)):
         yield call(tensors(4), divide_by=divide_by)
+    scales = torch.tensor([20.0, 10.0], dtype=torch.float64)
+    yield call(tensors(4), LateHeads(1.0, None, 1.0, None, memory_budget=1, numbers=scales), _late(both))
     for wanted in [*some, (True,) * DIFFERENTIABLE]:
         t = tensors(4, grads=(False,) * DIFFERENTIABLE)
         options = (*linear.packed_heads(padded), *packed(both))
@@ -309,6 +322,7 @@ def _sparse(make: _Maker, backend: str) -> Iterator[Sample]:
     for divide_by in ((make.uniform(1).reshape(()), None), (None, 7.0)):
         args = (*tensors(5, both), *divide_by, *packed(both), "bucket", backend)
         yield sparse.sparse_distillation_loss, args, {}
+    yield sparse.sparse_distillation_loss, (*tensors(5, both), None, None, *packed(_late(both)), "bucket", backend), {}
     for tail, wanted in itertools.product(TAILS, (False, True)):
         given = tensors(5, both, tail, grad=False)
         args = (*given, None, None, *packed(both), tail, backend, wanted, True)
@@ -325,14 +339,15 @@ def _key(make: _Maker, samples: int) -> tuple[Any, ...]:
 def _tokens(make: _Maker, backend: str) -> Iterator[Sample]:
     classes = 13
     for count, layout in ((0, "dense"), (6, "dense"), (6, "sliced"), (6, "transposed"), (6, "every-other")):
-        for filters in ((1.0, None, None, None), (0.7, 5, 0.8, 0.1)):
+        late = torch.tensor([0.7, 0.8, 0.1], dtype=torch.float64)
+        for filters in ((1.0, None, None, None, None), (0.7, 5, 0.8, 0.1, None), (1.0, 5, 1.0, 1.0, late)):
             rows = make.normal(count, classes, layout=layout)
             yield tokens.sample_tokens, (rows, *filters, *_key(make, count // 2), backend), {}
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         rows = make.normal(6, classes, dtype=dtype)
-        yield tokens.sample_tokens, (rows, 1.0, None, 0.9, None, *_key(make, 6), backend), {}
+        yield tokens.sample_tokens, (rows, 1.0, None, 0.9, None, None, *_key(make, 6), backend), {}
     held = (make.integers(2**40, 1).reshape(()), 0, make.integers(9, 6), make.integers(9, 1).reshape(()), 0, None, 0)
-    yield tokens.sample_tokens, (make.normal(6, classes), 1.0, None, None, None, *held, backend), {}
+    yield tokens.sample_tokens, (make.normal(6, classes), 1.0, None, None, None, None, *held, backend), {}
 
 
 def _soft(make: _Maker, backend: str) -> Iterator[Sample]:
@@ -344,10 +359,11 @@ def _soft(make: _Maker, backend: str) -> Iterator[Sample]:
         for grads in itertools.product((False, True), repeat=2):
             rows = make.normal(count, classes, dtype=dtypes[0], layout=layout).requires_grad_(grads[0])
             table = make.normal(classes, width, dtype=dtypes[1], layout=layout).requires_grad_(grads[1])
-            yield tokens.soft_embedding, (rows, table, 0.7, True, hard, *_key(make, count // 2), backend), {}
+            yield tokens.soft_embedding, (rows, table, 0.7, True, hard, None, *_key(make, count // 2), backend), {}
     for hard, keep in itertools.product((False, True), repeat=2):
         rows, table = make.normal(6, classes), make.normal(classes, width)
-        options = (0.7, hard, hard, *_key(make, 6), backend)
+        tau = torch.tensor([0.7], dtype=torch.float64) if keep else None
+        options = (0.7, hard, hard, tau, *_key(make, 6), backend)
         yield tokens._soft_forward, (rows, table, *options, keep), {}
         _, state, chosen = tokens._soft_forward(rows, table, *options, True)
         wanted = (keep, hard)

@@ -49,6 +49,13 @@ class DistillOptions:
     reduction: str = "mean"
 
 
+@dataclass(frozen=True)
+class LateOptions(DistillOptions):
+    """Options on their way through an op whose numbers are in a tensor, see :mod:`tgt_fast.kernels.late`."""
+
+    numbers: Tensor | None = None  # [6] float64, from beta to label_smoothing in the order of the fields
+
+
 class DistillStats(NamedTuple):
     """What one pass over the logits also knows, a value a row, detached.
 
@@ -84,6 +91,13 @@ class LinearOptions:
     memory_budget: int | None = None  # bytes of a chunk's logits
     tail: str | None = None  # of a teacher's top-k record, one of TAILS; None: there is no record
     record_classes: int | None = None  # those that the record's ids point into
+
+
+@dataclass(frozen=True)
+class LateHeads(LinearOptions):
+    """The same of heads."""
+
+    numbers: Tensor | None = None  # [2] float64, the scales of student and teacher
 
 
 class LinearTensors(NamedTuple):
@@ -145,6 +159,13 @@ class SoftOptions:
     tau: float = 1.0
     gumbel: bool = False
     hard: bool = False
+
+
+@dataclass(frozen=True)
+class LateSoft(SoftOptions):
+    """The same of a soft embedding."""
+
+    numbers: Tensor | None = None  # [1] float64, tau
 
 
 class SoftState(NamedTuple):

@@ -25,12 +25,28 @@ def not_recorded(op: str) -> None:
         )
 
 
-def number(op: str, name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
-    """``value`` as a finite float in [low, high], or (low, high] with ``open_low``; else ArgumentError."""
+def number(
+    op: str, name: str, value: object, low: float, high: float, *, open_low: bool = False, late: bool = False
+) -> float:
+    """``value`` as a finite float in [low, high], or (low, high] with ``open_low``; else ArgumentError.
+
+    With ``late`` a 0-d tensor is a number, too. It is read, which waits for a device, but not while compiling: then it
+    comes back as a float64 tensor on the CPU, and whoever reads it checks it (see :mod:`tgt_fast.kernels.late`).
+    """
+    if late and isinstance(value, Tensor):
+        if real(op, name, value).dim() or value.dtype == torch.bool:
+            raise ArgumentError(
+                f"{op}: {name} must be a number or a 0-d tensor, got {value.dtype} {tuple(value.shape)}"
+            )
+        if torch.compiler.is_compiling():
+            return value.detach().to("cpu", torch.float64)  # type: ignore[return-value]
+        value = float(value.item())
     if type(value) is float:  # most are, and the question below takes ten times as long
         result = value
     elif isinstance(value, bool) or not isinstance(value, Real):
-        raise ArgumentError(f"{op}: {name} must be a number, got {value!r}")
+        raise ArgumentError(
+            f"{op}: {name} must be a number, got {'a tensor' if isinstance(value, Tensor) else repr(value)}"
+        )
     else:
         try:
             result = float(value)

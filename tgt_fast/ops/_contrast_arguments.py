@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, ShapeError
+from tgt_fast.kernels.late import is_on
 from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.ops import _checks
 from tgt_fast.ops._distill_arguments import check_row_values, check_rows
@@ -31,10 +32,10 @@ class ContrastTensors(NamedTuple):
 
 def make_temperatures(temperature: object, teacher_temperature: object) -> tuple[float, float]:
     """The student's and the teacher's, which is by default the same."""
-    student = _checks.number(OP, "temperature", temperature, _SMALL, _LARGE)
+    student = _checks.number(OP, "temperature", temperature, _SMALL, _LARGE, late=True)
     if teacher_temperature is None:
         return student, student
-    return student, _checks.number(OP, "teacher_temperature", teacher_temperature, _SMALL, _LARGE)
+    return student, _checks.number(OP, "teacher_temperature", teacher_temperature, _SMALL, _LARGE, late=True)
 
 
 def check_tensors(t: ContrastTensors, normalizer: float | Tensor | None, options: DistillOptions) -> None:
@@ -59,7 +60,7 @@ def check_tensors(t: ContrastTensors, normalizer: float | Tensor | None, options
         raise ShapeError(f"{OP}: there must be a passage, got student_d {tuple(t.student_d.shape)}")
     _check_indices("positives", t.positives, "student_q", t.student_q)
     _check_indices("passage_ids", t.passage_ids, "student_d", t.student_d)
-    target = None if options.hard_weight == 0 else t.student_q.new_empty(t.student_q.shape[0], dtype=torch.int64)
+    target = None if not is_on(options.hard_weight) else t.student_q.new_empty(t.student_q.shape[0], dtype=torch.int64)
     check_rows(OP, "student_q", t.student_q, target, t.sample_weight, normalizer, options)
 
 

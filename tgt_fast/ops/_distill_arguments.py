@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
+from tgt_fast.kernels.late import is_on
 from tgt_fast.kernels.native.distill import bad_target, bad_weight
 from tgt_fast.kernels.options import DIVERGENCES, REDUCTIONS, TEMPERATURES, DistillOptions
 from tgt_fast.ops import _checks
@@ -25,7 +26,7 @@ def make_options(*values: Any) -> DistillOptions:
         return _checked_options(*values)
     try:
         return _cached_options(*values)
-    except TypeError:  # an option that cannot be hashed cannot be right either: let the checks say which
+    except TypeError:  # a tensor; or an option that cannot be hashed, which cannot be right: let the checks say which
         return _checked_options(*values)
 
 
@@ -43,23 +44,23 @@ def _checked_options(
     op: str = OP,
 ) -> DistillOptions:
     _checks.choice(op, "divergence", divergence, DIVERGENCES)
-    beta = _checks.number(op, "beta", beta, 0, 1)
-    if divergence == "jsd" and not 0 < beta < 1:
+    beta = _checks.number(op, "beta", beta, 0, 1, late=True)
+    if divergence == "jsd" and not isinstance(beta, Tensor) and not 0 < beta < 1:
         raise ArgumentError(
             f"{op}: jsd needs 0 < beta < 1, got {beta!r}: it tends to 0 at both ends; "
             "the limits of jsd / beta and jsd / (1 - beta) are divergence='forward_kl' and 'reverse_kl'"
         )
-    temperature = _checks.number(op, "temperature", temperature, *TEMPERATURES)
+    temperature = _checks.number(op, "temperature", temperature, *TEMPERATURES, late=True)
     if teacher_temperature is None:
         teacher_temperature = temperature
     return DistillOptions(
         divergence=divergence,
         beta=beta,
         temperature=temperature,
-        teacher_temperature=_checks.number(op, "teacher_temperature", teacher_temperature, *TEMPERATURES),
-        soft_weight=_checks.number(op, "soft_weight", soft_weight, 0, _LARGE),
-        hard_weight=_checks.number(op, "hard_weight", hard_weight, 0, _LARGE),
-        label_smoothing=_checks.number(op, "label_smoothing", label_smoothing, 0, 1),
+        teacher_temperature=_checks.number(op, "teacher_temperature", teacher_temperature, *TEMPERATURES, late=True),
+        soft_weight=_checks.number(op, "soft_weight", soft_weight, 0, _LARGE, late=True),
+        hard_weight=_checks.number(op, "hard_weight", hard_weight, 0, _LARGE, late=True),
+        label_smoothing=_checks.number(op, "label_smoothing", label_smoothing, 0, 1, late=True),
         ignore_index=_checks.integer(op, "ignore_index", ignore_index, -(2**63), 2**63),
         unlabeled_index=_checks.integer(op, "unlabeled_index", unlabeled_index, -(2**63), 2**63),
         reduction=_checks.choice(op, "reduction", reduction, REDUCTIONS),
@@ -67,7 +68,11 @@ def _checked_options(
 
 
 # A training loop passes the same ones at every step. Typed, or True would pass as the 1.0 that was seen before.
-_cached_options = functools.lru_cache(maxsize=256, typed=True)(_checked_options)
+@functools.lru_cache(maxsize=256, typed=True)
+def _cached_options(*values: Any) -> DistillOptions:
+    if any(isinstance(value, Tensor) for value in values):
+        raise TypeError("a tensor may have another value at the next call; what is raised is not kept")
+    return _checked_options(*values)
 
 
 def check_tensors(
@@ -125,8 +130,8 @@ def check_classes(op: str, name: str, classes: int, options: DistillOptions) -> 
     """That there is something to learn: a distribution over one class is 1, and so constant, whatever the logit."""
     if classes != 1:
         return
-    soft = options.soft_weight > 0 and options.divergence != "mse"
-    if not soft and options.hard_weight == 0:
+    soft = is_on(options.soft_weight) and options.divergence != "mse"
+    if not soft and not is_on(options.hard_weight):
         return
     term = f"{options.divergence} is the same" if soft else "the cross-entropy of the target is 0"
     raise ShapeError(
@@ -141,8 +146,8 @@ def check_rows(
     normalizer: float | Tensor | None, options: DistillOptions,
 ) -> None:  # fmt: skip
     """What comes a number a row, and the divisor; ``student`` is (rows..., whatever)."""
-    if target is None and options.hard_weight > 0:
-        raise ArgumentError(f"{op}: hard_weight is {options.hard_weight:g} but target is missing")
+    if target is None and is_on(options.hard_weight):
+        raise ArgumentError(f"{op}: hard_weight is {options.hard_weight} but target is missing")
     for label, tensor in (("target", target), ("sample_weight", sample_weight)):
         if tensor is None:
             continue
@@ -199,6 +204,11 @@ def as_mask(
     """A target beside ``hard_weight=0``: which rows count is all that it says, so no kernel looks for a class in it."""
     if _checks.on_plain_cpu(target):
         check_row_values(op, classes, target, sample_weight, options)
+    return mask_of(target, options)
+
+
+def mask_of(target: Tensor, options: DistillOptions) -> tuple[Tensor, DistillOptions]:
+    """The same of a target that was looked at."""
     plain = replace(options, ignore_index=-100, unlabeled_index=-1)
     return torch.where(target == options.ignore_index, plain.ignore_index, plain.unlabeled_index), plain
 

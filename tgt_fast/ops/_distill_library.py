@@ -11,9 +11,9 @@ from tgt_fast.kernels import select
 from tgt_fast.kernels.distill_calls import accumulate_dtype
 from tgt_fast.kernels.options import ROW_STATE, DistillOptions, Forward
 from tgt_fast.ops import _checks, library
-from tgt_fast.ops._distill_arguments import check_values
+from tgt_fast.ops._distill_arguments import OP, check_values
 from tgt_fast.ops._distill_autograd import Call, Distill
-from tgt_fast.ops._packing import DIVISOR, OPTIONS, or_nothing, packed, unpacked
+from tgt_fast.ops._packing import DIVISOR, OPTIONS, or_nothing, packed, settled, unpacked
 
 _TENSORS = "Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight"
 
@@ -48,6 +48,7 @@ def _forward(
     divisor: float | None, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     options, (want_stats, backend, d_student, d_teacher, keep_rows) = unpacked(rest)
+    options, target = settled(OP, options, student.shape[1], target, sample_weight)
     student, teacher = dense_rows(student), dense_rows(teacher)
     chosen = select.choose("distill", backend, (student, teacher))
     if chosen == "reference" and _checks.on_plain_cpu(student):
@@ -83,6 +84,7 @@ def _backward(
     student: Tensor, teacher: Tensor, target: Tensor | None, rows: Tensor, d_loss: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     options, (backend, want_student, want_teacher) = unpacked(rest)
+    options, target = settled(OP, options, student.shape[1], target, looked_at=True)
     student, teacher = dense_rows(student), dense_rows(teacher)
     kernel = _kernel(backend, student, teacher)
     state = _as_state(rows, kernel.empty_state(student, teacher))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, ShapeError
+from tgt_fast.kernels.late import is_late
 from tgt_fast.kernels.options import DistillOptions, LinearOptions, LinearTensors
 from tgt_fast.kernels.reference.linear import record_of, vocabulary_of
 from tgt_fast.kernels.vocabulary import Vocabulary
@@ -18,7 +19,7 @@ from tgt_fast.ops._sparse_record import TeacherTopK, check_options
 from tgt_fast.ops.vocabulary import check_labels_exist, check_vocabulary, check_vocabulary_values
 
 OP = "linear_distillation_loss"
-_LARGE = 1e30
+LARGE = 1e30
 _NOT_SHARED = (
     "its tail does not say how much of its mass lies on the others; take the record from the shared classes' logits "
     "alone, or with tail='renormalize'"
@@ -30,12 +31,15 @@ def make_heads(
     vocab_size: int | None, memory_budget: int | None, record: TeacherTopK | None = None,
 ) -> LinearOptions:  # fmt: skip
     def positive(name: str, value: float) -> float:
-        return _checks.number(OP, name, value, 0, _LARGE, open_low=True)
+        return _checks.number(OP, name, value, 0, LARGE, open_low=True)
+
+    def scale(name: str, value: float) -> float:
+        return _checks.number(OP, name, value, 0, LARGE, open_low=True, late=True)
 
     return LinearOptions(
-        student_scale=positive("student_scale", student_scale),
+        student_scale=scale("student_scale", student_scale),
         student_softcap=None if student_softcap is None else positive("student_softcap", student_softcap),
-        teacher_scale=positive("teacher_scale", teacher_scale),
+        teacher_scale=scale("teacher_scale", teacher_scale),
         teacher_softcap=None if teacher_softcap is None else positive("teacher_softcap", teacher_softcap),
         vocab_size=None if vocab_size is None else _checks.integer(OP, "vocab_size", vocab_size, 1, 2**62),
         memory_budget=None if memory_budget is None else _checks.integer(OP, "memory_budget", memory_budget, 1, 2**62),
@@ -60,7 +64,7 @@ def check_teacher(
             ("teacher_hidden", teacher_hidden is not None),
             ("teacher_weight", teacher_weight is not None),
             ("teacher_bias", teacher_bias is not None),
-            (f"teacher_scale={heads.teacher_scale:g}", heads.teacher_scale != 1.0),
+            ("teacher_scale", is_late(heads.teacher_scale) or heads.teacher_scale != 1.0),
             ("teacher_softcap", heads.teacher_softcap is not None),
         )
         if given

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tgt_fast.kernels import linear_chunks, select
+from tgt_fast.kernels import late, linear_chunks, select
 from tgt_fast.kernels.options import (
     DIFFERENTIABLE,
     DistillOptions,
+    LateHeads,
     LinearForward,
     LinearOptions,
     LinearTensors,
 )
 from tgt_fast.kernels.reference.linear import result_dtype
-from tgt_fast.ops import library
+from tgt_fast.ops import _checks, library
 from tgt_fast.ops._distill_library import distill_scale_
-from tgt_fast.ops._linear_arguments import check_values
+from tgt_fast.ops._linear_arguments import LARGE, OP, check_values
 from tgt_fast.ops._linear_autograd import Call, Linear
-from tgt_fast.ops._packing import DIVISOR, OPTIONS, or_nothing, packed, unpacked
+from tgt_fast.ops._packing import DIVISOR, OPTIONS, or_nothing, packed, settled, unpacked
 
 _TENSORS = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor teacher, Tensor? teacher_weight, "
@@ -29,7 +31,7 @@ _TENSORS = (
 )
 _HEADS = (
     "float student_scale, float? student_softcap, float teacher_scale, float? teacher_softcap, int? vocab_size, "
-    "int? memory_budget, str? tail, int? record_classes"
+    "int? memory_budget, str? tail, int? record_classes, Tensor? scales"
 )
 _WANTED = (
     "bool want_d_student_hidden, bool want_d_student_weight, bool want_d_student_bias, bool want_d_teacher, "
@@ -40,15 +42,37 @@ _EIGHT = 8  # LinearOptions
 
 
 def packed_heads(heads: LinearOptions) -> tuple[Any, ...]:
-    """The heads' options in the order of the schemas, which is that of the fields."""
+    """The heads' options in the order of the schemas, which is that of the fields; behind them late numbers."""
+    student: Any = heads.student_scale
+    teacher: Any = heads.teacher_scale
+    numbers = heads.numbers if isinstance(heads, LateHeads) else None
+    if numbers is None:
+        (student, teacher), numbers = late.packed(student, teacher)
     return (
-        heads.student_scale, heads.student_softcap, heads.teacher_scale, heads.teacher_softcap, heads.vocab_size,
-        heads.memory_budget, heads.tail, heads.record_classes,
+        student, heads.student_softcap, teacher, heads.teacher_softcap, heads.vocab_size, heads.memory_budget,
+        heads.tail, heads.record_classes, numbers,
     )  # fmt: skip
 
 
 def _unpacked(values: tuple[Any, ...]) -> tuple[LinearOptions, DistillOptions, tuple[Any, ...]]:
-    return LinearOptions(*values[:_EIGHT]), *unpacked(values[_EIGHT:])
+    scales = values[_EIGHT]
+    heads = LinearOptions(*values[:_EIGHT]) if scales is None else LateHeads(*values[: _EIGHT + 1])
+    return heads, *unpacked(values[_EIGHT + 1 :])
+
+
+def _settled(
+    t: LinearTensors, heads: LinearOptions, options: DistillOptions, *, looked_at: bool = False
+) -> tuple[LinearTensors, LinearOptions, DistillOptions]:
+    """With all numbers, where the op runs."""
+    if isinstance(heads, LateHeads) and heads.numbers is not None:
+        student, teacher = (
+            _checks.number(OP, name, value, 0, LARGE, open_low=True)
+            for name, value in zip(("student_scale", "teacher_scale"), heads.numbers.tolist(), strict=True)
+        )
+        known = {field.name: getattr(heads, field.name) for field in fields(LinearOptions)}
+        heads = LinearOptions(**{**known, "student_scale": student, "teacher_scale": teacher})
+    options, target = settled(OP, options, t.student_weight.shape[0], t.target, t.sample_weight, looked_at=looked_at)
+    return t._replace(target=target), heads, options
 
 
 class Direct:
@@ -86,6 +110,7 @@ def _direct(backend: str, t: LinearTensors) -> Direct:
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     t, (normalizer, divisor, *packed_options) = LinearTensors(*arguments[:_MANY]), arguments[_MANY:]
     heads, options, (want_stats, backend, *wanted) = _unpacked(tuple(packed_options))
+    t, heads, options = _settled(t, heads, options)
     check_values(t, heads, options)
     out = _direct(backend, t).forward(
         t, divisor if normalizer is None else normalizer, heads, options,
@@ -109,6 +134,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     t, (normalizer, divisor, d_loss, *packed_options) = LinearTensors(*arguments[:_MANY]), arguments[_MANY:]
     heads, options, (backend, *wanted) = _unpacked(tuple(packed_options))
+    t, heads, options = _settled(t, heads, options, looked_at=True)
     divide_by = divisor if normalizer is None else normalizer
     grads = _direct(backend, t).backward(t, divide_by, d_loss, heads, options, wanted=tuple(wanted))
     return _filled(t, grads)

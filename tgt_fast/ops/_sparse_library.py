@@ -17,7 +17,7 @@ from tgt_fast.ops._distill_arguments import OP
 from tgt_fast.ops._distill_arguments import check_values as check_targets
 from tgt_fast.ops._distill_autograd import Call, Distill
 from tgt_fast.ops._distill_library import dense_rows, distill_scale_
-from tgt_fast.ops._packing import DIVISOR, OPTIONS, or_nothing, packed, unpacked
+from tgt_fast.ops._packing import DIVISOR, OPTIONS, or_nothing, packed, settled, unpacked
 from tgt_fast.ops._record_values import check_log_probs, warn_of_small_log_probs
 from tgt_fast.ops._sparse_record import TeacherTopK
 
@@ -114,6 +114,7 @@ def _forward(
     sample_weight: Tensor | None, normalizer: Tensor | None, divisor: float | None, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     options, (tail, backend, wanted, keep_rows) = unpacked(rest)
+    options, target = settled(OP, options, student.shape[1], target, sample_weight)
     student = dense_rows(student)
     record = Listed(ids, log_probs, tail_log_prob, tail)
     chosen = _choose(backend, student, ids, log_probs, tail_log_prob)
@@ -146,6 +147,7 @@ def _backward(
     d_loss: Tensor, *rest: Any,
 ) -> Tensor:  # fmt: skip
     options, (tail, backend) = unpacked(rest)
+    options, target = settled(OP, options, student.shape[1], target, looked_at=True)
     student = dense_rows(student)
     kernel = select.kernel("sparse", _choose(backend, student, ids, log_probs, tail_log_prob))
     made: Tensor = kernel.backward(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tgt_fast.errors import ArgumentError, ShapeError
+from tgt_fast.kernels.late import is_on
 from tgt_fast.kernels.native.sparse import bad_id, find_bad_id
 from tgt_fast.kernels.options import SPARSE_DIVERGENCES, TAILS, TEMPERATURES, DistillOptions
 from tgt_fast.ops import _checks
@@ -170,6 +171,10 @@ def check_options(op: str, record: TeacherTopK, options: DistillOptions) -> None
             f"{op}: divergence must be one of {SPARSE_DIVERGENCES} with a top-k record, got {options.divergence!r}"
         )
     for name in ("temperature", "teacher_temperature"):
+        if isinstance(getattr(options, name), Tensor) or isinstance(record.temperature, Tensor):
+            raise ArgumentError(
+                f"{op}: {name} is a tensor, which cannot be compared with the record's while compiling; pass a number"
+            )
         if getattr(options, name) != record.temperature:
             raise ArgumentError(
                 f"{op}: {name} is {getattr(options, name):g}, but the record was taken at {record.temperature:g}, and "
@@ -177,7 +182,7 @@ def check_options(op: str, record: TeacherTopK, options: DistillOptions) -> None
                 "a new record from the teacher's logits"
             )
     alone = record.k == 1 and record.tail == "renormalize" and record.num_classes > 1
-    if alone and options.soft_weight > 0 and not torch.compiler.is_compiling():
+    if alone and is_on(options.soft_weight) and not torch.compiler.is_compiling():
         warnings.warn(
             f"{op}: the record lists one class a row and tail='renormalize' leaves out the others, so the soft term is "
             "0 for every student; list more classes, or use tail='bucket'",

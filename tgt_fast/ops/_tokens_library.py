@@ -9,16 +9,18 @@ from torch import Tensor
 
 from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.errors import ArgumentError
-from tgt_fast.kernels import select
-from tgt_fast.kernels.options import SampleOptions, SoftOptions, SoftState
-from tgt_fast.ops import library
+from tgt_fast.kernels import late, select
+from tgt_fast.kernels.late import is_on
+from tgt_fast.kernels.options import LateSoft, SampleOptions, SoftOptions, SoftState
+from tgt_fast.ops import _checks, library
 from tgt_fast.ops._distill_autograd import _save, _saved
 from tgt_fast.ops._distill_library import dense_rows
 from tgt_fast.ops._noise import KEY, KEY_COUNT, check_key, for_kernel, packed, unpacked
 from tgt_fast.ops._readable import all_readable, upstream
 
-_SOFT = "float tau, bool gumbel, bool hard"
-_SOFT_COUNT = 3
+_SOFT = "float tau, bool gumbel, bool hard, Tensor? numbers"
+_SOFT_COUNT = 4
+_LARGE = 1e30
 
 
 def _checked_key(name: str, rows: Tensor, arguments: tuple[Any, ...]) -> dict[str, Any]:
@@ -33,16 +35,35 @@ def _checked_key(name: str, rows: Tensor, arguments: tuple[Any, ...]) -> dict[st
 # Drawing tokens
 
 
+def sample_options(name: str, classes: int, temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> SampleOptions:
+    temperature = _checks.number(name, "temperature", temperature, 0, _LARGE, late=True)
+    if top_k is not None:
+        top_k = _checks.integer(name, "top_k", top_k, 1, 1 << 62)
+        top_k = top_k if top_k < classes else None
+    if top_p is not None:
+        top_p = _checks.number(name, "top_p", top_p, 0, 1, open_low=True, late=True)
+        top_p = top_p if isinstance(top_p, Tensor) or top_p < 1 else None
+    if min_p is not None:
+        min_p = _checks.number(name, "min_p", min_p, 0, 1, late=True)
+        min_p = min_p if is_on(min_p) else None
+    if not is_on(temperature):  # the first of the order is the only one
+        return SampleOptions(1.0, 1 if classes > 1 else None)
+    return SampleOptions(temperature, top_k, top_p, min_p)
+
+
 def sample_as_op(logits: Tensor, options: SampleOptions, key: dict[str, Any], backend: str) -> Tensor:
     """Tokens of rows [N, V] as one call of the registered op."""
-    ids: Tensor = sample_tokens(
-        logits, options.temperature, options.top_k, options.top_p, options.min_p, *packed(**key), backend
-    )
+    (temperature, top_p, min_p), numbers = late.packed(options.temperature, options.top_p, options.min_p)
+    ids: Tensor = sample_tokens(logits, temperature, options.top_k, top_p, min_p, numbers, *packed(**key), backend)
     return ids
 
 
 def _sample_kernel(logits: Tensor, *rest: Any) -> Tensor:
-    options, key, backend = SampleOptions(*rest[:4]), _checked_key("sample_tokens", logits, rest[4:-1]), rest[-1]
+    temperature, top_k, top_p, min_p, numbers = rest[:5]
+    options, key, backend = (SampleOptions(*rest[:4]), _checked_key("sample_tokens", logits, rest[5:-1]), rest[-1])
+    if numbers is not None:
+        temperature, top_p, min_p = late.unpacked((temperature, top_p, min_p), numbers)
+        options = sample_options("sample_tokens", logits.shape[1], temperature, top_k, top_p, min_p)
     rows = dense_rows(logits)
     kernel = select.kernel("tokens", select.choose("tokens", backend, (rows,)))
     ids: Tensor = kernel.sample(rows, options, **key)
@@ -113,8 +134,22 @@ def soft_as_op(logits: Tensor, table: Tensor, options: SoftOptions, key: dict[st
     return out
 
 
-def _packed_options(options: SoftOptions) -> tuple[float, bool, bool]:
-    return options.tau, options.gumbel, options.hard
+def _packed_options(options: SoftOptions) -> tuple[float, bool, bool, Tensor | None]:
+    tau: Any = options.tau
+    numbers = options.numbers if isinstance(options, LateSoft) else None
+    if numbers is None:
+        (tau,), numbers = late.packed(tau)
+    return tau, options.gumbel, options.hard, numbers
+
+
+def _unpacked_options(tau: float, gumbel: bool, hard: bool, numbers: Tensor | None) -> SoftOptions:
+    """Whose tau may still be late."""
+    return SoftOptions(tau, gumbel, hard) if numbers is None else LateSoft(tau, gumbel, hard, numbers)
+
+
+def soft_options(tau: Any, gumbel: bool, hard: bool) -> SoftOptions:
+    """Checked options of a soft embedding."""
+    return SoftOptions(_checks.number("soft_embedding", "tau", tau, 0, _LARGE, open_low=True, late=True), gumbel, hard)
 
 
 class _Dispatched:
@@ -149,7 +184,10 @@ def _kernel(backend: str, *tensors: Tensor) -> Any:
 
 def _soft_call(rows: Tensor, rest: tuple[Any, ...]) -> tuple[SoftOptions, dict[str, Any], tuple[Any, ...]]:
     """(options, key, what follows them in the schema)."""
-    options, rest = SoftOptions(*rest[:_SOFT_COUNT]), rest[_SOFT_COUNT:]
+    options, rest = _unpacked_options(*rest[:_SOFT_COUNT]), rest[_SOFT_COUNT:]
+    if isinstance(options, LateSoft):
+        (tau,) = late.unpacked((options.tau,), options.numbers)
+        options = soft_options(tau, options.gumbel, options.hard)
     return options, _checked_key("soft_embedding", rows, rest[:KEY_COUNT]), rest[KEY_COUNT:]
 
 
@@ -162,7 +200,7 @@ def _forward(logits: Tensor, table: Tensor, *rest: Any) -> tuple[Tensor, Tensor,
 
 
 def _forward_fake(logits: Tensor, table: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    hard, keep = rest[_SOFT_COUNT - 1], rest[-1]
+    hard, keep = rest[2], rest[-1]
     count = logits.shape[0]
     wide = torch.float64 if torch.float64 in (logits.dtype, table.dtype) else torch.float32
     return (
@@ -201,12 +239,13 @@ def _soft_fake(logits: Tensor, table: Tensor, *rest: Any) -> Tensor:
 
 
 def _soft_autograd(logits: Tensor, table: Tensor, *rest: Any) -> Tensor:
-    options, (*key, backend) = SoftOptions(*rest[:_SOFT_COUNT]), rest[_SOFT_COUNT:]
+    options, (*key, backend) = _unpacked_options(*rest[:_SOFT_COUNT]), rest[_SOFT_COUNT:]
     return soft_embed(_Dispatched(backend), logits, table, options, unpacked(*key))
 
 
 sample_tokens = library.define(
-    f"sample_tokens(Tensor logits, float temperature, int? top_k, float? top_p, float? min_p, {KEY}, str backend) "
+    f"sample_tokens(Tensor logits, float temperature, int? top_k, float? top_p, float? min_p, Tensor? numbers, "
+    f"{KEY}, str backend) "
     "-> Tensor",
     _sample_kernel,
     _sample_fake,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.kernels import select
+from tgt_fast.kernels.late import is_on
 from tgt_fast.kernels.options import DistillStats, LinearOptions, LinearTensors
 from tgt_fast.kernels.reference import contrast as reference_contrast
 from tgt_fast.ops import _checks
@@ -195,7 +196,7 @@ def contrastive_distillation_loss(
     )
     t = ContrastTensors(student_q, student_d, teacher_q, teacher_d, positives, passage_ids, sample_weight)
     check_tensors(t, normalizer, options)
-    if positives is None and (options.hard_weight > 0 or passage_ids is not None):
+    if positives is None and (is_on(options.hard_weight) or passage_ids is not None):
         t = t._replace(positives=diagonal(t))
     t = t._replace(
         positives=None if t.positives is None else t.positives.to(torch.int64),

@@ -10,6 +10,7 @@ from torch import Tensor
 from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels import select
+from tgt_fast.kernels.late import beside, is_on
 from tgt_fast.kernels.options import DistillOptions, DistillStats
 from tgt_fast.kernels.reference import distill as reference_distill
 from tgt_fast.ops import _checks
@@ -171,6 +172,11 @@ def distillation_loss(
     ``backend="reference"``. On a CPU the memory of a large gradient is kept, once it is freed, for the next call;
     :func:`tgt_fast.release_buffers` gives it back.
 
+    **Schedules.** ``beta``, the temperatures, the weights and ``label_smoothing`` may be 0-d tensors, which are read at
+    the call (that waits for a device). ``torch.compile`` makes one program for all values of a tensor, and one for
+    those of a number from its second value on; with a ``hard_weight`` that is a tensor it needs the target whatever the
+    value. With a record the temperature must be a number there.
+
     **A top-k record of the teacher** in the place of its logits: the loss of the classes that it lists and of the rest
     as its ``tail`` says. With ``"bucket"`` p and q are distributions over k + 1 classes: the divergence is 0 exactly
     where those are equal, never negative, and never above that of the full distributions. It is one of forward_kl,
@@ -212,12 +218,12 @@ def distillation_loss(
         sample_weight = sample_weight.reshape(-1)
     if target is not None:
         target = flat_labels(target)
-        if options.hard_weight == 0:
+        if not is_on(options.hard_weight):
             target, options = as_mask(OP, shape[-1], target, sample_weight, options)
 
     if backend != "reference" and seen_by_dispatcher(student_logits, teacher_logits, target, sample_weight):
         # inplace is a permission: whoever traces plans the memory.
-        on_device, divisor = split(normalizer)
+        on_device, divisor = split(beside(normalizer, student_logits))
         loss, rows = distillation_loss_op(
             student_logits.reshape(-1, shape[-1]), teacher_logits.reshape(-1, shape[-1]), target, sample_weight,
             on_device, divisor, *packed(options), return_stats, backend,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.kernels import select
+from tgt_fast.kernels.late import beside, is_on
 from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, DistillStats, LinearOptions, LinearTensors
 from tgt_fast.kernels.reference import linear as reference_linear
 from tgt_fast.kernels.reference.linear import record_of
@@ -280,7 +281,7 @@ def linear_distillation_loss(
         record_ids=None if ids is None else _rows(ids).to(torch.int64),
         record_tail=None if rest is None else rest.reshape(-1),
     )
-    if tensors.target is not None and options.hard_weight == 0:
+    if tensors.target is not None and not is_on(options.hard_weight):
         classes = student_weight.shape[0] if vocab_size is None else vocab_size
         mask, options = as_mask(OP, classes, tensors.target, tensors.sample_weight, options)
         tensors = tensors._replace(target=mask)
@@ -333,7 +334,7 @@ def run_dispatched(
     want_stats: bool, backend: str,
 ) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
     """The dispatcher's door to the driver."""
-    on_device, divisor = split(normalizer)
+    on_device, divisor = split(beside(normalizer, tensors.student_hidden))
     loss, rows = linear_distillation_loss_op(
         *tensors, on_device, divisor, *packed_heads(heads), *packed(options), want_stats, backend
     )

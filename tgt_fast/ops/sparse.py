@@ -10,6 +10,7 @@ from torch import Tensor
 from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.errors import ShapeError
 from tgt_fast.kernels import select
+from tgt_fast.kernels.late import beside, is_on
 from tgt_fast.kernels.options import TAILS, TEMPERATURES, DistillOptions, Listed
 from tgt_fast.kernels.reference import sparse as reference_sparse
 from tgt_fast.ops import _checks
@@ -126,7 +127,7 @@ def sparse_distillation_loss(
         sample_weight = sample_weight.reshape(-1)
     if target is not None:
         target = flat_labels(target)
-        if options.hard_weight == 0:
+        if not is_on(options.hard_weight):
             target, options = as_mask(OP, shape[-1], target, sample_weight, options)
     rest = record.rest()
     ids, log_probs = record.ids.reshape(-1, k).to(torch.int64), record.log_probs.reshape(-1, k)
@@ -134,7 +135,7 @@ def sparse_distillation_loss(
     check_where_asked(record)
 
     if backend != "reference" and seen_by_dispatcher(student_logits, ids, log_probs, rest, target, sample_weight):
-        on_device, divisor = split(normalizer)
+        on_device, divisor = split(beside(normalizer, student_logits))
         loss: Tensor = sparse_distillation_loss_op(
             student_logits.reshape(-1, shape[-1]), ids, log_probs, rest, target, sample_weight, on_device, divisor,
             *packed(options), record.tail, backend,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +10,10 @@ from torch import Tensor
 from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.kernels import select
-from tgt_fast.kernels.options import SampleOptions, SoftOptions
 from tgt_fast.ops import _checks
 from tgt_fast.ops._distill_library import dense_rows
 from tgt_fast.ops._noise import for_kernel, noise_key
-from tgt_fast.ops._tokens_library import sample_as_op, soft_as_op, soft_embed
+from tgt_fast.ops._tokens_library import sample_as_op, sample_options, soft_as_op, soft_embed, soft_options
 from tgt_fast.ops.library import seen_by_dispatcher
 
 _LARGE = 1e30
@@ -47,7 +45,8 @@ def sample_tokens(
     Args:
         logits: ``(V,)``, ``(B, V)`` or ``(B, ..., V)``, float64, float32, bfloat16 or float16: ``B`` samples, whose
             other axes are its positions, in order. -inf is probability 0. Not differentiable.
-        temperature: >= 0. 0 takes the largest logit, of equal ones the lowest id, and draws nothing.
+        temperature: >= 0, a number or a 0-d tensor. 0 takes the largest logit, of equal ones the lowest id, and draws
+            nothing.
         top_k: keep that many tokens, >= 1; None, or as many as there are: all.
         top_p: in (0, 1]; None or 1: all.
         min_p: in [0, 1]; None or 0: all.
@@ -78,7 +77,7 @@ def sample_tokens(
     name = "sample_tokens"
     _checks.not_recorded(name)
     samples = _check_logits(name, logits)
-    options = _sample_options(name, logits.shape[-1], temperature, top_k, top_p, min_p)
+    options = sample_options(name, logits.shape[-1], temperature, top_k, top_p, min_p)
     key = noise_key(name, "logits", logits, samples, seed, sample_ids, step, replica)
     rows = dense_rows(logits.detach())
     if backend != "reference" and seen_by_dispatcher(rows, key["sample_ids"], key["replica"]):
@@ -117,7 +116,7 @@ def soft_embedding(
         logits: ``(V,)``, ``(B, V)`` or ``(B, ..., V)``, float64, float32, bfloat16 or float16: ``B`` samples, whose
             other axes are its positions, in order. -inf is probability 0, with gradient 0. Differentiable.
         table: ``(V, D)`` embeddings, any of these dtypes. Differentiable; its gradient is made on demand.
-        tau: temperature, > 0.
+        tau: temperature, > 0; a number or a 0-d tensor. A schedule of either is compiled once.
         gumbel: add standard Gumbel noise: position l of a sample has the numbers from 4 l ceil(V / 4) on.
         hard: the embedding of one token, straight-through.
         seed, sample_ids, step, replica: the key of the noise, see :func:`sample_tokens`.
@@ -153,7 +152,7 @@ def soft_embedding(
     for what, flag in (("gumbel", gumbel), ("hard", hard)):
         if not isinstance(flag, bool):
             raise ArgumentError(f"{name}: {what} must be True or False, got {flag!r}")
-    options = SoftOptions(_checks.number(name, "tau", tau, 0, _LARGE, open_low=True), gumbel, hard)
+    options = soft_options(tau, gumbel, hard)
     positions = math.prod(logits.shape[1:-1])
     if gumbel and not torch.compiler.is_compiling() and positions * ((logits.shape[-1] + 3) // 4) > 1 << 32:
         raise ShapeError(f"{name}: logits {tuple(logits.shape)} need more than 2**34 Gumbel numbers a sample")
@@ -177,18 +176,3 @@ def _check_logits(name: str, logits: Tensor) -> int:
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ShapeError(f"{name}: logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
     return 1 if logits.dim() == 1 else logits.shape[0]
-
-
-def _sample_options(name: str, classes: int, temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> SampleOptions:
-    temperature = _checks.number(name, "temperature", temperature, 0, _LARGE)
-    if top_k is not None:
-        top_k = _checks.integer(name, "top_k", top_k, 1, 1 << 62)
-        top_k = top_k if top_k < classes else None
-    if top_p is not None:
-        top_p = _checks.number(name, "top_p", top_p, 0, 1, open_low=True)
-        top_p = top_p if top_p < 1 else None
-    if min_p is not None:
-        min_p = _checks.number(name, "min_p", min_p, 0, 1) or None
-    if temperature == 0:  # the first of the order is the only one
-        return SampleOptions(1.0, 1 if classes > 1 else None)
-    return SampleOptions(temperature, top_k, top_p, min_p)

@@ -13,6 +13,7 @@ from tgt_fast._ranges import named_range
 from tgt_fast.errors import ArgumentError
 from tgt_fast.explore.repeats import occurrences_over
 from tgt_fast.explore.student import logits_of, refuse_labeler
+from tgt_fast.kernels.late import is_on
 from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.losses.distill import DistillationLoss
 from tgt_fast.ops import _checks
@@ -109,8 +110,8 @@ class TGTObjective:
             raise ArgumentError(
                 f"TGTObjective: the loss must have reduction='mean' and return_stats=False, got {self.loss}"
             )
-        _checks.number("TGTObjective", "synthetic_weight", self.synthetic_weight, 0, sys.float_info.max)
-        if self.sampler is not None and options.soft_weight == 0:
+        _checks.number("TGTObjective", "synthetic_weight", self.synthetic_weight, 0, sys.float_info.max, late=True)
+        if self.sampler is not None and not is_on(options.soft_weight):
             raise ArgumentError(
                 "TGTObjective: a loss with soft_weight=0 ignores synthetic examples; leave the sampler out"
             )
@@ -169,7 +170,7 @@ class TGTObjective:
             loss, hard = self._real(options, logits, teacher_logits, y, sample_weight, normalizer)
         soft = loss.detach() - hard
         synthetic = torch.zeros_like(soft)
-        if self.sampler is not None and self.synthetic_weight > 0:
+        if self.sampler is not None and is_on(self.synthetic_weight):
             copies = {} if occurrence is None else {"occurrence": occurrence}
             made = self.sampler(x, student=student, sample_ids=sample_ids, step=step, **copies)
             with named_range("student (synthetic)"):
@@ -231,12 +232,12 @@ class TGTObjective:
         if y is None:
             loss = self._soft(logits, teacher_logits, weight, normalizer)
             return loss, torch.zeros_like(loss.detach())
-        if options.hard_weight == 0:
+        if not is_on(options.hard_weight):
             # The labels say which rows count, and nothing else.
             loss = cast(Tensor, self.loss(logits, teacher_logits, y, sample_weight=weight, normalizer=normalizer))
             return loss, torch.zeros_like(loss.detach())
         hard = None
-        if options.soft_weight != 0:
+        if is_on(options.soft_weight):
             with torch.no_grad():  # before the loss, which may write over the logits
                 hard = distillation_loss(
                     logits,

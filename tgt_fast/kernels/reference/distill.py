@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tgt_fast.kernels.late import as_scalar, is_on, is_symbolic
 from tgt_fast.kernels.options import DistillOptions, DistillStats, Forward
 
 __all__ = ["backward", "distillation_loss", "empty_state", "forward", "scale_"]
@@ -57,8 +58,9 @@ def _kl(a: _Side, b: _Side) -> Tensor:
 
 def _jsd(teacher: _Side, student: _Side, beta: float) -> Tensor:
     """beta KL(p, m) + (1 - beta) KL(q, m) with m = beta p + (1 - beta) q, log m without underflow."""
-    log_bp = teacher.log + math.log(beta)
-    log_bq = student.log + math.log1p(-beta)
+    beta = as_scalar(beta) if is_symbolic(beta) else beta  # type: ignore[assignment]
+    log_bp = teacher.log + (beta.log() if isinstance(beta, Tensor) else math.log(beta))
+    log_bq = student.log + ((-beta).log1p() if isinstance(beta, Tensor) else math.log1p(-beta))
     both = log_bp + F.softplus(log_bq - log_bp, threshold=50.0)
     log_m = torch.where(teacher.exists & student.exists, both, torch.where(teacher.exists, log_bp, log_bq))
     to_teacher = (teacher.p * (teacher.log - log_m)).sum(dim=-1)
@@ -144,7 +146,7 @@ def _hard_term(student: Tensor, target: Tensor, labeled: Tensor, label_smoothing
     finite = labeled & ~infinite
     q = _side(_select(finite, student), 1.0)
     rows = -(1.0 - label_smoothing) * q.log.gather(-1, index).squeeze(-1)
-    if label_smoothing > 0.0:
+    if is_on(label_smoothing):
         rows = rows - label_smoothing * q.log.sum(dim=-1) / q.exists.sum(dim=-1)
     return torch.where(finite, _clamped(rows), torch.where(infinite, math.inf, 0.0))
 
@@ -219,14 +221,14 @@ def distillation_loss(
     counted, labeled, weight, divisor = _counts(s, target, sample_weight, normalizer, options)
 
     undefined = _is_undefined(s)
-    if options.soft_weight != 0.0:
+    if is_on(options.soft_weight):
         undefined = undefined | _is_undefined(t)
     undefined = undefined & counted
     defined = counted & ~undefined
     loss = _not_a_number(undefined, s) + _not_a_number(undefined, t)
-    if options.soft_weight != 0.0:
+    if is_on(options.soft_weight):
         loss = loss + options.soft_weight * _soft_term(s, t, defined, options)
-    if options.hard_weight != 0.0 and target is not None:
+    if is_on(options.hard_weight) and target is not None:
         loss = loss + options.hard_weight * _hard_term(s, target, defined & labeled, options.label_smoothing)
     loss = torch.where(counted, weight * loss, 0.0)
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tgt_fast.kernels.late import is_on
 from tgt_fast.kernels.options import ROW_COEFFICIENT, SPARSE_ROW_STATE, DistillOptions, Forward, Listed
 from tgt_fast.kernels.reference import distill
 from tgt_fast.kernels.reference.distill import scale_
@@ -106,7 +107,7 @@ def distillation_loss(
     s = student.to(torch.float64)
     counted, labeled, weight, divisor = distill._counts(s, target, sample_weight, normalizer, options)
     undefined = distill._is_undefined(s)
-    if options.soft_weight != 0.0:
+    if is_on(options.soft_weight):
         entries = _entries(record, s.shape[1])
         undefined = undefined | _is_undefined(entries)
         if record.tail == "renormalize":  # restricted to the listed classes, the student must be a distribution, too
@@ -114,12 +115,12 @@ def distillation_loss(
     undefined = undefined & counted
     defined = counted & ~undefined
     loss = distill._not_a_number(undefined, s)
-    if options.soft_weight != 0.0:
+    if is_on(options.soft_weight):
         q, p = _dense_pair(distill._select(defined, s), entries, options, record.tail)
         tempered = replace(options, temperature=1.0, teacher_temperature=1.0)
         soft = options.soft_weight * options.temperature**2
         loss = loss + soft * distill._soft_term(q, distill._select(defined, p), defined, tempered)
-    if options.hard_weight != 0.0 and target is not None:
+    if is_on(options.hard_weight) and target is not None:
         loss = loss + options.hard_weight * distill._hard_term(s, target, defined & labeled, options.label_smoothing)
     loss = torch.where(counted, weight * loss, 0.0)
     if options.reduction == "sum":
