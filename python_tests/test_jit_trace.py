@@ -68,7 +68,7 @@ def test_the_registered_ops_are_recorded_rightly() -> None:
     """By name they are nodes of the graph, as PyTorch's own are."""
 
     def loss(a: Tensor, b: Tensor) -> Tensor:
-        options = ("forward_kl", 0.5, 1.0, 1.0, 1.0, 0.0, 0.0, -100, -1, "mean")
+        options = ("forward_kl", 0.5, 1.0, 1.0, 1.0, 0.0, 0.0, -100, -1, "mean", None)
         return torch.ops.tgt_fast.distillation_loss(a, b, None, None, None, None, *options, False, "auto")[0]
 
     recorded = torch.jit.trace(loss, (A, B))
