@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import hashlib
 import importlib
 import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +32,7 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
+import tgt_fast
 from tgt_fast.bench import explore
 from tgt_fast.bench.case import Case
 from tgt_fast.bench.nouns import NOUNS
@@ -155,18 +156,21 @@ def main() -> int:
 
 def save(triton: str, name: str, result: dict[str, Any]) -> None:
     runs = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    run = runs.setdefault(triton, {"sets": {}})
-    run |= {
-        "architecture": "sm_90", "torch": torch.__version__, "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "commit": _commit(),
+    sets = runs.setdefault(triton, {"architecture": "sm_90"}).setdefault("sets", {})
+    sets[name] = result | {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "kernels": kernels_digest(),
+        "python": platform.python_version(), "torch": torch.__version__,
     }  # fmt: skip
-    run["sets"][name] = result
     RESULT.write_text(json.dumps(runs, indent=1, sort_keys=True) + "\n")
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+def kernels_digest() -> str:
+    """Of the sources that were launched: a result holds for those."""
+    folder = Path(tgt_fast.__file__).parent / "kernels" / "triton"
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 if __name__ == "__main__":
