@@ -25,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final
 from unittest import mock
@@ -38,7 +39,7 @@ from tgt_fast.bench.case import Case
 from tgt_fast.bench.nouns import NOUNS
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-SETS: Final = ("bench", "options")
+SETS: Final = ("bench", "tests", "options")
 RESULT: Final = ROOT / "benchmarks" / "results" / "triton-dry-run.json"
 Form = Callable[[], Any]
 
@@ -91,7 +92,18 @@ def forms_of(name: str, one_of: int) -> dict[str, Form]:
     """The calls of a set, by name."""
     if name == "bench":
         return bench_forms()
+    if name == "tests":
+        return test_forms()
     made: dict[str, Form] = _beside_the_tests("dry_forms").every_forward(one_of)
+    return made
+
+
+def test_forms() -> dict[str, Form]:
+    """The tests on a GPU with all of their parameters, and the calls that look at a new device first."""
+    made: dict[str, Form] = dict(_beside_the_tests("dry_gpu_tests").forms(full=True))
+    for name, call in _beside_the_tests("gpu_calls").triton_calls().items():
+        # A token that nothing has chosen cannot be taken from a table on a CPU.
+        made[name] = functools.partial(call, torch.device("meta" if "hard" in name else "cpu"))
     return made
 
 
@@ -106,18 +118,19 @@ def run_set(name: str, one_of: int, share: int, shares: int) -> tuple[int, dict[
     """(forms, what went wrong by form, launches of every kernel) of every so many forms of a set."""
     failed: dict[str, str] = {}
     forms = list(forms_of(name, one_of).items())[share::shares]
-    with _beside_the_tests("dry_gpu").tensors_on_a_dry_gpu() as launches:
+    unchecked = _beside_the_tests("dry_gpu_tests").nothing_compared() if name == "tests" else nullcontext()
+    with _beside_the_tests("dry_gpu").tensors_on_a_dry_gpu() as launches, unchecked:
         for number, (form, call) in enumerate(forms):
             before = launches.total()
             try:
-                for _ in range(1 if name == "options" else 2):
+                for _ in range(2 if name == "bench" else 1):
                     call()
             except Exception as error:  # whatever it is, the others are to be seen too
                 failed[form] = f"{type(error).__name__}: {error}"
             else:
                 if launches.total() == before:
                     failed[form] = "it launched nothing"
-            if number % 100 == 99:
+            if number % 25 == 24:
                 print(f"{name} {share}: {number + 1} of {len(forms)}, {len(failed)} failed", flush=True)
     return len(forms), failed, launches
 

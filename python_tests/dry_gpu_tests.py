@@ -15,6 +15,7 @@ import itertools
 import json
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,6 +45,18 @@ def forms(full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"{name}[{'-'.join(map(str, each))}]", lambda test=test, given=given: test(**given)
 
 
+@contextmanager
+def nothing_compared() -> Iterator[None]:
+    """Within it tests take whatever kernels that never ran have left in memory for right."""
+    with (
+        mock.patch.multiple(test_triton_gpu, **dict.fromkeys(COMPARISONS, mock.DEFAULT)),
+        mock.patch.object(torch, "equal", return_value=True),
+        mock.patch.object(torch.testing, "assert_close"),
+        mock.patch.object(torch.Tensor, "cpu", lambda self: self),
+    ):
+        yield
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("findings", type=Path)
@@ -51,13 +64,7 @@ def main() -> None:
     given = parser.parse_args()
     errors: dict[str, str] = {}
     names: list[str] = []
-    with (
-        tensors_on_a_dry_gpu() as launches,
-        mock.patch.multiple(test_triton_gpu, **dict.fromkeys(COMPARISONS, mock.DEFAULT)),
-        mock.patch.object(torch, "equal", return_value=True),
-        mock.patch.object(torch.testing, "assert_close"),
-        mock.patch.object(torch.Tensor, "cpu", lambda self: self),
-    ):
+    with tensors_on_a_dry_gpu() as launches, nothing_compared():
         for name, call in forms(given.full):
             names.append(name)
             before = launches.total()
