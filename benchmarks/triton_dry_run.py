@@ -2,10 +2,13 @@
 
     python benchmarks/triton_dry_run.py                       # all sets, with the Triton that is installed
     python benchmarks/triton_dry_run.py --only bench
-    python benchmarks/triton_dry_run.py --one-of 8 --save     # of the combinations of options one of 8
+    python benchmarks/triton_dry_run.py --one-of 8 --save     # of tests and of combinations of options one of 8
 
-A driver takes the launches and starts nothing (python_tests/dry_gpu.py). ``--save`` writes what was found to
-benchmarks/results/triton-dry-run.json, where each version of Triton has its place. Exits with 1 when a form fails.
+The sets: what the bench times, at full shapes; the tests on a GPU with all of their parameters; the combinations of
+options that Triton 3.5 and 3.6 were once unable to compile, as far as Triton's own code, where they failed; all
+combinations of options. A driver takes the launches and starts nothing (python_tests/dry_gpu.py). ``--save`` writes the
+findings to benchmarks/results/triton-dry-run.json, where each version of Triton has its place. Exits with 1 when a form
+fails.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from tgt_fast.bench.case import Case
 from tgt_fast.bench.nouns import NOUNS
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-SETS: Final = ("bench", "tests", "options")
+SETS: Final = ("bench", "tests", "fragile", "options")
 RESULT: Final = ROOT / "benchmarks" / "results" / "triton-dry-run.json"
 Form = Callable[[], Any]
 
@@ -93,8 +96,9 @@ def forms_of(name: str, one_of: int) -> dict[str, Form]:
     if name == "bench":
         return bench_forms()
     if name == "tests":
-        return test_forms()
-    made: dict[str, Form] = _beside_the_tests("dry_forms").every_forward(one_of)
+        return dict(list(test_forms().items())[::one_of])
+    forms = _beside_the_tests("dry_forms")
+    made: dict[str, Form] = forms.fragile_forwards() if name == "fragile" else forms.every_forward(one_of)
     return made
 
 
@@ -118,8 +122,12 @@ def run_set(name: str, one_of: int, share: int, shares: int) -> tuple[int, dict[
     """(forms, what went wrong by form, launches of every kernel) of every so many forms of a set."""
     failed: dict[str, str] = {}
     forms = list(forms_of(name, one_of).items())[share::shares]
-    unchecked = _beside_the_tests("dry_gpu_tests").nothing_compared() if name == "tests" else nullcontext()
-    with _beside_the_tests("dry_gpu").tensors_on_a_dry_gpu() as launches, unchecked:
+    gpu, manner = _beside_the_tests("dry_gpu"), nullcontext()
+    if name == "tests":
+        manner = _beside_the_tests("dry_gpu_tests").nothing_compared()
+    elif name == "fragile":
+        manner = gpu.no_machine_code()
+    with gpu.tensors_on_a_dry_gpu() as launches, manner:
         for number, (form, call) in enumerate(forms):
             before = launches.total()
             try:
@@ -130,14 +138,16 @@ def run_set(name: str, one_of: int, share: int, shares: int) -> tuple[int, dict[
             else:
                 if launches.total() == before:
                     failed[form] = "it launched nothing"
-            if number % 25 == 24:
+            if number % 50 == 49:
                 print(f"{name} {share}: {number + 1} of {len(forms)}, {len(failed)} failed", flush=True)
     return len(forms), failed, launches
 
 
 def found(names: list[str], one_of: int, jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    with ProcessPoolExecutor(jobs) as pool:
-        for name in names:
+    """The result of each set, from processes of its own with nothing compiled before."""
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(jobs) as pool:
+            os.environ["TRITON_CACHE_DIR"] = folder
             parts = list(pool.map(run_set, [name] * jobs, [one_of] * jobs, range(jobs), [jobs] * jobs))
             failed = {form: why for part in parts for form, why in part[1].items()}
             launches = sum((part[2] for part in parts), Counter[str]())
@@ -147,7 +157,7 @@ def found(names: list[str], one_of: int, jobs: int) -> Iterator[tuple[str, dict[
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", action="append", choices=SETS, help="only this set; may be repeated")
-    parser.add_argument("--one-of", type=int, default=1, help="of the combinations of options; of fragile ones all")
+    parser.add_argument("--one-of", type=int, default=1, help="of the tests and of the combinations of options")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once")
     parser.add_argument("--save", action="store_true", help=f"write to {RESULT.relative_to(ROOT)}")
     given = parser.parse_args()
@@ -155,15 +165,13 @@ def main() -> int:
     triton = importlib.metadata.version("triton")
     print(f"Triton {triton}, torch {torch.__version__}, Python {platform.python_version()}, sm_90")
     all_failed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder
-        for name, result in found(given.only or list(SETS), given.one_of, given.jobs):
-            all_failed += len(result["failed"])
-            print(f"{name}: {result['forms']} forms, {len(result['failed'])} failed")
-            for form, why in result["failed"].items():
-                print(f"  {form}: {why}")
-            if given.save:
-                save(triton, name, {**result, **({"one_of": given.one_of} if name == "options" else {})})
+    for name, result in found(given.only or list(SETS), given.one_of, given.jobs):
+        all_failed += len(result["failed"])
+        print(f"{name}: {result['forms']} forms, {len(result['failed'])} failed")
+        for form, why in result["failed"].items():
+            print(f"  {form}: {why}")
+        if given.save:
+            save(triton, name, {**result, "one_of": given.one_of if name in ("tests", "options") else 1})
     return 1 if all_failed else 0
 
 

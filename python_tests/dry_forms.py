@@ -11,7 +11,7 @@ import importlib
 import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -61,27 +61,28 @@ def main_forms() -> dict[str, Form]:
 
 
 def every_forward(one_of: int = 1) -> dict[str, Form]:
-    """The loss's forward in all combinations of the options that are constants of its kernels, or one of so many.
+    """The loss's forward in all combinations of the options that are constants of its kernels, or one of so many."""
+    return {name: form for number, (name, form, _) in enumerate(_forwards()) if number % one_of == 0}
 
-    All those are kept that Triton 3.5 and 3.6 were once unable to compile.
-    """
-    made: dict[str, Form] = {}
-    for number, (classes, divergence, labels, dtype, temperature, wanted, keep) in enumerate(
-        itertools.product(
-            (100, 4096, 5000), ("none", *DIVERGENCES), LABELS, (torch.float32, torch.bfloat16, torch.float64),
-            (1.0, 2.0), ((False, False), (True, False), (False, True), (True, True)), (False, True),
-        )
+
+def fragile_forwards() -> dict[str, Form]:
+    """All combinations among which Triton 3.5 and 3.6 were once unable to compile most."""
+    return {name: form for name, form, fragile in _forwards() if fragile}
+
+
+def _forwards() -> Iterator[tuple[str, Form, bool]]:
+    for classes, divergence, labels, dtype, temperature, wanted, keep in itertools.product(
+        (100, 4096, 5000), ("none", *DIVERGENCES), LABELS, (torch.float32, torch.bfloat16, torch.float64), (1.0, 2.0),
+        ((False, False), (True, False), (False, True), (True, True)), (False, True),
     ):  # fmt: skip
         if divergence == "none" and labels == "no labels":
             continue
+        name = f"{divergence}, {classes} classes, {labels}, {dtype}, T {temperature}, gradients {wanted}"
+        form = functools.partial(
+            distill_form, divergence, classes, dtype, labels, temperature, wanted=wanted, keep=keep, again=False
+        )
         whole = shipped_plan(classes, dtype == torch.float64).kernel == "rows"
-        fragile = whole and keep and labels != "smoothed"
-        if fragile or number % one_of == 0:
-            name = f"{divergence}, {classes} classes, {labels}, {dtype}, T {temperature}, gradients {wanted}"
-            made[name + (", state" if keep else "")] = functools.partial(
-                distill_form, divergence, classes, dtype, labels, temperature, wanted=wanted, keep=keep, again=False
-            )
-    return made
+        yield name + (", state" if keep else ""), form, whole and keep and labels != "smoothed"
 
 
 def distill_form(

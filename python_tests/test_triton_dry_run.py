@@ -34,13 +34,13 @@ def test_the_bench_has_a_form_of_every_case_with_kernels_in_triton(script: Modul
     assert not any("sample" in name for name in names)
 
 
-def test_a_sample_of_the_options_keeps_what_was_fragile(script: ModuleType) -> None:
-    every, few = script.forms_of("options", 1), script.forms_of("options", 20)
+def test_all_and_some_combinations_of_options(script: ModuleType) -> None:
+    every, few, fragile = (set(script.forms_of(*which)) for which in (("options", 1), ("options", 20), ("fragile", 1)))
     assert len(every) > 3000
-    assert set(few) < set(every)
-    fragile = {name for name in every if "state" in name and "smoothed" not in name and " 100 classes" in name}
-    assert len(fragile) == 15 * 3 * 2 * 4
-    assert fragile <= set(few)
+    assert few < every
+    assert len(few) >= len(every) // 20
+    assert fragile < every
+    assert {name for name in every if "state" in name and "smoothed" not in name and " 100 classes" in name} < fragile
 
 
 def test_what_is_on_a_gpu_lies_on_meta(script: ModuleType) -> None:
