@@ -112,3 +112,21 @@ def test_size_of_the_soft_term_does_not_depend_on_the_number_of_classes(backend:
     assert float(value) == pytest.approx(soft, rel=1e-5)
     mixed = distillation_loss(student, teacher, torch.zeros(4, dtype=torch.int64), hard_weight=1.0, backend=backend)
     assert float(mixed) == pytest.approx(soft + hard, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-40, 1e300])
+def test_weights_may_be_of_any_size(backend: str, scale: float) -> None:
+    """A mean is made of shares, which stay in the range of float32 where the weights and their products do not."""
+    student, teacher, target, weight = batch()
+    weight = weight.double()
+    for options in ({}, {"target": target, "hard_weight": 0.5}):
+        expected = evaluate(student, teacher, backend=backend, sample_weight=weight, **options)
+        out = evaluate(student, teacher, backend=backend, sample_weight=weight * scale, **options)
+        given = evaluate(
+            student, teacher, backend=backend, sample_weight=weight * scale, normalizer=3 * scale, **options
+        ) if scale < 1e30 else out  # fmt: skip
+        for made in (out, given):
+            assert made.loss.isfinite()
+            assert made.loss > 0
+        torch.testing.assert_close(out.loss, expected.loss)
+        torch.testing.assert_close(out.d_student, expected.d_student)

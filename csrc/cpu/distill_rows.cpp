@@ -209,6 +209,36 @@ void statistics_row(const DistillCall& call, int64_t i, bool counts) {
   for (int k = 0; k < 6; ++k) out[k * call.rows] = Real(values[k]);
 }
 
+// Whether a row's sums are so large that differences of its logits may have left the range of float.
+template <class Real>
+bool beyond(const RowState& state) {
+  return sizeof(Real) == 4 && !(fabs(state.x) < 1e30 && fabs(state.y) < 1e30);
+}
+
+// Such a row once more, in double.
+template <class D, HardPower power>
+__attribute__((noinline)) double wide_forward_row(const DistillCall& call, int64_t i, int64_t label, RowState& state) {
+  RowState wide{};
+  Unusual unusual;
+  wide.flags = int(state.flags) & (kDropped | kHard);
+  wide.coefficient = state.coefficient;
+  constexpr HardPower kPower = power == kNoHard ? kNoHard : kOwn;
+  const double loss = forward_row<double, D, kPower>(row_at<double>(call, i), call.options, label, wide, unusual);
+  state = wide;
+  return loss;
+}
+template <class D, HardPower power>
+__attribute__((noinline)) void wide_gradient_row(const DistillCall& call, int64_t i, const RowState& state,
+                                                 double upstream) {
+  constexpr HardPower kPower = power == kNoHard ? kNoHard : kOwn;
+  gradient_row<double, D, kPower>(call, row_at<double>(call, i), i, state, upstream);
+}
+template <class Real, class D, HardPower power>
+void any_gradient_row(const DistillCall& call, int64_t i, const RowState& state, double upstream) {
+  if (beyond<Real>(state)) return wide_gradient_row<D, power>(call, i, state, upstream);
+  gradient_row<Real, D, power>(call, row_at<Real>(call, i), i, state, upstream);
+}
+
 template <class Real, class D, HardPower power>
 void forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
   const DistillOptions& options = call.options;
@@ -224,7 +254,9 @@ void forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
     double loss = 0;
     if (!dropped) {
       Unusual unusual;
-      loss = weight * forward_row<Real, D, power>(logits, options, label, state, unusual);
+      loss = forward_row<Real, D, power>(logits, options, label, state, unusual);
+      if (beyond<Real>(state)) loss = wide_forward_row<D, power>(call, i, label, state);
+      loss *= state.coefficient;
     }
     static_cast<Real*>(call.row_loss)[i] = Real(loss);
     if (call.stats) {  // before the logits are overwritten in place
@@ -232,7 +264,7 @@ void forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
     }
     if (call.d_student || call.d_teacher) {
       if (state.coefficient == 0) state.flags = kDropped;  // a divisor of 0
-      gradient_row<Real, D, power>(call, logits, i, state, 1);
+      any_gradient_row<Real, D, power>(call, i, state, 1);
     }
     if (call.state) call.state[i] = state;
   }
@@ -244,7 +276,7 @@ void backward_rows(const DistillCall& call, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     RowState state = call.state[i];
     if (state.coefficient == 0) state.flags = kDropped;
-    gradient_row<Real, D, power>(call, row_at<Real>(call, i), i, state, upstream[call.upstream_per_row ? i : 0]);
+    any_gradient_row<Real, D, power>(call, i, state, upstream[call.upstream_per_row ? i : 0]);
   }
 }
 

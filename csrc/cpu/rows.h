@@ -35,7 +35,7 @@ template <class Real>
 void reduce(const DistillCall& call, void* loss) {
   double sum = 0;
   for (int64_t i = 0; i < call.rows; ++i) sum += static_cast<const Real*>(call.row_loss)[i];
-  *static_cast<Real*>(loss) = Real(call.divisor == 0 ? 0 : sum / call.divisor);
+  *static_cast<Real*>(loss) = Real(call.divisor == 0 ? 0 : sum);
 }
 
 }  // namespace tgt::cpu

@@ -235,7 +235,7 @@ void forward_rows(const SparseCall& call, int64_t begin, int64_t end) {
     state.flags = dropped ? kDropped : labelled ? kHard : 0;
     state.coefficient = base.divisor == 0 ? 0 : weight / base.divisor;
     double loss = 0;
-    if (!dropped) loss = weight * forward_row<Real, D, power>(call, i, label, listed, state);
+    if (!dropped) loss = state.coefficient * forward_row<Real, D, power>(call, i, label, listed, state);
     static_cast<Real*>(base.row_loss)[i] = Real(loss);
     if (base.d_student) {
       if (state.coefficient == 0) state.flags = kDropped;  // a divisor of 0

@@ -207,7 +207,7 @@ TGT_DEVICE void finish_row(const DeviceCall& d, const Team& team, const Source& 
   }
   const double loss = close_row<D>(options, sums, of_label, extremes.unusual, state);
   if (head.coefficient == 0) state.flags = kDropped;  // a divisor of 0
-  if (team.leads()) write_row<Real>(call, i, head.weight * loss, state);
+  if (team.leads()) write_row<Real>(call, i, head.coefficient * loss, state);
   if (!call.d_student.data && !call.d_teacher.data) return;
   if (head.coefficient == 0) {
     fill_gradients(d, team, i, source.first, source.count, Real(0));

@@ -35,7 +35,7 @@ __global__ void TGT_BOUNDS(kReduceThreads, 1)
   const Total all = merge_all(team, mine, 0, AddTotals());
   if (!team.leads()) return;
   if (divisor_at) divisor = *divisor_at;
-  *loss = Real(divisor == 0 ? 0 : all.value / divisor);
+  *loss = Real(divisor == 0 ? 0 : all.value);
 }
 
 }  // namespace TGT_ISA

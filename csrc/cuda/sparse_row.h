@@ -299,7 +299,7 @@ TGT_DEVICE void finish_sparse_row(const SparseDeviceCall& d, const Team& team, c
       if (state.coefficient == 0) state.flags = kDropped;  // a divisor of 0
       shared.factors = sparse_factors<D, Real>(state, options, form, rest_log_prob, 1);
       if (team.leads()) {
-        static_cast<Real*>(call.row_loss)[i] = Real(head.weight * loss);
+        static_cast<Real*>(call.row_loss)[i] = Real(head.coefficient * loss);
         if (d.state) d.state[i] = state;
       }
     });

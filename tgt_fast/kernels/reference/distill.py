@@ -61,7 +61,9 @@ def _jsd(teacher: _Side, student: _Side, beta: float) -> Tensor:
     beta = as_scalar(beta) if is_symbolic(beta) else beta  # type: ignore[assignment]
     log_bp = teacher.log + (beta.log() if isinstance(beta, Tensor) else math.log(beta))
     log_bq = student.log + ((-beta).log1p() if isinstance(beta, Tensor) else math.log1p(-beta))
-    both = log_bp + F.softplus(log_bq - log_bp, threshold=50.0)
+    onto_p = log_bp + F.softplus(log_bq - log_bp, threshold=50.0)
+    onto_q = log_bq + F.softplus(log_bp - log_bq, threshold=50.0)
+    both = torch.where(log_bp > log_bq, onto_p, onto_q)  # the same, from the larger: the other may be far away
     log_m = torch.where(teacher.exists & student.exists, both, torch.where(teacher.exists, log_bp, log_bq))
     to_teacher = (teacher.p * (teacher.log - log_m)).sum(dim=-1)
     to_student = (student.p * (student.log - log_m)).sum(dim=-1)
@@ -230,12 +232,11 @@ def distillation_loss(
         loss = loss + options.soft_weight * _soft_term(s, t, defined, options)
     if is_on(options.hard_weight) and target is not None:
         loss = loss + options.hard_weight * _hard_term(s, target, defined & labeled, options.label_smoothing)
+    if options.reduction == "mean":  # before they meet the losses: the products may leave the range, the shares do not
+        weight = weight / torch.where(divisor != 0, divisor, 1.0)
     loss = torch.where(counted, weight * loss, 0.0)
-
-    if options.reduction == "sum":
+    if options.reduction != "none":
         loss = loss.sum()
-    elif options.reduction == "mean":
-        loss = loss.sum() / torch.where(divisor != 0, divisor, 1.0)
 
     stats = None
     if want_stats:

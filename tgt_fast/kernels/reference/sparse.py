@@ -122,11 +122,11 @@ def distillation_loss(
         loss = loss + soft * distill._soft_term(q, distill._select(defined, p), defined, tempered)
     if is_on(options.hard_weight) and target is not None:
         loss = loss + options.hard_weight * distill._hard_term(s, target, defined & labeled, options.label_smoothing)
+    if options.reduction == "mean":  # before they meet the losses: the products may leave the range, the shares do not
+        weight = weight / torch.where(divisor != 0, divisor, 1.0)
     loss = torch.where(counted, weight * loss, 0.0)
-    if options.reduction == "sum":
+    if options.reduction != "none":
         loss = loss.sum()
-    elif options.reduction == "mean":
-        loss = loss.sum() / torch.where(divisor != 0, divisor, 1.0)
     return loss.to(torch.float64 if wide else torch.float32)
 
 

@@ -28,7 +28,7 @@ from tgt_fast.kernels.triton.numbers import INFINITY, narrowed, real
 
 @triton.jit
 def close_rows(
-    row, live, label, a_weight, coefficient, counts, active,  # from open_rows
+    row, live, label, coefficient, counts, active,  # from open_rows
     of_label,  # the label's logit
     s_max, t_max, student_sum, teacher_sum, hard_sum, linear, finite, x, y,
     problem,  # the largest of problems_of
@@ -54,7 +54,7 @@ def close_rows(
         hard, missing = hard_value(of_label - s_max, hard_sum, linear, finite, smoothing, SMOOTHED)
         loss += tl.where(label >= 0, hard_weight * hard, 0.0)
         hard_coefficient = tl.where((label >= 0) & ~missing, coefficient, 0.0)
-    loss = (a_weight * tl.where(invalid, float("nan"), loss)).to(row_loss.dtype.element_ty)
+    loss = (coefficient * tl.where(invalid, float("nan"), loss)).to(row_loss.dtype.element_ty)
     tl.store(row_loss + row, tl.where(counts, loss, 0.0), mask=live)
     kind = tl.where(active, tl.where(invalid, float("nan"), 1.0), 0.0)
     return x, y, soft_coefficient, hard_coefficient, kind

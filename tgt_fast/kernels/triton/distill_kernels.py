@@ -103,7 +103,7 @@ def distill_fwd_kernel(
             linear = tl.sum(tl.where(exists, s - s_peak, 0.0), 1, keep_dims=True)
             finite = as_real(tl.sum(exists.to(tl.int32), 1, keep_dims=True), WIDE)
     x, y, soft, hard, kind = close_rows(
-        row, live, label, a_weight, coefficient, counts, active, of_label,
+        row, live, label, coefficient, counts, active, of_label,
         s_max, t_max, student_sum, teacher_sum, hard_sum, linear, finite, x, y, problem,
         beta, soft_student, real(temperature_, temperature_low, WIDE), hard_weight, smoothing, row_loss,
         DIVERGENCE, LABELS, SMOOTHED,
@@ -256,7 +256,7 @@ def distill_fwd_stream_kernel(
             linear = tl.sum(linear_sums, 1, keep_dims=True)
             finite = as_real(tl.sum(counted, 1, keep_dims=True), WIDE)
     x, y, soft, hard, kind = close_rows(
-        row, live, label, a_weight, coefficient, counts, active, of_label,
+        row, live, label, coefficient, counts, active, of_label,
         s_max, t_max, student_sum, teacher_sum, hard_sum, linear, finite, x, y, problem,
         beta, soft_student, real(temperature_, temperature_low, WIDE), hard_weight, smoothing, row_loss,
         DIVERGENCE, LABELS, SMOOTHED,
@@ -305,7 +305,7 @@ def distill_count_kernel(
 def distill_reduce_kernel(
     row_loss, divisor_at, divisor_, divisor_low, loss, rows, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The sum of the rows' losses over the divisor, 0 where that is 0."""
+    """The sum of the rows' losses, which are divided; 0 where the divisor is 0."""
     lane = tl.arange(0, BLOCK)[None, :]
     total = tl.zeros([1, BLOCK], tl.float64)
     for start in range(0, rows, BLOCK):
@@ -314,8 +314,7 @@ def distill_reduce_kernel(
     divisor = real(divisor_, divisor_low, True)
     if divisor_at is not None:
         divisor = divisor * 0.0 + tl.load(divisor_at)
-    result = tl.sum(total, 1, keep_dims=True) / tl.where(divisor == 0, 1.0, divisor)
-    result = tl.where(divisor == 0, 0.0, result)
+    result = tl.where(divisor == 0, 0.0, tl.sum(total, 1, keep_dims=True))
     tl.store(loss + tl.zeros([1, 1], tl.int32), result.to(loss.dtype.element_ty))
 
 
