@@ -2,7 +2,8 @@
 //
 // A number's place in the stream is its meaning: key = the 64-bit seed; counter = (block of 4 numbers in the sample,
 // id bits 0-31, id bits 32-47 | replica << 16, op << 28 | step). So noise belongs to (seed, id, replica, op, step) and
-// to nothing else. Where samples have replicas of their own, they come in the bits 48 to 63 of the ids, and `replica` is 0.
+// to nothing else. Where samples have replicas of their own, they come in the bits 48 to 63 of the ids, and `replica`
+// is 0.
 #pragma once
 
 #include "math.h"
