@@ -245,6 +245,8 @@ def assert_matches_truth(
             continue
         if grad.dtype != logits.dtype:
             raise AssertionError(f"{name}: {grad.dtype} for logits of {logits.dtype}")
+        rounded = reference.to(logits.dtype).to(reference.dtype)
+        reference = torch.where(rounded.isinf(), rounded, reference)  # beyond what half precision holds
         bar = gradient_bar(logits.dtype, loss_dtype, largest, reference, floor)
         assert_close(name, grad, reference, bar=bar, floor=floor)
 
