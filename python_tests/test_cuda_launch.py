@@ -195,6 +195,7 @@ def test_the_core_is_told_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPa
 
     class There:  # a tensor of the second device
         device = torch.device("cuda", 1)
+        is_cuda = True
 
     @contextmanager
     def on(device: torch.device) -> Iterator[None]:
