@@ -107,12 +107,13 @@ def write_tile(
             s, t, s_max, t_max, inverse_ts, inverse_tt, inverse_s, inverse_t, log_ratio, x, y, beta,
             soft * soft_teacher, DIVERGENCE, WIDE,
         )  # fmt: skip
-        peak = teacher_peak(t, t_max, teacher_sum, DIVERGENCE)
-        if WHOLE:
-            grad = with_peak(grad, peak)
-        else:
-            of_teacher += folded(tl.where(peak, 0.0, grad))
-            teacher_at += folded(tl.where(peak, col + 1, 0))
+        if DIVERGENCE != "mse" and DIVERGENCE != "none":  # which have no peak
+            peak = teacher_peak(t, t_max, teacher_sum)
+            if WHOLE:
+                grad = with_peak(grad, peak)
+            else:
+                of_teacher += folded(tl.where(peak, 0.0, grad))
+                teacher_at += folded(tl.where(peak, col + 1, 0))
         store_tile(d_teacher, row, live, d_teacher_stride, col, classes, tl.where(usual, grad, kind))
     if d_student is not None:
         inverse_h = inverse_s
@@ -127,12 +128,13 @@ def write_tile(
             soft * soft_student, hard, inverse_h, floor, hard * (1 - smoothing),
             DIVERGENCE, LABELS, SMOOTHED, SAME, WIDE,
         )  # fmt: skip
-        peak = student_peak(s, s_max, student_sum, hard_sum, hard, DIVERGENCE, LABELS)
-        if WHOLE:
-            grad = with_peak(grad, peak)
-        else:
-            of_student += folded(tl.where(peak, 0.0, grad))
-            student_at += folded(tl.where(peak, col + 1, 0))
+        if DIVERGENCE != "mse":
+            peak = student_peak(s, s_max, student_sum, hard_sum, hard, DIVERGENCE, LABELS)
+            if WHOLE:
+                grad = with_peak(grad, peak)
+            else:
+                of_student += folded(tl.where(peak, 0.0, grad))
+                student_at += folded(tl.where(peak, col + 1, 0))
         store_tile(d_student, row, live, d_student_stride, col, classes, tl.where(usual, grad, kind))
     return of_student, student_at, of_teacher, teacher_at
 

@@ -18,24 +18,18 @@ PEAKED = tl.constexpr(1.9375)
 @triton.jit
 def student_peak(s, s_max, student_sum, hard_sum, hard, DIVERGENCE: tl.constexpr, LABELS: tl.constexpr):
     """Where the peaks of a tile are, of the gradient to the student."""
-    if DIVERGENCE == "mse":
-        return s != s
-    else:
-        peaked = s_max != s_max
-        if DIVERGENCE != "none":
-            peaked = student_sum < PEAKED
-        if LABELS:
-            peaked = peaked | ((hard != 0) & (hard_sum < PEAKED))
-        return peaked & (s == s_max)
+    peaked = s_max != s_max
+    if DIVERGENCE != "none":
+        peaked = student_sum < PEAKED
+    if LABELS:
+        peaked = peaked | ((hard != 0) & (hard_sum < PEAKED))
+    return peaked & (s == s_max)
 
 
 @triton.jit
-def teacher_peak(t, t_max, teacher_sum, DIVERGENCE: tl.constexpr):
+def teacher_peak(t, t_max, teacher_sum):
     """The same of the gradient to the teacher."""
-    if DIVERGENCE == "mse" or DIVERGENCE == "none":
-        return t != t
-    else:
-        return (teacher_sum < PEAKED) & (t == t_max)
+    return (teacher_sum < PEAKED) & (t == t_max)
 
 
 @triton.jit
