@@ -319,7 +319,7 @@ ERRORS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         ArgumentError, "teacher_hidden, teacher_weight is given too", {"teacher_logits": torch.zeros(4, 9)},
     ),
     "scale of logits": (
-        ArgumentError, "teacher_scale, teacher_softcap is given too",
+        ArgumentError, "teacher_scale=2, teacher_softcap is given too",
         {"teacher_hidden": None, "teacher_weight": None, "teacher_logits": torch.zeros(4, 9), "teacher_scale": 2.0,
          "teacher_softcap": 3.0},
     ),

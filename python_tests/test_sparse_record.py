@@ -146,7 +146,7 @@ def test_arguments() -> None:
         tgt.distillation_loss(student[:, :8], record)
     with pytest.raises(ShapeError, match=r"student_logits \(1, 9\) and the record's rows \(2,\)"):
         tgt.distillation_loss(student[:1], record)
-    with pytest.raises(ArgumentError, match="hard_weight is 1.0 but target is missing"):
+    with pytest.raises(ArgumentError, match="hard_weight is 1 but target is missing"):
         tgt.distillation_loss(student, record, hard_weight=1.0)
     ids, log_probs = record.ids, record.log_probs
     for error, message, arguments in (

@@ -34,6 +34,11 @@ def is_on(weight: Any) -> bool:
     return isinstance(weight, Tensor) or weight != 0
 
 
+def shown(value: Any) -> str:
+    """A number for a message, which cannot ask for one that is late."""
+    return "a number that is not known yet" if is_late(value) else f"{value:g}"
+
+
 def as_scalar(value: Any, device: torch.device | str = "cpu") -> Tensor:
     """A number as a 0-d float64 tensor; one that is a tensor already stays."""
     # A sum, which compilers take a symbolic float in; torch.full would make it part of the program.

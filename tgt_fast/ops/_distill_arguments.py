@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
-from tgt_fast.kernels.late import is_on
+from tgt_fast.kernels.late import is_on, shown
 from tgt_fast.kernels.native.distill import bad_target, bad_weight
 from tgt_fast.kernels.options import DIVERGENCES, REDUCTIONS, TEMPERATURES, DistillOptions
 from tgt_fast.ops import _checks
@@ -147,7 +147,7 @@ def check_rows(
 ) -> None:  # fmt: skip
     """What comes a number a row, and the divisor; ``student`` is (rows..., whatever)."""
     if target is None and is_on(options.hard_weight):
-        raise ArgumentError(f"{op}: hard_weight is {options.hard_weight} but target is missing")
+        raise ArgumentError(f"{op}: hard_weight is {shown(options.hard_weight)} but target is missing")
     for label, tensor in (("target", target), ("sample_weight", sample_weight)):
         if tensor is None:
             continue

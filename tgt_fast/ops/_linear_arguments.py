@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, ShapeError
-from tgt_fast.kernels.late import is_late
+from tgt_fast.kernels.late import is_late, shown
 from tgt_fast.kernels.options import DistillOptions, LinearOptions, LinearTensors
 from tgt_fast.kernels.reference.linear import record_of, vocabulary_of
 from tgt_fast.kernels.vocabulary import Vocabulary
@@ -64,7 +64,7 @@ def check_teacher(
             ("teacher_hidden", teacher_hidden is not None),
             ("teacher_weight", teacher_weight is not None),
             ("teacher_bias", teacher_bias is not None),
-            ("teacher_scale", is_late(heads.teacher_scale) or heads.teacher_scale != 1.0),
+            (f"teacher_scale={shown(heads.teacher_scale)}", is_late(heads.teacher_scale) or heads.teacher_scale != 1.0),
             ("teacher_softcap", heads.teacher_softcap is not None),
         )
         if given
