@@ -149,3 +149,19 @@ def test_a_student_under_lora_reads_relaxed_texts_with_its_own_table() -> None:
     layer.eval()
     everything = torch.arange(layer.weight.shape[0])
     torch.testing.assert_close(side._weight(), layer(everything).detach())
+
+
+def test_a_head_inside_a_transform_is_passed_over() -> None:
+    """It has no address by which a layer could be told."""
+    weight = Model().lm_head.weight.detach()
+
+    def loss(x: Tensor) -> Tensor:
+        made: Tensor = tgt.linear_distillation_loss(x, weight, teacher_logits=TEACHER)
+        return made
+
+    leaf = X.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(X), torch.autograd.grad(loss(leaf), leaf)[0])
+    inside = torch.func.grad(lambda head: tgt.linear_distillation_loss(X, head, teacher_logits=TEACHER))(weight)
+    head = weight.clone().requires_grad_()
+    outside = tgt.linear_distillation_loss(X, head, teacher_logits=TEACHER)
+    torch.testing.assert_close(inside, torch.autograd.grad(outside, head)[0])

@@ -10,6 +10,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from tgt_fast.kernels.plain import PLAIN
+from tgt_fast.ops._readable import has_memory
+
 _SEARCHES: Final = 16  # a process; a head whose memory moves at each step is then no longer looked for
 _looked_for: set[tuple[int, tuple[int, ...]]] = set()
 
@@ -32,7 +35,7 @@ def warn_of_adapters(op: str, student: Tensor, teacher: Tensor | None) -> None:
     if _layer_type() is None or torch.compiler.is_compiling():
         return
     for name, weight in (("student_weight", student), ("teacher_weight", teacher)):
-        if weight is None or type(weight) not in (Tensor, nn.Parameter) or weight.device.type == "meta":
+        if weight is None or type(weight) not in PLAIN or not has_memory(weight):  # inside torch.func none has
             continue
         key = (weight.data_ptr(), tuple(weight.shape))
         if key in _looked_for or len(_looked_for) >= _SEARCHES:
@@ -83,6 +86,6 @@ def _layers_on(weight: Tensor) -> list[Any]:
         # An embedding may share its memory with a head that has no adapters.
         if isinstance(base, nn.Embedding) or not isinstance(own, Tensor) or own.shape != weight.shape:
             continue
-        if own.data_ptr() == weight.data_ptr() and own.device == weight.device:
+        if has_memory(own) and own.data_ptr() == weight.data_ptr() and own.device == weight.device:
             found.append(thing)
     return found
