@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,18 +20,6 @@ def flag(op: str, name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise ArgumentError(f"{op}: {name} must be True or False, got {value!r}")
     return bool(value)
-
-
-def as_folder(op: str, folder: Any) -> Path:
-    """
-    Raises:
-        ArgumentError: it is no path.
-    """
-    if isinstance(folder, (str, os.PathLike)):
-        path = os.fspath(folder)
-        if isinstance(path, str) and "\0" not in path:
-            return Path(path)
-    raise ArgumentError(f"{op}: a folder must be a path, got {folder!r}")
 
 
 def as_transforms(op: str, transforms: Any) -> tuple[Callable[..., Any], ...]:

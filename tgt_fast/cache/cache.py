@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tgt_fast.cache.arguments import as_folder, as_loader, flag
+from tgt_fast._opening import as_path
+from tgt_fast.cache.arguments import as_loader, flag
 from tgt_fast.cache.asking import SampleIds, as_ids, ask, lacking
 from tgt_fast.cache.fingerprint import Fingerprint, teacher_fingerprint, warn_of_unseen
 from tgt_fast.cache.index import MISSING, Ids, Places
@@ -147,7 +148,7 @@ class TeacherCache:
         fingerprint: Fingerprint | None,
         **options: Any,
     ) -> None:
-        self.folder = as_folder(OP, folder)
+        self.folder = as_path(OP, "a folder", folder)
         self._teacher = teacher
         self._stayed = ""  # why it is not in this process
         self._store: Store | None = None

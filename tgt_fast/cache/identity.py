@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd import Function
 
+from tgt_fast._origin import is_given
 from tgt_fast.cache.machinery import attributes, entries, hides_state, is_machinery
-from tgt_fast.cache.sources import compiled, is_bound, is_given, is_own, members, name_of, names_in, source_of
+from tgt_fast.cache.sources import compiled, is_bound, is_own, members, name_of, names_in, source_of
 from tgt_fast.cache.values import (
     array_bytes,
     parts_of_tensor,

@@ -9,29 +9,23 @@ import sys
 import textwrap
 import types
 from collections.abc import Iterator
-from pathlib import PurePath
 from typing import Any, Final
 
 import torch
 from torch import fx, nn
 
+from tgt_fast._origin import is_given, is_installed, top_of
+
 _MANGLED: Final = re.compile(r"___torch_mangle_\d+\.")  # a count of what the process has compiled before
-_INSTALLED: Final = {"site-packages", "dist-packages"}
-
-
-def is_given(module: str | None) -> bool:
-    """Whether code belongs to PyTorch or the standard library."""
-    top = (module or "").partition(".")[0]
-    return top != "__main__" and (top == "torch" or top in sys.stdlib_module_names)
 
 
 @functools.lru_cache(maxsize=4096)
 def is_own(module: str | None) -> bool:
     """Whether code is the user's: neither given nor of an installed package, such as this one, wherever it lies."""
-    if is_given(module) or (module or "").partition(".")[0] == __name__.partition(".")[0]:
+    if is_given(module) or top_of(module) == top_of(__name__):
         return False
     file = getattr(sys.modules.get(module or ""), "__file__", None)
-    return file is None or _INSTALLED.isdisjoint(PurePath(file).parts)
+    return file is None or not is_installed(file)
 
 
 def name_of(thing: Any) -> str:

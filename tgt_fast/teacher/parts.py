@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import dis
 import functools
-import sys
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 from torch import nn
+
+from tgt_fast._origin import is_given, is_installed
 
 _DEEPEST: Final = 32  # levels of objects in objects
 _CONTAINERS: Final = (list, tuple, set, frozenset)
@@ -101,22 +102,22 @@ def _of_function(function: types.FunctionType) -> Iterator[tuple[Any, _Mentioned
             yield cell.cell_contents, named
         except ValueError:  # not assigned yet
             continue
-    if _is_given(function.__module__):
+    if is_given(function.__module__):
         return
     for name in named.globals:
         value = function.__globals__.get(name)
         # Of functions and modules of Python, this program's: the globals of installed packages are no teacher's part.
         if isinstance(value, types.ModuleType):
-            if not _is_installed(getattr(value, "__file__", None)):
+            if not _lies_installed(getattr(value, "__file__", None)):
                 for inner in sorted(named.attributes & vars(value).keys()):
                     yield vars(value)[inner], named
-        elif not isinstance(value, types.FunctionType) or not _is_installed(value.__code__.co_filename):
+        elif not isinstance(value, types.FunctionType) or not _lies_installed(value.__code__.co_filename):
             yield value, named
 
 
 def _of_object(thing: Any, named: _Mentioned) -> Iterator[tuple[Any, _Mentioned]]:
     kind = type(thing)
-    if _is_given(kind.__module__) and kind is not types.SimpleNamespace:
+    if is_given(kind.__module__) and kind is not types.SimpleNamespace:
         return
     call = getattr(kind, "__call__", None)  # noqa: B004, its code is wanted
     by = _joined(named, _of_methods(kind, call if isinstance(call, types.FunctionType) else None))
@@ -144,7 +145,7 @@ def _unregistered(root: nn.Module) -> Iterator[tuple[Any, _Mentioned]]:
                 if name in by.attributes:
                     yield held[name], _NOTHING
         forward = type(module).forward
-        if isinstance(forward, types.FunctionType) and not _is_installed(forward.__code__.co_filename):
+        if isinstance(forward, types.FunctionType) and not _lies_installed(forward.__code__.co_filename):
             yield forward, _NOTHING  # for the globals that it names
 
 
@@ -162,7 +163,7 @@ def _of_class(kind: type) -> _Mentioned:
     """What any function of a class names, those of PyTorch's own classes excepted."""
     named = _NOTHING
     for base in kind.__mro__:
-        if not _is_given(base.__module__):
+        if not is_given(base.__module__):
             for value in vars(base).values():
                 if isinstance(value, types.FunctionType) and value.__name__ != "__init__":
                     named = _joined(named, _mentioned(value.__code__))
@@ -217,16 +218,6 @@ def _slots(kind: type) -> list[str]:
     return found
 
 
-def _top(module: str | None) -> str:
-    return (module or "").partition(".")[0]
-
-
-def _is_installed(file: str | None) -> bool:
-    """Whether code lies where packages are installed; what is compiled into Python has no file."""
-    return file is None or not {"site-packages", "dist-packages"}.isdisjoint(file.replace("\\", "/").split("/"))
-
-
-def _is_given(module: str | None) -> bool:
-    """Whether code belongs to PyTorch or the standard library."""
-    top = _top(module)
-    return top != "__main__" and (top == "torch" or top in sys.stdlib_module_names)
+def _lies_installed(file: str | None) -> bool:
+    """Whether code is an installed package's; what is compiled into Python has no file."""
+    return file is None or is_installed(file)
