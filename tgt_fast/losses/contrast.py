@@ -35,14 +35,6 @@ class ContrastiveDistillationLoss(Settings, nn.Module):
     ContrastiveDistillationLoss(temperature=0.05, hard_weight=1.0)
     """
 
-    temperature = setting("temperature")
-    teacher_temperature = setting("teacher_temperature")
-    hard_weight = setting("hard_weight")
-    divergence = setting("divergence")
-    beta = setting("beta")
-    soft_weight = setting("soft_weight")
-    label_smoothing = setting("label_smoothing")
-    reduction = setting("reduction")
     gather = setting("gather")
     group = setting("group")
     memory_budget = setting("memory_budget")

@@ -31,16 +31,8 @@ class DistillationLoss(Settings, nn.Module):
     DistillationLoss(divergence='forward_kl', temperature=2.0, hard_weight=1.0)
     """
 
-    divergence = setting("divergence")
-    beta = setting("beta")
-    temperature = setting("temperature")
-    teacher_temperature = setting("teacher_temperature")
-    soft_weight = setting("soft_weight")
-    hard_weight = setting("hard_weight")
-    label_smoothing = setting("label_smoothing")
     ignore_index = setting("ignore_index")
     unlabeled_index = setting("unlabeled_index")
-    reduction = setting("reduction")
 
     def __init__(
         self,

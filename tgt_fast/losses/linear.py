@@ -42,16 +42,8 @@ class LinearDistillationLoss(Settings, nn.Module):
     vocab_map: Tensor | None
     vocab_mask: Tensor | None
 
-    divergence = setting("divergence")
-    beta = setting("beta")
-    temperature = setting("temperature")
-    teacher_temperature = setting("teacher_temperature")
-    soft_weight = setting("soft_weight")
-    hard_weight = setting("hard_weight")
-    label_smoothing = setting("label_smoothing")
     ignore_index = setting("ignore_index")
     unlabeled_index = setting("unlabeled_index")
-    reduction = setting("reduction")
     student_scale = setting("student_scale")
     student_softcap = setting("student_softcap")
     teacher_scale = setting("teacher_scale")

@@ -5,24 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 
-class Settings:
-    """What a module whose settings are arguments of a function inherits beside ``nn.Module``.
-
-    They are kept as they were given, in one dict, and are read at each call: an assignment such as
-    ``loss.temperature = 1.0`` takes effect at the next one, and one that the checks refuse changes nothing.
-    """
-
-    _settings: dict[str, Any]
-
-    def _check_settings(self, settings: dict[str, Any]) -> None:
-        """Raises what the function would."""
-        raise NotImplementedError
-
-    def _begin(self, settings: dict[str, Any]) -> None:
-        self._check_settings(settings)
-        self._settings = settings
-
-
 def setting(name: str) -> Any:
     """A property for one of the settings."""
 
@@ -33,3 +15,31 @@ def setting(name: str) -> Any:
         module._begin({**module._settings, name: value})
 
     return property(get, change, doc=f"The setting {name}; an assignment takes effect at the next call.")
+
+
+class Settings:
+    """What a module whose settings are arguments of a function inherits beside ``nn.Module``.
+
+    They are kept as they were given, in one dict, and are read at each call: an assignment such as
+    ``loss.temperature = 1.0`` takes effect at the next one, and one that the checks refuse changes nothing.
+    """
+
+    _settings: dict[str, Any]
+
+    # Those of every loss; a loss adds its own.
+    divergence = setting("divergence")
+    beta = setting("beta")
+    temperature = setting("temperature")
+    teacher_temperature = setting("teacher_temperature")
+    soft_weight = setting("soft_weight")
+    hard_weight = setting("hard_weight")
+    label_smoothing = setting("label_smoothing")
+    reduction = setting("reduction")
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        """Raises what the function would."""
+        raise NotImplementedError
+
+    def _begin(self, settings: dict[str, Any]) -> None:
+        self._check_settings(settings)
+        self._settings = settings
