@@ -234,9 +234,10 @@ __attribute__((noinline)) void wide_gradient_row(const DistillCall& call, int64_
   gradient_row<double, D, kPower>(call, row_at<double>(call, i), i, state, upstream);
 }
 template <class Real, class D, HardPower power>
-void any_gradient_row(const DistillCall& call, int64_t i, const RowState& state, double upstream) {
+void any_gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, const RowState& state,
+                      double upstream) {
   if (beyond<Real>(state)) return wide_gradient_row<D, power>(call, i, state, upstream);
-  gradient_row<Real, D, power>(call, row_at<Real>(call, i), i, state, upstream);
+  gradient_row<Real, D, power>(call, logits, i, state, upstream);
 }
 
 template <class Real, class D, HardPower power>
@@ -264,7 +265,7 @@ void forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
     }
     if (call.d_student || call.d_teacher) {
       if (state.coefficient == 0) state.flags = kDropped;  // a divisor of 0
-      any_gradient_row<Real, D, power>(call, i, state, 1);
+      any_gradient_row<Real, D, power>(call, logits, i, state, 1);
     }
     if (call.state) call.state[i] = state;
   }
@@ -276,7 +277,7 @@ void backward_rows(const DistillCall& call, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     RowState state = call.state[i];
     if (state.coefficient == 0) state.flags = kDropped;
-    any_gradient_row<Real, D, power>(call, i, state, upstream[call.upstream_per_row ? i : 0]);
+    any_gradient_row<Real, D, power>(call, row_at<Real>(call, i), i, state, upstream[call.upstream_per_row ? i : 0]);
   }
 }
 

@@ -148,13 +148,15 @@ def no_peaks(s_max, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def write_peaks(peaks, row, live, kind, d_student, d_teacher, d_student_stride, d_teacher_stride):
+def write_peaks(
+    peaks, row, live, kind, d_student, d_teacher, d_student_stride, d_teacher_stride, DIVERGENCE: tl.constexpr
+):  # fmt: skip
     """What the last tile leaves to write."""
     of_student, student_at, of_teacher, teacher_at = peaks
     live = live & (kind == 1.0)
-    if d_teacher is not None:
+    if (d_teacher is not None) and (DIVERGENCE != "mse") and (DIVERGENCE != "none"):
         write_peak(d_teacher, row, live, d_teacher_stride, of_teacher, teacher_at)
-    if d_student is not None:
+    if (d_student is not None) and (DIVERGENCE != "mse"):
         write_peak(d_student, row, live, d_student_stride, of_student, student_at)
 
 
@@ -212,7 +214,7 @@ def distill_bwd_kernel(
             real(smoothing_, smoothing_low, WIDE), peaks, DIVERGENCE, LABELS, SMOOTHED, SAME, WIDE, WHOLE,
         )  # fmt: skip
     if not WHOLE:
-        write_peaks(peaks, row, live, kind, d_student, d_teacher, d_student_stride, d_teacher_stride)
+        write_peaks(peaks, row, live, kind, d_student, d_teacher, d_student_stride, d_teacher_stride, DIVERGENCE)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])

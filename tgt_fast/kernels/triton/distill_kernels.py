@@ -281,7 +281,7 @@ def distill_fwd_stream_kernel(
                 inverse_ts, inverse_tt, beta, soft_student, real(soft_teacher_, soft_teacher_low, WIDE),
                 hard_weight, smoothing, peaks, DIVERGENCE, LABELS, SMOOTHED, SAME, WIDE, False,
             )  # fmt: skip
-        write_peaks(peaks, row, live, kind, d_student, d_teacher, d_student_stride, d_teacher_stride)
+        write_peaks(peaks, row, live, kind, d_student, d_teacher, d_student_stride, d_teacher_stride, DIVERGENCE)
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index", "unlabeled_index"])
