@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from interruptions import interrupted_at_each_instruction
 from torch import nn
 from training_kit import FEATURES, make_run, make_student
 
@@ -293,34 +294,15 @@ def test_a_file_that_is_swept_before_it_is_locked_is_made_again(
 
 def test_an_interruption_at_any_point_leaves_nothing(tmp_path: Path) -> None:
     """KeyboardInterrupt at every instruction of the code that makes and removes a file."""
-    interrupted = 0
-    for at in range(2000):
-        left = at
 
-        def trace(frame: Any, event: str, _: Any) -> Any:
-            nonlocal left
-            if frame.f_code.co_filename != _files.__file__:
-                return None
-            frame.f_trace_opcodes = True
-            if event == "opcode":
-                if left == 0:
-                    sys.settrace(None)
-                    raise KeyboardInterrupt
-                left -= 1
-            return trace
+    def make() -> None:
+        with new_file(tmp_path) as new:
+            new.file.write(b"x")
 
-        sys.settrace(trace)
-        try:
-            with new_file(tmp_path) as new:
-                new.file.write(b"x")
-        except KeyboardInterrupt:
-            interrupted += 1
-        finally:
-            sys.settrace(None)
-        if left > 0:
-            break
-        assert names(tmp_path) == [], at
-    assert interrupted > 50
+    def check() -> None:
+        assert names(tmp_path) == []
+
+    assert interrupted_at_each_instruction({_files.__file__}, make, check) > 50
 
 
 # ---- what is written ----

@@ -6,13 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 CHILD = """
-import json, os, signal
+import json, signal, sys
 import torch
 import tgt_fast as tgt
+
+sys.path.insert(0, sys.argv[1])
+from forked import said_by_child
 
 N, C, H, THREADS = 64, 20_000, 128, 2
 torch.set_num_threads(THREADS)
@@ -69,31 +73,22 @@ CALLS = {
 }
 
 
-def told(name):
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if not pid:
-        signal.alarm(20)  # a hang ends here
-        torch.set_num_threads(THREADS)
-        found = CALLS[name]()
-        said = "other threads" if torch.get_num_threads() != THREADS else "done"
-        torch.set_num_threads(1)
-        for one, other in zip(found, expected):
-            if not torch.allclose(one, other, atol=1e-5):
-                said = "other numbers"
-        os.write(writer, said.encode())
-        os._exit(0)
-    os.close(writer)
-    with open(reader) as file:
-        said = file.read()
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return said or f"ended with {code}"
+def told(name, expected):
+    signal.alarm(20)  # a hang ends here
+    torch.set_num_threads(THREADS)
+    found = CALLS[name]()
+    said = "other threads" if torch.get_num_threads() != THREADS else "done"
+    torch.set_num_threads(1)
+    for one, other in zip(found, expected):
+        if not torch.allclose(one, other, atol=1e-5):
+            said = "other numbers"
+    return said
 
 
 found = {}
 for name, call in CALLS.items():
     expected = call()
-    found[name] = told(name)
+    found[name] = said_by_child(lambda: told(name, expected))
 print(json.dumps(found))
 """
 
@@ -101,7 +96,7 @@ print(json.dumps(found))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 def test_no_op_hangs_in_a_forked_child(native: str, child_environment: dict[str, str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", CHILD],
+        [sys.executable, "-c", CHILD, str(Path(__file__).parent)],
         env=child_environment, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

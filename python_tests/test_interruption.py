@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interruptions import interrupted_at_each_instruction
 from torch import nn
 from training_kit import assert_same_weights, make_run
 
@@ -27,36 +28,6 @@ from tgt_fast.report import output
 from tgt_fast.teacher import modes
 
 OURS = {module.__file__ for module in (_rng, guard, modes)}
-
-
-def interrupted_at_each_instruction(files: set[str | None], work: Callable[[], None], check: Callable[[], None]) -> int:
-    """KeyboardInterrupt at every instruction of these files in turn; how many there were."""
-    for at in range(10_000):
-        left = at
-
-        def trace(frame: Any, event: str, _: Any) -> Any:
-            nonlocal left
-            if frame.f_code.co_filename not in files:
-                return None
-            frame.f_trace_opcodes = True
-            if event == "opcode":
-                if left == 0:
-                    sys.settrace(None)
-                    raise KeyboardInterrupt
-                left -= 1
-            return trace
-
-        sys.settrace(trace)
-        try:
-            work()
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.settrace(None)
-        if left > 0:
-            return at
-        check()
-    raise AssertionError("it does not end")
 
 
 def mixed() -> nn.Module:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 CHILD = """
-import json, os, resource, sys
+import json, resource, sys
 import torch
 import tgt_fast as tgt
+
+sys.path.insert(0, sys.argv[2])
+from forked import said_by_child
 
 CLASSES = 1 << 21
 x = torch.randn(2, CLASSES, dtype=torch.bfloat16)
@@ -49,24 +53,11 @@ def limited(name):
     return "enough"
 
 
-def in_child(name):
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if not pid:
-        os.write(writer, limited(name).encode())
-        os._exit(0)
-    os.close(writer)
-    with open(reader) as file:
-        said = file.read()
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return said or f"ended with {code}"
-
-
 torch.set_num_threads(int(sys.argv[1]))
 found = {}
 for name, call in CALLS.items():
     call(1 << 16)
-    found[name] = [limited(name), in_child(name)]
+    found[name] = [limited(name), said_by_child(lambda: limited(name))]
     call(1 << 16)
 print(json.dumps(found))
 """
@@ -78,7 +69,7 @@ def test_memory_that_runs_out_in_a_kernel(native: str, child_environment: dict[s
     """In this process, where OpenMP's threads do the work, and in a forked child, where those of the core do."""
     glibc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # it has no memory put by
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(threads)],
+        [sys.executable, "-c", CHILD, str(threads), str(Path(__file__).parent)],
         env={**child_environment, **glibc},
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip

@@ -67,15 +67,20 @@ LOSSES: list[tuple[Any, Call, dict[str, Any]]] = [
 CASES = [(kind, call, name, changes[name]) for kind, call, changes in LOSSES for name in changes]
 
 
-@pytest.mark.parametrize(("kind", "call", "name", "value"), CASES, ids=[f"{c[0].__name__} {c[2]}" for c in CASES])
-def test_a_loss_follows_its_settings(kind: Any, call: Call, name: str, value: Any) -> None:
-    changed, fresh = kind(**START), kind(**{**START, name: value})
+def assert_follows(changed: Any, fresh: Any, name: str, value: Any, call: Call) -> None:
+    """Once a setting is changed, ``call`` gives what it gives of one that was made with it, and not what it gave."""
     before = call(changed)
     setattr(changed, name, value)
     assert getattr(changed, name) == value
     assert torch.equal(call(changed), call(fresh))
     assert not torch.equal(call(changed), before)
     assert repr(changed) == repr(fresh)
+
+
+@pytest.mark.parametrize(("kind", "call", "name", "value"), CASES, ids=[f"{c[0].__name__} {c[2]}" for c in CASES])
+def test_a_loss_follows_its_settings(kind: Any, call: Call, name: str, value: Any) -> None:
+    changed, fresh = kind(**START), kind(**{**START, name: value})
+    assert_follows(changed, fresh, name, value, call)
 
 
 @pytest.mark.parametrize(("kind", "call", "changes"), LOSSES, ids=[c[0].__name__ for c in LOSSES])
@@ -199,12 +204,7 @@ def test_a_sampler_follows_its_settings(name: str, value: Any) -> None:
     changed, fresh = (tgt.LatentSampler(teacher, **{**options, **more}) for more in ({}, {name: value}))
     for sampler in (changed, fresh):
         sampler.calibrate([X])
-    before = sampled(changed)
-    setattr(changed, name, value)
-    assert getattr(changed, name) == value
-    assert torch.equal(sampled(changed), sampled(fresh))
-    assert not torch.equal(sampled(changed), before)
-    assert repr(changed) == repr(fresh)
+    assert_follows(changed, fresh, name, value, sampled)
 
 
 def test_every_argument_of_a_sampler_is_an_attribute() -> None:
