@@ -65,6 +65,17 @@ def test_an_unknown_backend_is_an_error_that_lists_the_known_ones() -> None:
         tgt.distillation_loss(LOGITS, LOGITS, backend="fast")
 
 
+@pytest.mark.parametrize("backend", [{"native"}, {}, ["native"], None, 3, LOGITS], ids=lambda x: type(x).__name__)
+def test_a_backend_is_a_name(backend: object) -> None:
+    for call in (
+        lambda: tgt.distillation_loss(LOGITS, LOGITS, backend=backend),  # type: ignore[arg-type]
+        lambda: tgt.perturb_latents(LOGITS, 0.1, backend=backend),  # type: ignore[arg-type]
+        lambda: tgt.sample_tokens(LOGITS, backend=backend),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ArgumentError, match="backend must be 'auto' or one of"):
+            call()
+
+
 @needs_native
 def test_what_the_core_cannot_run_is_refused_by_name_and_served_by_auto() -> None:
     class Marked(torch.Tensor):

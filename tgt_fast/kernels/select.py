@@ -52,9 +52,9 @@ class Verdict:
 def requested(backend: str) -> str:
     """The name asked for, where ``"auto"`` gives way to the environment's default, read at call time."""
     asked = "backend"
-    if backend == "auto":
+    if isinstance(backend, str) and backend == "auto":
         asked, backend = f"the environment variable {DEFAULT_VARIABLE}", os.environ.get(DEFAULT_VARIABLE, "auto")
-    if backend != "auto" and backend not in BACKENDS:
+    if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):  # what has no hash is none
         raise ArgumentError(f"{asked} must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
     return backend
 
