@@ -14,6 +14,7 @@ from tgt_fast.losses.settings import Settings, setting
 from tgt_fast.ops._contrast_arguments import OP, make_temperatures
 from tgt_fast.ops._distill_arguments import make_options
 from tgt_fast.ops.contrast import contrastive_distillation_loss
+from tgt_fast.ops.counts import counting_group
 
 _USUAL = {
     name: parameter.default for name, parameter in inspect.signature(contrastive_distillation_loss).parameters.items()
@@ -28,13 +29,15 @@ class ContrastiveDistillationLoss(Settings, nn.Module):
 
     Args:
         temperature, teacher_temperature, hard_weight, divergence, beta, soft_weight, label_smoothing, reduction,
-        gather, group, memory_budget, return_stats, backend: see :func:`tgt_fast.contrastive_distillation_loss`.
+        count_group, gather, group, memory_budget, return_stats, backend: see
+        :func:`tgt_fast.contrastive_distillation_loss`.
 
     >>> import tgt_fast as tgt
     >>> tgt.ContrastiveDistillationLoss(temperature=0.05, hard_weight=1.0)
     ContrastiveDistillationLoss(temperature=0.05, hard_weight=1.0)
     """
 
+    count_group = setting("count_group")
     gather = setting("gather")
     group = setting("group")
     memory_budget = setting("memory_budget")
@@ -52,6 +55,7 @@ class ContrastiveDistillationLoss(Settings, nn.Module):
         soft_weight: float = 1.0,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
+        count_group: Any = None,
         gather: bool = False,
         group: Any = None,
         memory_budget: int | None = None,
@@ -62,13 +66,14 @@ class ContrastiveDistillationLoss(Settings, nn.Module):
         self._begin({
             "temperature": temperature, "teacher_temperature": teacher_temperature, "hard_weight": hard_weight,
             "divergence": divergence, "beta": beta, "soft_weight": soft_weight, "label_smoothing": label_smoothing,
-            "reduction": reduction, "gather": gather, "group": group, "memory_budget": memory_budget,
-            "return_stats": return_stats, "backend": backend,
+            "reduction": reduction, "count_group": count_group, "gather": gather, "group": group,
+            "memory_budget": memory_budget, "return_stats": return_stats, "backend": backend,
         })  # fmt: skip
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         s = settings
         make_temperatures(s["temperature"], s["teacher_temperature"])
+        counting_group(OP, s["count_group"])
         make_options(
             s["divergence"], s["beta"], 1.0, 1.0, s["soft_weight"], s["hard_weight"], s["label_smoothing"], -100, -1,
             s["reduction"], OP,

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from tgt_fast.kernels.options import DistillOptions, DistillStats
 from tgt_fast.losses.settings import Settings, setting
-from tgt_fast.ops._distill_arguments import make_options
+from tgt_fast.ops._distill_arguments import OP, make_options
 from tgt_fast.ops._sparse_record import TeacherTopK
+from tgt_fast.ops.counts import counting_group
 from tgt_fast.ops.distill import distillation_loss
 
 OPTIONS: Final = tuple(field.name for field in fields(DistillOptions))
@@ -24,7 +25,7 @@ class DistillationLoss(Settings, nn.Module):
 
     Args:
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing, ignore_index,
-        unlabeled_index, reduction, inplace, return_stats, backend: see :func:`tgt_fast.distillation_loss`.
+        unlabeled_index, reduction, count_group, inplace, return_stats, backend: see :func:`tgt_fast.distillation_loss`.
 
     >>> import tgt_fast as tgt
     >>> tgt.DistillationLoss(temperature=2.0, hard_weight=1.0)
@@ -47,6 +48,7 @@ class DistillationLoss(Settings, nn.Module):
         ignore_index: int = -100,
         unlabeled_index: int = -1,
         reduction: str = "mean",
+        count_group: Any = None,
         inplace: bool = False,
         return_stats: bool = False,
         backend: str = "auto",
@@ -57,6 +59,8 @@ class DistillationLoss(Settings, nn.Module):
             ignore_index, unlabeled_index, reduction,
         )  # fmt: skip
         self._begin(dict(zip(OPTIONS, values, strict=True)))
+        self.count_group = count_group
+        counting_group(OP, count_group)  # refused here, if it is none
         self.inplace = inplace
         self.return_stats = return_stats
         self.backend = backend
@@ -99,7 +103,8 @@ class DistillationLoss(Settings, nn.Module):
     ) -> Tensor | tuple[Tensor, DistillStats]:  # fmt: skip
         return distillation_loss(
             student_logits, teacher_logits, target, sample_weight=sample_weight, normalizer=normalizer,
-            inplace=self.inplace, return_stats=self.return_stats, backend=self.backend, **keywords,
+            count_group=self.count_group, inplace=self.inplace, return_stats=self.return_stats,
+            backend=self.backend, **keywords,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -111,6 +116,8 @@ class DistillationLoss(Settings, nn.Module):
             if value != usual:
                 shown.append(f"{name}={value!r}")
         shown += [f"{name}=True" for name in ("inplace", "return_stats") if getattr(self, name)]
+        if self.count_group is not None:
+            shown.append(f"count_group={self.count_group!r}")
         if self.backend != "auto":
             shown.append(f"backend={self.backend!r}")
         return ", ".join(shown)

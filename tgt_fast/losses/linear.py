@@ -13,6 +13,7 @@ from tgt_fast.losses.settings import Settings, setting
 from tgt_fast.ops._distill_arguments import make_options
 from tgt_fast.ops._linear_arguments import OP, make_heads
 from tgt_fast.ops._sparse_record import TeacherTopK
+from tgt_fast.ops.counts import counting_group
 from tgt_fast.ops.linear import linear_distillation_loss
 
 # The fields of LinearOptions that are options; a record brings the others along.
@@ -32,7 +33,8 @@ class LinearDistillationLoss(Settings, nn.Module):
     Args:
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing, ignore_index,
         unlabeled_index, reduction, student_scale, student_softcap, teacher_scale, teacher_softcap, vocab_size,
-        vocab_map, vocab_mask, memory_budget, return_stats, backend: see :func:`tgt_fast.linear_distillation_loss`.
+        vocab_map, vocab_mask, count_group, memory_budget, return_stats, backend: see
+        :func:`tgt_fast.linear_distillation_loss`.
 
     >>> import tgt_fast as tgt
     >>> tgt.LinearDistillationLoss(temperature=2.0, student_softcap=30.0, vocab_size=151_936)
@@ -71,6 +73,7 @@ class LinearDistillationLoss(Settings, nn.Module):
         vocab_size: int | None = None,
         vocab_map: Tensor | None = None,
         vocab_mask: Tensor | None = None,
+        count_group: Any = None,
         memory_budget: int | None = None,
         return_stats: bool = False,
         backend: str = "auto",
@@ -84,6 +87,8 @@ class LinearDistillationLoss(Settings, nn.Module):
         self._begin(dict(zip((*OPTIONS, *_HEADS), values, strict=True)))
         self.register_buffer("vocab_map", vocab_map, persistent=False)
         self.register_buffer("vocab_mask", vocab_mask, persistent=False)
+        self.count_group = count_group
+        counting_group(OP, count_group)  # refused here, if it is none
         self.return_stats = return_stats
         self.backend = backend
 
@@ -153,7 +158,7 @@ class LinearDistillationLoss(Settings, nn.Module):
     def _call(self, *tensors: Tensor | None, **keywords: Any) -> Tensor | tuple[Tensor, DistillStats]:
         made: Tensor | tuple[Tensor, DistillStats] = linear_distillation_loss(
             *tensors, vocab_map=self.vocab_map, vocab_mask=self.vocab_mask, return_stats=self.return_stats,  # type: ignore[arg-type, misc]
-            backend=self.backend, **keywords,
+            count_group=self.count_group, backend=self.backend, **keywords,
         )  # fmt: skip
         return made
 
@@ -168,6 +173,8 @@ class LinearDistillationLoss(Settings, nn.Module):
                 if field.name != "divergence" and value != usual:
                     shown.append(f"{field.name}={value!r}")
         shown += [f"{name}=..." for name in ("vocab_map", "vocab_mask") if getattr(self, name) is not None]
+        if self.count_group is not None:
+            shown.append(f"count_group={self.count_group!r}")
         if self.return_stats:
             shown.append("return_stats=True")
         if self.backend != "auto":

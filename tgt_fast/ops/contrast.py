@@ -24,6 +24,7 @@ from tgt_fast.ops._contrast_arguments import (
 )
 from tgt_fast.ops._distill_arguments import make_options
 from tgt_fast.ops._gather import gathered, process_group, same_count
+from tgt_fast.ops.counts import divisor_over
 from tgt_fast.ops.library import seen_by_dispatcher, without_autocast
 from tgt_fast.ops.linear import all_at_once, run_dispatched, run_in_chunks
 
@@ -47,6 +48,7 @@ def contrastive_distillation_loss(
     sample_weight: Tensor | None = ...,
     reduction: str = ...,
     normalizer: float | Tensor | None = ...,
+    count_group: Any = ...,
     gather: bool = ...,
     group: Any = ...,
     memory_budget: int | None = ...,
@@ -72,6 +74,7 @@ def contrastive_distillation_loss(
     sample_weight: Tensor | None = ...,
     reduction: str = ...,
     normalizer: float | Tensor | None = ...,
+    count_group: Any = ...,
     gather: bool = ...,
     group: Any = ...,
     memory_budget: int | None = ...,
@@ -97,6 +100,7 @@ def contrastive_distillation_loss(
     sample_weight: Tensor | None = ...,
     reduction: str = ...,
     normalizer: float | Tensor | None = ...,
+    count_group: Any = ...,
     gather: bool = ...,
     group: Any = ...,
     memory_budget: int | None = ...,
@@ -122,6 +126,7 @@ def contrastive_distillation_loss(
     sample_weight: Tensor | None = None,  # [N]
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    count_group: Any = None,
     gather: bool = False,
     group: Any = None,
     memory_budget: int | None = None,
@@ -152,12 +157,12 @@ def contrastive_distillation_loss(
             passage i. -1: the query has none, and gets the soft term alone; -100: the query does not count.
         passage_ids: ``(M,)`` integers, equal for passages that are the same. Copies of a query's own passage are right
             answers that would be punished as wrong ones; with ids they get no probability on either side.
-        divergence, beta, soft_weight, label_smoothing, sample_weight, reduction, normalizer: see
+        divergence, beta, soft_weight, label_smoothing, sample_weight, reduction, normalizer, count_group: see
             :func:`tgt_fast.distillation_loss`; the rows are the queries.
         gather: score the queries of this process against the passages of all processes, whose gradients go back to
             where they came from, summed. Every process brings equally many passages; ``positives`` point into its own.
-            A mean is over its own queries, so that averaging gradients over processes, as
-            ``DistributedDataParallel`` does, gives the gradient of the mean over all queries.
+            A mean is over its own queries: averaging gradients over processes, as ``DistributedDataParallel`` does,
+            gives the gradient of the mean over all queries where they bring equally many; see ``count_group``.
         group: a process group of ``torch.distributed``; by default all processes.
         memory_budget: bytes of a chunk's scores and of what stands beside them; 64 MiB by default on a CPU, 2 GiB on a
             device. One query at least.
@@ -210,6 +215,9 @@ def contrastive_distillation_loss(
         t.student_q, t.student_d, None, t.teacher_q, t.teacher_d, None, t.positives, t.sample_weight,
         class_ids=t.passage_ids, own_class=None if t.passage_ids is None else t.positives,
     )  # fmt: skip
+    normalizer = divisor_over(
+        OP, count_group, normalizer, t.student_q, t.positives, t.sample_weight, t.student_d.shape[0], options
+    )
     if backend != "reference" and seen_by_dispatcher(*tensors):
         loss, stats = run_dispatched(tensors, normalizer, heads, options, return_stats, backend)
         return loss if stats is None else (loss, stats)

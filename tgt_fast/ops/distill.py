@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from tgt_fast.ops._distill_library import dense_rows
 from tgt_fast.ops._distill_library import distillation_loss as distillation_loss_op
 from tgt_fast.ops._packing import packed
 from tgt_fast.ops._sparse_record import TeacherTopK
+from tgt_fast.ops.counts import divisor_over
 from tgt_fast.ops.library import seen_by_dispatcher, split
 from tgt_fast.ops.sparse import sparse_distillation_loss
 
@@ -50,6 +51,7 @@ def distillation_loss(
     unlabeled_index: int = ...,
     reduction: str = ...,
     normalizer: float | Tensor | None = ...,
+    count_group: Any = ...,
     inplace: bool = ...,
     return_stats: Literal[False] = ...,
     backend: str = ...,
@@ -72,6 +74,7 @@ def distillation_loss(
     unlabeled_index: int = ...,
     reduction: str = ...,
     normalizer: float | Tensor | None = ...,
+    count_group: Any = ...,
     inplace: bool = ...,
     return_stats: Literal[True],
     backend: str = ...,
@@ -94,6 +97,7 @@ def distillation_loss(
     unlabeled_index: int = ...,
     reduction: str = ...,
     normalizer: float | Tensor | None = ...,
+    count_group: Any = ...,
     inplace: bool = ...,
     return_stats: bool = ...,
     backend: str = ...,
@@ -116,6 +120,7 @@ def distillation_loss(
     unlabeled_index: int = -1,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    count_group: Any = None,
     inplace: bool = False,
     return_stats: bool = False,
     backend: str = "auto",
@@ -157,6 +162,11 @@ def distillation_loss(
         normalizer: a number or 0-d tensor that replaces the divisor of ``"mean"``, for gradient accumulation and data
             parallel runs: pass the global count (under DDP, which averages gradients, the global count / world size).
             A normalizer of 0 gives 0.
+        count_group: None; or "world", or a process group of ``torch.distributed``, whose processes count the divisor of
+            ``"mean"`` together, with one ``all_reduce`` of one number that the host does not wait for. A process gets
+            the sum over its rows / (the group's count / the group's size): the mean of the processes' losses is the
+            loss of all rows, and so are the gradients that DistributedDataParallel and FSDP2 average. A ``normalizer``
+            overrides it; in a run of one process it does nothing.
         inplace: write the gradient over ``student_logits``, which saves one buffer of their size. They must not be used
             afterwards, and backward runs once.
         return_stats: also return a :class:`DistillStats` from the same pass.
@@ -209,7 +219,8 @@ def distillation_loss(
         if return_stats:
             raise ArgumentError(f"{OP}: return_stats=True needs the teacher's logits, got a top-k record")
         return sparse_distillation_loss(
-            student_logits, teacher_logits, target, sample_weight, normalizer, options, inplace=inplace, backend=backend
+            student_logits, teacher_logits, target, sample_weight, normalizer, options, inplace=inplace,
+            backend=backend, count_group=count_group,
         )  # fmt: skip
     check_tensors(student_logits, teacher_logits, target, sample_weight, normalizer, options)
     shape = student_logits.shape
@@ -220,6 +231,7 @@ def distillation_loss(
         target = flat_labels(target)
         if not is_on(options.hard_weight):
             target, options = as_mask(OP, shape[-1], target, sample_weight, options)
+    normalizer = divisor_over(OP, count_group, normalizer, student_logits, target, sample_weight, shape[-1], options)
 
     if backend != "reference" and seen_by_dispatcher(student_logits, teacher_logits, target, sample_weight):
         # inplace is a permission: whoever traces plans the memory.

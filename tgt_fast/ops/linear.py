@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from tgt_fast.kernels import select
 from tgt_fast.kernels.late import beside, is_on
 from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, DistillStats, LinearOptions, LinearTensors
 from tgt_fast.kernels.reference import linear as reference_linear
-from tgt_fast.kernels.reference.linear import record_of
+from tgt_fast.kernels.reference.linear import record_of, vocabulary_of
 from tgt_fast.ops import _checks
 from tgt_fast.ops._adapters import warn_of_adapters
 from tgt_fast.ops._distill_arguments import as_mask, flat_labels, make_options
@@ -31,6 +31,7 @@ from tgt_fast.ops._linear_library import linear_distillation_loss as linear_dist
 from tgt_fast.ops._packing import packed
 from tgt_fast.ops._sparse_library import warn_where_small
 from tgt_fast.ops._sparse_record import TeacherTopK, check_where_asked
+from tgt_fast.ops.counts import divisor_over
 from tgt_fast.ops.library import seen_by_dispatcher, split, without_autocast
 
 
@@ -64,6 +65,7 @@ def linear_distillation_loss(
     unlabeled_index: int = ...,
     reduction: str = ...,
     normalizer: float | Tensor | None = ...,
+    count_group: Any = ...,
     memory_budget: int | None = ...,
     return_stats: Literal[False] = ...,
     backend: str = ...,
@@ -98,6 +100,7 @@ def linear_distillation_loss(
     unlabeled_index: int = ...,
     reduction: str = ...,
     normalizer: float | Tensor | None = ...,
+    count_group: Any = ...,
     memory_budget: int | None = ...,
     return_stats: Literal[True],
     backend: str = ...,
@@ -132,6 +135,7 @@ def linear_distillation_loss(
     unlabeled_index: int = ...,
     reduction: str = ...,
     normalizer: float | Tensor | None = ...,
+    count_group: Any = ...,
     memory_budget: int | None = ...,
     return_stats: bool = ...,
     backend: str = ...,
@@ -166,6 +170,7 @@ def linear_distillation_loss(
     unlabeled_index: int = -1,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    count_group: Any = None,
     memory_budget: int | None = None,
     return_stats: bool = False,
     backend: str = "auto",
@@ -201,8 +206,8 @@ def linear_distillation_loss(
             one side lacks gets no probability on either side. Not together with ``vocab_size``.
         vocab_mask: ``(Cs,)`` bool, False for classes to leave out besides.
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing, sample_weight,
-            ignore_index, unlabeled_index, reduction, normalizer: see :func:`tgt_fast.distillation_loss`; the rows are
-            those of ``student_hidden``.
+            ignore_index, unlabeled_index, reduction, normalizer, count_group: see
+            :func:`tgt_fast.distillation_loss`; the rows are those of ``student_hidden``.
         memory_budget: bytes of a chunk's logits and of what stands beside them; 64 MiB by default on a CPU, 2 GiB on a
             device. One row at least. Beside it a head of another dtype than the arithmetic's is widened, whole where
             that takes no more than as many bytes again, else in blocks of 8 MiB. The result hardly depends on it: the
@@ -285,6 +290,12 @@ def linear_distillation_loss(
         classes = student_weight.shape[0] if vocab_size is None else vocab_size
         mask, options = as_mask(OP, classes, tensors.target, tensors.sample_weight, options)
         tensors = tensors._replace(target=mask)
+    if count_group is not None:
+        shared = vocabulary_of(tensors, heads)
+        named = shared.without_missing(tensors.target, options.ignore_index)
+        normalizer = divisor_over(
+            OP, count_group, normalizer, tensors.student_hidden, named, tensors.sample_weight, shared.classes, options
+        )
     if backend != "reference" and seen_by_dispatcher(*tensors):
         loss, stats = run_dispatched(tensors, normalizer, heads, options, return_stats, backend)
     else:

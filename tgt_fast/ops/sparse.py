@@ -29,6 +29,7 @@ from tgt_fast.ops._packing import packed
 from tgt_fast.ops._sparse_library import Bound, check_entries, check_values, warn_where_small
 from tgt_fast.ops._sparse_library import sparse_distillation_loss as sparse_distillation_loss_op
 from tgt_fast.ops._sparse_record import TeacherTopK, check_options, check_where_asked
+from tgt_fast.ops.counts import divisor_over
 from tgt_fast.ops.library import seen_by_dispatcher, split
 
 # Logits that are looked at at once, of which a copy is made: on a CPU so few that the allocator gives the same memory
@@ -118,6 +119,7 @@ def sparse_distillation_loss(
     *,
     inplace: bool,
     backend: str,
+    count_group: Any = None,
 ) -> Tensor:
     """What :func:`tgt_fast.distillation_loss` does where a record stands in the place of the teacher's logits."""
     _check(student_logits, record, options)
@@ -129,6 +131,7 @@ def sparse_distillation_loss(
         target = flat_labels(target)
         if not is_on(options.hard_weight):
             target, options = as_mask(OP, shape[-1], target, sample_weight, options)
+    normalizer = divisor_over(OP, count_group, normalizer, student_logits, target, sample_weight, shape[-1], options)
     rest = record.rest()
     ids, log_probs = record.ids.reshape(-1, k).to(torch.int64), record.log_probs.reshape(-1, k)
     rest = None if rest is None else rest.reshape(-1)

@@ -151,14 +151,11 @@ def check_loader(op: str, loader: Any) -> None:
         raise ArgumentError(f"{op}: the loader must be something to iterate over, got one number")
 
 
-def checked_batches(op: str, batches: Any) -> list[Batch]:
-    """Batches that were read already."""
+def checked_batches(op: str, batches: Any, columns: Sequence[Any] | None = None) -> list[Batch]:
+    """Batches that were read already: by name, or as a loader gives them."""
     check_loader(op, batches)
-    found = list(batches)
-    for batch in found:
-        if not all(hasattr(batch, name) for name in Batch._fields):
-            raise ArgumentError(f"{op}: batches must be of {', '.join(Batch._fields)}, got {type(batch).__name__}")
-    return found
+    parts = Columns(op, columns)
+    return [batch if all(hasattr(batch, name) for name in Batch._fields) else parts.split(batch) for batch in batches]
 
 
 def _as_tensor(part: Any) -> Any:

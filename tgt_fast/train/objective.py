@@ -17,13 +17,14 @@ from tgt_fast.kernels.late import is_on
 from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.losses.distill import DistillationLoss
 from tgt_fast.ops import _checks
+from tgt_fast.ops.counts import counting_group, over_processes, weight_of_rows
 from tgt_fast.ops.distill import distillation_loss
 from tgt_fast.teacher import Teacher, tree
 from tgt_fast.teacher.batches import Batch, checked_batches
 from tgt_fast.teacher.sharing import warn_of_shared
 
 if TYPE_CHECKING:
-    from tgt_fast.explore import LatentSampler
+    from tgt_fast.explore import LatentSampler, Synthetic
 
 
 class Parts(TypedDict):
@@ -59,9 +60,13 @@ class TGTObjective:
         loss: l_d and the hard term, with reduction "mean";
             ``DistillationLoss(temperature=2.0, hard_weight=1.0)`` by default.
         synthetic_weight: factor of the third term, >= 0. With 0 the sampler is not called.
+        count_group: None; or "world", or a process group of ``torch.distributed``, over which n and m are counted, both
+            in one ``all_reduce`` a call: what DistributedDataParallel and FSDP2 average is then the gradient of the one
+            R(f) of all processes, and the mean of their losses is R(f). By default that of ``loss``. :func:`fit` sets
+            "world" by itself.
 
-    ``teacher``, ``sampler``, ``loss``, its settings and ``synthetic_weight`` are attributes that can be changed between
-    calls; the next call goes by what they are then.
+    ``teacher``, ``sampler``, ``loss``, its settings, ``synthetic_weight`` and ``count_group`` are attributes that can
+    be changed between calls; the next call goes by what they are then.
 
     Raises:
         ArgumentError: a teacher that is no :class:`Teacher`, a loss with another reduction or with ``return_stats``, a
@@ -86,13 +91,16 @@ class TGTObjective:
         *,
         loss: DistillationLoss | None = None,
         synthetic_weight: float = 1.0,
+        count_group: Any = None,
     ) -> None:
         self.teacher = teacher
         self.sampler = sampler
         self.loss = DistillationLoss(temperature=2.0, hard_weight=1.0) if loss is None else loss
         self.synthetic_weight = synthetic_weight
+        self.count_group = count_group
         self._met: int | None = None  # the student that was last looked at
         self._options()
+        self._group()
 
     def _options(self) -> DistillOptions:
         """Those of the loss; at each call, as any setting may have been changed since the last one."""
@@ -142,7 +150,7 @@ class TGTObjective:
                 consists of several calls.
             sample_weight: (n, ...) weights of the real rows.
             normalizer: replaces n, the number (or total weight) of counted real rows, where several calls
-                make one step; see :meth:`normalizers`.
+                make one step, and what the processes of ``count_group`` count; see :meth:`normalizers`.
             synthetic_normalizer: likewise replaces m, the number of synthetic rows.
             occurrence: (n,) int64, for the sampler: which copy of its id each row is, where calls of one step hold
                 copies of one example; see :meth:`occurrences`.
@@ -166,37 +174,83 @@ class TGTObjective:
             teacher_logits = self.teacher.label(x)
         with named_range("student"):
             logits = logits_of("TGTObjective", student, self.teacher.student_view(x))
-        with named_range("loss"):
-            loss, hard = self._real(options, logits, teacher_logits, y, sample_weight, normalizer)
+        group = self._group()
+        real = None
+        if group is None:  # at once, which may give the logits' memory back
+            with named_range("loss"):
+                real = self._real(options, logits, teacher_logits, y, sample_weight, normalizer)
+        made = self._explored(student, x, sample_ids, step, occurrence)
+        if made is not None:
+            with named_range("student (synthetic)"):
+                synthetic_logits = logits_of("TGTObjective", student, self.teacher.student_view(made.x))
+        if real is None:
+            drawn = None if made is None else synthetic_logits
+            counts = self._counts(options, group, logits, y, sample_weight, drawn, normalizer, synthetic_normalizer)
+            normalizer, synthetic_normalizer = counts
+            with named_range("loss"):
+                real = self._real(options, logits, teacher_logits, y, sample_weight, normalizer)
+        loss, hard = real
         soft = loss.detach() - hard
         synthetic = torch.zeros_like(soft)
-        if self.sampler is not None and is_on(self.synthetic_weight):
-            copies = {} if occurrence is None else {"occurrence": occurrence}
-            made = self.sampler(x, student=student, sample_ids=sample_ids, step=step, **copies)
-            with named_range("student (synthetic)"):
-                logits = logits_of("TGTObjective", student, self.teacher.student_view(made.x))
+        if made is not None:
             with named_range("loss (synthetic)"):
-                term = self.synthetic_weight * self._soft(logits, made.teacher_logits, None, synthetic_normalizer)
+                term = self._soft(synthetic_logits, made.teacher_logits, None, synthetic_normalizer)
+                term = self.synthetic_weight * term
             loss, synthetic = loss + term, term.detach()
         return {"loss": loss, "parts": {"hard": hard, "soft": soft, "synthetic": synthetic}}
 
-    def normalizers(self, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    def _group(self) -> Any:
+        """The processes that count together, if there are several."""
+        own = self.count_group
+        return counting_group("TGTObjective", getattr(self.loss, "count_group", None) if own is None else own)
+
+    def _explored(
+        self, student: Callable[[Any], Tensor], x: Any, sample_ids: Tensor | None, step: Any, occurrence: Tensor | None
+    ) -> Synthetic | None:
+        if self.sampler is None or not is_on(self.synthetic_weight):
+            return None
+        copies = {} if occurrence is None else {"occurrence": occurrence}
+        return self.sampler(x, student=student, sample_ids=sample_ids, step=step, **copies)
+
+    def _counts(
+        self, options: DistillOptions, group: Any, logits: Tensor, y: Tensor | None, sample_weight: Tensor | None,
+        synthetic: Tensor | None, n: float | Tensor | None, m: float | Tensor | None,
+    ) -> tuple[float | Tensor | None, float | Tensor | None]:  # fmt: skip
+        """n and m, where they are not given, of the rows of all processes divided by their number."""
+        device, rows = logits.device, logits.shape[:-1]
+        mine: list[Tensor] = []
+        if n is None:
+            # What does not fit the rows is refused by the loss, after the processes have met.
+            target = y if isinstance(y, Tensor) and y.shape == rows else None
+            weight = sample_weight if isinstance(sample_weight, Tensor) and sample_weight.shape == rows else None
+            mine.append(weight_of_rows(rows, device, target, weight, logits.shape[-1], options))
+        if m is None and synthetic is not None:
+            mine.append(weight_of_rows(synthetic.shape[:-1], device, None, None, synthetic.shape[-1], options))
+        counted = list(over_processes(group, *mine)) if mine else []
+        if n is None:
+            n = counted.pop(0)
+        return n, counted[0] if counted else m
+
+    def normalizers(self, batches: Iterable[Any], *, columns: Sequence[Any] | None = None) -> tuple[Tensor, Tensor]:
         """(n, m) over the micro-batches of one step: its counted real rows, and its synthetic rows.
 
         With them, k calls whose losses are added up equal one call on all the examples, however the valid
-        rows are spread. In a data parallel run, which averages gradients, sum them over the processes and
-        divide by the number of processes. Rows are counted by labels, or by examples: for logits (n, ..., C)
-        without labels, and for synthetic rows of such logits, pass counts of your own.
+        rows are spread. With a ``count_group`` they are those of all its processes, divided by their number, in one
+        ``all_reduce``: what data parallel training averages is then the gradient of the whole. Rows are counted by
+        labels, or by examples: for logits (n, ..., C) without labels, and for synthetic rows of such logits, pass
+        counts of your own.
 
         Args:
-            batches: the micro-batches; ``y`` may be None.
+            batches: the micro-batches, as a loader gives them; a batch need not have labels.
+            columns: ``(ids, x, y)``, where they are in a batch, as for :func:`fit`.
 
         Returns:
-            Two 0-d float32 tensors on the device of the examples, made without reading anything from it.
+            Two 0-d float32 tensors (float64 for a ``count_group``) on the device of the examples, made without reading
+            anything from it.
         """
         counts: list[Tensor] = []
         examples = 0
-        for batch in checked_batches("TGTObjective", batches):
+        for batch in checked_batches("TGTObjective", batches, columns):
             rows = tree.batch_size(batch.x)
             examples += rows
             if batch.y is None:
@@ -205,8 +259,13 @@ class TGTObjective:
                 counts.append((batch.y != self.loss.options.ignore_index).sum())
         if not counts:
             raise ArgumentError("TGTObjective: normalizers needs a batch at least")
-        real = torch.stack(counts).sum().to(torch.float32)
-        return real, torch.full_like(real, examples * (1 if self.sampler is None else self.sampler.options.replicas))
+        real = torch.stack(counts).sum()
+        made = torch.full_like(real, examples * (1 if self.sampler is None else self.sampler.options.replicas))
+        group = self._group()
+        if group is None:
+            return real.to(torch.float32), made.to(torch.float32)
+        n, m = over_processes(group, real.double(), made.double())
+        return n, m
 
     def occurrences(self, batches: Sequence[Batch]) -> list[Tensor | None]:
         """For each micro-batch of one step the ``occurrence`` of its rows, counted over all of them.

@@ -1,0 +1,79 @@
+"""The divisor of a mean whose rows are spread over processes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from tgt_fast.errors import ArgumentError
+from tgt_fast.kernels.late import is_on
+from tgt_fast.kernels.options import DistillOptions, LinearTensors
+from tgt_fast.kernels.reference.linear import row_weights
+from tgt_fast.ops._distill_arguments import flat_labels, mask_of
+
+WORLD: Final = "world"
+
+
+def counting_group(op: str, group: Any) -> Any:
+    """The process group that ``count_group`` names; None where there is nobody to count with.
+
+    Raises:
+        ArgumentError: it is neither None, "world" nor a process group.
+    """
+    if group is None:
+        return None
+    distributed = torch.distributed
+    there = distributed.is_available()
+    if isinstance(group, str) and group == WORLD:
+        # A program that is written for many processes runs in one, too.
+        group = distributed.group.WORLD if there and distributed.is_initialized() else None
+    elif not (there and isinstance(group, distributed.ProcessGroup)):
+        raise ArgumentError(f"{op}: count_group must be None, 'world' or a process group, got {group!r:.200}")
+    return None if group is None or distributed.get_world_size(group) == 1 else group
+
+
+def weight_of_rows(
+    shape: tuple[int, ...], device: torch.device, target: Tensor | None, sample_weight: Tensor | None, classes: int,
+    options: DistillOptions,
+) -> Tensor:  # fmt: skip
+    """What ``"mean"`` divides by in this process: the weights of the rows that count, or their number. 0-d float64."""
+    rows = math.prod(shape)
+    if target is not None:
+        target = flat_labels(target)
+        if not is_on(options.hard_weight):
+            target, options = mask_of(target, options)
+    weight = None if sample_weight is None else sample_weight.reshape(-1)
+    nothing = torch.empty(rows, 0, device=device)
+    tensors = LinearTensors(nothing, nothing, None, nothing, None, None, target=target, sample_weight=weight)
+    weights = row_weights(tensors, target, classes, None, options)
+    return torch.full((), rows, dtype=torch.float64, device=device) if weights is None else weights.sum()
+
+
+def over_processes(group: Any, *mine: Tensor) -> tuple[Tensor, ...]:
+    """``sum over processes / their number`` of 0-d tensors, all in one all-reduce.
+
+    Each process then divides by its share of the whole: the mean of their losses, and of their gradients, which is
+    what data parallel training takes, is that of the whole.
+    """
+    total = torch.stack(mine)
+    torch.distributed.all_reduce(total, group=group)
+    return (total / torch.distributed.get_world_size(group)).unbind()
+
+
+def divisor_over(
+    op: str, count_group: Any, normalizer: Any, student: Tensor, target: Tensor | None, sample_weight: Tensor | None,
+    classes: int, options: DistillOptions,
+) -> Any:  # fmt: skip
+    """The normalizer of a loss: what was given, else that of the group's rows, else None. ``student`` is [..., any]."""
+    if count_group is None:
+        return normalizer
+    group = counting_group(op, count_group)
+    if options.reduction != "mean":
+        raise ArgumentError(f"{op}: count_group counts the divisor of 'mean', but reduction is {options.reduction!r}")
+    if group is None or normalizer is not None:
+        return normalizer
+    mine = weight_of_rows(student.shape[:-1], student.device, target, sample_weight, classes, options)
+    return over_processes(group, mine)[0]
