@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +16,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = cores // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
+import covering
 import emulated_gpu
 import hypothesis
 import pytest
@@ -36,7 +35,7 @@ from tgt_fast.kernels.native import cuda
 REQUIRE_NATIVE = os.environ.get("TGT_FAST_REQUIRE_NATIVE") == "1"
 REQUIRE_CUDA = os.environ.get("TGT_FAST_REQUIRE_CUDA") == "1"
 
-# They test formulas of autograd that all compiled backends share, by hundreds of calls.
+# They test formulas of autograd that all compiled backends share, by hundreds of calls: too many for an interpreter.
 OF_THE_OPS_ALONE = {"test_gradcheck_in_float64", "test_the_sphere_can_be_differentiated_twice"}
 
 hypothesis.settings.register_profile("dev", deadline=None)
@@ -84,32 +83,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Triton's interpreter takes milliseconds for what takes microseconds: of large grids it runs a part.
-
-    A test with many parameters keeps a quarter of them, those whose names have a suitable checksum. The variable
-    TGT_FAST_TRITON_GRID=full keeps all.
-    """
-    if os.environ.get("TGT_FAST_TRITON_GRID") == "full":
-        return
-    sets = Counter(item.nodeid.partition("[")[0] for item in items if _interprets(item))
-    dropped = [
-        item
-        for item in items
-        if _interprets(item)
-        and (
-            item.name.partition("[")[0] in OF_THE_OPS_ALONE
-            or (sets[item.nodeid.partition("[")[0]] > 8 and zlib.crc32(item.nodeid.partition("[")[2].encode()) % 4)
-        )
-    ]
+    """Leaves out what Triton has no kernels for, and what the grids do without."""
+    dropped = {item for item in items if _interprets(item) and _not_for_triton(item)}
+    dropped |= set(covering.thin([item for item in items if item not in dropped]))
     if dropped:
-        config.hook.pytest_deselected(items=dropped)
-        gone = set(dropped)
-        items[:] = [item for item in items if item not in gone]
+        config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+        items[:] = [item for item in items if item not in dropped]
 
 
 def _interprets(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
     return callspec is not None and callspec.params.get("backend") == "triton"
+
+
+def _not_for_triton(item: pytest.Item) -> bool:
+    return item.get_closest_marker("records") is not None or item.name.partition("[")[0] in OF_THE_OPS_ALONE
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -219,11 +207,15 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
-def compiled_for_records(request: pytest.FixtureRequest) -> None:
-    """Skips what asks for a backend without kernels for top-k records."""
-    callspec = getattr(request.node, "callspec", None)
-    if callspec is not None and callspec.params.get("backend") == "triton":
-        pytest.skip("Triton has no kernels for records")
+def none_chosen(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The value of ``backend`` for a call that is refused whatever runs it: it must not come to the choice."""
+
+    def choose(op: str, backend: str, tensors: object) -> str:
+        select.requested(backend)  # refuses names of no backend
+        raise AssertionError("the call was not refused before a backend was chosen")
+
+    monkeypatch.setattr(select, "choose", choose)
+    return "auto"
 
 
 @pytest.fixture(params=["formula", "native", "reference rows"])

@@ -123,27 +123,27 @@ VALUES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), SHAPES, ids=lambda value: value if isinstance(value, str) else "")
-def test_shapes_that_do_not_fit(backend: str, changes: dict[str, Any], message: str) -> None:
+def test_shapes_that_do_not_fit(none_chosen: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ShapeError, match=f"distillation_loss.*{message}"):
-        call(backend, **changes)
+        call(none_chosen, **changes)
 
 
 @pytest.mark.parametrize(("changes", "message"), DTYPES, ids=lambda value: value if isinstance(value, str) else "")
-def test_dtypes_that_are_not_taken(backend: str, changes: dict[str, Any], message: str) -> None:
+def test_dtypes_that_are_not_taken(none_chosen: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DTypeError, match=f"distillation_loss.*{message}"):
-        call(backend, **changes)
+        call(none_chosen, **changes)
 
 
 @pytest.mark.parametrize(("changes", "message"), ARGUMENTS, ids=lambda value: value if isinstance(value, str) else "")
-def test_options_out_of_range_or_in_contradiction(backend: str, changes: dict[str, Any], message: str) -> None:
+def test_options_out_of_range_or_in_contradiction(none_chosen: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        call(backend, **changes)
+        call(none_chosen, **changes)
 
 
 @pytest.mark.parametrize(("changes", "message"), KINDS, ids=lambda value: value if isinstance(value, str) else "")
-def test_tensors_of_another_kind(backend: str, changes: dict[str, Any], message: str) -> None:
+def test_tensors_of_another_kind(none_chosen: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DTypeError, match=message):
-        call(backend, **changes)
+        call(none_chosen, **changes)
 
 
 @pytest.mark.parametrize(("changes", "message"), VALUES, ids=lambda value: value if isinstance(value, str) else "")
@@ -162,18 +162,18 @@ def test_values_that_only_the_data_shows(host_backend: str, changes: dict[str, A
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_tensors_on_two_devices(backend: str, changes: dict[str, Any]) -> None:
+def test_tensors_on_two_devices(none_chosen: str, changes: dict[str, Any]) -> None:
     with pytest.raises(DeviceError, match=r"meta.*cpu|cpu.*meta"):
-        call(backend, **changes)
+        call(none_chosen, **changes)
 
 
-def test_errors_are_also_what_pytorch_users_catch(backend: str) -> None:
+def test_errors_are_also_what_pytorch_users_catch(none_chosen: str) -> None:
     with pytest.raises(ValueError):
-        call(backend, temperature=0.0)
+        call(none_chosen, temperature=0.0)
     with pytest.raises(TypeError):
-        call(backend, student_logits=S.long())
+        call(none_chosen, student_logits=S.long())
     with pytest.raises(TgtError):
-        call(backend, teacher_logits=T[:, :3])
+        call(none_chosen, teacher_logits=T[:, :3])
 
 
 def test_a_backend_asked_for_by_name_that_cannot_run_says_why(native: str) -> None:

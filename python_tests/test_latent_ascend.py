@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -49,14 +50,14 @@ def test_every_direction_size_and_dtype(backend: str, norm: str, size: int, dtyp
     assert_like_truth(out, expected(z, grad, **options))
 
 
+@pytest.mark.meet(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("radius_norm", RADIUS_NORMS)
+@pytest.mark.parametrize(("radius_norm", "radius"), [(None, None), *itertools.product(RADIUS_NORMS, (0.2, 50.0))])
 @pytest.mark.parametrize("norm", STEP_NORMS)
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("sigma", [0.0, 0.3])
-@pytest.mark.parametrize("radius", [None, 0.2, 50.0])
 def test_step_noise_and_projection_together(
-    backend: str, radius: float | None, sigma: float, scaled: bool, norm: str, radius_norm: str, dtype: torch.dtype
+    backend: str, sigma: float, scaled: bool, norm: str, radius_norm: str, radius: float | None, dtype: torch.dtype
 ) -> None:
     shape = (5, 3, 11)
     z, grad = values(shape, 0, dtype), values(shape, 1, dtype)
@@ -313,8 +314,8 @@ ERRORS: list[tuple[type[Exception], dict[str, Any], str]] = [
 @pytest.mark.parametrize(
     ("error", "changes", "message"), ERRORS, ids=lambda value: str(value) if isinstance(value, dict) else ""
 )
-def test_bad_input_is_named(backend: str, error: type[Exception], changes: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"z": Z, "grad": Z, "step_size": 0.5, "backend": backend, **changes}
+def test_bad_input_is_named(none_chosen: str, error: type[Exception], changes: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"z": Z, "grad": Z, "step_size": 0.5, "backend": none_chosen, **changes}
     with pytest.raises(error, match=f"ascend_latents.*{message}"):
         tgt.ascend_latents(**arguments)
 
@@ -330,8 +331,8 @@ def test_bad_input_is_named(backend: str, error: type[Exception], changes: dict[
         ("sigma", torch.tensor([-0.1, 1.0])),
     ],
 )
-def test_tensor_options_out_of_range_are_errors(backend: str, name: str, value: Tensor) -> None:
+def test_tensor_options_out_of_range_are_errors(none_chosen: str, name: str, value: Tensor) -> None:
     z = torch.zeros(2, 3)
     options = {"step_size": 1.0, "anchor": z, "radius": 1.0, name: value}
     with pytest.raises(ArgumentError, match=f"{name} must be finite"):
-        tgt.ascend_latents(z, z, **options, backend=backend)
+        tgt.ascend_latents(z, z, **options, backend=none_chosen)

@@ -191,6 +191,7 @@ def test_no_rows(way: str, reduction: str) -> None:
     assert all(not grad.any() for grad in found.grads.values())
 
 
+@pytest.mark.records
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -198,8 +199,6 @@ def test_backward_twice_and_inputs_as_they_were(
     backend: str, reduction: str, dtype: torch.dtype, softcap: float | None
 ) -> None:
     """Gradients made in place must not reach what the caller holds, nor be scaled twice over one graph."""
-    if backend == "triton":
-        pytest.skip("Triton has no kernels for records")
     case = recorded(dtype=dtype, student=(2.0, softcap))
     assert case.record is not None
     t = {name: case.tensors[name].requires_grad_() for name in STUDENT}  # type: ignore[union-attr]

@@ -203,13 +203,13 @@ def test_no_global_random_state_is_read_or_written(backend: str) -> None:
 
 
 @pytest.mark.parametrize("ids", [[-1], [2**48], [0, 2**50]])
-def test_ids_out_of_range_are_errors(backend: str, ids: list[int]) -> None:
+def test_ids_out_of_range_are_errors(none_chosen: str, ids: list[int]) -> None:
     with pytest.raises(ArgumentError, match=str(ids[-1])):
-        noise(backend, len(ids), 4, sample_ids=torch.tensor(ids))
+        noise(none_chosen, len(ids), 4, sample_ids=torch.tensor(ids))
 
 
 @pytest.mark.parametrize("key", [{"step": -1}, {"step": 2**28}, {"replica": -1}, {"replica": 2**16}])
-def test_step_and_replica_out_of_range_are_errors(backend: str, key: dict[str, int]) -> None:
+def test_step_and_replica_out_of_range_are_errors(none_chosen: str, key: dict[str, int]) -> None:
     (value,) = key.values()
     with pytest.raises(ArgumentError, match=str(value)):
-        noise(backend, 1, 4, **key)
+        noise(none_chosen, 1, 4, **key)

@@ -20,7 +20,7 @@ import tgt_fast as tgt
 from tgt_fast import TeacherTopK
 from tgt_fast.kernels.options import SPARSE_DIVERGENCES, TAILS
 
-pytestmark = pytest.mark.usefixtures("compiled_for_records")
+pytestmark = pytest.mark.records
 
 # The meaning
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import tgt_fast as tgt
 from tgt_fast import TeacherTopK
 
-pytestmark = pytest.mark.usefixtures("compiled_for_records")
+pytestmark = pytest.mark.records
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
