@@ -96,6 +96,13 @@ class PoolBuilder:
             for kept, given in ((self._labels, labels), (self._ids, ids)):
                 kept.append(given.to(latents.z.device)[keep.to(latents.z.device)])
 
+    def parts(self) -> list[tuple[Latents, Tensor, Tensor]]:
+        """What was kept: latents, labels and ids, on the CPU."""
+        return [
+            (tree.map_batched(lambda leaf: leaf.cpu(), latents), labels.cpu(), ids.cpu())
+            for latents, labels, ids in zip(self._latents, self._labels, self._ids, strict=True)
+        ]
+
     def build(self) -> AnchorPool:
         if not self._latents:
             raise ArgumentError("calibrate: the loader gave no examples")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
-from tgt_fast.teacher import Latents, Teacher
+from tgt_fast.explore.anchors import PoolBuilder
+from tgt_fast.explore.processes import of_all_processes
+from tgt_fast.teacher import Latents, Teacher, tree
+from tgt_fast.teacher.batches import Columns, check_loader, split_batches
 
 
 class StreamingStd:
@@ -32,18 +36,29 @@ class StreamingStd:
             mask = latents.mask
             dims += [i for i in range(1, mask.ndim) if mask.shape[i] > 1 or z.shape[i] == 1]
             z = torch.where(latents.real, z, 0.0)  # whatever padding holds, 0 * NaN included
-        if self._count is not None:
-            pooled = [1 if i in dims else n for i, n in enumerate(z.shape)][1:]
-            if list(self._count.shape) != pooled:
-                raise ShapeError(
-                    f"calibrate: latents of shape {pooled} after latents of shape {list(self._count.shape)}"
-                )
         count = real.sum(dims, keepdim=True)[0]
         mean = (z * real).sum(dims, keepdim=True)[0] / count.clamp(min=1)
         squares = ((z - mean).square() * real).sum(dims, keepdim=True)[0]
+        self.add((count, mean, squares))
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Number, mean and sum of squared deviations, on the CPU; None of no examples."""
+        if self._count is None:
+            return None
+        return self._count.cpu(), self._mean.cpu(), self._squares.cpu()
+
+    def add(self, moments: tuple[Tensor, Tensor, Tensor] | None) -> None:
+        """Those of other examples."""
+        if moments is None:
+            return
+        count, mean, squares = moments
         if self._count is None:
             self._count, self._mean, self._squares = count, mean, squares
             return
+        if self._count.shape != count.shape:
+            raise ShapeError(
+                f"calibrate: latents of shape {list(count.shape)} after latents of shape {list(self._count.shape)}"
+            )
         total = self._count + count
         gap = mean - self._mean
         share = count / total.clamp(min=1)
@@ -73,6 +88,45 @@ class StreamingStd:
                 'measure in; calibrate with more data, or use units="absolute"'
             )
         return std
+
+
+def measure(
+    teacher: Teacher, loader: Iterable[Any], columns: Sequence[Any] | None, per_class: int | None, *, padding: bool
+) -> tuple[StreamingStd, PoolBuilder | None]:
+    """The moments of a loader's latents and, with ``per_class``, balanced anchors."""
+    std, pool = StreamingStd(), None if per_class is None else PoolBuilder(per_class)
+    parts = Columns("calibrate", columns)
+    check_loader("calibrate", loader)
+    for (ids, x, y), kept in split_batches(loader, parts, padding=padding):
+        if kept is not None:
+            ids, x, y = (tree.map_batched(lambda leaf, kept=kept: leaf[:kept], one) for one in (ids, x, y))  # type: ignore[misc]
+        if kept == 0:
+            continue
+        if teacher.device is not None:
+            x = tree.map_batched(lambda leaf: leaf.to(teacher.device), x)
+        latents = teacher.encode(x)
+        std.update(latents)
+        if pool is not None:
+            pool.add(latents, labels_of(teacher, x, y), ids)
+    return std, pool
+
+
+def measure_together(
+    group: Any, teacher: Teacher, loader: Iterable[Any], columns: Sequence[Any] | None, per_class: int | None
+) -> tuple[StreamingStd, PoolBuilder | None]:
+    """The same of the loaders of all processes, in the order of their ranks: equal to the bit in each."""
+
+    def of_this() -> Any:
+        std, pool = measure(teacher, loader, columns, per_class, padding=False)
+        return std.moments(), None if pool is None else pool.parts()
+
+    std, pool = StreamingStd(), None if per_class is None else PoolBuilder(per_class)
+    for moments, kept in of_all_processes("calibrate", group, of_this):
+        std.add(moments)
+        for latents, labels, ids in kept or ():
+            assert pool is not None
+            pool.add(latents, labels, ids)
+    return std, pool
 
 
 @torch.no_grad()

@@ -46,6 +46,8 @@ def visit_chains(
     keys = [host.of_replica(replica) for replica in range(options.replicas)]
     by_replica = [_chains_of(k) for k in keys]
     chains = [chain for some in by_replica for chain in some]
+    bank.take_in(chains)
+    bank.watch.begun([chain for chain in chains if chain not in bank])
     fresh = torch.stack([_starts_anew(bank, k, c, options) for k, c in zip(keys, by_replica, strict=True)])  # [m, B]
     encoded: Latents | None = None
     places = torch.cumsum(fresh.any(0), 0) - 1  # [B], an example's row among the encoded ones

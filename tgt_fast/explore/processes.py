@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from tgt_fast.errors import ArgumentError
+from tgt_fast.ops.counts import counting_group
 
 _NUMBERS: Final = 64  # of a scale, that are compared between processes
 _CLOSE: Final = 1e-3  # relative; what the same data may differ by on two devices is far less, on two shards more
@@ -16,17 +21,24 @@ _ONE: Final = (
     "so that sigma, step_size and radius mean other lengths on each; give every process the same data, or load one "
     "process's state into the others"
 )
+_CHAIN_ID: Final = (1 << 48) - 1  # of a chain's key, the sample id
+_WATCHED, _ASKED = 256, 4096  # chains of a bank that others can find, and that it looks for itself
+_watched = itertools.count()
 _calibrated = itertools.count()  # so that the calls of a program that all processes run find each other
+
+
+# Whether every process saves the state that it makes, so that nothing is lost
+SAVED_BY_ALL: ContextVar[bool] = ContextVar("SAVED_BY_ALL", default=False)
 
 
 def warn_of_own_chains(place: tuple[int, int]) -> None:
     """As a state is made, in the first process: that it is not everybody's."""
     rank, world = place
-    if rank == 0 and world > 1:
+    if rank == 0 and world > 1 and not SAVED_BY_ALL.get():
         warnings.warn(
             f"LatentSampler: the chains in a state_dict() are those of this process, rank 0 of {world}, alone; save "
-            "every rank's own state and load it there. Where rank 0's is all that is saved, the others' chains are "
-            "lost and begin anew",
+            "every rank's own state and load it there, or one state_dict(group='world'), which every rank makes. "
+            "Where rank 0's is all that is saved, the others' chains are lost and begin anew",
             stacklevel=3,
         )
 
@@ -57,6 +69,75 @@ def warn_of_shards(loader: Any, scale: Tensor) -> None:
         if other is not None:
             message = f"LatentSampler: calibrate measured another scale in this process than in rank {other}, {_ONE}"
             warnings.warn(message, stacklevel=5)
+
+
+class ChainWatch:
+    """Notices that an example whose chain one process has comes to another one, which does not know it.
+
+    The first chains that begin are written down in the process group's store, where another process that begins one
+    looks for it; no process waits for another.
+    """
+
+    def __init__(self) -> None:
+        self._number: int | None = None  # of the bank, among those that a program which all processes run begins
+        self._watched, self._asked = _WATCHED, _ASKED
+
+    def begun(self, chains: list[int]) -> None:
+        distributed = torch.distributed
+        if not chains or not self._asked or not (distributed.is_available() and distributed.is_initialized()):
+            return
+        rank, world = distributed.get_rank(), distributed.get_world_size()
+        if world == 1:
+            return
+        if self._number is None:
+            self._number = next(_watched)
+        chains = chains[: self._asked]
+        self._asked -= len(chains)
+        try:
+            store = distributed.distributed_c10d._get_default_store()
+            for chain in chains:
+                key = f"tgt_fast/chain/{self._number}/{chain}"
+                if store.check([key]):
+                    other = int(store.get(key))
+                    if other != rank:
+                        self._asked = 0  # once
+                        self._warn(chain & _CHAIN_ID, other, rank)
+                        return
+                elif self._watched:
+                    store.set(key, str(rank))
+                    self._watched -= 1
+        except (RuntimeError, NotImplementedError, AttributeError):  # a store that cannot tell
+            self._asked = 0
+
+    @staticmethod
+    def _warn(sample_id: int, other: int, rank: int) -> None:
+        warnings.warn(
+            f"LatentSampler: sample id {sample_id}, whose chain is in rank {other}, came to rank {rank}: chains stay "
+            "in their process, so that one whose id moves starts there anew from Enc(x) + noise (or where a loaded "
+            "state left it); a sampler that gives each process the same examples every epoch keeps them going",
+            stacklevel=5,
+        )
+
+
+def of_all_processes(op: str, group: Any, work: Callable[[], Any]) -> list[Any]:
+    """What ``work`` gives in each process of the group, in the order of ranks; where it fails in one, all raise."""
+    group = counting_group(op, group, name="group")
+    if group is None:
+        return [work()]
+    failure: Exception | None = None
+    made = None
+    try:
+        made = work()
+    except Exception as error:
+        failure = error
+    found: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(found, (None if failure is None else f"{failure}", made), group=group)
+    if failure is not None:
+        raise failure
+    for rank, (failed, _) in enumerate(found):
+        if failed is not None:
+            raise ArgumentError(f"{op}: rank {rank} of the group failed: {failed}")
+    return [made for _, made in found]
 
 
 def _parts(loader: Any) -> int:

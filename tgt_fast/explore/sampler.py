@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tgt_fast._ranges import named_range
 from tgt_fast.errors import ArgumentError, ShapeError
-from tgt_fast.explore.anchors import AnchorPool, Anchors, PoolBuilder
-from tgt_fast.explore.bank import LatentBank
-from tgt_fast.explore.calibration import StreamingStd, labels_of
+from tgt_fast.explore.anchors import AnchorPool, Anchors
+from tgt_fast.explore.bank import LatentBank, latest
+from tgt_fast.explore.calibration import StreamingStd, measure, measure_together
 from tgt_fast.explore.compiled import CompiledExploration, examples
 from tgt_fast.explore.counters import Counters, seed_tensor
 from tgt_fast.explore.draws import decoded, with_noise
@@ -22,13 +22,13 @@ from tgt_fast.explore.gradient import checked_student, climb
 from tgt_fast.explore.options import Adjustable, SamplerOptions, checked_integer, fixed
 from tgt_fast.explore.persistent import visit_chains
 from tgt_fast.explore.prior import prior_latents
-from tgt_fast.explore.processes import warn_of_foreign_chains, warn_of_own_chains, warn_of_shards
+from tgt_fast.explore.processes import of_all_processes, warn_of_foreign_chains, warn_of_own_chains, warn_of_shards
 from tgt_fast.explore.state import SamplerState, checked_state
 from tgt_fast.explore.synthetic import Synthetic
 from tgt_fast.kernels.options import MAX_SAMPLE_ID
 from tgt_fast.ops._checks import flag, not_recorded
+from tgt_fast.ops.counts import counting_group
 from tgt_fast.teacher import Latents, Teacher, tree
-from tgt_fast.teacher.batches import Columns, check_loader
 from tgt_fast.teacher.key import Key
 
 
@@ -259,18 +259,27 @@ class LatentSampler(Adjustable):
     @torch.inference_mode(False)  # what is kept must be normal tensors, to serve in any mode later
     @torch.no_grad()
     def calibrate(
-        self, loader: Iterable[Any], *, per_class: int = 1024, columns: Sequence[Any] | None = None
+        self,
+        loader: Iterable[Any],
+        *,
+        per_class: int = 1024,
+        columns: Sequence[Any] | None = None,
+        group: Any = None,
     ) -> LatentSampler:
         """Measure ``scale``, the standard deviation of Enc(x) over a loader, and collect balanced anchors.
 
         Args:
             loader: batches ``x``, ``(x,)``, ``(x, y)`` or ``(ids, x, y)``. In data parallel runs give every
-                rank the same data, or load one rank's state, so that all measure in the same unit; what is seen
-                to be one rank's part of the data warns.
+                rank the same data, or its part of them and a ``group``, so that all measure in the same unit; what is
+                seen to be one rank's part of the data, without a group, warns.
             per_class: anchors kept a class, the first ones (balanced anchors only; class: y, or, where y is
                 missing or negative, the labeler's argmax; ``Synthetic.anchor_ids`` are the loader's ids, or, where it
                 gives none, places in it, counted from 0).
             columns: ``(ids, x, y)``, where they are in other batches, as for :func:`tgt_fast.fit`.
+            group: "world", or a process group of ``torch.distributed``, whose processes measure together, each on its
+                part of the data: the same ``scale`` to the bit on each, and balanced anchors of them all, those of the
+                first process first (their ids are then the loader's, or places in each one's part). Each process
+                calls, even with no data. Examples that a ``DistributedSampler`` repeats as padding are left out.
 
         Returns:
             The sampler itself.
@@ -280,31 +289,25 @@ class LatentSampler(Adjustable):
                 be read in more than one way.
         """
         per_class = checked_integer("per_class", per_class, 1, MAX_SAMPLE_ID)
-        std = StreamingStd()
-        pool = PoolBuilder(per_class) if self.options.anchors == "balanced" else None
-        device = self.teacher.device
-        parts = Columns("calibrate", columns)
-        check_loader("calibrate", loader)
-        for batch in loader:
-            ids, x, y = parts.split(batch)
-            if device is not None:
-                x = tree.map_batched(lambda leaf: leaf.to(device), x)
-            latents = self.teacher.encode(x)
-            std.update(latents)
-            if pool is not None:
-                pool.add(latents, labels_of(self.teacher, x, y), ids)
+        given = self.teacher, loader, columns, per_class if self.options.anchors == "balanced" else None
+        together = counting_group("calibrate", group, name="group")
+        if together is None:
+            std, pool = measure(*given, padding=True)
+        else:
+            std, pool = measure_together(together, *given)
         scale = std.result()
         self._pool = None if pool is None else pool.build()
         self.scale = scale
-        if self.options.needs_scale:
+        if self.options.needs_scale and together is None:
             warn_of_shards(loader, scale)
         return self
 
-    def state_dict(self) -> dict[str, Tensor | int]:
+    def state_dict(self, group: Any = None) -> dict[str, Tensor | int]:
         """What a resumed run needs to go on with the same numbers: tensors and ints, not the teacher's.
 
         In persistent mode the chains are this process's alone: with several, save every rank's state. The first one's
-        warns, as frameworks save that one alone.
+        warns, as frameworks save that one alone. With ``group="world"``, or a process group whose processes all call,
+        it holds the chains of all of them, on the CPU, the same in each; any number of processes can load it.
         """
         counters = self._counters
         state: dict[str, Tensor | int] = {"version": 1, **self.options.fingerprint(), "stride": counters.stride}
@@ -312,9 +315,15 @@ class LatentSampler(Adjustable):
             state[name] = getattr(counters, name).clone()
         if self.scale is not None:
             state["scale"] = self.scale.clone()
-        if len(self._bank):
+        together = counting_group("LatentSampler", group, name="group")
+        if together is not None:
+            if self.mode == "persistent":
+                state |= latest(of_all_processes("state_dict", together, self._bank.everything))
+        elif len(self._bank):
             warn_of_own_chains(counters.place)
             state |= {"rank": counters.place[0], "world_size": counters.place[1], **self._bank.state_dict()}
+        elif self.mode == "persistent":
+            state |= self._bank.state_dict()  # those that wait
         if self._pool is not None:
             state |= self._pool.state_dict()
         return state
@@ -322,7 +331,8 @@ class LatentSampler(Adjustable):
     @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
         """Take over a :meth:`state_dict`, the seed included; the options stay this sampler's (a schedule may have
-        changed its sigma, step size, steps or radius). Chains of another rank than this one warn.
+        changed its sigma, step size, steps or radius). Chains of another rank than this one warn; those of all ranks
+        wait until their id is met, in whichever process that is.
 
         Raises:
             CheckpointError: contents that are missing or foreign, or a sampler of another mode, units, norm or

@@ -16,6 +16,7 @@ from tgt_fast.teacher import Latents
 
 _COUNTERS: Final = ("seed", "step", "next_id")
 _BANK: Final = ("bank_chains", "bank_latents", "bank_mask", "bank_source", "bank_anchors")
+_WAITING: Final = tuple(name.replace("bank", "waiting") for name in _BANK)
 _PLACE: Final = ("rank", "world_size")
 _POOL: Final = ("pool_latents", "pool_mask", "pool_source", "pool_labels", "pool_ids")
 
@@ -67,7 +68,7 @@ def checked_state(state: Any, options: SamplerOptions) -> SamplerState:
         if not scale.is_floating_point() or not bool((scale.isfinite() & (scale >= 0)).all()):
             raise CheckpointError("LatentSampler: scale must hold finite standard deviations >= 0")
     bank = LatentBank(options.bank_size)
-    bank.load_state_dict({name: _tensor(state, name) for name in _BANK if name in state})
+    bank.load_state_dict({name: _tensor(state, name) for name in (*_BANK, *_WAITING) if name in state})
     seed, step, next_id = (state[name].clone() for name in _COUNTERS)
     place = (state["rank"], state["world_size"]) if placed else None
     return SamplerState(seed, step, next_id, state["stride"], scale, bank, place, _pool(state))
@@ -81,13 +82,15 @@ def _shown(name: str, saved: int) -> str:
 def _check_names(state: dict[str, Any], options: SamplerOptions) -> None:
     needed = {"version", "stride", *options.fingerprint(), *_COUNTERS}
     allowed = needed | {"scale"}
-    has_bank, has_pool = any(name in state for name in _BANK), any(name in state for name in _POOL)
+    has_pool = any(name in state for name in _POOL)
     if options.mode == "persistent":
-        allowed |= {*_BANK, *_PLACE}
+        allowed |= {*_BANK, *_WAITING, *_PLACE}
         if any(name in state for name in _PLACE):
             needed |= set(_PLACE)
-        if has_bank:
-            needed |= {"bank_chains", "bank_latents"} | ({"bank_anchors"} if options.radius is not None else set())
+        for kind, names in (("bank", _BANK), ("waiting", _WAITING)):
+            if any(name in state for name in names):
+                needed |= {f"{kind}_chains", f"{kind}_latents"}
+                needed |= {f"{kind}_anchors"} if options.radius is not None else set()
     if options.anchors == "balanced":
         allowed |= set(_POOL)
         if has_pool:

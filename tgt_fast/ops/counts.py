@@ -17,8 +17,8 @@ from tgt_fast.ops._distill_arguments import flat_labels, mask_of
 WORLD: Final = "world"
 
 
-def counting_group(op: str, group: Any) -> Any:
-    """The process group that ``count_group`` names; None where there is nobody to count with.
+def counting_group(op: str, group: Any, name: str = "count_group") -> Any:
+    """The process group that an argument names; None where there is nobody to count with.
 
     Raises:
         ArgumentError: it is neither None, "world" nor a process group.
@@ -31,7 +31,7 @@ def counting_group(op: str, group: Any) -> Any:
         # A program that is written for many processes runs in one, too.
         group = distributed.group.WORLD if there and distributed.is_initialized() else None
     elif not (there and isinstance(group, distributed.ProcessGroup)):
-        raise ArgumentError(f"{op}: count_group must be None, 'world' or a process group, got {group!r:.200}")
+        raise ArgumentError(f"{op}: {name} must be None, 'world' or a process group, got {group!r:.200}")
     return None if group is None or distributed.get_world_size(group) == 1 else group
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -156,6 +156,37 @@ def checked_batches(op: str, batches: Any, columns: Sequence[Any] | None = None)
     check_loader(op, batches)
     parts = Columns(op, columns)
     return [batch if all(hasattr(batch, name) for name in Batch._fields) else parts.split(batch) for batch in batches]
+
+
+def split_batches(loader: Iterable[Any], parts: Columns, *, padding: bool) -> Iterator[tuple[Batch, int | None]]:
+    """The batches of a loader, and how many of a batch's first examples count; None: all of them.
+
+    Without ``padding`` those do not that PyTorch's ``DistributedSampler`` repeats, at the end of a process's, so that
+    all processes have equally many.
+    """
+    left = None if padding else _own_examples(getattr(loader, "sampler", None))
+    for raw in loader:
+        batch = parts.split(raw)
+        if left is None:
+            yield batch, None
+            continue
+        size = tree.batch_size(batch.x)
+        yield batch, None if size <= left else left
+        left -= min(size, left)
+
+
+def _own_examples(sampler: Any) -> int | None:
+    """How many of a process's examples are no repetition; None: they all are, as far as is known."""
+    if not torch.distributed.is_available():
+        return None
+    from torch.utils.data.distributed import DistributedSampler
+
+    if not isinstance(sampler, DistributedSampler) or type(sampler).__iter__ is not DistributedSampler.__iter__:
+        return None
+    examples = len(sampler.dataset)  # type: ignore[arg-type]
+    if sampler.total_size <= examples:
+        return None
+    return len(range(sampler.rank, examples, sampler.num_replicas))
 
 
 def _as_tensor(part: Any) -> Any:
