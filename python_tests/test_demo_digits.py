@@ -269,14 +269,17 @@ def student(method: str, seed: int, accuracy: float, labels: int = 118) -> Stude
 def result_of(accuracies: dict[str, Sequence[float]], curve: Sequence[StudentResult] = ()) -> DemoResult:
     seeds = tuple(range(len(next(iter(accuracies.values())))))
     students = tuple(student(m, s, values[s]) for m, values in accuracies.items() for s in seeds)
-    return DemoResult(Settings(), seeds, tuple(data.class_counts()), (), students, (), tuple(curve), 1.0)
+    return DemoResult(
+        settings=Settings(), seeds=seeds, counts=tuple(data.class_counts()), teachers=(), students=students,
+        diagnostics=(), curve=tuple(curve), seconds=1.0,
+    )  # fmt: skip
 
 
 def test_findings_say_what_helped_and_what_did_not() -> None:
     accuracies: dict[str, Sequence[float]] = dict.fromkeys(METHODS, (80.0, 81.0))
     accuracies |= {"tgt-gradient": (90.0, 92.0), "tgt-random": (91.0, 91.5), "tgt-persistent": (85.0, 85.0)}
     result = result_of(accuracies)
-    assert result.lead == pytest.approx(10.5)
+    assert result.lead("tgt-gradient", "distillation").mean == pytest.approx(10.5)
     said = findings.findings(result)
     assert "gained 10.5 points, in each of 2 seeds" in said[0]
     by_start = {sentence.split(",")[0]: sentence for sentence in said}

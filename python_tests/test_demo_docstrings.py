@@ -15,7 +15,9 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 from tgt_fast import cli
+from tgt_fast.demos import command
 from tgt_fast.demos.artifacts import Artifacts
+from tgt_fast.demos.catalog import DEMOS, Demo
 from tgt_fast.demos.corpus import Corpus, Entry
 from tgt_fast.demos.docstrings import data, findings, models, page, pool, results, run, settings, teachers, tune
 from tgt_fast.demos.docstrings.methods import Labelled, train_student
@@ -252,23 +254,23 @@ def test_quick_settings_cap_the_texts() -> None:
 
 
 def test_a_missing_package_is_named_before_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from tgt_fast.demos.docstrings import command
-
     monkeypatch.setattr(run, "run_demo", lambda *a, **k: pytest.fail("the demo began to run"))
-    monkeypatch.setattr(command, "NEEDED", {"no_such_module": "some-package"})
+    demo = replace(DEMOS["docstrings"], packages={"no_such_module": "some-package"})
     with pytest.raises(TgtError, match=r"some-package: pip install 'tgt-fast\[text\]'"):
-        command.run_command(None, True, tmp_path / "r", None, False, None)  # type: ignore[arg-type]
+        command.run_command(demo, None, True, tmp_path / "r", None, None)  # type: ignore[arg-type]
 
 
 def test_the_command_line_reaches_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from tgt_fast.demos.docstrings import command
-
     given: list[object] = []
-    monkeypatch.setattr(command, "run_command", lambda *arguments: given.extend(arguments[:5]))
+
+    def take(demo: Demo, *arguments: object, cache: bool, **options: object) -> None:
+        given.extend((demo.name, *arguments[:4], cache))
+
+    monkeypatch.setattr(command, "run_command", take)
     out = str(tmp_path)
     line = ["demo", "docstrings", "--quick", "--seeds", "3,4", "--out", out, "--json", f"{out}/n.json", "--no-cache"]
     assert cli.main(line) == 0
-    assert given == [[3, 4], True, tmp_path, tmp_path / "n.json", False]
+    assert given == ["docstrings", [3, 4], True, tmp_path, tmp_path / "n.json", False]
     given.clear()
     assert cli.main(["demo", "docstrings"]) == 0
-    assert given == [None, False, Path("report"), None, True]
+    assert given == ["docstrings", None, False, Path("report"), None, True]

@@ -17,8 +17,9 @@ pytest.importorskip("transformers")
 
 from tgt_fast import cli
 from tgt_fast.demos.artifacts import Artifacts
+from tgt_fast.demos.catalog import DEMOS
 from tgt_fast.demos.corpus import Corpus, Entry
-from tgt_fast.demos.retrieval import command, data, findings, methods, page, results, run, settings, teachers, tune
+from tgt_fast.demos.retrieval import data, findings, methods, page, results, run, settings, teachers, tune
 from tgt_fast.demos.retrieval.data import Labelled, Vectors
 from tgt_fast.demos.retrieval.results import DemoResult
 from tgt_fast.demos.retrieval.settings import METHODS, Settings, StudentSettings
@@ -214,7 +215,7 @@ def test_the_command(
         asked.update(seeds=seeds, settings=chosen, **options)
         return tiny
 
-    monkeypatch.setattr(command, "NEEDED", {})
+    monkeypatch.setitem(DEMOS, "retrieval", replace(DEMOS["retrieval"], packages={}))
     monkeypatch.setattr(run, "run_demo", run_demo)
     file = tmp_path / "out.json"
     words = ["demo", "retrieval", "--quick", "--seeds", "1,0", "--out", str(tmp_path / "r"), "--json", str(file)]
@@ -226,7 +227,8 @@ def test_the_command(
     assert (tmp_path / "r" / "index.html").exists()
     assert asked["seeds"] == [1, 0]
     assert asked["settings"] == settings.quick(Settings())
-    monkeypatch.setattr(command, "NEEDED", {"a_package_that_does_not_exist": "nothing"})
+    lacking = {"a_package_that_does_not_exist": "nothing"}
+    monkeypatch.setitem(DEMOS, "retrieval", replace(DEMOS["retrieval"], packages=lacking))
     assert cli.main(["demo", "retrieval", "--out", str(tmp_path / "r")]) != 0
     assert "tgt-fast[text]" in capsys.readouterr().err
 

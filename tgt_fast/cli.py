@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tgt_fast import _interrupted
+from tgt_fast.demos.catalog import DEMOS, Demo
 from tgt_fast.errors import TgtError
 
 # Those of bench/nouns.py, which imports all that it measures
@@ -52,45 +53,8 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="a complete example on real data, with a report")
     demos = demo.add_subparsers(dest="demo", required=True, metavar="DEMO")
-    digits = demos.add_parser(
-        "digits",
-        help="a small student learns scikit-learn's digits from 118 labels (needs the [demo] extra)",
-        description="Train a teacher and, in seven ways, a student on scikit-learn's digits; write a report.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    _demo_options(digits, seeds="0,1,2; with --quick: 0", quick="one seed and fewer steps: less than a minute")
-    digits.add_argument("--curve", action="store_true", help="also train on fewer and on more labels")
-
-    lm = demos.add_parser(
-        "lm",
-        help="a one-layer language model learns from a four-layer one, without logits and from a cache (needs [demo])",
-        description="Pretrain a teacher on the standard library's source and docstrings, distil it into a student with "
-        "few and with much text, with and without a cache of the teacher's outputs; write a report.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    _demo_options(lm, seeds="0,1,2; with --quick: 0", quick="one seed and fewer steps: about a minute")
-
-    docstrings = demos.add_parser(
-        "docstrings",
-        help="a small transformer learns from 500 labelled documentation strings and from texts that a BART writes "
-        "(needs [text])",
-        description="Train a generator on the documentation strings of the installed packages, a head on a pretrained "
-        "sentence encoder and, in four ways, a student that tells subpackages apart; write a report.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    _demo_options(docstrings, seeds="0,1,2; with --quick: 0", quick="one seed and 3,000 texts: less than two minutes")
-    _cache_option(docstrings)
-
-    retrieval = demos.add_parser(
-        "retrieval",
-        help="a one-layer retriever learns from 200 pairs and from passages that a BART writes (needs [text])",
-        description="Train a generator on the documentation strings of the installed packages and, in four ways, an "
-        "encoder that finds the text a summary belongs to, with a pretrained sentence encoder as the teacher; write a "
-        "report.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    _demo_options(retrieval, seeds="0,1,2; with --quick: 0", quick="one seed and 3,000 texts: less than two minutes")
-    _cache_option(retrieval)
+    for one in DEMOS.values():
+        _add_demo(demos, one)
 
     bench = commands.add_parser(
         "bench",
@@ -142,24 +106,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _demo_options(demo: argparse.ArgumentParser, seeds: str, quick: str) -> None:
-    """What every demo takes. ``seeds``: those it runs by default; ``quick``: what --quick leaves out."""
-    demo.add_argument(
+def _add_demo(demos: argparse._SubParsersAction[argparse.ArgumentParser], demo: Demo) -> None:
+    parser = demos.add_parser(
+        demo.name,
+        help=demo.summary,
+        description=demo.description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
         "--seeds", type=_seeds, default=argparse.SUPPRESS, metavar="N,N,...",
-        help=f"the runs to average (default: {seeds})",
+        help="the runs to average (default: 0,1,2; with --quick: 0)",
     )  # fmt: skip
-    demo.add_argument("--quick", action="store_true", help=quick)
-    demo.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="folder of the report")
-    demo.add_argument(
+    parser.add_argument("--quick", action="store_true", help=demo.quick)
+    parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="folder of the report")
+    parser.add_argument(
         "--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="also write the numbers here"
     )
-
-
-def _cache_option(demo: argparse.ArgumentParser) -> None:
-    demo.add_argument(
-        "--no-cache", dest="cache", action="store_false", default=argparse.SUPPRESS,
-        help="use nothing that an earlier run kept in the user's cache folder, and keep nothing",
-    )  # fmt: skip
+    if demo.with_curve:
+        parser.add_argument("--curve", action="store_true", help="also train on fewer and on more labels")
+    if demo.with_cache:
+        parser.add_argument(
+            "--no-cache", dest="cache", action="store_false", default=argparse.SUPPRESS,
+            help="use nothing that an earlier run kept in the user's cache folder, and keep nothing",
+        )  # fmt: skip
 
 
 def _add_cache(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -307,23 +276,18 @@ def _profile(given: argparse.Namespace) -> None:
 def _demo(given: argparse.Namespace) -> None:
     from rich.console import Console
 
-    seeds, json, console = getattr(given, "seeds", None), getattr(given, "json", None), Console()
-    if given.demo == "lm":
-        from tgt_fast.demos.lm.command import run_command as run_lm
+    from tgt_fast.demos.command import run_command
 
-        run_lm(seeds, given.quick, given.out, json, console)
-    elif given.demo == "docstrings":
-        from tgt_fast.demos.docstrings.command import run_command as run_docstrings
-
-        run_docstrings(seeds, given.quick, given.out, json, getattr(given, "cache", True), console)
-    elif given.demo == "retrieval":
-        from tgt_fast.demos.retrieval.command import run_command as run_retrieval
-
-        run_retrieval(seeds, given.quick, given.out, json, getattr(given, "cache", True), console)
-    else:
-        from tgt_fast.demos.digits.command import run_command as run_digits
-
-        run_digits(seeds, given.quick, given.curve, given.out, json, console)
+    run_command(
+        DEMOS[given.demo],
+        getattr(given, "seeds", None),
+        given.quick,
+        given.out,
+        getattr(given, "json", None),
+        Console(),
+        curve=getattr(given, "curve", False),
+        cache=getattr(given, "cache", True),
+    )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""What the tuning of every demo shares: the choices of a group, and its command."""
+"""What the tuning of every demo shares: the choices of a group, what they reached, and the command."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from tgt_fast.demos.workers import cores
 from tgt_fast.report import prepare_file, write_json
+from tgt_fast.report.numbers import mean
 
 Options = dict[str, Any]
 Found = dict[str, list[dict[str, Any]]]  # by group its rows, the best first; a row has "method" and "options"
@@ -18,6 +20,40 @@ Found = dict[str, list[dict[str, Any]]]  # by group its rows, the best first; a 
 def each(**values: Sequence[Any]) -> list[Options]:
     """Every combination of the values."""
     return [dict(zip(values, choice, strict=True)) for choice in product(*values.values())]
+
+
+@dataclass
+class Trial:
+    """One choice: a method under some settings, and what it reached so far, by seed."""
+
+    method: str
+    options: Options  # what it sets
+    settings: Any
+    reached: dict[int, float] = field(default_factory=dict)
+
+
+def ranked(trials: Mapping[str, Sequence[Trial]], score: str, *, lowest: bool = False) -> Found:
+    """For each group its trials, the best mean over seeds first; it stands under the name ``score``."""
+    return {
+        group: sorted(
+            (
+                {
+                    "method": trial.method,
+                    "options": {name: plain(value) for name, value in trial.options.items()},
+                    score: mean(list(trial.reached.values())),
+                    "per_seed": [trial.reached[seed] for seed in sorted(trial.reached)],
+                }
+                for trial in some
+            ),
+            key=lambda row: row[score] if lowest else -row[score],
+        )
+        for group, some in trials.items()
+    }
+
+
+def plain(value: Any) -> Any:
+    """An option as JSON can hold it."""
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def tune_command(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tgt_fast.demos.digits.results import DemoResult, SampleFactor, average, sample_factors
+from tgt_fast.demos.digits.results import DemoResult, SampleFactor, sample_factors
 from tgt_fast.demos.digits.settings import BASELINES
-from tgt_fast.report.numbers import Difference, mean
+from tgt_fast.report.numbers import mean
 
 LABELS = {
     "one-hot": "one-hot labels",
@@ -17,17 +17,12 @@ LABELS = {
 }
 
 
-def difference(result: DemoResult, method: str, other: str) -> Difference:
-    pairs = zip(result.accuracies(method), result.accuracies(other), strict=True)
-    return Difference([a - b for a, b in pairs])
-
-
 def findings(result: DemoResult) -> list[str]:
     """What the accuracies say, one comparison a sentence."""
     best = result.best(BASELINES)
     said = [
         f"Teacher-guided training with the gradient, against the best method without it ({LABELS[best]}): "
-        f"{difference(result, 'tgt-gradient', best).verdict}."
+        f"{result.lead('tgt-gradient', best).verdict}."
     ]
     for what, method, other in (
         ("The teacher's soft labels alone, against one-hot labels", "distillation", "one-hot"),
@@ -36,7 +31,7 @@ def findings(result: DemoResult) -> list[str]:
         ("Persistent chains, against the gradient step", "tgt-persistent", "tgt-gradient"),
         ("Sampling the prior without any anchor, against random exploration", "tgt-prior", "tgt-random"),
     ):
-        said.append(f"{what}: {difference(result, method, other).verdict}.")
+        said.append(f"{what}: {result.lead(method, other).verdict}.")
     return said
 
 
@@ -53,9 +48,9 @@ def caption_of_prior(result: DemoResult) -> str:
 
 def costs(result: DemoResult) -> str:
     """Training time relative to random exploration."""
-    base = average(result.of("tgt-random"), "seconds")
+    base = result.mean("tgt-random", "seconds")
     ratios = [
-        f"{LABELS[m]} {average(result.of(m), 'seconds') / base:.1f}"
+        f"{LABELS[m]} {result.mean(m, 'seconds') / base:.1f}"
         for m in ("distillation", "tgt-gradient", "tgt-persistent")
     ]
     return f"Training time, with TGT random as 1: {', '.join(ratios)}."

@@ -8,12 +8,20 @@ from tgt_fast.demos.digits import findings
 from tgt_fast.demos.digits.data import CLASSES
 from tgt_fast.demos.digits.findings import LABELS
 from tgt_fast.demos.digits.models import student
-from tgt_fast.demos.digits.results import PACKAGES, DemoResult, average, learning_curve, sample_factors
+from tgt_fast.demos.digits.results import PACKAGES, DemoResult, learning_curve, sample_factors
 from tgt_fast.demos.digits.settings import BASELINES, METHODS
 from tgt_fast.demos.networks import parameter_count
+from tgt_fast.demos.pages import (
+    MainTable,
+    accuracy_table,
+    ending,
+    in_all,
+    learning_chart,
+    learning_curves,
+    percent_chart,
+)
 from tgt_fast.report import Page, plots
-from tgt_fast.report.identity import commit, versions
-from tgt_fast.report.numbers import mean, spread
+from tgt_fast.report.numbers import mean
 from tgt_fast.report.plots import Bar, Series, Tile
 
 COLORS = {
@@ -34,25 +42,12 @@ _SOURCE_COLORS = {
     "random": COLORS["tgt-random"],
     "gradient": COLORS["tgt-gradient"],
 }
-TABLE_HEADER = ("method", "accuracy %", "head %", "middle %", "tail %", "agreement %", "mean KL", "seconds")
 
 
-def table_rows(result: DemoResult) -> list[list[str]]:
+def main_table(result: DemoResult) -> MainTable:
     """The main table, one row a method."""
-    rows = []
-    for method in METHODS:
-        students, accuracies = result.of(method), result.accuracies(method)
-        numbers = [f"{average(students, n):.1f}" for n in ("head", "middle", "tail", "agreement")]
-        rows.append(
-            [
-                LABELS[method],
-                spread(accuracies),
-                *numbers,
-                f"{average(students, 'mean_kl'):.3f}",
-                f"{average(students, 'seconds'):.1f}",
-            ]
-        )
-    return rows
+    title = f"Test accuracy in percent: 897 digits, {sum(result.counts)} labelled"
+    return accuracy_table(result, title, LABELS, METHODS, BASELINES)
 
 
 def write_page(result: DemoResult, folder: Path) -> Path:
@@ -83,37 +78,37 @@ def _lead(result: DemoResult) -> str:
 
 
 def _accuracy(page: Page, result: DemoResult) -> None:
-    seeds = len(result.seeds)
     best = result.best(BASELINES)
     page.facts(
         [
             (f"{result.accuracy('tgt-gradient'):.1f} %", "test accuracy of TGT gradient"),
             (f"{result.accuracy(best):.1f} %", f"the best without TGT: {LABELS[best]}"),
-            (f"{result.lead:+.1f}", "points between the two"),
+            (f"{result.lead('tgt-gradient', best).mean:+.1f}", "points between the two"),
             (
                 f"{mean([t.labeler_accuracy for t in result.teachers]):.1f} %",
                 "the labeler's own test accuracy",
             ),
-            (f"{result.seconds:.0f} s", f"for everything here, {seeds} seed{'s' * (seeds > 1)}"),
+            in_all(result),
         ]
     )
     page.section("Accuracy")
-    bars = [Bar(LABELS[m], result.accuracies(m), COLORS[m]) for m in METHODS]
-    floor = max(0.0, 10 * ((min(min(bar.points) for bar in bars) - 10) // 10))
-    page.figure(
+    bars = [Bar(LABELS[m], result.numbers(m, "accuracy"), COLORS[m]) for m in METHODS]
+    percent_chart(
+        page,
         "accuracy",
-        plots.bars(bars, "Test accuracy", "correct of 897 test images, percent", low=floor),
-        "Chart of the test accuracy of each method",
-        f"Dots: means; circles: the seeds. The axis begins at {floor:.0f} %. Each method shows the student the same "
-        "number of examples a step.",
+        bars,
+        "Test accuracy",
+        "correct of 897 test images",
+        "Each method shows the student the same number of examples a step.",
     )
+    main = main_table(result)
     page.table(
-        TABLE_HEADER,
-        table_rows(result),
+        main.header,
+        main.rows,
         "Mean over seeds, ± the sample standard deviation. Head, middle, tail: the digits 0 to 3, 4 to 6, 7 to 9. "
         "Agreement with the labeler and KL(labeler || student), in nats, on the test images. Seconds: to train one "
         "student on one core.",
-        strong=[METHODS.index("tgt-gradient")],
+        strong=main.strong,
     )
     page.items(findings.findings(result))
     page.text(findings.caption_of_prior(result))
@@ -121,16 +116,9 @@ def _accuracy(page: Page, result: DemoResult) -> None:
 
 
 def _learning(page: Page, result: DemoResult) -> None:
-    page.section("Learning")
-    series = [
-        Series.of_seeds(LABELS[m], [student.curve for student in result.of(m)], COLORS[m], dashed=m in BASELINES)
-        for m in METHODS
-    ]
-    page.figure(
-        "learning",
-        plots.lines(series, "Test accuracy over training", "step", "percent", y_limits=_limits(series)),
-        "Line chart of the test accuracy over training steps, one line a method",
-        "Lines: means over seeds; bands: lowest to highest. Dashed: without teacher-guided training.",
+    series = learning_curves(result, LABELS, COLORS, BASELINES)
+    learning_chart(
+        page, series, "Test accuracy", "percent", "without teacher-guided training.", y_limits=_limits(series)
     )
     page.figure(
         "classes",
@@ -322,10 +310,4 @@ def _setup(page: Page, result: DemoResult) -> None:
             ["TGT persistent", f"steps of {s.persistent_step_size:g}, restarts at {s.restart_probability:g} a visit"],
         ],
     )
-    page.text("To repeat the choice:")
-    page.command("python -m tgt_fast.demos.digits.tune")
-    page.footer(
-        f"Seeds {', '.join(map(str, result.seeds))}. "
-        + ", ".join(f"{name} {version}" for name, version in versions(PACKAGES).items())
-        + f". Commit: {commit()}."
-    )
+    ending(page, "digits", result, PACKAGES)

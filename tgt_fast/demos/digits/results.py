@@ -9,50 +9,23 @@ from typing import Any
 
 from tgt_fast.demos.digits.diagnostics import Diagnostics
 from tgt_fast.demos.digits.methods import StudentResult
-from tgt_fast.demos.digits.settings import BASELINES, METHODS, Settings
+from tgt_fast.demos.digits.settings import METHODS, Settings
 from tgt_fast.demos.digits.teachers import TeacherQuality
-from tgt_fast.report.identity import commit, versions
+from tgt_fast.demos.results import AccuracyResults, provenance
 from tgt_fast.report.numbers import mean, summary
 
 PACKAGES = ("scikit-learn",)  # whose versions belong to the result
 
 
-@dataclass(frozen=True)
-class DemoResult:
+@dataclass(frozen=True, kw_only=True)
+class DemoResult(AccuracyResults[StudentResult]):
     """Everything the table, the page and the JSON file show."""
 
     settings: Settings
-    seeds: tuple[int, ...]
     counts: tuple[int, ...]  # labelled examples a class
     teachers: tuple[TeacherQuality, ...]  # one a seed
-    students: tuple[StudentResult, ...]
     diagnostics: tuple[Diagnostics, ...]  # one a seed
     curve: tuple[StudentResult, ...]  # students of other numbers of labels, for --curve
-    seconds: float
-
-    def of(self, method: str) -> list[StudentResult]:
-        """A method's students, by seed."""
-        return sorted((s for s in self.students if s.method == method), key=lambda s: s.seed)
-
-    def accuracies(self, method: str) -> list[float]:
-        return [student.accuracy for student in self.of(method)]
-
-    def accuracy(self, method: str) -> float:
-        return mean(self.accuracies(method))
-
-    def best(self, methods: Sequence[str]) -> str:
-        """The method of the highest mean accuracy."""
-        return max(methods, key=self.accuracy)
-
-    @property
-    def lead(self) -> float:
-        """Points by which tgt-gradient is ahead of the best method that is no teacher-guided training."""
-        return self.accuracy("tgt-gradient") - self.accuracy(self.best(BASELINES))
-
-
-def average(students: Sequence[StudentResult], name: str) -> float:
-    """The mean of one of their numbers."""
-    return mean([getattr(student, name) for student in students])
 
 
 @dataclass(frozen=True)
@@ -106,25 +79,22 @@ def _labels_for(line: Sequence[tuple[int, float]], accuracy: float) -> float | N
 
 def as_json(result: DemoResult) -> dict[str, Any]:
     """The result as plain data. Accuracies and agreement in percent, KL in nats, seconds a student."""
-    methods: dict[str, Any] = {}
-    for method in METHODS:
-        students = result.of(method)
-        methods[method] = {
-            "accuracy": summary(result.accuracies(method)),
-            **{name: average(students, name) for name in ("head", "middle", "tail", "agreement", "mean_kl", "seconds")},
-        }
+    means = ("head", "middle", "tail", "agreement", "mean_kl", "seconds")
     content: dict[str, Any] = {
-        "methods": methods,
-        "versions": versions(PACKAGES),
-        "seeds": list(result.seeds),
-        "commit": commit(),
+        "methods": {
+            method: {
+                "accuracy": summary(result.numbers(method, "accuracy")),
+                **{name: result.mean(method, name) for name in means},
+            }
+            for method in METHODS
+        },
+        **provenance(result, PACKAGES),
         "teacher": {
             "labeler_accuracy": [teacher.labeler_accuracy for teacher in result.teachers],
             "reconstruction_error": [teacher.reconstruction_error for teacher in result.teachers],
         },
         "augmentation": str(result.settings.augmentation),
         "steps": result.settings.steps,
-        "total_seconds": result.seconds,
     }
     if result.curve:
         content["curve"] = {

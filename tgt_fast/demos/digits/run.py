@@ -16,8 +16,8 @@ from tgt_fast.demos.digits.settings import BASELINES, METHODS, Settings
 from tgt_fast.demos.digits.teachers import TeacherQuality, TeacherWeights
 from tgt_fast.demos.networks import Weights
 from tgt_fast.demos.progress import Progress
+from tgt_fast.demos.results import checked_seeds, in_order
 from tgt_fast.demos.workers import Crew, cores, crew
-from tgt_fast.errors import ArgumentError
 
 CURVE_FACTORS = (0.25, 0.5, 2.0, 4.0, 8.0, 1000.0)  # times the labels of the main experiment; the last: all 900
 CURVE_METHODS = ("one-hot", "distillation", "tgt-gradient")
@@ -169,8 +169,7 @@ def run_demo(
     Raises:
         ArgumentError: no seeds, or one twice.
     """
-    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise ArgumentError(f"seeds must be different integers >= 0, at least one; got {list(seeds)}")
+    seeds = checked_seeds(seeds)
     settings = Settings() if settings is None else settings
     started = time.perf_counter()
     pool, test = load_digits()
@@ -181,10 +180,10 @@ def run_demo(
     order = {seed: place for place, seed in enumerate(seeds)}
     return DemoResult(
         settings=settings,
-        seeds=tuple(seeds),
+        seeds=seeds,
         counts=tuple(class_counts()),
         teachers=tuple(sorted(run.qualities, key=lambda teacher: order[teacher.seed])),
-        students=tuple(sorted(run.students, key=lambda s: (METHODS.index(s.method), order[s.seed]))),
+        students=in_order(run.students, METHODS, seeds),
         diagnostics=tuple(sorted(run.diagnostics, key=lambda found: order[found.seed])),
         curve=tuple(sorted(run.curve, key=lambda s: (s.method, s.labels, order[s.seed]))),
         seconds=time.perf_counter() - started,

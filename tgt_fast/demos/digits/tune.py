@@ -8,7 +8,7 @@ that stand in ``settings.py``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,18 +20,8 @@ from tgt_fast.demos.digits.run import student_task
 from tgt_fast.demos.digits.settings import METHODS, Settings
 from tgt_fast.demos.digits.teachers import TeacherWeights
 from tgt_fast.demos.networks import Weights
-from tgt_fast.demos.tuning import each, tune_command
+from tgt_fast.demos.tuning import Found, Options, Trial, each, ranked, tune_command
 from tgt_fast.demos.workers import Crew, crew
-from tgt_fast.report.numbers import mean
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One choice: a method under some settings."""
-
-    method: str
-    options: dict[str, Any]  # what it sets
-    settings: Settings
 
 
 def trials(group: str, base: Settings) -> list[Trial]:
@@ -57,7 +47,7 @@ def _augmentations() -> list[Augmentation]:
 _LABELERS = {"labeler_batchnorm": (True, False), "labeler_warp": (0.0, 0.8)}
 _STRONG = (Augmentation(mixup=True, noise=0.2), Augmentation(mixup=True, noise=0.4), Augmentation(noise=0.4))
 
-GROUPS: dict[str, tuple[str, list[dict[str, Any]]]] = {
+GROUPS: dict[str, tuple[str, list[Options]]] = {
     # Judged by the labeler's own accuracy.
     "labeler": ("labeler", each(**_LABELERS)),
     # How much the rival owes to the labeler: one that is calm on noisy images makes strong noise a good augmentation.
@@ -86,21 +76,20 @@ _OF_TEACHER = ("latents", "pixel_noise", "teacher_batch")
 
 class _Tuning:
     def __init__(self, team: Crew, seeds: Sequence[int], chosen: Sequence[Trial]) -> None:
-        self.crew, self.trials = team, chosen
-        self.accuracies: dict[int, dict[int, float]] = {n: {} for n in range(len(chosen))}  # trial -> seed -> accuracy
+        self.crew = team
         self.fit, self.validation = validation_split(load_digits()[0])
         self.parts: dict[tuple[Settings, int], dict[str, Any]] = {}
-        for n, trial in enumerate(chosen):
+        for trial in chosen:
             for seed in seeds:
-                self._start(n, trial.settings, seed)
+                self._start(trial, seed)
 
-    def _start(self, n: int, settings: Settings, seed: int) -> None:
+    def _start(self, trial: Trial, seed: int) -> None:
         """Trials that differ in the student's settings alone share a teacher."""
-        key = (_of_teacher(settings), seed)
+        key = (_of_teacher(trial.settings), seed)
         if key in self.parts:
-            self.parts[key]["waiting"].append(n)
+            self.parts[key]["waiting"].append(trial)
             return
-        self.parts[key] = {"waiting": [n]}
+        self.parts[key] = {"waiting": [trial]}
 
         def vae(made: tuple[Weights, Weights]) -> None:
             self.parts[key]["vae"] = made
@@ -110,8 +99,8 @@ class _Tuning:
             self.parts[key]["labeler"] = made
             self._taught(key)
 
-        self.crew.submit(teachers.train_vae, self.fit, settings, seed, then=vae)
-        self.crew.submit(teachers.train_labeler, self.fit, settings, seed, then=labeler)
+        self.crew.submit(teachers.train_vae, self.fit, trial.settings, seed, then=vae)
+        self.crew.submit(teachers.train_labeler, self.fit, trial.settings, seed, then=labeler)
 
     def _taught(self, key: tuple[Settings, int]) -> None:
         parts = self.parts[key]
@@ -120,19 +109,19 @@ class _Tuning:
         encoder, decoder = parts["vae"]
         teacher, counts, seed = TeacherWeights(encoder, decoder, parts["labeler"]), class_counts(), key[1]
         images = long_tailed(self.fit, counts, seed)
-        for n in parts["waiting"]:
-            trial = self.trials[n]
+        for trial in parts["waiting"]:
             if trial.method == "labeler":
                 built = teacher.build(trial.settings)
-                self.accuracies[n][seed] = teachers.quality(built, self.validation, seed).labeler_accuracy
+                trial.reached[seed] = teachers.quality(built, self.validation, seed).labeler_accuracy
                 continue
             self.crew.submit(
                 student_task, trial.method, teacher, images, self.validation, counts, trial.settings, seed,
-                then=partial(self._judged, n),
+                then=partial(_judged, trial),
             )  # fmt: skip
 
-    def _judged(self, n: int, student: StudentResult) -> None:
-        self.accuracies[n][student.seed] = student.accuracy
+
+def _judged(trial: Trial, student: StudentResult) -> None:
+    trial.reached[student.seed] = student.accuracy
 
 
 def _of_teacher(settings: Settings) -> Settings:
@@ -142,28 +131,13 @@ def _of_teacher(settings: Settings) -> Settings:
     return replace(default, **{name: getattr(settings, name) for name in own})
 
 
-def tune(
-    groups: Sequence[str], seeds: Sequence[int], workers: int, base: Settings | None = None
-) -> dict[str, list[dict[str, Any]]]:
+def tune(groups: Sequence[str], seeds: Sequence[int], workers: int, base: Settings | None = None) -> Found:
     """For each group its trials with their validation accuracy in percent, the best first."""
-    listed = [(group, trial) for group in groups for trial in trials(group, base or Settings())]
+    found = {group: trials(group, base or Settings()) for group in groups}
     with crew(workers) as team:
-        tuning = _Tuning(team, seeds, [trial for _, trial in listed])
+        _Tuning(team, seeds, [trial for some in found.values() for trial in some])
         team.finish()
-    found: dict[str, list[dict[str, Any]]] = {group: [] for group in groups}
-    for n, (group, trial) in enumerate(listed):
-        values = [tuning.accuracies[n][seed] for seed in seeds]
-        found[group].append(
-            {
-                "method": trial.method,
-                "options": {k: str(v) if isinstance(v, Augmentation) else v for k, v in trial.options.items()},
-                "accuracy": round(mean(values), 2),
-                "per_seed": [round(value, 2) for value in values],
-            }
-        )
-    for rows in found.values():
-        rows.sort(key=lambda row: -row["accuracy"])
-    return found
+    return ranked(found, "accuracy")
 
 
 def main() -> None:

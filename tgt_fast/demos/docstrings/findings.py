@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tgt_fast.demos.docstrings.results import DemoResult
 from tgt_fast.demos.docstrings.settings import BASELINES
-from tgt_fast.report.numbers import Difference, mean
+from tgt_fast.report.numbers import mean
 
 LABELS = {
     "one-hot": "one-hot labels",
@@ -12,12 +12,6 @@ LABELS = {
     "tgt-random": "TGT random",
     "tgt-gradient": "TGT gradient",
 }
-
-
-def difference(result: DemoResult, method: str, other: str) -> Difference:
-    """How many points of accuracy ``method`` is ahead of ``other``, seed by seed."""
-    ours, theirs = (result.numbers(name, "accuracy") for name in (method, other))
-    return Difference([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
 def findings(result: DemoResult) -> list[str]:
@@ -29,7 +23,7 @@ def findings(result: DemoResult) -> list[str]:
         ("The teacher's soft labels alone, against one-hot labels", "distillation", "one-hot"),
         ("The gradient step, against random exploration", "tgt-gradient", "tgt-random"),
     ):
-        said.append(f"{what}: {difference(result, method, other).verdict}.")
+        said.append(f"{what}: {result.lead(method, other).verdict}.")
     climbs = [climb for climb in result.numbers("tgt-gradient", "ascent") if climb is not None]  # type: ignore[redundant-expr]
     if climbs:
         before, after = (mean([climb[k] for climb in climbs]) for k in (0, 1))  # type: ignore[index]
@@ -43,9 +37,9 @@ def findings(result: DemoResult) -> list[str]:
 def costs(result: DemoResult) -> str:
     """What the synthetic texts cost."""
     best = result.best(BASELINES)
-    train = mean(result.numbers(best, "seconds"))
+    train = result.mean(best, "seconds")
     return (
         f"Making and labelling {result.pool.texts:,} synthetic texts took {result.pool.seconds:.0f} s, the gradient's "
-        f"another {mean(result.numbers('tgt-gradient', 'exploring_seconds')):.0f} s; training a student takes "
+        f"another {result.mean('tgt-gradient', 'exploring_seconds'):.0f} s; training a student takes "
         f"{train:.0f} s. All on one core each."
     )

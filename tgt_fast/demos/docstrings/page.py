@@ -10,30 +10,27 @@ from tgt_fast.demos.docstrings.methods import new_student
 from tgt_fast.demos.docstrings.results import PACKAGES, DemoResult
 from tgt_fast.demos.docstrings.settings import BASELINES, METHODS, TGT_METHODS
 from tgt_fast.demos.networks import parameter_count
+from tgt_fast.demos.pages import (
+    MainTable,
+    accuracy_table,
+    ending,
+    in_all,
+    learning_chart,
+    learning_curves,
+    percent_chart,
+)
 from tgt_fast.report import Page, plots
-from tgt_fast.report.identity import commit, versions
-from tgt_fast.report.numbers import mean, spread
-from tgt_fast.report.plots import Bar, Series
+from tgt_fast.report.numbers import mean
+from tgt_fast.report.plots import Bar
 
 COLORS = {"one-hot": "#a3adb8", "distillation": "#c8a75b", "tgt-random": "#2a9d8f", "tgt-gradient": "#1d4e89"}
-TABLE_HEADER = ("method", "accuracy %", "head %", "middle %", "tail %", "agreement %", "mean KL", "seconds")
 
 
-def table_rows(result: DemoResult) -> list[list[str]]:
+def main_table(result: DemoResult) -> MainTable:
     """The main table, one row a method."""
-    rows = []
-    for method in METHODS:
-        accuracies = result.numbers(method, "accuracy")
-        rows.append(
-            [
-                LABELS[method],
-                spread(accuracies),
-                *(f"{mean(result.numbers(method, name)):.1f}" for name in ("head", "middle", "tail", "agreement")),
-                f"{mean(result.numbers(method, 'mean_kl')):.3f}",
-                f"{mean(result.numbers(method, 'seconds')):.1f}",
-            ]
-        )
-    return rows
+    texts = result.texts
+    title = f"Test accuracy in percent: {texts.test} texts, {sum(texts.counts)} labelled"
+    return accuracy_table(result, title, LABELS, METHODS, BASELINES)
 
 
 def write_page(result: DemoResult, folder: Path) -> Path:
@@ -68,7 +65,6 @@ def _lead(result: DemoResult) -> str:
 
 
 def _accuracy(page: Page, result: DemoResult) -> None:
-    seeds = len(result.seeds)
     lead = result.accuracy("tgt-random") - result.accuracy(result.best(BASELINES))
     page.facts(
         [
@@ -76,43 +72,40 @@ def _accuracy(page: Page, result: DemoResult) -> None:
             (f"{result.accuracy('distillation'):.1f} %", "of distillation"),
             (f"{lead:+.1f}", f"points to the best without TGT: {LABELS[result.best(BASELINES)]}"),
             (f"{result.labeler_accuracy:.1f} %", "the labeler's own test accuracy"),
-            (f"{result.seconds:.0f} s", f"for everything here, {seeds} seed{'s' * (seeds > 1)}"),
+            in_all(result),
         ]
     )
     page.section("Accuracy")
     bars = [Bar(LABELS[m], result.numbers(m, "accuracy"), COLORS[m]) for m in METHODS]
-    floor = max(0.0, 10 * ((min(min(bar.points) for bar in bars) - 10) // 10))
-    page.figure(
+    percent_chart(
+        page,
         "accuracy",
-        plots.bars(bars, "Test accuracy", f"correct of {result.texts.test} test texts, percent", low=floor),
-        "Chart of the test accuracy of each method",
-        f"Dots: means; circles: the seeds. The axis begins at {floor:.0f} %. Each method shows the student the same "
-        "number of texts a step. The test texts are of other modules than all texts for training, and about as many "
-        "of each class.",
+        bars,
+        "Test accuracy",
+        f"correct of {result.texts.test} test texts",
+        "Each method shows the student the same number of texts a step. The test texts are of other modules than all "
+        "texts for training, and about as many of each class.",
     )
+    main = main_table(result)
     page.table(
-        TABLE_HEADER,
-        table_rows(result),
+        main.header,
+        main.rows,
         "Mean over seeds, ± the sample standard deviation. Head, middle, tail: thirds of the classes by their labelled "
         "texts. Agreement with the labeler and KL(labeler || student), in nats, on the test texts. Seconds: to train "
         "one student on one core, without the making of synthetic texts.",
-        strong=[METHODS.index(result.best(METHODS))],
+        strong=main.strong,
     )
     page.items(findings.findings(result))
     page.text(findings.costs(result))
 
 
 def _learning(page: Page, result: DemoResult) -> None:
-    page.section("Learning")
-    series = [
-        Series.of_seeds(LABELS[m], [student.curve for student in result.of(m)], COLORS[m], dashed=m in BASELINES)
-        for m in METHODS
-    ]
-    page.figure(
-        "learning",
-        plots.lines(series, "Test accuracy over training", "step", "percent"),
-        "Line chart of the test accuracy over training steps, one line a method",
-        "Lines: means over seeds; bands: lowest to highest. Dashed: without teacher-guided training.",
+    learning_chart(
+        page,
+        learning_curves(result, LABELS, COLORS, BASELINES),
+        "Test accuracy",
+        "percent",
+        "without teacher-guided training.",
     )
     names = [f"{name} ({count})" for name, count in zip(result.texts.classes, result.texts.counts, strict=True)]
     page.figure(
@@ -201,10 +194,4 @@ def _setup(page: Page, result: DemoResult) -> None:
             ["TGT gradient", f"step of {s.step_size:g}, {s.refreshes} times {s.gradient_variants} more of each"],
         ],
     )  # fmt: skip
-    page.text("To repeat the choice:")
-    page.command("python -m tgt_fast.demos.docstrings.tune")
-    page.footer(
-        f"Seeds {', '.join(map(str, result.seeds))}. "
-        + ", ".join(f"{name} {version}" for name, version in versions(PACKAGES).items())
-        + f". Commit: {commit()}."
-    )
+    ending(page, "docstrings", result, PACKAGES)

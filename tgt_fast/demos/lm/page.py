@@ -8,13 +8,13 @@ from tgt_fast.demos.lm import findings
 from tgt_fast.demos.lm.findings import LABELS
 from tgt_fast.demos.lm.memory import CLASSES, ROWS
 from tgt_fast.demos.lm.results import CACHED, RECORDS, DemoResult
-from tgt_fast.demos.lm.settings import METHODS
+from tgt_fast.demos.lm.settings import FEW, METHODS
 from tgt_fast.demos.lm.students import student_model
 from tgt_fast.demos.lm.teachers import teacher_model
 from tgt_fast.demos.networks import parameter_count
+from tgt_fast.demos.pages import MainTable, ending, in_all, learning_chart
 from tgt_fast.report import Page, plots
-from tgt_fast.report.identity import commit, versions
-from tgt_fast.report.numbers import mean, spread
+from tgt_fast.report.numbers import spread
 from tgt_fast.report.plots import Bar, Series
 
 COLORS = {
@@ -26,12 +26,9 @@ COLORS = {
     "distillation-plenty": "#1d4e89",
 }
 _TEACHER_COLOR = "#1c2733"
-TABLE_HEADER = (
-    "method", "bits per byte", "untrained", "windows of text", "steps", "ms a step", "seconds",
-)  # fmt: skip
 
 
-def table_rows(result: DemoResult) -> list[list[str]]:
+def main_table(result: DemoResult) -> MainTable:
     """The main table: the teacher, then one row a method."""
     s, teacher = result.settings, result.teacher
     step = 1000 * teacher.seconds / s.teacher_steps
@@ -42,17 +39,23 @@ def table_rows(result: DemoResult) -> list[list[str]]:
         ]
     ]  # fmt: skip
     for method in METHODS:
-        bits = result.numbers(method, "bits_per_byte")
         rows.append(
             [
                 LABELS[method],
-                spread(bits, 3),
-                f"{mean(result.numbers(method, 'before')):.2f}",
-                *(f"{mean(result.numbers(method, name)):.0f}" for name in ("windows", "steps", "step_ms")),
-                f"{mean(result.numbers(method, 'seconds')):.1f}",
+                spread(result.numbers(method, "bits_per_byte"), 3),
+                f"{result.mean(method, 'before'):.2f}",
+                *(f"{result.mean(method, name):.0f}" for name in ("windows", "steps", "step_ms")),
+                f"{result.mean(method, 'seconds'):.1f}",
             ]
         )
-    return rows
+    return MainTable(
+        "Bits per byte of test text (fewer are better)",
+        ("method", "bits per byte", "untrained", "windows of text", "steps", "ms a step", "seconds"),
+        ("method", "bits/byte", "before", "windows", "steps", "ms/step", "seconds"),
+        rows,
+        None,
+        (0, len(FEW)),
+    )
 
 
 def write_page(result: DemoResult, folder: Path) -> Path:
@@ -81,13 +84,12 @@ def _lead(result: DemoResult) -> str:
 
 
 def _bits(page: Page, result: DemoResult) -> None:
-    seeds = len(result.seeds)
     facts = [
         (f"{result.bits('distillation'):.3f}", "bits per byte by distillation"),
         (f"{result.bits('one-hot'):.3f}", "from one-hot labels on the same text"),
         (f"{result.teacher.bits_per_byte:.3f}", "the teacher's own"),
         (f"{result.cache_speedup:.1f}x", "faster steps from the cache than from records made again"),
-        (f"{result.seconds:.0f} s", f"for everything here, {seeds} seed{'s' * (seeds > 1)}"),
+        in_all(result),
     ]
     page.facts(facts)
     page.section("Bits per byte")
@@ -101,9 +103,10 @@ def _bits(page: Page, result: DemoResult) -> None:
         f"Dots: means; circles: the seeds. The axis begins at {floor:g}. Four methods see the same "
         f"{result.settings.few} windows of text again and again; the two with plenty draw from all training text.",
     )
+    main = main_table(result)
     page.table(
-        TABLE_HEADER,
-        table_rows(result),
+        main.header,
+        main.rows,
         "Means over seeds, ± the sample standard deviation. Bits per byte of the test text: what the next token costs, "
         "over the bytes it stands for. A step's time: the median behind the first epoch, on one core. The teacher's: "
         "the mean.",
@@ -112,7 +115,6 @@ def _bits(page: Page, result: DemoResult) -> None:
 
 
 def _learning(page: Page, result: DemoResult) -> None:
-    page.section("Learning")
     shown = [m for m in METHODS if not (m == RECORDS and result.cache_is_exact)]  # else it lies under the cache's
     series = [
         Series.of_seeds(
@@ -120,13 +122,8 @@ def _learning(page: Page, result: DemoResult) -> None:
         )
         for m in shown
     ]
-    page.figure(
-        "learning",
-        plots.lines(series, "Bits per byte over training", "step", "bits per byte of the test text"),
-        "Line chart of the bits per byte over training steps, one line a method",
-        "Lines: means over seeds; bands: lowest to highest. Dashed: without a teacher. "
-        + ("The line of records made again is that of the cache, point for point." if result.cache_is_exact else ""),
-    )
+    exact = " The line of records made again is that of the cache, point for point." * result.cache_is_exact
+    learning_chart(page, series, "Bits per byte", "bits per byte of the test text", f"without a teacher.{exact}")
 
 
 def _cost(page: Page, result: DemoResult) -> None:
@@ -139,8 +136,8 @@ def _cost(page: Page, result: DemoResult) -> None:
         ),
         "Bar chart of the time of a training step by method",
         f"{result.settings.batch * result.settings.length:,} tokens a step. In the first epoch a step with the cache "
-        f"takes {mean(result.numbers(CACHED, 'first_epoch_ms')):.0f} ms: it fills the cache, with "
-        f"{mean(result.numbers(CACHED, 'cache_bytes')) / 1e6:.1f} MB. The teacher makes records a window at a time, so "
+        f"takes {result.mean(CACHED, 'first_epoch_ms'):.0f} ms: it fills the cache, with "
+        f"{result.mean(CACHED, 'cache_bytes') / 1e6:.1f} MB. The teacher makes records a window at a time, so "
         "that they do not depend on the batch.",
     )
     if result.memory is None:
@@ -184,10 +181,4 @@ def _setup(page: Page, result: DemoResult) -> None:
             ["records", f"{s.k} tokens and the mass of the others, weight of the labels {s.record_hard_weight:g}"],
         ],
     )  # fmt: skip
-    page.text("To repeat the choice:")
-    page.command("python -m tgt_fast.demos.lm.tune")
-    page.footer(
-        f"Seeds {', '.join(map(str, result.seeds))}. "
-        + ", ".join(f"{name} {version}" for name, version in versions().items())
-        + f". Commit: {commit()}."
-    )
+    ending(page, "lm", result)

@@ -8,8 +8,8 @@ from typing import Any
 from tgt_fast.demos.lm.settings import METHODS, Settings
 from tgt_fast.demos.lm.students import StudentResult
 from tgt_fast.demos.lm.teachers import TeacherResult
-from tgt_fast.report.identity import commit, versions
-from tgt_fast.report.numbers import mean, summary
+from tgt_fast.demos.results import StudentResults, provenance
+from tgt_fast.report.numbers import summary
 
 RECORDS, CACHED = "distillation-records", "distillation-cached"
 
@@ -25,29 +25,18 @@ class TextFacts:
     bytes_per_token: float  # of the test text
 
 
-@dataclass(frozen=True)
-class DemoResult:
+@dataclass(frozen=True, kw_only=True)
+class DemoResult(StudentResults[StudentResult]):
     """Everything the table, the page and the JSON file show."""
 
     settings: Settings
-    seeds: tuple[int, ...]
     text: TextFacts
     teacher: TeacherResult
-    students: tuple[StudentResult, ...]
     memory: dict[str, int] | None  # bytes at the peak of one loss, by way
-    seconds: float
-
-    def of(self, method: str) -> list[StudentResult]:
-        """A method's students, in the order of the seeds."""
-        return [student for student in self.students if student.method == method]
-
-    def numbers(self, method: str, name: str) -> list[float]:
-        """One number of each of a method's students."""
-        return [getattr(student, name) for student in self.of(method)]
 
     def bits(self, method: str) -> float:
         """Bits per byte, the mean over seeds."""
-        return mean(self.numbers(method, "bits_per_byte"))
+        return self.mean(method, "bits_per_byte")
 
     @property
     def cache_is_exact(self) -> bool:
@@ -57,7 +46,7 @@ class DemoResult:
     @property
     def cache_speedup(self) -> float:
         """How many times faster a step is that reads records than one that makes them."""
-        return mean(self.numbers(RECORDS, "step_ms")) / mean(self.numbers(CACHED, "step_ms"))
+        return self.mean(RECORDS, "step_ms") / self.mean(CACHED, "step_ms")
 
 
 def as_json(result: DemoResult) -> dict[str, Any]:
@@ -67,7 +56,7 @@ def as_json(result: DemoResult) -> dict[str, Any]:
         "methods": {
             method: {
                 "bits_per_byte": summary(result.numbers(method, "bits_per_byte")),
-                **{name: mean(result.numbers(method, name)) for name in means},
+                **{name: result.mean(method, name) for name in means},
             }
             for method in METHODS
         },
@@ -80,8 +69,5 @@ def as_json(result: DemoResult) -> dict[str, Any]:
         "loss_peak_bytes": result.memory,
         "text": vars(result.text),
         "settings": vars(result.settings),
-        "versions": versions(),
-        "seeds": list(result.seeds),
-        "commit": commit(),
-        "total_seconds": result.seconds,
+        **provenance(result),
     }

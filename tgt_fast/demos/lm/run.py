@@ -13,8 +13,8 @@ from tgt_fast.demos.lm.settings import METHODS, Settings
 from tgt_fast.demos.lm.students import StudentResult, train_student
 from tgt_fast.demos.lm.teachers import TeacherResult, train_teacher
 from tgt_fast.demos.progress import Progress
+from tgt_fast.demos.results import checked_seeds, in_order
 from tgt_fast.demos.workers import Crew, cores, crew
-from tgt_fast.errors import ArgumentError
 
 # The longest first, so that no core waits at the end for one that began late.
 _TAUGHT = ("distillation-records", "distillation", "distillation-plenty", "distillation-cached")
@@ -78,8 +78,7 @@ def run_demo(
     Raises:
         ArgumentError: no seeds, or one twice; no text.
     """
-    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise ArgumentError(f"seeds must be different integers >= 0, at least one; got {list(seeds)}")
+    seeds = checked_seeds(seeds)
     settings = Settings() if settings is None else settings
     started = time.perf_counter()
     corpus = load_corpus() if corpus is None else corpus
@@ -89,10 +88,9 @@ def run_demo(
         run.start()
         team.finish()
     assert run.teacher is not None
-    order = {seed: place for place, seed in enumerate(seeds)}
     return DemoResult(
         settings=settings,
-        seeds=tuple(seeds),
+        seeds=seeds,
         text=TextFacts(
             train_modules=len(corpus.train),
             test_modules=len(corpus.test),
@@ -101,7 +99,7 @@ def run_demo(
             bytes_per_token=text.bytes_of[text.test.y].double().mean().item(),
         ),
         teacher=run.teacher,
-        students=tuple(sorted(run.students, key=lambda s: (METHODS.index(s.method), order[s.seed]))),
+        students=in_order(run.students, METHODS, seeds),
         memory=run.peaks,
         seconds=time.perf_counter() - started,
     )

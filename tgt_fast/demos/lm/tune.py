@@ -8,18 +8,16 @@ takes over what was chosen for few windows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from tgt_fast.demos.lm.corpus import Corpus, load_corpus
 from tgt_fast.demos.lm.data import Text, make_text
 from tgt_fast.demos.lm.settings import METHODS, Settings
 from tgt_fast.demos.lm.students import StudentResult, train_student
 from tgt_fast.demos.lm.teachers import TeacherResult, train_teacher
-from tgt_fast.demos.tuning import Options, each, tune_command
+from tgt_fast.demos.tuning import Found, Options, Trial, each, ranked, tune_command
 from tgt_fast.demos.workers import Crew, crew
-from tgt_fast.report.numbers import mean
 
 GROUPS: dict[str, tuple[str, list[Options]]] = {
     "teacher": ("teacher", each(teacher_rate=(1.5e-3, 3e-3))),
@@ -34,22 +32,12 @@ GROUPS: dict[str, tuple[str, list[Options]]] = {
 }
 
 
-@dataclass
-class _Trial:
-    """One choice: a method under some settings, and what it reached so far, by seed."""
-
-    method: str
-    options: Options
-    settings: Settings
-    reached: dict[int, float] = field(default_factory=dict)
-
-
-def trials(group: str, base: Settings) -> list[_Trial]:
+def trials(group: str, base: Settings) -> list[Trial]:
     """The trials of a group."""
     if group == "methods":
-        return [_Trial(method, {}, base) for method in METHODS]
+        return [Trial(method, {}, base) for method in METHODS]
     method, choices = GROUPS[group]
-    return [_Trial(method, options, replace(base, **options)) for options in choices]
+    return [Trial(method, options, replace(base, **options)) for options in choices]
 
 
 def tune(
@@ -58,7 +46,7 @@ def tune(
     workers: int,
     base: Settings | None = None,
     corpus: Corpus | None = None,
-) -> dict[str, list[dict[str, Any]]]:
+) -> Found:
     """For each group its trials with their bits per byte of validation text, the best first."""
     base = base or Settings()
     text = make_text(load_corpus() if corpus is None else corpus, base)
@@ -75,28 +63,14 @@ def tune(
             then = partial(_taught, team, text, students, seeds)
             team.submit(train_teacher, text, text.validation, base, then=then)
         team.finish()
-    return {
-        group: sorted(
-            (
-                {
-                    "method": trial.method,
-                    "options": trial.options,
-                    "bits_per_byte": mean(list(trial.reached.values())),
-                    "per_seed": list(trial.reached.values()),
-                }
-                for trial in some
-            ),
-            key=lambda row: row["bits_per_byte"],
-        )
-        for group, some in found.items()
-    }
+    return ranked(found, "bits_per_byte", lowest=True)
 
 
-def _teacher_reached(trial: _Trial, teacher: TeacherResult) -> None:
+def _teacher_reached(trial: Trial, teacher: TeacherResult) -> None:
     trial.reached[0] = teacher.bits_per_byte
 
 
-def _taught(team: Crew, text: Text, students: Sequence[_Trial], seeds: Sequence[int], teacher: TeacherResult) -> None:
+def _taught(team: Crew, text: Text, students: Sequence[Trial], seeds: Sequence[int], teacher: TeacherResult) -> None:
     for trial in students:
         for seed in seeds:
             team.submit(
@@ -105,7 +79,7 @@ def _taught(team: Crew, text: Text, students: Sequence[_Trial], seeds: Sequence[
             )  # fmt: skip
 
 
-def _student_reached(trial: _Trial, student: StudentResult) -> None:
+def _student_reached(trial: Trial, student: StudentResult) -> None:
     trial.reached[student.seed] = student.bits_per_byte
 
 

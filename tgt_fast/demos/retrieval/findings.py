@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tgt_fast.demos.retrieval.results import DemoResult
-from tgt_fast.report.numbers import Difference, mean
+from tgt_fast.report.numbers import Difference
 
 LABELS = {
     "one-hot": "one-hot labels",
@@ -35,7 +35,7 @@ def findings(result: DemoResult) -> list[str]:
 
 def costs(result: DemoResult) -> str:
     """What the synthetic passages cost."""
-    train = mean([student.seconds for student in result.of("distillation")])
+    train = result.mean("distillation", "seconds")
     return (
         f"Writing and labelling {result.settings.variants * result.pairs.labelled:,} synthetic passages took "
         f"{result.writing_seconds:.0f} s, training a student takes {train:.0f} s, all on one core each."

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from tgt_fast.demos.networks import parameter_count
+from tgt_fast.demos.pages import MainTable, ending, in_all, learning_chart, learning_curves, percent_chart
 from tgt_fast.demos.retrieval import findings
 from tgt_fast.demos.retrieval.findings import LABELS
 from tgt_fast.demos.retrieval.methods import new_student
 from tgt_fast.demos.retrieval.results import PACKAGES, DemoResult
 from tgt_fast.demos.retrieval.settings import BASELINES, DEPTHS, METHODS
-from tgt_fast.report import Page, plots
-from tgt_fast.report.identity import commit, versions
-from tgt_fast.report.numbers import mean, spread
-from tgt_fast.report.plots import Bar, Series
+from tgt_fast.report import Page
+from tgt_fast.report.numbers import spread
+from tgt_fast.report.plots import Bar
 
 COLORS = {
     "one-hot": "#a3adb8",
@@ -21,19 +21,26 @@ COLORS = {
     "uniform-negatives": "#d9782d",
     "tgt-random": "#2a9d8f",
 }
-TABLE_HEADER = ("method", *(f"recall@{depth}" for depth in DEPTHS), "seconds")
+_HEADER = ("method", *(f"recall@{depth}" for depth in DEPTHS), "seconds")
 
 
-def table_rows(result: DemoResult) -> list[list[str]]:
+def main_table(result: DemoResult) -> MainTable:
     """The main table, one row a method."""
-    rows = []
-    for method in METHODS:
-        cells = [LABELS[method]]
-        for depth in DEPTHS:
-            values = result.recalls(method, depth)
-            cells.append(spread(values))
-        rows.append([*cells, f"{mean([student.seconds for student in result.of(method)]):.1f}"])
-    return rows
+    return MainTable(
+        f"Test recall in percent: {result.pairs.test} pairs, {result.pairs.labelled} labelled",
+        _HEADER,
+        _HEADER,
+        [
+            [
+                LABELS[method],
+                *(spread(result.recalls(method, depth)) for depth in DEPTHS),
+                f"{result.mean(method, 'seconds'):.1f}",
+            ]
+            for method in METHODS
+        ],
+        METHODS.index(result.best(METHODS)),
+        (len(BASELINES) - 1,),
+    )
 
 
 def write_page(result: DemoResult, folder: Path) -> Path:
@@ -63,7 +70,6 @@ def _lead(result: DemoResult) -> str:
 
 
 def _recall(page: Page, result: DemoResult) -> None:
-    seeds = len(result.seeds)
     lead = result.recall("tgt-random", 20) - result.recall("distillation", 20)
     page.facts(
         [
@@ -71,43 +77,39 @@ def _recall(page: Page, result: DemoResult) -> None:
             (f"{result.recall('distillation', 20):.1f} %", "of distillation"),
             (f"{lead:+.1f}", "points between the two"),
             (f"{result.teacher[20]:.1f} %", "the teacher's own"),
-            (f"{result.seconds:.0f} s", f"for everything here, {seeds} seed{'s' * (seeds > 1)}"),
+            in_all(result),
         ]
     )
     page.section("Recall")
     bars = [Bar(LABELS[m], result.recalls(m, 20), COLORS[m]) for m in METHODS]
-    floor = max(0.0, 10 * ((min(min(bar.points) for bar in bars) - 10) // 10))
-    page.figure(
+    percent_chart(
+        page,
         "recall",
-        plots.bars(
-            bars, "Recall within 20", f"right passage among the first 20 of {result.pairs.test:,}, percent", low=floor
-        ),
-        "Chart of the recall within 20 of each method",
-        f"Dots: means; circles: the seeds. The axis begins at {floor:.0f} %. Each method lets the student read the "
-        "same number of texts a step. The test pairs are of other modules than all texts for training.",
+        bars,
+        "Recall within 20",
+        f"right passage among the first 20 of {result.pairs.test:,}",
+        "Each method lets the student read the same number of texts a step. The test pairs are of other modules than "
+        "all texts for training.",
     )
+    main = main_table(result)
     page.table(
-        TABLE_HEADER,
-        [*table_rows(result), ["the teacher itself", *(f"{result.teacher[d]:.1f}" for d in DEPTHS), ""]],
+        main.header,
+        [*main.rows, ["the teacher itself", *(f"{result.teacher[d]:.1f}" for d in DEPTHS), ""]],
         "Percent of the test pairs whose passage is among the first 1, 20 or 100. Mean over seeds, ± the sample "
         "standard deviation. Seconds: to train one student on one core, without the writing of synthetic passages.",
-        strong=[METHODS.index(result.best(METHODS))],
+        strong=main.strong,
     )
     page.items(findings.findings(result))
     page.text(findings.costs(result))
 
 
 def _learning(page: Page, result: DemoResult) -> None:
-    page.section("Learning")
-    series = [
-        Series.of_seeds(LABELS[m], [student.curve for student in result.of(m)], COLORS[m], dashed=m in BASELINES)
-        for m in METHODS
-    ]
-    page.figure(
-        "learning",
-        plots.lines(series, "Recall within 20 over training", "step", "percent"),
-        "Line chart of the recall within 20 over training steps, one line a method",
-        "Lines: means over seeds; bands: lowest to highest. Dashed: without teacher-guided training.",
+    learning_chart(
+        page,
+        learning_curves(result, LABELS, COLORS, BASELINES),
+        "Recall within 20",
+        "percent",
+        "without teacher-guided training.",
     )
 
 
@@ -166,10 +168,4 @@ def _setup(page: Page, result: DemoResult) -> None:
              f"{s.draw_temperature:g}"],
         ],
     )  # fmt: skip
-    page.text("To repeat the choice:")
-    page.command("python -m tgt_fast.demos.retrieval.tune")
-    page.footer(
-        f"Seeds {', '.join(map(str, result.seeds))}. "
-        + ", ".join(f"{name} {version}" for name, version in versions(PACKAGES).items())
-        + f". Commit: {commit()}."
-    )
+    ending(page, "retrieval", result, PACKAGES)

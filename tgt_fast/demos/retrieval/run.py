@@ -14,6 +14,7 @@ from tgt_fast.demos.artifacts import Artifacts
 from tgt_fast.demos.corpus import Corpus, load_corpus
 from tgt_fast.demos.networks import Weights
 from tgt_fast.demos.progress import Progress
+from tgt_fast.demos.results import checked_seeds, in_order
 from tgt_fast.demos.retrieval import data, teachers
 from tgt_fast.demos.retrieval.data import Labelled, Pairs, Vectors
 from tgt_fast.demos.retrieval.methods import StudentResult, train_student
@@ -25,7 +26,6 @@ from tgt_fast.demos.text.generator import train_generator
 from tgt_fast.demos.text.sentences import sentence_encoder, sentence_tokenizer
 from tgt_fast.demos.text.vocabulary import common_pieces, word_pieces
 from tgt_fast.demos.workers import Crew, cores, crew
-from tgt_fast.errors import ArgumentError
 
 TEACHER_SEED = 0  # one teacher for all seeds
 UNIFORM_SEED = 1  # one choice of further real passages
@@ -247,8 +247,7 @@ def run_demo(
         ArgumentError: no seeds, or one twice; packages with too few texts.
         DependencyError: transformers, or the package with the sentence encoder, is not installed.
     """
-    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise ArgumentError(f"seeds must be different integers >= 0, at least one; got {list(seeds)}")
+    seeds = checked_seeds(seeds)
     settings = Settings() if settings is None else settings
     artifacts = Artifacts(None) if artifacts is None else artifacts
     started = time.perf_counter()
@@ -260,15 +259,14 @@ def run_demo(
         run = _Run(team, prepared, settings, seeds, methods, artifacts, progress)
         run.start()
         team.finish()
-    order = {seed: place for place, seed in enumerate(seeds)}
     held = run.labelled("test")
     return DemoResult(
         settings=settings,
-        seeds=tuple(seeds),
+        seeds=seeds,
         pairs=PairFacts(len(prepared.unlabelled), prepared.of_all, len(prepared.rows[seeds[0]]), len(held)),
         teacher=recalls(held.queries.teacher, held.passages.teacher, DEPTHS),
         examples=run.examples(),
         writing_seconds=sum(w.seconds for w in run.written.values()) / len(seeds),
-        students=tuple(sorted(run.students, key=lambda s: (METHODS.index(s.method), order[s.seed]))),
+        students=in_order(run.students, METHODS, seeds),
         seconds=time.perf_counter() - started,
     )

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any
 
 from tgt_fast.demos.artifacts import Artifacts, cache_folder
 from tgt_fast.demos.corpus import Corpus
 from tgt_fast.demos.retrieval.run import run_demo
 from tgt_fast.demos.retrieval.settings import METHODS, Settings, StudentSettings
-from tgt_fast.demos.tuning import Options, each, tune_command
+from tgt_fast.demos.tuning import Found, Options, Trial, each, ranked, tune_command
 
 _STUDENT = [
     options | {"teacher_temperature": options["temperature"]}
@@ -44,28 +43,20 @@ def tune(
     base: Settings | None = None,
     corpus: Corpus | None = None,
     artifacts: Artifacts | None = None,
-) -> dict[str, list[dict[str, Any]]]:
+) -> Found:
     """For each group its choices with their recalls on the validation pairs, the best first."""
     base = base or Settings()
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[Trial]] = {}
     for group in groups:
         method, choices = GROUPS[group]
-        rows: list[dict[str, Any]] = []
-        for options in choices:
+        found[group] = [Trial(method, options, settings_of(base, method, options)) for options in choices]
+        for trial in found[group]:
             result = run_demo(
-                seeds, settings_of(base, method, options), methods=(method,), corpus=corpus, artifacts=artifacts,
-                workers=workers, test="validation",
+                seeds, trial.settings, methods=(method,), corpus=corpus, artifacts=artifacts, workers=workers,
+                test="validation",
             )  # fmt: skip
-            rows.append(
-                {
-                    "method": method,
-                    "options": options,
-                    "recall": result.recall(method, 20),
-                    "per_seed": result.recalls(method, 20),
-                }
-            )
-        found[group] = sorted(rows, key=lambda row: -row["recall"])
-    return found
+            trial.reached = dict(zip(seeds, result.recalls(method, 20), strict=True))
+    return ranked(found, "recall")
 
 
 def main() -> None:
