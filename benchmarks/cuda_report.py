@@ -4,6 +4,8 @@
     python benchmarks/cuda_report.py                       # compiles for sm_90
     python benchmarks/cuda_report.py --full                # compiles for sm_80, sm_90, sm_100, sm_120
     python benchmarks/cuda_report.py --json report.json
+    python benchmarks/cuda_report.py --known               # 0 where benchmarks/results/cuda-kernels.json is of the same
+    python benchmarks/cuda_report.py LIBRARY.so --save     # writes that file
 
 Needs cuobjdump or nvcc, no GPU. Exits with 1 when a hot kernel has a stack frame or spills, with 2 where a tool is
 missing, with 3 when the library holds no device code.
@@ -12,6 +14,7 @@ missing, with 3 when the library holds no device code.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import re
@@ -24,6 +27,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import compiled
+
+NAME = "cuda-kernels"
 ROOT = Path(__file__).parents[1]
 DEFAULT = ("90",)
 FULL = ("80", "90", "100", "120")
@@ -148,6 +154,21 @@ def of_sources(architectures: tuple[str, ...], jobs: int) -> list[Kernel]:
         return [kernel for report in reports for kernel in parse(report)]
 
 
+def version(nvcc: str) -> str:
+    """The release of a compiler."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release [^\n]*", said)
+    return found[0] if found else said
+
+
+def made_of(nvcc: str) -> str:
+    """What the kernels are compiled from, and by what, in a hash."""
+    sources = [path for folder in ("common", "cuda") for path in (ROOT / "csrc" / folder).iterdir()]
+    settings = [ROOT / "cmake" / "cuda_flags.txt", ROOT / "cmake" / "cuda_architectures.cmake"]
+    here = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return compiled.digest(ROOT, [*sources, *settings], here, version(nvcc))
+
+
 def _missing(tool: str) -> int:
     print(f"no {tool} on the PATH", file=sys.stderr)
     return 2
@@ -160,7 +181,17 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once")
     parser.add_argument("--quiet", action="store_true", help="only the bad rows and the counts")
+    parser.add_argument("--known", action="store_true", help="say whether the committed report is of the same kernels")
+    parser.add_argument("--save", action="store_true", help=f"write benchmarks/results/{NAME}.json")
     args = parser.parse_args()
+    nvcc = find_tool("nvcc")
+    if (args.known or args.save) and nvcc is None:
+        return _missing("nvcc")
+    if args.known:
+        assert nvcc is not None
+        before = compiled.known(NAME, made_of(nvcc))
+        print("no report is of these kernels" if before is None else compiled.words(before))
+        return 0 if before is not None else 1
     rows = (
         of_library(args.library, args.jobs) if args.library else of_sources(FULL if args.full else DEFAULT, args.jobs)
     )
@@ -183,6 +214,9 @@ def main() -> int:
         hot = [row.registers for row in rows if row.architecture == architecture and row.hot]
         print(f"{architecture}: {len(hot)} hot kernels, at most {max(hot, default=0)} registers")
     print(f"{len(rows)} kernels, {len(bad)} hot ones with a stack frame or spills")
+    if args.save:
+        assert nvcc is not None
+        compiled.save(NAME, made_of(nvcc), f"nvcc, {version(nvcc)}", [asdict(row) for row in rows], len(bad))
     return 1 if bad else 0
 
 

@@ -3,6 +3,7 @@
     python benchmarks/triton_report.py                     # sm_90
     python benchmarks/triton_report.py --full              # sm_80, sm_90, sm_100 and gfx942
     python benchmarks/triton_report.py --json report.json
+    python benchmarks/triton_report.py --if-changed --save # unless results/triton-kernels.json is of the same
 
 Needs Triton, no GPU: everything is compiled ahead of time. Exits with 1 when a hot kernel spills, or when one asks for
 more shared memory than the chip has.
@@ -11,6 +12,8 @@ more shared memory than the chip has.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -22,6 +25,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import compiled
+
+import tgt_fast
 from tgt_fast.kernels.options import DIVERGENCES
 from tgt_fast.kernels.triton.tuning import (
     LATENT_REGISTERS,
@@ -34,6 +40,7 @@ from tgt_fast.kernels.triton.tuning import (
     streaming_of,
 )
 
+NAME = "triton-kernels"
 DEFAULT = ("sm_90",)
 FULL = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Bytes of shared memory that a block may ask for; the LDS of a workgroup.
@@ -265,13 +272,29 @@ def _amd(assembly: str) -> tuple[int, int]:
     return registers, 4 * spills
 
 
+def made_of() -> str:
+    """What the kernels are compiled from, and by what, in a hash."""
+    kernels = Path(tgt_fast.__file__).parent / "kernels"
+    files = [*(kernels / "triton").glob("*.py"), kernels / "options.py"]
+    here = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return compiled.digest(kernels, files, here, importlib.metadata.version("triton"))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--full", action="store_true", help=f"{', '.join(FULL)} instead of {DEFAULT[0]}")
     parser.add_argument("--arch", action="append", choices=FULL, help="only this one; may be repeated")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once")
+    parser.add_argument("--save", action="store_true", help=f"write benchmarks/results/{NAME}.json")
+    parser.add_argument("--if-changed", action="store_true", help="do nothing where that file is of the same kernels")
     args = parser.parse_args()
+    if args.save and (args.full or args.arch):
+        parser.error(f"--save is for {DEFAULT[0]}")
+    before = compiled.known(NAME, made_of()) if args.if_changed else None
+    if before is not None:
+        print(compiled.words(before))
+        return 0
     os.environ.pop("TRITON_INTERPRET", None)
     jobs = [
         job
@@ -292,6 +315,9 @@ def main() -> int:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     bad = [row for row in rows if row.problems]
     print(f"{len(rows)} kernels, {len(bad)} with spills or too much shared memory")
+    if args.save:
+        by = f"Triton {importlib.metadata.version('triton')}"
+        compiled.save(NAME, made_of(), by, [asdict(row) for row in rows], len(bad))
     return 1 if bad or not rows else 0
 
 

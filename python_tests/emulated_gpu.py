@@ -28,6 +28,9 @@ from tgt_fast.kernels.native import cuda
 
 CSRC = Path(__file__).parents[1] / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+# A cache of compiled files, where there is one, finds those of another checkout, too: paths within it are relative.
+LAUNCHER = () if (ccache := shutil.which("ccache")) is None else (ccache,)
+CCACHE = {"CCACHE_BASEDIR": str(CSRC.parent), "CCACHE_NOHASHDIR": "1"}
 FLAGS = (
     "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden",
     "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DTGT_EMULATED_GPU", "-DTGT_ISA=emulated", f"-I{CSRC}",
@@ -89,7 +92,7 @@ def _compile(library: Path, sources: list[Path], races: bool) -> None:
     def compile_one(source: Path) -> Path:
         to = library.parent / f"{source.name}.o"
         more = () if not races else OF_KERNELS if source.suffix == ".cu" else ("-DTGT_LOOK_FOR_RACES",)
-        _run([str(COMPILER), *FLAGS, *more, *includes, "-x", "c++", "-c", str(source), "-o", str(to)])
+        _run([*LAUNCHER, str(COMPILER), *FLAGS, *more, *includes, "-x", "c++", "-c", str(source), "-o", str(to)])
         return to
 
     with ThreadPoolExecutor(2) as pool:
@@ -99,7 +102,9 @@ def _compile(library: Path, sources: list[Path], races: bool) -> None:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=CSRC.parent, env={**CCACHE, **os.environ}
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
 

@@ -36,6 +36,7 @@ Resource usage:
 
 @pytest.fixture
 def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     spec = importlib.util.spec_from_file_location("cuda_report", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -79,3 +80,52 @@ def test_a_library_without_device_code_is_no_success(report: ModuleType, monkeyp
 def test_the_flags_are_those_of_the_build(report: ModuleType) -> None:
     assert {"--fmad=false", "-DTGT_ISA=device"} <= set(report.flags())
     assert "cmake/cuda_flags.txt" in (SCRIPT.parents[1] / "CMakeLists.txt").read_text()
+
+
+@pytest.fixture
+def kept(report: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A checkout of its own, with a compiler that says its version, and a built library without bad kernels."""
+    for folder in ("csrc/common", "csrc/cuda", "cmake", "results"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("csrc/common/a.h", "csrc/cuda/b.cu", "cmake/cuda_flags.txt", "cmake/cuda_architectures.cmake"):
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report.compiled, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "find_tool", lambda name: name)
+    monkeypatch.setattr(report, "version", lambda nvcc: "release 1")
+    kernels = [
+        report.Kernel("sm_90", "hot", 80, 0, 0, 0, True),
+        report.Kernel("sm_90", "cold<double", 9, 0, 8, 0, False),
+    ]
+    monkeypatch.setattr(report, "of_library", lambda library, jobs: kernels)
+    return tmp_path
+
+
+def run(report: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["cuda_report.py", *arguments])
+    return int(report.main())
+
+
+def test_what_is_unchanged_since_the_report_is_known(
+    report: ModuleType, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(report, monkeypatch, "--known") == 1
+    assert run(report, monkeypatch, "some.so", "--save") == 0
+    assert run(report, monkeypatch, "--known") == 0
+    for name in ("csrc/common/a.h", "csrc/cuda/b.cu", "cmake/cuda_flags.txt"):
+        (kept / name).write_text("2")
+        assert run(report, monkeypatch, "--known") == 1, name
+        (kept / name).write_text("1")
+    (kept / "csrc" / "cuda" / "new.cu").write_text("")
+    assert run(report, monkeypatch, "--known") == 1
+    (kept / "csrc" / "cuda" / "new.cu").unlink()
+    assert run(report, monkeypatch, "--known") == 0
+    monkeypatch.setattr(report, "version", lambda nvcc: "release 2")
+    assert run(report, monkeypatch, "--known") == 1
+
+
+def test_a_report_of_bad_kernels_is_none(report: ModuleType, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = [report.Kernel("sm_90", "hot", 80, 0, 16, 0, True)]
+    monkeypatch.setattr(report, "of_library", lambda library, jobs: bad)
+    assert run(report, monkeypatch, "some.so", "--save") == 1
+    assert run(report, monkeypatch, "--known") == 1
