@@ -93,7 +93,7 @@ def test_resumed_equals_unbroken(tmp_path: Path, parallel: bool) -> None:
         assert_same(found[rank], expected[rank])
     assert contents(tmp_path / "broken") == contents(tmp_path / "unbroken")
     assert len(contents(tmp_path / "broken")) == 4  # tensors of each process, the document, the best weights
-    assert expected[0]["history"] != expected[1]["history"]
+    assert (expected[0]["history"] == expected[1]["history"]) == parallel  # means over those that train one student
     means = [expected[rank]["weights"]["1.running_mean"] for rank in range(WORLD)]
     assert not torch.equal(*means)
     weights = [expected[rank]["weights"]["0.weight"] for rank in range(WORLD)]

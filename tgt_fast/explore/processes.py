@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final
 
@@ -29,6 +30,16 @@ _calibrated = itertools.count()  # so that the calls of a program that all proce
 
 # Whether every process saves the state that it makes, so that nothing is lost
 SAVED_BY_ALL: ContextVar[bool] = ContextVar("SAVED_BY_ALL", default=False)
+
+
+@contextmanager
+def saved_by_all(every: bool) -> Iterator[None]:
+    """Inside, with ``every``, each process saves its own state: none warns that it is one process's alone."""
+    token = SAVED_BY_ALL.set(every)
+    try:
+        yield
+    finally:
+        SAVED_BY_ALL.reset(token)
 
 
 def warn_of_own_chains(place: tuple[int, int]) -> None:

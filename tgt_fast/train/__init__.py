@@ -6,11 +6,13 @@ from tgt_fast.train.loop import fit
 from tgt_fast.train.metrics import accuracy, agreement, class_accuracy, class_thirds, evaluate, mean_kl
 from tgt_fast.train.objective import TGTObjective
 from tgt_fast.train.run import FitResult
+from tgt_fast.train.view import RunView
 
 __all__ = [
     "BatchStream",
     "Checkpoint",
     "FitResult",
+    "RunView",
     "TGTObjective",
     "accuracy",
     "agreement",

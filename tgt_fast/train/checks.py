@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 from tgt_fast.errors import ArgumentError
@@ -66,6 +67,17 @@ def check_tools(optimizer: Any, scheduler: Any, seed: Any, monitor: Any, evaluat
         raise ArgumentError(f"fit: monitor must be the name of a metric, got {monitor!r}")
     if evaluate is not None and not callable(evaluate):
         raise ArgumentError(f"fit: evaluate must be a function of the student, got {type(evaluate).__name__}")
+
+
+def check_extras(autocast: Any, ema: Any, callbacks: Any) -> None:
+    """What ``fit`` does beside training."""
+    if autocast is not None and autocast is not torch.bfloat16:
+        more = "; float16 needs gradients that are scaled" if autocast is torch.float16 else ""
+        raise ArgumentError(f"fit: autocast must be torch.bfloat16 or None, got {autocast!r:.200}{more}")
+    if ema is not None and not (_is_number(ema) and 0 < ema < 1):
+        raise ArgumentError(f"fit: ema must be in (0, 1), got {ema!r:.200}")
+    if not isinstance(callbacks, (list, tuple)) or not all(callable(function) for function in callbacks):
+        raise ArgumentError(f"fit: callbacks must be a list of functions f(event, run), got {callbacks!r:.200}")
 
 
 def check_parties(student: Any, objective: Any) -> None:

@@ -48,8 +48,8 @@ class BatchStream:
     for their seeds, which must not make the first epoch of a process, so the one resumed in, differ from the others.
 
     Args:
-        loader: a DataLoader, or anything that can be iterated over again. Its samplers' ``set_epoch`` is
-            called.
+        loader: a DataLoader, or anything that can be iterated over again. Its ``set_epoch``, its data set's and its
+            samplers' are called.
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
@@ -108,9 +108,9 @@ class BatchStream:
         _set_states(generators, state["generators"])
 
     def _begin(self) -> Iterator[Any]:
-        for sampler in self._samplers():
-            if hasattr(sampler, "set_epoch"):  # a DistributedSampler shuffles by it
-                sampler.set_epoch(self.epoch)
+        for owner in _distinct((self.loader, getattr(self.loader, "dataset", None), *self._samplers())):
+            if hasattr(owner, "set_epoch"):  # a DistributedSampler shuffles by it
+                owner.set_epoch(self.epoch)
         self._start_workers()
         own = [generator.get_state() for generator in self._generators()]
         self._start = {"global": get_rng_state(), "generators": own}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -22,16 +23,19 @@ from tgt_fast.teacher import Teacher
 from tgt_fast.teacher.batches import Columns, check_loader
 from tgt_fast.teacher.sharing import refuse_shared
 from tgt_fast.train import checkpoint
-from tgt_fast.train.checks import check_options, check_parties, check_tools
+from tgt_fast.train.checks import check_extras, check_options, check_parties, check_tools
 from tgt_fast.train.data import BatchStream
 from tgt_fast.train.document import remove_unnamed
 from tgt_fast.train.files import make_writable
 from tgt_fast.train.names import take_own_names
+from tgt_fast.train.parallel import only_bar
 from tgt_fast.train.processes import ALONE, sharing
 from tgt_fast.train.rng import turn
 from tgt_fast.train.run import Evaluate, FitResult, Objective, Run
+from tgt_fast.train.view import RunView
 
 BEST_WEIGHTS = "best.safetensors"
+Callback = Callable[[str, RunView], Any]
 
 
 def fit(
@@ -54,6 +58,9 @@ def fit(
     seed: int | None = None,
     progress: bool = True,
     columns: Sequence[Any] | None = None,
+    autocast: torch.dtype | None = None,
+    ema: float | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> FitResult:
     """Train ``student`` for ``steps`` optimizer steps on ``objective``, over ``loader`` as often as it takes.
 
@@ -67,8 +74,14 @@ def fit(
     are random numbers that persistent workers draw themselves (augmentation in the data set: they live longer than an
     epoch, and so do their generators), loaders with a state of their own, and iterators that can be read only once.
 
-    Where ``torch.distributed`` has several processes, all of them call ``fit``, with one ``checkpoint_dir`` on a file
-    system that they share. The first writes it, ``best.safetensors`` by its own evaluation; of the others it holds what
+    **In several processes** (``torchrun``) all of them call ``fit`` with a student that DistributedDataParallel wraps
+    or ``fully_shard`` (FSDP2) shards, each with its part of the data. A :class:`TGTObjective` then counts over them
+    (``count_group="world"``), the micro-batches of a step in one go before the first, so that a step is that of all
+    their examples in one process. A step communicates gradients and counts, nothing else. Losses and metrics in the
+    history are means over the processes; :func:`tgt_fast.train.evaluate` measures on the data of all. One bar is shown.
+    A student that nothing wraps is each process's own.
+
+    With one ``checkpoint_dir`` on a file system that they share, the first writes it; of the others it holds what
     differs: generators, place in the data, sampler, history, buffers. A run of two processes that was killed gives the
     same bits as one that was not if as many resume it. With more than two, an ``all_reduce`` may round otherwise in the
     first step after a resume, in which DistributedDataParallel has its buckets in another order. A process that has a
@@ -106,6 +119,15 @@ def fit(
             None for what there is not; x may be a tuple of keys, and is then a dict of them. By default the length
             decides: three are (ids, x, y), two (x, y), one is x; parts whose dtypes or shapes do not fit that, and
             dicts that seem to hold labels or ids, are refused.
+        autocast: ``torch.bfloat16``: the objective runs under ``torch.autocast`` (teacher, student, sampler; the losses
+            themselves stay exact). Evaluations do not.
+        ema: in (0, 1), such as 0.999: keep an exponential average of the weights, ``average = ema * average +
+            (1 - ema) * weights`` after each step. It is what ``evaluate`` sees (with the student's own buffers), what
+            ``best`` holds, and ``FitResult.ema`` at the end; checkpoints have it. The student ends with its own.
+        callbacks: functions ``f(event, run)``, called in this order in each process: event is "start" before the
+            first step, "step" after each, "record" after an entry of the history, "checkpoint" after one was saved, and
+            "end"; run is a :class:`tgt_fast.train.RunView`, to read. Random numbers that they draw leave the run's as
+            they were; what they raise ends it.
 
     Returns:
         A :class:`FitResult`.
@@ -132,6 +154,7 @@ def fit(
     check_options(steps, accumulate, clip_grad_norm, eval_every, mode, checkpoint_every)
     check_parties(student, objective)
     check_tools(optimizer, scheduler, seed, monitor, evaluate)
+    check_extras(autocast, ema, callbacks)
     check_loader("fit", loader)
     resume, progress = _checks.flag("fit", "resume", resume), _checks.flag("fit", "progress", progress)
     if accumulate > 1 and not hasattr(objective, "normalizers"):
@@ -144,27 +167,51 @@ def fit(
         refuse_shared("fit", teacher, student, optimizer)
     keeper = _Keeper(checkpoint_dir, resume)
     take_own_names(student)
-    run = Run(student, objective, BatchStream(loader), parts, optimizer, scheduler)
-    with turn("fit", seeded=seed is not None), nullcontext() if seed is None else isolated_rng(seed):
+    run = Run(student, objective, BatchStream(loader), parts, optimizer, scheduler, autocast=autocast, ema=ema)
+    tell = _Callbacks(callbacks, RunView(run, steps))
+    with (
+        turn("fit", seeded=seed is not None),
+        nullcontext() if seed is None else isolated_rng(seed),
+        run.parallel.counting(objective),
+    ):
         keeper.load(run)
         student.train()
         optimizer.zero_grad()
         result = run.result
-        shown = {"disable": not progress, "desc": "fit", "unit": "step", "miniters": 1}
+        shown = {"disable": not (progress and only_bar()), "desc": "fit", "unit": "step", "miniters": 1}
+        tell("start")
         with _Bar(total=steps, initial=min(result.steps, steps), **shown) as bar:
             while result.steps < steps:
                 run.step(accumulate, clip_grad_norm)
+                tell("step")
                 if _due(eval_every, result.steps, steps):
                     improved = run.record(evaluate, monitor, mode)
                     keeper.save_best(result.best if improved else None)
                     last = result.history[-1]
                     bar.set_postfix({name: f"{last[name]:.4g}" for name in ("loss", monitor) if name in last})
+                    tell("record")
                 if _due(checkpoint_every, result.steps, steps):
                     keeper.save(run)
+                    if keeper.folder is not None:
+                        tell("checkpoint")
                 bar.update()
         if not keeper.kept:
             keeper.save(run)  # of no steps
-    return result
+        tell("end")
+    return run.finish()
+
+
+class _Callbacks:
+    """What is called as things happen in a run."""
+
+    def __init__(self, functions: Sequence[Callback], view: RunView) -> None:
+        self.functions, self.view = tuple(functions), view
+
+    def __call__(self, event: str) -> None:
+        if self.functions:
+            with isolated_rng():
+                for function in self.functions:
+                    function(event, self.view)
 
 
 class _Bar(tqdm):  # type: ignore[misc]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tgt_fast.errors import ArgumentError, DeviceError, ShapeError
+from tgt_fast.explore.processes import of_all_processes
 from tgt_fast.explore.student import logits_of
 from tgt_fast.ops import _checks
-from tgt_fast.teacher.batches import Columns, check_loader
+from tgt_fast.ops.counts import counting_group
+from tgt_fast.teacher.batches import Columns, check_loader, split_batches
 from tgt_fast.teacher.modes import eval_mode
 from tgt_fast.train.data import module_device, to_device
+from tgt_fast.train.processes import evaluating_group
 
 
 def class_thirds(class_counts: Sequence[int] | Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,6 +130,7 @@ def evaluate(
     *,
     class_counts: Sequence[int] | Tensor | None = None,
     columns: Sequence[Any] | None = None,
+    group: Any = None,
 ) -> dict[str, float]:
     """Measure a student on a loader, in eval mode; its train/eval flags are afterwards as they were.
 
@@ -135,6 +140,10 @@ def evaluate(
         loader: gives ``(x, y)``, ``(ids, x, y)`` or, for a comparison with the teacher alone, ``x``.
         class_counts: the training examples of each class; adds the accuracies on :func:`class_thirds`.
         columns: ``(ids, x, y)``, where they are in other batches, as for :func:`fit`.
+        group: "world", or a process group of ``torch.distributed``, whose processes all call, each with its part of
+            the data: the result is that of all of it, the same in each. What a ``DistributedSampler`` repeats as
+            padding is not counted twice. None: this process alone, or, where :func:`fit` evaluates a student of
+            several processes, those.
 
     Returns:
         ``accuracy`` (a fraction; NaN without labels); with ``class_counts`` also ``head``, ``middle`` and
@@ -146,12 +155,6 @@ def evaluate(
         ShapeError: student, teacher and labels do not fit together.
         DTypeError: the student returned something else than a tensor of logits.
     """
-    hits: Tensor | None = None  # [C]
-    totals: Tensor | None = None  # [C]
-    rows = 0
-    agreed: Tensor | float = 0.0  # sums on the device until the end
-    kl: Tensor | float = 0.0
-    batches = 0
     if not isinstance(student, nn.Module):
         raise ArgumentError(f"evaluate: the student must be a torch.nn.Module, got {type(student).__name__}")
     if teacher is not None and not (hasattr(teacher, "student_view") and hasattr(teacher, "label")):
@@ -159,24 +162,23 @@ def evaluate(
     device = module_device(student)
     parts = Columns("evaluate", columns)
     check_loader("evaluate", loader)
-    with eval_mode(student):
-        for batch in loader:
-            batches += 1
-            _, x, y = to_device(parts.split(batch), device)
-            logits = logits_of("evaluate", student, x if teacher is None else teacher.student_view(x))
-            if y is not None:
-                _check_rows("evaluate", logits, y)
-                correct, total = _class_hits("evaluate", logits, y)
-                hits = correct if hits is None else hits + correct
-                totals = total if totals is None else totals + total
-            if teacher is not None:
-                labels = teacher.label(x)
-                _check_same("evaluate", logits, labels)
-                rows += labels[..., 0].numel()
-                agreed = agreed + (logits.argmax(-1) == labels.argmax(-1)).sum()
-                kl = kl + _row_kl(logits, labels).sum()
-    if not batches:
+    together = counting_group("evaluate", evaluating_group() if group is None else group, name="group")
+
+    def measured() -> _Sums:
+        sums = _Sums()
+        with eval_mode(student):
+            for (_, x, y), kept in split_batches(loader, parts, padding=together is None):
+                x, y = to_device((x, y), device)
+                logits = logits_of("evaluate", student, x if teacher is None else teacher.student_view(x))
+                sums.add(logits, y, None if teacher is None else teacher.label(x), kept)
+        return sums.on_the_host()
+
+    sums = _Sums()
+    for of_process in of_all_processes("evaluate", together, measured):
+        sums.merge(of_process)
+    if not sums.batches:
         raise ArgumentError("evaluate: the loader gave no batch")
+    hits, totals = sums.hits, sums.totals
     result = {
         "accuracy": math.nan if hits is None or totals is None else _ratio(hits.sum().item(), totals.sum().item())
     }
@@ -191,9 +193,49 @@ def evaluate(
                     )
                 result[name] = _ratio(hits[classes].sum().item(), totals[classes].sum().item())
     if teacher is not None:
-        result["agreement"] = _ratio(float(agreed), rows)
-        result["mean_kl"] = _ratio(float(kl), rows)
+        result["agreement"] = _ratio(float(sums.agreed), sums.rows)
+        result["mean_kl"] = _ratio(float(sums.kl), sums.rows)
     return result
+
+
+@dataclass
+class _Sums:
+    """Over the examples of an evaluation; on the device until the end."""
+
+    hits: Tensor | None = None  # [C]
+    totals: Tensor | None = None  # [C]
+    rows: int = 0
+    agreed: Tensor | float = 0.0
+    kl: Tensor | float = 0.0
+    batches: int = 0
+
+    def add(self, logits: Tensor, y: Tensor | None, labels: Tensor | None, kept: int | None) -> None:
+        """A batch, of which the first ``kept`` examples count."""
+        self.batches += 1
+        if y is not None:
+            _check_rows("evaluate", logits, y)
+            hits, totals = _class_hits("evaluate", logits[:kept], y[:kept])
+            self.hits = hits if self.hits is None else self.hits + hits
+            self.totals = totals if self.totals is None else self.totals + totals
+        if labels is not None:
+            _check_same("evaluate", logits, labels)
+            logits, labels = logits[:kept], labels[:kept]
+            self.rows += labels[..., 0].numel()
+            self.agreed = self.agreed + (logits.argmax(-1) == labels.argmax(-1)).sum()
+            self.kl = self.kl + _row_kl(logits, labels).sum()
+
+    def on_the_host(self) -> _Sums:
+        return replace(self, agreed=float(self.agreed), kl=float(self.kl))
+
+    def merge(self, other: _Sums) -> None:
+        """Those of another process."""
+        for name in ("hits", "totals"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if theirs is not None:
+                setattr(self, name, theirs if mine is None else mine + theirs)
+        self.rows += other.rows
+        self.agreed, self.kl = self.agreed + other.agreed, self.kl + other.kl
+        self.batches += other.batches
 
 
 def _ratio(part: float, whole: float) -> float:

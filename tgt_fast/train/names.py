@@ -7,9 +7,12 @@ from typing import Any, Final, TypeVar
 
 from torch import nn
 
+from tgt_fast.train.parallel import Replicated
+
 T = TypeVar("T")
 
 _INNER: Final = "_orig_mod"  # what torch.compile keeps a module as, and puts into the names below it
+_PARALLEL: Final = "module"  # and DistributedDataParallel
 
 
 def own_name(name: str) -> str:
@@ -27,14 +30,24 @@ def under_names_of(here: Iterable[str], state: Mapping[str, T]) -> dict[str, T]:
 
 
 def take_own_names(model: nn.Module) -> None:
-    """``load_state_dict`` of the compiled modules in ``model`` takes a model's own names from now on, too."""
+    """``load_state_dict`` of what wraps ``model``, or modules in it, takes a model's own names from now on, too."""
     for module in model.modules():
-        hooks = module._load_state_dict_pre_hooks.values()
-        if _INNER in module._modules and not any(getattr(hook, "hook", hook) is _rename for hook in hooks):
-            module._register_load_state_dict_pre_hook(_rename)  # type: ignore[no-untyped-call]
+        hooks = [getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values()]
+        for inner, rename in ((_INNER, _rename_compiled), (_PARALLEL, _rename_parallel)):
+            wraps = isinstance(module, Replicated) if inner == _PARALLEL else inner in module._modules
+            if wraps and rename not in hooks:
+                module._register_load_state_dict_pre_hook(rename)  # type: ignore[no-untyped-call]
 
 
-def _rename(state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _rename_compiled(state: dict[str, Any], prefix: str, *_: Any) -> None:
+    _rename(state, prefix, _INNER)
+
+
+def _rename_parallel(state: dict[str, Any], prefix: str, *_: Any) -> None:
+    _rename(state, prefix, _PARALLEL)
+
+
+def _rename(state: dict[str, Any], prefix: str, inner: str) -> None:
     for name in list(state):
-        if name.startswith(prefix) and not name.startswith(f"{prefix}{_INNER}."):
-            state[f"{prefix}{_INNER}.{name.removeprefix(prefix)}"] = state.pop(name)
+        if name.startswith(prefix) and not name.startswith(f"{prefix}{inner}."):
+            state[f"{prefix}{inner}.{name.removeprefix(prefix)}"] = state.pop(name)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,6 +55,33 @@ class Processes:
 
 
 ALONE = Processes()
+
+# The process group over which an evaluation inside a run is, where its loader gives each process a part of the data
+_EVALUATION: ContextVar[Any] = ContextVar("_EVALUATION", default=None)
+
+
+@contextmanager
+def evaluated_by(group: Any) -> Iterator[None]:
+    """Inside, :func:`tgt_fast.train.evaluate` is over the data of the group's processes."""
+    token = _EVALUATION.set(group)
+    try:
+        yield
+    finally:
+        _EVALUATION.reset(token)
+
+
+def evaluating_group() -> Any:
+    return _EVALUATION.get()
+
+
+def mean_over(group: Any, values: Mapping[str, float]) -> dict[str, float]:
+    """Of each name the mean of the processes that have it, in the order of their ranks: equal to the bit in each."""
+    if group is None or torch.distributed.get_world_size(group) == 1:
+        return dict(values)
+    found: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(found, dict(values), group=group)
+    names = dict.fromkeys(name for of_rank in found for name in of_rank)
+    return {name: sum(there := [of_rank[name] for of_rank in found if name in of_rank]) / len(there) for name in names}
 
 
 def sharing(op: str, folder: Path) -> Processes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -17,13 +18,16 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tgt_fast._ranges import named_range
 from tgt_fast._rng import isolated_rng
 from tgt_fast.errors import ArgumentError, CheckpointError
+from tgt_fast.explore.processes import saved_by_all
 from tgt_fast.teacher.batches import Batch, Columns
 from tgt_fast.teacher.modes import eval_mode
 from tgt_fast.train import checkpoint
+from tgt_fast.train.average import Average
 from tgt_fast.train.checks import checked_output
 from tgt_fast.train.data import BatchStream, module_device, to_device
 from tgt_fast.train.names import under_own_names
-from tgt_fast.train.processes import Processes
+from tgt_fast.train.parallel import Parallel, unwrapped
+from tgt_fast.train.processes import Processes, evaluated_by, mean_over
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
@@ -60,10 +64,13 @@ class FitResult:
         history: one record an evaluation: ``step``, the means of ``loss`` and of its parts (``hard``,
             ``soft``, ``synthetic``) since the record before, the learning rate ``lr``, and what ``evaluate``
             returned.
-        best: the student's ``state_dict`` (copies on the CPU) at its best evaluation; None without one. Its names are
-            the model's own, also where ``torch.compile`` wraps it; ``student.load_state_dict`` takes them either way.
+        best: the student's ``state_dict`` (copies on the CPU; of FSDP2's, of this process's shards) at its best
+            evaluation, of averaged weights where there are some; None without one. Its names are the model's own, also
+            where ``torch.compile`` or DistributedDataParallel wraps it; ``student.load_state_dict`` takes them either
+            way.
         best_step: the step of that evaluation.
         best_score: its value of the monitored metric.
+        ema: the averaged weights at the end, such a ``state_dict``, where ``fit(ema=)`` asked for them.
     """
 
     steps: int = 0
@@ -71,6 +78,7 @@ class FitResult:
     best: dict[str, Tensor] | None = None
     best_step: int | None = None
     best_score: float | None = None
+    ema: dict[str, Tensor] | None = None
 
 
 class Run:
@@ -84,8 +92,14 @@ class Run:
         columns: Columns,
         optimizer: Optimizer,
         scheduler: LRScheduler | None,
+        *,
+        autocast: torch.dtype | None = None,
+        ema: float | None = None,
     ) -> None:
         self.student, self.objective, self.stream, self.columns = student, objective, stream, columns
+        self.model, self.parallel = unwrapped(student), Parallel(student)
+        self.autocast = autocast
+        self.average = None if ema is None else Average(self.model, ema)
         self.optimizer, self.scheduler = optimizer, scheduler
         self.device = module_device(student)
         self.result = FitResult()
@@ -98,12 +112,14 @@ class Run:
         if accumulate > 1:
             real, synthetic = self.objective.normalizers(batches)  # type: ignore[attr-defined]
             normalizers = {"normalizer": real, "synthetic_normalizer": synthetic}
-        for (ids, x, y), copies in zip(batches, self._copies(batches), strict=True):
+        for place, ((ids, x, y), copies) in enumerate(zip(batches, self._copies(batches), strict=True)):
             more = normalizers if copies is None else {**normalizers, "occurrence": copies}
-            output = self.objective(self.student, x, y, sample_ids=ids, step=self.result.steps, **more)
-            loss, parts = checked_output(output)
-            with named_range("backward"):
-                loss.backward()  # type: ignore[no-untyped-call]
+            with self.parallel.averaging(place + 1 == len(batches)):
+                with self._precision():
+                    output = self.objective(self.student, x, y, sample_ids=ids, step=self.result.steps, **more)
+                loss, parts = checked_output(output)
+                with named_range("backward"):
+                    loss.backward()  # type: ignore[no-untyped-call]
             self._add({"loss": loss.detach(), **parts})
         if clip_grad_norm is not None:
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -111,6 +127,8 @@ class Run:
         with named_range("optimizer"):
             self.optimizer.step()
             self.optimizer.zero_grad()
+            if self.average is not None:
+                self.average.update()
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step()
         self.summed += 1
@@ -124,6 +142,11 @@ class Run:
         found: list[Tensor | None] = counted(batches)
         return found
 
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast((self.device or torch.device("cpu")).type, self.autocast)
+
     def _take(self) -> Batch:
         batch: Batch = to_device(self.columns.split(self.stream.take()), self.device)
         return batch
@@ -134,16 +157,27 @@ class Run:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def record(self, evaluate: Evaluate | None, monitor: str, mode: str) -> bool:
-        """Add to the history; whether this is the best evaluation so far (its weights are then kept)."""
+        """Add to the history; whether this is the best evaluation so far (its weights are then kept).
+
+        Losses and metrics are means over the processes that average gradients, the same in each.
+        """
         result = self.result
         means = {name: value.item() / self.summed for name, value in self.sums.items()}
+        means = mean_over(self.parallel.group, means)
         self.sums, self.summed = {}, 0
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         result.history.append({"step": result.steps, **means, "lr": learning_rate})
         if evaluate is None:
             return False
-        with isolated_rng(), eval_mode(self.student):
-            metrics = {name: float(value) for name, value in evaluate(self.student).items()}
+        with nullcontext() if self.average is None else self.average.in_place():
+            with isolated_rng(), eval_mode(self.student), evaluated_by(self.parallel.group):
+                metrics = {name: float(value) for name, value in evaluate(self.student).items()}
+            self.parallel.settle()
+            metrics = mean_over(self.parallel.group, metrics)
+            return self._judge(metrics, monitor, mode)
+
+    def _judge(self, metrics: dict[str, float], monitor: str, mode: str) -> bool:
+        result = self.result
         result.history[-1].update(metrics)
         if monitor not in metrics:
             raise ArgumentError(f"fit: monitor is {monitor!r}, but evaluate returned {sorted(metrics)}")
@@ -153,8 +187,18 @@ class Run:
         if math.isnan(score) or (result.best_score is not None and not _better(score, result.best_score, mode)):
             return False
         result.best_step, result.best_score = result.steps, score
-        result.best = {name: _copy(value) for name, value in under_own_names(self.student.state_dict()).items()}
+        result.best = self.weights()
         return True
+
+    def weights(self) -> dict[str, Any]:
+        """Copies of the student's, as they are."""
+        return {name: _copy(value) for name, value in under_own_names(self.model.state_dict()).items()}
+
+    def finish(self) -> FitResult:
+        if self.average is not None:
+            with self.average.in_place():
+                self.result.ema = self.weights()
+        return self.result
 
     def save(self, processes: Processes, folder: Path) -> None:
         result = self.result
@@ -166,15 +210,26 @@ class Run:
             "best_step": result.best_step,
             "best_score": result.best_score,
         }
-        checkpoint.save_together(processes, folder, self.student, self._parts(), result.steps, extra)
+        if self.average is not None:
+            extra["ema"] = self.average.values
+        with saved_by_all(processes.count > 1):
+            checkpoint.save_together(processes, folder, self.model, self._parts(), result.steps, extra)
 
     def load(self, processes: Processes, folder: Path) -> None:
-        loaded = checkpoint.load_together(processes, folder, self.student, self._parts(), _check_saved)
+        loaded = checkpoint.load_together(processes, folder, self.model, self._parts(), self._check)
         extra = loaded.extra
+        if self.average is not None:
+            self.average.load(extra["ema"])
         best = extra["best"] and under_own_names(extra["best"])
         self.result = FitResult(loaded.step, extra["history"], best, extra["best_step"], extra["best_score"])
         self.sums = {name: value.to(self.device) for name, value in extra["sums"].items()}
         self.summed = extra["summed"]
+
+    def _check(self, saved: checkpoint.Checkpoint) -> None:
+        _check_saved(saved)
+        if ("ema" in saved.extra) != (self.average is not None):
+            has, lacks = ("checkpoint", "run") if self.average is None else ("run", "checkpoint")
+            raise CheckpointError(f"the {has} has averaged weights (ema=), the {lacks} has none")
 
     def _parts(self) -> dict[str, Any]:
         return {  # the data first, since finding its place may move the global generators
@@ -196,6 +251,8 @@ def _check_saved(saved: checkpoint.Checkpoint) -> None:
         "best_step": (int, NoneType),
         "best_score": (float, NoneType),
     }
+    if isinstance(extra, dict) and "ema" in extra:
+        kinds["ema"] = dict
     if not isinstance(extra, dict) or extra.keys() != kinds.keys():
         found = sorted(map(str, extra)) if isinstance(extra, dict) else type(extra).__name__
         raise CheckpointError(f"it was not saved by fit: its extra holds {found}, fit's {sorted(kinds)}")
@@ -213,4 +270,6 @@ def _better(score: float, best: float, mode: str) -> bool:
 
 
 def _copy(value: Any) -> Any:
+    if hasattr(value, "device_mesh"):  # a shard stays where its mesh is
+        return value.detach().clone()
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
