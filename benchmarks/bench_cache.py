@@ -6,7 +6,7 @@ Warm: batches of ids, one after the other or shuffled, out of the page cache; be
 rows of as many bytes, indexed by the same ids, and, for shuffled ids, one os.pread a row and one slice of safetensors'
 safe_open a row and tensor. Cold: the page cache is dropped (posix_fadvise), then a cache is opened and all its rows are
 read in order, checksums included; beside it, the same for the memmap, and for read() of one file of as many bytes. With
---save the numbers go to benchmarks/results/cache-cpu.json, which the README's table is made from.
+--save the numbers go to benchmarks/results/cache-cpu.json, which the documentation's table is made from.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python benchmarks/bench_distill.py [--device auto|cpu|cuda] [--seconds 6] [--save]
 
 The cases, their checks and their rivals: tgt_fast/bench/distill.py. With --save the numbers go to
-benchmarks/results/distill-cpu.json or distill-cuda.json, which the README's tables are made from.
+benchmarks/results/distill-cpu.json or distill-cuda.json, which the documentation's tables are made from.
 """
 
 import sys

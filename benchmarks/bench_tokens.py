@@ -3,7 +3,7 @@
     python benchmarks/bench_tokens.py [--device auto|cpu|cuda] [--seconds 6] [--save]
 
 The cases, their checks and their rivals: tgt_fast/bench/tokens.py. With --save the numbers go to
-benchmarks/results/tokens-cpu.json or tokens-cuda.json, which the README's tables are made from.
+benchmarks/results/tokens-cpu.json or tokens-cuda.json, which the documentation's tables are made from.
 """
 
 import sys

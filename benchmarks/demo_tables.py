@@ -1,4 +1,4 @@
-"""The README's tables of what the demos learned, from benchmarks/results/DEMO.json."""
+"""The tables of what the demos learned, from benchmarks/results/DEMO.json."""
 
 from __future__ import annotations
 

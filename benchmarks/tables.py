@@ -1,9 +1,9 @@
-"""Writes the README's tables from benchmarks/results/*.json.
+"""Writes the tables of the README and of docs/performance from benchmarks/results/*.json.
 
     python benchmarks/tables.py [--check]
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. With ``--check`` nothing is written: exit status 1
-says that the README does not show what the result files hold.
+says that a page does not show what the result files hold.
 """
 
 from __future__ import annotations
@@ -281,28 +281,85 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+def summary() -> str:
+    """A line of each result file, for the README: the first case, which is the largest."""
+    lines, sources = [], {}
+    for noun, called in _SUMMED.items():
+        record = json.loads((RESULTS / f"{noun}-cpu.json").read_text())
+        row = _measured(record)[0]
+        shape = row.get("shape") or f"{row.get('rows', row.get('samples'))} x {row.get('classes', row.get('size'))}"
+        compiled = _times(row.get("over_compile"))
+        lines.append([called, shape, _ms(row["milliseconds"]["ours"]), _times(row["over_eager"]), compiled])
+        sources[f"{record['hardware']}; torch {record['versions']['torch']}"] = None
+    caption = "Median milliseconds, and the speed over PyTorch in the same run. " + "; ".join(sources) + "."
+    return grid(["float32, CPU", "shape", "ms", "over eager", "over torch.compile"], lines) + "\n\n" + caption
+
+
+def ops() -> str:
+    """Which op has kernels where, and whether these have run on a GPU."""
+    path = RESULTS / "gpu-cuda.json"
+    kernels = json.loads(path.read_text())["kernels"] if path.exists() else {}
+    well = [found["status"] == "ok" for found in kernels.values()]
+    ran = "not yet" if not well else "yes" if all(well) else "in part"
+    rows = [[name, "C++", cuda, triton, ran] for name, (cuda, triton) in _KERNELS.items()]
+    return grid(["op", "CPU", "CUDA", "Triton", "run on a GPU"], rows)
+
+
+_SUMMED = {
+    "distill": "distillation loss and cross-entropy",
+    "linear": "the same from hidden states",
+    "sparse": "against a record of 64 classes",
+    "contrast": "contrastive loss",
+    "latent": "keyed noise",
+}
+_KERNELS = {
+    "`distillation_loss`": ("yes", "yes"),
+    "... against a top-k record": ("yes", "-"),
+    "`linear_distillation_loss`, `contrastive_distillation_loss`": ("yes", "yes"),
+    "`perturb_latents`, `ascend_latents`": ("yes", "yes"),
+    "`sample_tokens`": ("yes", "-"),
+    "`soft_embedding`": ("-", "yes"),
+}
+
+
+def body(name: str) -> str:
+    if name in _MADE:
+        return _MADE[name]()
+    path = RESULTS / f"{name}.json"
+    return (
+        TABLES[name](json.loads(path.read_text())) if path.exists() else NOT_YET.get(name, "*No committed result yet.*")
+    )
+
+
+_MADE: dict[str, Callable[[], str]] = {"summary": summary, "ops": ops}
+_PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def pages() -> list[Path]:
+    """Every page that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
 def rendered(text: str) -> str:
-    """The README with every table made anew."""
-    for name, table in TABLES.items():
-        path = RESULTS / f"{name}.json"
-        body = table(json.loads(path.read_text())) if path.exists() else NOT_YET.get(name, "*No committed result yet.*")
-        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text, found = pattern.subn(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
-        if found != 1:
-            sys.exit(f"README.md has {found} places for the table {name!r}, expected 1")
-    return text
+    """A page with every table that it has made anew."""
+    return _PLACE.sub(lambda match: f"{match[1]}{body(match[2])}\n{match[3]}", text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the README is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
     arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    new = rendered(text)
+    texts = {page: page.read_text() for page in pages()}
+    places = [match[2] for text in texts.values() for match in _PLACE.finditer(text)]
+    for name in (*TABLES, *_MADE):
+        if places.count(name) != 1:
+            sys.exit(f"the pages have {places.count(name)} places for the table {name!r}, expected 1")
+    stale = [page for page, text in texts.items() if rendered(text) != text]
     if arguments.check:
-        sys.exit(0 if new == text else "README.md does not show the committed results: run python benchmarks/tables.py")
-    readme.write_text(new)
+        named = ", ".join(page.relative_to(ROOT).as_posix() for page in stale)
+        sys.exit(f"{named}: not what the committed results say; run python benchmarks/tables.py" if stale else 0)
+    for page in stale:
+        page.write_text(rendered(texts[page]))
 
 
 if __name__ == "__main__":

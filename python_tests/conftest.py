@@ -198,7 +198,7 @@ def child_environment() -> dict[str, str]:
 
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script that writes the README's tables, which finds its neighbours in its own folder."""
+    """The script that writes the pages' tables, which finds its neighbours in its own folder."""
     folder = Path(__file__).parent.parent / "benchmarks"
     if not folder.is_dir():
         pytest.skip("the tests run outside a checkout")
