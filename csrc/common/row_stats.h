@@ -25,7 +25,8 @@ enum RowFlag : int {
   kInvalid = 2,       // NaN, +inf or nothing but -inf: loss and gradients are NaN
   kInfiniteSoft = 4,  // the soft term is +inf and has no gradient
   kHard = 8,          // the row has a hard term
-  kInfiniteHard = 16  // the hard term is +inf and has no gradient
+  kInfiniteHard = 16,  // the hard term is +inf and has no gradient
+  kWide = 32           // differences of its logits leave the range of float: it is taken in double
 };
 
 inline namespace TGT_ISA {

@@ -250,8 +250,8 @@ TGT_HD SparseFactors<Real> sparse_factors(const SparseState& row, const DistillO
       log_ratio -= row.y;
       f.y = 0;
     }
-    constexpr double kLargest = sizeof(Real) == 8 ? 1e300 : 1e37;
-    f.log_ratio = Real(log_ratio > kLargest ? kLargest : log_ratio);
+    constexpr double kLargest = sizeof(Real) == 8 ? 1e308 : 2e38;  // what is added to it stays finite
+    f.log_ratio = Real(log_ratio > kLargest ? kLargest : log_ratio < -kLargest ? -kLargest : log_ratio);
   } else {
     const Mixture<double> mixture{options.beta, 1 - options.beta};
     f.soft = Real(f.soft_factor * D::d_student(tail.bounded(), mixture, row.x, row.y) / row.tail_sum);

@@ -92,10 +92,35 @@ struct Unusual {
   bool student_only = false;   // somewhere the student is -inf and the teacher is not
   bool teacher_only = false;
   bool invalid = false;  // NaN or +inf
+  bool wide = false;     // a difference of logits that counts may have left the range of Real
 };
 
+// What a logit is multiplied by to leave the range where its differences, divided by the temperatures, might.
 template <class Real>
-void inspect(const Real* s, const Real* t, int count, Unusual& unusual) {
+Real reach_of(const DistillOptions& options) {
+  const double ts = options.temperature, tt = options.teacher_temperature, least = ts < tt ? ts : tt;
+  return Real(least < 1 ? 16 / least : 16);
+}
+
+// A logit that is far below the largest is of no account where the other side has no mass: masks often are such.
+template <class D, class Real>
+bool counts_far(Real s, Real t, double student_max, double teacher_max, Real reach, const DistillOptions& options) {
+  constexpr Real kLargest = sizeof(Real) == 8 ? Real(DBL_MAX) : Real(FLT_MAX);
+  if (s * reach > kLargest || t * reach > kLargest) return true;  // all others are far below
+  constexpr double kNothing = -110;                               // exp of it is 0
+  constexpr bool kBoth = std::is_same<D, Symmetric>::value;
+  constexpr bool kStudent = kBoth || std::is_same<D, ForwardKl>::value || std::is_same<D, CrossEntropy>::value;
+  constexpr bool kTeacher = kBoth || std::is_same<D, ReverseKl>::value;
+  const bool student = kStudent && s * reach < -kLargest && s >= -kLargest;
+  const bool teacher = kTeacher && t * reach < -kLargest && t >= -kLargest;
+  return (student && (double(t) - teacher_max) / options.teacher_temperature > kNothing) ||
+         (teacher && (double(s) - student_max) / options.temperature > kNothing);
+}
+
+template <class D, class Real>
+void inspect(const Real* s, const Real* t, int count, double student_max, double teacher_max,
+             const DistillOptions& options, Unusual& unusual) {
+  const Real reach = reach_of<Real>(options);
   for (int j = 0; j < count; ++j) {
     const bool student_masked = s[j] == Real(-HUGE_VAL);
     const bool teacher_masked = t[j] == Real(-HUGE_VAL);
@@ -103,34 +128,40 @@ void inspect(const Real* s, const Real* t, int count, Unusual& unusual) {
     unusual.student_only |= student_masked && !teacher_masked;
     unusual.teacher_only |= teacher_masked && !student_masked;
     unusual.invalid |= !(s[j] < Real(HUGE_VAL)) || !(t[j] < Real(HUGE_VAL));
+    if constexpr (D::kShiftedSums && sizeof(Real) == 4) {
+      unusual.wide |= counts_far<D>(s[j], t[j], student_max, teacher_max, reach, options);
+    }
   }
 }
 
-// Maxima of a block of both rows; true when every logit is finite.
+// Maxima of a block of both rows; true when every logit is finite, also `reach` times as large.
 template <class Real>
-TGT_HD bool block_maxima(const Real* s, const Real* t, int count, double& student_max, double& teacher_max) {
+TGT_HD bool block_maxima(const Real* s, const Real* t, int count, Real reach, double& student_max,
+                         double& teacher_max) {
   using V = typename Lanes<Real>::Vector;
   V s_best = splat<V>(Real(-HUGE_VAL)), t_best = s_best;
-  V finite_s = V{}, finite_t = V{};  // x * 0 is NaN for what is not finite
+  V finite_s = V{}, finite_t = V{};  // what is infinite remains so, or becomes NaN
+  const V far = splat<V>(reach);
   constexpr int kLanes = Lanes<Real>::kCount;
   int at = 0;
   for (; at + kLanes <= count; at += kLanes) {
     const V sv = load(s + at), tv = load(t + at);
     s_best = larger(sv, s_best);
     t_best = larger(tv, t_best);
-    finite_s = fused(sv, V{}, finite_s);
-    finite_t = fused(tv, V{}, finite_t);
+    finite_s = fused(sv, far, finite_s);
+    finite_t = fused(tv, far, finite_t);
   }
   Real s_max = largest_lane(s_best), t_max = largest_lane(t_best);
   Real rest = 0;
   for (; at < count; ++at) {
     s_max = larger(s[at], s_max);
     t_max = larger(t[at], t_max);
-    rest += s[at] * 0 + t[at] * 0;
+    rest += s[at] * reach;
+    rest += t[at] * reach;
   }
   student_max = s_max;
   teacher_max = t_max;
-  return sum_lanes(finite_s + finite_t) + rest == 0;
+  return (sum_lanes(finite_s) + sum_lanes(finite_t) + rest) * 0 == 0;
 }
 
 template <class Real>
@@ -281,12 +312,16 @@ template <class Real, class D, HardPower power>
 double forward_row(const Row<Real>& logits, const DistillOptions& options, int64_t label, RowState& state,
                    Unusual& unusual) {
   const double inverse_ts = 1 / options.temperature, inverse_tt = 1 / options.teacher_temperature;
+  const Real reach = reach_of<Real>(options);
   OnlineSums sums;
   logits.each_block([&](const Real* s, const Real* t, int64_t, int count) {
     double s_max, t_max;
-    if (!block_maxima(s, t, count, s_max, t_max)) inspect(s, t, count, unusual);
+    const bool usual = block_maxima(s, t, count, reach, s_max, t_max);
+    s_max = larger(s_max, sums.student_max);
+    t_max = larger(t_max, sums.teacher_max);
+    if (!usual) inspect<D>(s, t, count, s_max, t_max, options, unusual);
     if (unusual.invalid) return;
-    sums.raise<D>(larger(s_max, sums.student_max), larger(t_max, sums.teacher_max), inverse_ts, inverse_tt);
+    sums.raise<D>(s_max, t_max, inverse_ts, inverse_tt);
     sum_block<Real, D, power>(s, t, count, running<Real>(sums, options), sums);
   });
   unusual.invalid |= sums.student_max == -HUGE_VAL || sums.teacher_max == -HUGE_VAL;

@@ -155,6 +155,14 @@ int64_t first_largest(const char* logits, DType type, int64_t classes) {
   return found;
 }
 
+// Whether a row's sums are so large that their terms may have left the range of float.
+inline bool beyond(const RowState& state) { return !(fabs(state.x) < 1e30 && fabs(state.y) < 1e30); }
+
+template <class Real>
+Row<double> in_double(const Row<Real>& row) {
+  return {row.student, row.teacher, row.student_type, row.teacher_type, row.classes};
+}
+
 // Entropies, KL, agreement and log-sum-exps of a row pair, whatever its loss; false where a side is no distribution.
 template <class Real>
 bool pair_statistics(const Row<Real>& logits, DistillOptions options, double* values) {
@@ -164,6 +172,9 @@ bool pair_statistics(const Row<Real>& logits, DistillOptions options, double* va
   options.soft_weight = 1;
   forward_row<Real, ForwardKl, kNoHard>(logits, options, -1, state, unusual);
   if (unusual.invalid) return false;
+  if constexpr (sizeof(Real) == 4) {
+    if (unusual.wide || beyond(state)) return pair_statistics<double>(in_double(logits), options, values);
+  }
   const RowConstants<Real> row = settled<Real>(state, options);
   logits.each_block([&](const Real* s, const Real* t, int64_t, int count) {
     V of_student{}, of_teacher{};
@@ -209,18 +220,12 @@ void statistics_row(const DistillCall& call, int64_t i, bool counts) {
   for (int k = 0; k < 6; ++k) out[k * call.rows] = Real(values[k]);
 }
 
-// Whether a row's sums are so large that differences of its logits may have left the range of float.
-template <class Real>
-bool beyond(const RowState& state) {
-  return sizeof(Real) == 4 && !(fabs(state.x) < 1e30 && fabs(state.y) < 1e30);
-}
-
-// Such a row once more, in double.
+// A row once more, in double.
 template <class D, HardPower power>
 __attribute__((noinline)) double wide_forward_row(const DistillCall& call, int64_t i, int64_t label, RowState& state) {
   RowState wide{};
   Unusual unusual;
-  wide.flags = int(state.flags) & (kDropped | kHard);
+  wide.flags = kWide | (int(state.flags) & (kDropped | kHard));
   wide.coefficient = state.coefficient;
   constexpr HardPower kPower = power == kNoHard ? kNoHard : kOwn;
   const double loss = forward_row<double, D, kPower>(row_at<double>(call, i), call.options, label, wide, unusual);
@@ -236,7 +241,7 @@ __attribute__((noinline)) void wide_gradient_row(const DistillCall& call, int64_
 template <class Real, class D, HardPower power>
 void any_gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, const RowState& state,
                       double upstream) {
-  if (beyond<Real>(state)) return wide_gradient_row<D, power>(call, i, state, upstream);
+  if (sizeof(Real) == 4 && int(state.flags) & kWide) return wide_gradient_row<D, power>(call, i, state, upstream);
   gradient_row<Real, D, power>(call, logits, i, state, upstream);
 }
 
@@ -256,7 +261,9 @@ void forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
     if (!dropped) {
       Unusual unusual;
       loss = forward_row<Real, D, power>(logits, options, label, state, unusual);
-      if (beyond<Real>(state)) loss = wide_forward_row<D, power>(call, i, label, state);
+      if constexpr (sizeof(Real) == 4) {
+        if (unusual.wide || beyond(state)) loss = wide_forward_row<D, power>(call, i, label, state);
+      }
       loss *= state.coefficient;
     }
     static_cast<Real*>(call.row_loss)[i] = Real(loss);

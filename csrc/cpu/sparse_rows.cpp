@@ -64,6 +64,8 @@ template <class Real, HardPower power, bool kFull>
 void sum_tail(const Real* s, int count, Real inverse_t, TailSums& sums) {
   using V = typename Lanes<Real>::Vector;
   const Real max = sums.max == -HUGE_VAL ? Real(0) : Real(sums.max);
+  constexpr Real kShrink = Real(1) / 1024;
+  const V far = splat<V>(-max * kShrink);
   V sum{}, hard{}, linear{}, entropy{}, finite{};
   each_of(s, count, [&](V sv, int, int) {
     const V shifted = sv - max;
@@ -73,14 +75,15 @@ void sum_tail(const Real* s, int count, Real inverse_t, TailSums& sums) {
     if constexpr (power != kNoHard) hard += hard_of<power, V, Real>(shifted, e);
     if constexpr (kFull) {
       entropy = fused(e, b, entropy);
-      linear += sv == splat<V>(Real(-HUGE_VAL)) ? V{} : shifted;
+      const V less = fused(sv, splat<V>(kShrink), far);  // in range where the difference itself may not be
+      linear = fused(sv == splat<V>(Real(-HUGE_VAL)) ? V{} : less, splat<V>(kShrink), linear);
       finite += sv == splat<V>(Real(-HUGE_VAL)) ? V{} : splat<V>(Real(1));
     }
   });
   sums.sum += sum_lanes(sum);
   if constexpr (power != kNoHard) sums.hard += sum_lanes(hard);
   if constexpr (kFull) {
-    sums.linear += sum_lanes(linear);
+    sums.linear += double(sum_lanes(linear)) / (double(kShrink) * kShrink);
     sums.entropy += sum_lanes(entropy);
     sums.finite += sum_lanes(finite);
   }

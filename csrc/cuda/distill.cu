@@ -11,6 +11,7 @@ namespace {
 DeviceCall device_call(const DistillCall& call) {
   DeviceCall d;
   d.call = call;
+  d.unit = unit_for(call.options, call.classes);
   d.student_aligned = aligned_rows(call.student);
   d.teacher_aligned = aligned_rows(call.options.soft_weight == 0 ? call.student : call.teacher);
   d.d_student_aligned = aligned_rows(call.d_student);

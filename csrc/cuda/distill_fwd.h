@@ -115,7 +115,7 @@ TGT_DEVICE double close_row(const DistillOptions& options, const Sums<double>& s
   const double smoothing = options.label_smoothing;
   double hard = log(state.hard_sum);
   if (smoothing < 1) hard -= (1 - smoothing) * (of_label - state.student_max);
-  if (smoothing > 0) hard -= smoothing / state.finite * sums.linear;
+  if (smoothing > 0) hard -= smoothing / state.finite * (sums.linear / kTiny);
   if (of_label == -HUGE_VAL && smoothing < 1) {
     state.flags += kInfiniteHard;
     hard = HUGE_VAL;
@@ -136,6 +136,7 @@ TGT_DEVICE void write_gradients(const DeviceCall& d, const Team& team, const Sou
   char* d_student = student.row(i) + first * element_size(student.type);
   char* d_teacher = teacher.row(i) + first * element_size(teacher.type);
   const Index labelled = label < first ? Index(-1) : Index((label - first) / kVector);
+  const Real student_max = row.student_max / Real(kShrink), teacher_max = row.teacher_max / Real(kShrink);
   Others<Real> mine;
   Peak<Real, Index> student_peak, teacher_peak;
   for (Index k = team.thread; k < Index(source.count); k += team.size) {
@@ -143,12 +144,12 @@ TGT_DEVICE void write_gradients(const DeviceCall& d, const Team& team, const Sou
     source.load(k, s, t);
     if (teacher.data) {
       const Eight<Real> grad = teacher_gradient<D>(s, t, row, factors);
-      if (peaked.teacher) teacher_peak.add(t, grad, row.teacher_max, Index(k * kVector), mine.teacher);
+      if (peaked.teacher) teacher_peak.add(t, grad, teacher_max, Index(k * kVector), mine.teacher);
       store_padded(d_teacher, teacher_type, Index(k * kVector), Index(classes), d.d_teacher_aligned, grad);
     }
     if (student.data) {
       const Eight<Real> grad = student_gradient<D>(s, t, row, factors, k == labelled ? int(label % kVector) : -1);
-      if (peaked.student) student_peak.add(s, grad, row.student_max, Index(k * kVector), mine.student);
+      if (peaked.student) student_peak.add(s, grad, student_max, Index(k * kVector), mine.student);
       store_padded(d_student, student_type, Index(k * kVector), Index(classes), d.d_student_aligned, grad);
     }
   }
@@ -167,7 +168,7 @@ TGT_DEVICE void finish_row(const DeviceCall& d, const Team& team, const Source& 
   const DistillCall& call = d.call;
   const DistillOptions& options = call.options;
   const Terms terms = terms_of<D>(options, head.flags & kHard);
-  Constants<Real> row = constants_of<Real>(options, extremes.student, extremes.teacher);
+  Constants<Real> row = constants_of<D, Real>(d, extremes.student, extremes.teacher);
   const Normalisers normalisers = normalisers_of(sums.student, sums.teacher);
   settle(row, normalisers);
 
@@ -184,8 +185,8 @@ TGT_DEVICE void finish_row(const DeviceCall& d, const Team& team, const Source& 
     OnlineSums online;
     online.student = sums.student;
     online.teacher = sums.teacher;
-    online.x = sums.x;
-    online.y = sums.y;
+    online.x = sums.x * units_of<D>(d);
+    online.y = sums.y * units_of<D>(d);
     D::finish(online, normalisers.log_student, normalisers.log_teacher, state.x, state.y);
   } else if constexpr (D::kProbabilities) {  // jsd, tvd: their sums need the normalisers
     Sums<Real> mine;
@@ -201,9 +202,9 @@ TGT_DEVICE void finish_row(const DeviceCall& d, const Team& team, const Source& 
     const Sums<double> all = add_all(team, mine, 2);
     state.x = all.x;
     state.y = all.y;
-  } else {
-    state.x = sums.x;
-    state.y = sums.y;
+  } else if constexpr (std::is_same<D, Mse>::value) {
+    constexpr double kFits = 1e37;
+    state.x = sums.x < kFits ? sums.x : sums.y / (kSmall * kSmall);
   }
   const double loss = close_row<D>(options, sums, of_label, extremes.unusual, state);
   if (head.coefficient == 0) state.flags = kDropped;  // a divisor of 0
@@ -217,7 +218,7 @@ TGT_DEVICE void finish_row(const DeviceCall& d, const Team& team, const Source& 
   const bool labelled = (static_cast<int>(state.flags) & kHard) && !(static_cast<int>(state.flags) & kInfiniteHard);
   // A stage that was not the last one: between its two uses all threads meet.
   constexpr int kStage = D::kProbabilities && !D::kShiftedSums ? 1 : 2;
-  write_gradients<D>(d, team, source, i, labelled ? head.label : -1, row, factors_of<D, Real>(options, state, terms, 1),
+  write_gradients<D>(d, team, source, i, labelled ? head.label : -1, row, factors_of<D, Real>(d, state, terms, 1),
                      peaked_of<D>(call, state), kStage);
 }
 

@@ -237,7 +237,7 @@ __global__ void TGT_BOUNDS(Team::kIsWarp ? kWarpTeamThreads : on_chip_threads(kT
     return;
   }
 
-  const Constants<Real> constants = constants_of<Real>(call.options, extremes.student, extremes.teacher);
+  const Constants<Real> constants = constants_of<D, Real>(d, extremes.student, extremes.teacher);
   const Terms terms = terms_of<D>(call.options, head.flags & kHard);
   Sums<Real> sums;
   for (int k = team.thread; k < count; k += team.size) {

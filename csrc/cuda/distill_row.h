@@ -29,6 +29,7 @@ namespace tgt::cuda {
 struct DeviceCall {
   DistillCall call;
   const double* divisor = nullptr;                        // of the mean, when it is known to the device alone
+  double unit = 1;                                        // of log-probabilities in nats, see units_of
   int64_t vectors_per_block = 0;                          // of a row, with clusters
   bool student_aligned = false, teacher_aligned = false;  // rows start at multiples of 16 bytes
   bool d_student_aligned = false, d_teacher_aligned = false;
@@ -38,17 +39,49 @@ inline namespace TGT_ISA {
 
 constexpr double kLog2E = 1.4426950408889634;
 
+// What a logit less another is multiplied by, so that it is finite whatever they are.
+constexpr double kShrink = 1.0 / 8;
+
 template <class Real>
 struct Constants {
-  Real student_max, teacher_max, inverse_ts, inverse_tt;
-  Real binary_ts, binary_tt;  // log2(e) / T
+  Real student_max, teacher_max;  // shrunk
+  Real inverse_ts, inverse_tt;    // 1 / T, in units and of what is shrunk
+  Real binary_ts, binary_tt;      // exponent_of T
   Real log_student, log_teacher, inverse_student, inverse_teacher;
   Real binary_log_student, binary_log_teacher;  // log2 of the sums
+  Real nat, in_nats;                            // a nat in units, a unit in nats
   Mixture<Real> mixture;
 };
 
-TGT_DEVICE float exp_scaled(float shifted, float, float binary) { return exp2_fast(shifted * binary); }
-TGT_DEVICE double exp_scaled(double shifted, double inverse, double) {
+// Divergences whose terms are as large as log-probabilities take those in units of so many nats that sums over a row
+// stay in range, whatever the logits. The others' terms are bounded. A power of 2: it rounds nothing.
+template <class D>
+TGT_DEVICE constexpr bool in_units() {
+  return D::kShiftedSums || std::is_same<D, Mse>::value;
+}
+template <class D>
+TGT_DEVICE double units_of(const DeviceCall& d) {
+  return in_units<D>() ? d.unit : 1;
+}
+inline double unit_for(const DistillOptions& options, int64_t classes) {
+  const double ts = options.temperature, tt = options.teacher_temperature, least = ts < tt ? ts : tt;
+  double unit = 16;
+  while (unit < 16 * static_cast<double>(classes)) unit *= 2;
+  for (double t = least; t < 1; t *= 2) unit *= 2;
+  constexpr double kLargest = 1.3292279957849159e36;  // 2^120
+  return unit < kLargest ? unit : kLargest;
+}
+
+TGT_DEVICE float shrunk(float s, float shrunk_max) { return fused(s, float(kShrink), -shrunk_max); }
+TGT_DEVICE double shrunk(double s, double shrunk_max) { return fused(s, kShrink, -shrunk_max); }
+
+// What exp_scaled takes for exp(shrunk / T).
+template <class Real>
+TGT_DEVICE Real exponent_of(double temperature) {
+  return Real((sizeof(Real) == 8 ? 1 : kLog2E) / kShrink / temperature);
+}
+TGT_DEVICE float exp_scaled(float shifted, float binary) { return exp2_fast(shifted * binary); }
+TGT_DEVICE double exp_scaled(double shifted, double inverse) {
   return exp_nonpositive(bounded_below(shifted * inverse));
 }
 
@@ -57,9 +90,9 @@ template <class D, class Real>
 TGT_DEVICE Class<Real> shifted(Real s, Real t, const Constants<Real>& row) {
   Class<Real> c;
   if constexpr (D::kProbabilities) {
-    const Real a = t - row.teacher_max, b = s - row.student_max;
-    c.p = exp_scaled(a, row.inverse_tt, row.binary_tt);
-    c.q = exp_scaled(b, row.inverse_ts, row.binary_ts);
+    const Real a = shrunk(t, row.teacher_max), b = shrunk(s, row.student_max);
+    c.p = exp_scaled(a, row.binary_tt);
+    c.q = exp_scaled(b, row.binary_ts);
     c.a = bounded_below(a * row.inverse_tt);
     c.b = bounded_below(b * row.inverse_ts);
   } else {
@@ -70,12 +103,12 @@ TGT_DEVICE Class<Real> shifted(Real s, Real t, const Constants<Real>& row) {
   return c;
 }
 
-// exp(shifted / T) / sum. In float the division is part of the exponent.
-TGT_DEVICE float probability(float shifted, float, float binary, float binary_log, float) {
+// exp(shrunk / T) / sum. In float the division is part of the exponent.
+TGT_DEVICE float probability(float shifted, float binary, float binary_log, float) {
   return exp2_fast(fused(shifted, binary, -binary_log));
 }
-TGT_DEVICE double probability(double shifted, double inverse, double binary, double, double inverse_sum) {
-  return exp_scaled(shifted, inverse, binary) * inverse_sum;
+TGT_DEVICE double probability(double shifted, double inverse, double, double inverse_sum) {
+  return exp_scaled(shifted, inverse) * inverse_sum;
 }
 
 // A class of the row's distributions, for sums and gradients that need the normalisers.
@@ -86,10 +119,8 @@ TGT_DEVICE Class<Real> normalised(Real s, Real t, const Constants<Real>& row) {
     c.a = c.a - row.log_teacher;
     c.b = c.b - row.log_student;
     if constexpr (D::kShiftedSums) {
-      c.p =
-          probability(t - row.teacher_max, row.inverse_tt, row.binary_tt, row.binary_log_teacher, row.inverse_teacher);
-      c.q =
-          probability(s - row.student_max, row.inverse_ts, row.binary_ts, row.binary_log_student, row.inverse_student);
+      c.p = probability(shrunk(t, row.teacher_max), row.binary_tt, row.binary_log_teacher, row.inverse_teacher);
+      c.q = probability(shrunk(s, row.student_max), row.binary_ts, row.binary_log_student, row.inverse_student);
     } else {  // these take sums of small differences from p and q, which must not share an error
       c.p = c.p * row.inverse_teacher;
       c.q = c.q * row.inverse_student;
@@ -101,7 +132,7 @@ TGT_DEVICE Class<Real> normalised(Real s, Real t, const Constants<Real>& row) {
 // exp(s - max), which the hard term sums at temperature 1.
 template <class Real>
 TGT_DEVICE Real hard_exponential(Real s, const Constants<Real>& row) {
-  return exp_scaled(s - row.student_max, Real(1), Real(kLog2E));
+  return exp_scaled(shrunk(s, row.student_max), exponent_of<Real>(1));
 }
 
 // What the threads of a row find in its logits.
@@ -156,11 +187,15 @@ TGT_DEVICE bool is_infinite(int unusual) {
   return ((kBoth || kStudent) && (unusual & kStudentOnly)) || ((kBoth || kTeacher) && (unusual & kTeacherOnly));
 }
 
+constexpr double kSmall = 8.470329472543003e-22;  // 2^-70: squares in units of its inverse stay in range
+constexpr double kTiny = 1.0 / (1ull << 36);  // as many classes as there may be stay in range
+
 // alignas: exchanged by 8 bytes
 template <class Real>
 struct alignas(8) Sums {
-  Real student = 0, teacher = 0, hard = 0, linear = 0;  // linear: sum of s - max over the finite classes
-  Real x = 0, y = 0;
+  Real student = 0, teacher = 0, hard = 0;
+  Real linear = 0;    // sum of (s - max) * kTiny over the finite classes
+  Real x = 0, y = 0;  // in units; of mse x in nats, y in units of 1 / kSmall, should x leave the range
 
   template <class Other>
   TGT_DEVICE Sums<Other> as() const {
@@ -203,7 +238,13 @@ TGT_DEVICE void add_sums(const Eight<Real>& s, const Eight<Real>& t, const Const
       sums.student += c.q;
       sums.teacher += c.p;
     }
-    if constexpr (D::kShiftedSums || !D::kProbabilities) D::add(c, row.mixture, sums.x, sums.y);
+    if constexpr (std::is_same<D, Mse>::value) {
+      const Real difference = c.b - c.a, in_nats = difference * row.in_nats, small = difference * (row.in_nats * Real(kSmall));
+      sums.x = fused(in_nats, in_nats, sums.x);
+      sums.y = fused(small, small, sums.y);
+    } else if constexpr (D::kShiftedSums) {
+      D::add(c, row.mixture, sums.x, sums.y);
+    }
   }
   if (terms.hard && !terms.same) {
     TGT_UNROLL
@@ -212,20 +253,25 @@ TGT_DEVICE void add_sums(const Eight<Real>& s, const Eight<Real>& t, const Const
   if (terms.smoothed) {
     TGT_UNROLL
     for (int i = 0; i < kVector; ++i) {
-      sums.linear += s.v[i] == minus_infinity<Real>() ? Real(0) : s.v[i] - row.student_max;
+      const Real shifted = s.v[i] == minus_infinity<Real>() ? Real(0) : shrunk(s.v[i], row.student_max);
+      sums.linear = fused(shifted, Real(kTiny / kShrink), sums.linear);
     }
   }
 }
 
-template <class Real>
-TGT_DEVICE Constants<Real> constants_of(const DistillOptions& options, double student_max, double teacher_max) {
+template <class D, class Real>
+TGT_DEVICE Constants<Real> constants_of(const DeviceCall& d, double student_max, double teacher_max) {
+  const DistillOptions& options = d.call.options;
+  const double unit = units_of<D>(d), shrink = D::kProbabilities ? kShrink : 1;
   Constants<Real> row{};
-  row.student_max = Real(student_max);
-  row.teacher_max = Real(teacher_max);
-  row.inverse_ts = Real(1 / options.temperature);
-  row.inverse_tt = Real(1 / options.teacher_temperature);
-  row.binary_ts = Real(kLog2E / options.temperature);
-  row.binary_tt = Real(kLog2E / options.teacher_temperature);
+  row.student_max = Real(student_max * kShrink);
+  row.teacher_max = Real(teacher_max * kShrink);
+  row.inverse_ts = Real(1 / (options.temperature * shrink * unit));
+  row.inverse_tt = Real(1 / (options.teacher_temperature * shrink * unit));
+  row.binary_ts = exponent_of<Real>(options.temperature);
+  row.binary_tt = exponent_of<Real>(options.teacher_temperature);
+  row.in_nats = Real(unit);
+  row.nat = Real(1 / unit);
   row.mixture = {Real(options.beta), Real(1 - options.beta)};
   return row;
 }
@@ -250,8 +296,8 @@ TGT_DEVICE Normalisers normalisers_of(double student_sum, double teacher_sum) {
 
 template <class Real>
 TGT_DEVICE void settle(Constants<Real>& row, const Normalisers& n) {
-  row.log_student = Real(n.log_student);
-  row.log_teacher = Real(n.log_teacher);
+  row.log_student = Real(n.log_student * row.nat);
+  row.log_teacher = Real(n.log_teacher * row.nat);
   row.inverse_student = Real(n.inverse_student);
   row.inverse_teacher = Real(n.inverse_teacher);
   row.binary_log_student = Real(n.log_student * kLog2E);
@@ -262,7 +308,7 @@ TGT_DEVICE void settle(Constants<Real>& row, const Normalisers& n) {
 template <class Real>
 struct Factors {
   bool hard;              // a hard gradient that `same` does not cover
-  Real x, y;              // the divergence's normalised sums
+  Real x, y;              // the divergence's normalised sums, in units
   Real student, teacher;  // of the soft term
   Real same;              // of q, where that is the hard term's probability too
   Real hard_factor, inverse_hard, smoothed;
@@ -270,8 +316,11 @@ struct Factors {
 };
 
 template <class D, class Real>
-TGT_DEVICE Factors<Real> factors_of(const DistillOptions& options, const RowState& state, const Terms& terms,
-                                    double upstream) {
+TGT_DEVICE Factors<Real> factors_of(const DeviceCall& d, const RowState& state, const Terms& terms, double upstream) {
+  constexpr bool kForward = std::is_same<D, ForwardKl>::value || std::is_same<D, CrossEntropy>::value;
+  constexpr bool kReverse = std::is_same<D, ReverseKl>::value;  // whose other gradient is a difference of probabilities
+  const DistillOptions& options = d.call.options;
+  const double unit = units_of<D>(d);
   const int flags = static_cast<int>(state.flags);
   const bool hard = (flags & kHard) && !(flags & kInfiniteHard);
   const double squared = D::kProbabilities ? options.temperature * options.temperature : 1;
@@ -280,10 +329,10 @@ TGT_DEVICE Factors<Real> factors_of(const DistillOptions& options, const RowStat
   const bool same = terms.same && !terms.smoothed;
   Factors<Real> f;
   f.hard = hard && !same;
-  f.x = Real(state.x);
-  f.y = Real(state.y);
-  f.student = Real(soft / options.temperature);
-  f.teacher = Real(soft / options.teacher_temperature);
+  f.x = Real(state.x / unit);
+  f.y = Real(state.y / unit);
+  f.student = Real(soft / options.temperature * (kForward ? 1 : unit));
+  f.teacher = Real(soft / options.teacher_temperature * (kReverse ? 1 : unit));
   f.hard_factor = Real(hard_factor);
   f.inverse_hard = hard ? Real(1 / state.hard_sum) : Real(0);
   f.same = same ? f.hard_factor : Real(0);
@@ -301,12 +350,23 @@ TGT_DEVICE Real soft_gradient(Real of_class, Real factor) {
 }
 
 template <class D, class Real>
+TGT_DEVICE Real d_student(const Class<Real>& c, const Constants<Real>& row, const Factors<Real>& f) {
+  if constexpr (!std::is_same<D, Symmetric>::value) return D::d_student(c, row.mixture, f.x, f.y);
+  return fused(c.q - c.p, row.nat, ReverseKl::d_student(c, row.mixture, f.x, f.y));
+}
+template <class D, class Real>
+TGT_DEVICE Real d_teacher(const Class<Real>& c, const Constants<Real>& row, const Factors<Real>& f) {
+  if constexpr (!std::is_same<D, Symmetric>::value) return D::d_teacher(c, row.mixture, f.x, f.y);
+  return fused(c.p - c.q, row.nat, ForwardKl::d_teacher(c, row.mixture, f.x, f.y));
+}
+
+template <class D, class Real>
 TGT_DEVICE Eight<Real> teacher_gradient(const Eight<Real>& s, const Eight<Real>& t, const Constants<Real>& row,
                                         const Factors<Real>& f) {
   Eight<Real> grad;
   TGT_UNROLL
   for (int i = 0; i < kVector; ++i) {
-    grad.v[i] = soft_gradient<D>(D::d_teacher(normalised<D>(s.v[i], t.v[i], row), row.mixture, f.x, f.y), f.teacher);
+    grad.v[i] = soft_gradient<D>(d_teacher<D>(normalised<D>(s.v[i], t.v[i], row), row, f), f.teacher);
   }
   return grad;
 }
@@ -319,7 +379,7 @@ TGT_DEVICE Eight<Real> student_gradient(const Eight<Real>& s, const Eight<Real>&
   TGT_UNROLL
   for (int i = 0; i < kVector; ++i) {
     const Class<Real> c = normalised<D>(s.v[i], t.v[i], row);
-    grad.v[i] = soft_gradient<D>(D::d_student(c, row.mixture, f.x, f.y), f.student);
+    grad.v[i] = soft_gradient<D>(d_student<D>(c, row, f), f.student);
     if constexpr (D::kProbabilities) grad.v[i] = fused(c.q, f.same, grad.v[i]);
   }
   if (f.hard) {

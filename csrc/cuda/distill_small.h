@@ -81,7 +81,7 @@ __global__ void TGT_BOUNDS(kStatsThreads, 1) distill_stats_kernel(const TGT_GRID
   }
   const Extremes<Real> extremes = merge_all(team, mine, 0, MergeExtremes<Real>());
   best = merge_all(team, best, 1, MergeBest<Real>());
-  const Constants<Real> constants = constants_of<Real>(call.options, extremes.student, extremes.teacher);
+  const Constants<Real> constants = constants_of<ForwardKl, Real>(d, extremes.student, extremes.teacher);
   Sums<Real> sums;
   for (int64_t k = team.thread; k < row.count; k += team.size) {
     Eight<Real> s, t;
@@ -99,7 +99,7 @@ __global__ void TGT_BOUNDS(kStatsThreads, 1) distill_stats_kernel(const TGT_GRID
   const Sums<double> all = add_all(team, sums, 2);
   if (!team.leads()) return;
   const double log_student = log(all.student), log_teacher = log(all.teacher);
-  const double kl = all.linear / all.teacher - (log_teacher - log_student);
+  const double kl = all.linear * d.unit / all.teacher - (log_teacher - log_student);
   const bool bad_student = best.bad_student || extremes.student == minus_infinity<Real>();
   const bool bad_teacher = best.bad_teacher || extremes.teacher == minus_infinity<Real>();
   const bool bad = bad_student || bad_teacher;
@@ -107,8 +107,8 @@ __global__ void TGT_BOUNDS(kStatsThreads, 1) distill_stats_kernel(const TGT_GRID
     out[k * call.rows] = undefined ? Real(NAN) : Real(value);
   };
   const auto positive = [](double x) { return x < 0 ? 0.0 : x; };
-  write(0, positive(log_student - all.x / all.student), bad_student);
-  write(1, positive(log_teacher - all.y / all.teacher), bad_teacher);
+  write(0, positive(log_student - all.x * d.unit / all.student), bad_student);
+  write(1, positive(log_teacher - all.y * d.unit / all.teacher), bad_teacher);
   write(2, extremes.unusual & kStudentOnly ? HUGE_VAL : positive(kl), bad);
   write(3, !bad && best.student_at == best.teacher_at ? 1 : 0, false);
   write(4, extremes.student / call.options.temperature + log_student, bad_student);

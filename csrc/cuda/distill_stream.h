@@ -46,7 +46,7 @@ TGT_DEVICE StreamRow<Real> stream_row(const DeviceCall& d, int64_t i) {
 // Sums of the classes seen so far, and of their finite student logits.
 struct Seen {
   OnlineSums sums;
-  double plain = 0;
+  double plain = 0;  // times kTiny
 };
 template <class D>
 struct MergeSeen {
@@ -67,20 +67,23 @@ TGT_DEVICE void see(const Eight<Real>& s, const Eight<Real>& t, const DistillOpt
   const double teacher = larger(double(here.teacher), seen.sums.teacher_max);
   if (student > seen.sums.student_max || teacher > seen.sums.teacher_max) {
     seen.sums.template raise<D>(student, teacher, 1 / options.temperature, 1 / options.teacher_temperature);
-    row.student_max = student == -HUGE_VAL ? Real(0) : Real(student);
-    row.teacher_max = teacher == -HUGE_VAL ? Real(0) : Real(teacher);
+    row.student_max = student == -HUGE_VAL ? Real(0) : Real(student * kShrink);
+    row.teacher_max = teacher == -HUGE_VAL ? Real(0) : Real(teacher * kShrink);
   }
   Sums<Real> sums;
   add_sums<D>(s, t, row, {terms.hard, terms.same, false}, sums);
   seen.sums.student += sums.student;
   seen.sums.teacher += sums.teacher;
   seen.sums.hard += sums.hard;
-  seen.sums.x += sums.x;
-  seen.sums.y += sums.y;
+  const double unit = D::kShiftedSums ? double(row.in_nats) : 1;
+  seen.sums.x += sums.x * unit;
+  seen.sums.y += sums.y * unit;
   if (terms.smoothed) {
     Real plain = 0;
     TGT_UNROLL
-    for (int j = 0; j < kVector; ++j) plain += s.v[j] == minus_infinity<Real>() ? Real(0) : s.v[j];
+    for (int j = 0; j < kVector; ++j) {
+      plain = fused(s.v[j] == minus_infinity<Real>() ? Real(0) : s.v[j], Real(kTiny), plain);
+    }
     seen.plain += plain;
   }
 }
@@ -98,7 +101,7 @@ __global__ void TGT_BOUNDS(kStreamThreads, 1) distill_fwd_stream_kernel(const TG
   }
   const double of_label = head.flags & kHard ? load_one<double>(row.student, row.student_type, head.label) : 0;
   const Terms terms = terms_of<D>(call.options, head.flags & kHard);
-  Constants<Real> constants = constants_of<Real>(call.options, 0, 0);
+  Constants<Real> constants = constants_of<D, Real>(d, 0, 0);
   Extremes<Real> mine;
   Seen seen;
   for (int64_t k = team.thread; k < row.count; k += team.size) {
@@ -113,10 +116,11 @@ __global__ void TGT_BOUNDS(kStreamThreads, 1) distill_fwd_stream_kernel(const TG
     return;
   }
   seen = merge_all(team, seen, 1, MergeSeen<D>{1 / call.options.temperature, 1 / call.options.teacher_temperature});
+  const double unit = D::kShiftedSums ? units_of<D>(d) : 1;
   const double finite = static_cast<double>(call.classes - extremes.masked);
   const Sums<double> all = {seen.sums.student, seen.sums.teacher,
-                            seen.sums.hard,    seen.plain - finite * seen.sums.student_max,
-                            seen.sums.x,       seen.sums.y};
+                            seen.sums.hard,    seen.plain - finite * (seen.sums.student_max * kTiny),
+                            seen.sums.x / unit, seen.sums.y / unit};
   const Extremes<double> wide = {extremes.student, extremes.teacher, extremes.masked, extremes.unusual};
   finish_row<Real, D>(d, team, row, i, head, all, wide, of_label);
 }
@@ -144,10 +148,10 @@ __global__ void TGT_BOUNDS(kBackwardThreads, 2) distill_bwd_kernel(const TGT_GRI
   const Real upstream = static_cast<const Real*>(call.upstream)[call.upstream_per_row ? i : 0];
   const int64_t label = (flags & kHard) && !(flags & kInfiniteHard) ? call.target[i] : -1;
   const Terms terms = terms_of<D>(call.options, flags & kHard);
-  Constants<Real> constants = constants_of<Real>(call.options, state.student_max, state.teacher_max);
+  Constants<Real> constants = constants_of<D, Real>(d, state.student_max, state.teacher_max);
   settle(constants, normalisers_of(state.student_sum, state.teacher_sum));
   write_gradients<D>(d, team, row, i, label, constants,
-                     factors_of<D, Real>(call.options, state, terms, double(upstream)), peaked, 0);
+                     factors_of<D, Real>(d, state, terms, double(upstream)), peaked, 0);
 }
 
 }  // namespace TGT_ISA

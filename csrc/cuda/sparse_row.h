@@ -38,7 +38,7 @@ struct TailMaximum {
   }
 };
 
-// Sums over the row. linear, entropy and the numbers of finite classes are those that smoothed labels and a spread tail
+// Sums over the row. linear (times kTiny), entropy and the numbers of finite classes are those that smoothed labels and a spread tail
 // ask for; hard is over all classes, relative to the peak.
 template <class Real>
 struct alignas(8) SparseSums {
@@ -71,15 +71,18 @@ struct AddPairs {
 // The constants of exp((s - tail_max) / T) and of exp(s - peak).
 template <class Real>
 struct TailScale {
-  Real tail_max, peak, inverse_t, binary_t;
+  Real tail_max, peak;  // shrunk
+  Real inverse_t, binary_t;
 
-  TGT_DEVICE Real share(Real s) const { return exp_scaled(s - tail_max, inverse_t, binary_t); }
-  TGT_DEVICE Real argument(Real s) const { return bounded_below((s - tail_max) * inverse_t); }
-  TGT_DEVICE Real hard(Real s, Real from) const { return exp_scaled(s - from, Real(1), Real(1.4426950408889634)); }
+  TGT_DEVICE Real from_max(Real s) const { return shrunk(s, tail_max); }
+  TGT_DEVICE Real share(Real s) const { return exp_scaled(from_max(s), binary_t); }
+  TGT_DEVICE Real argument(Real s) const { return bounded_below(from_max(s) * inverse_t); }
+  TGT_DEVICE Real hard(Real s, Real from) const { return exp_scaled(shrunk(s, from), exponent_of<Real>(1)); }
 };
 template <class Real>
 TGT_DEVICE TailScale<Real> tail_scale(const DistillOptions& options, double tail_max, double peak) {
-  return {Real(tail_max), Real(peak), Real(1 / options.temperature), Real(1.4426950408889634 / options.temperature)};
+  return {Real(tail_max * kShrink), Real(peak * kShrink), Real(1 / (kShrink * options.temperature)),
+          exponent_of<Real>(options.temperature)};
 }
 
 // The gradient of the row: all of a source's vectors as tail, then the thread's listed classes.
@@ -231,7 +234,7 @@ TGT_DEVICE void finish_sparse_row(const SparseDeviceCall& d, const Team& team, c
       if (full) {
         const bool finite = s.v[j] != minus_infinity<Real>();
         sums.entropy = fused(e, scale.argument(s.v[j]), sums.entropy);
-        sums.linear += finite ? s.v[j] - scale.tail_max : Real(0);
+        sums.linear = fused(finite ? scale.from_max(s.v[j]) : Real(0), Real(kTiny / kShrink), sums.linear);
         sums.tail_finite += finite;
       }
     }
@@ -256,7 +259,7 @@ TGT_DEVICE void finish_sparse_row(const SparseDeviceCall& d, const Team& team, c
     tail.max = extremes.tail;
     tail.sum = all.tail;
     tail.hard = 0;  // all of it is in all.hard
-    tail.linear = all.linear;
+    tail.linear = all.linear / kTiny;
     tail.entropy = all.entropy;
     tail.finite = all.tail_finite;
     ListedSums& listed = shared.listed;

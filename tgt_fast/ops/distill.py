@@ -142,7 +142,8 @@ def distillation_loss(
     Args:
         student_logits: ``(..., C)``, float64, float32, bfloat16 or float16. Differentiable. One class (C = 1) has
             probability 1 whatever its logit, and is refused: a regression is ``divergence="mse"``, a binary classifier
-            with one logit z has two, ``torch.cat([torch.zeros_like(z), z], -1)``.
+            with one logit z has two, ``torch.cat([torch.zeros_like(z), z], -1)``. Finite logits may be of any size:
+            what differences beyond the range of float32 leave is right, and infinite where it is beyond that itself.
         teacher_logits: ``(..., C)``, any of these dtypes. Differentiable: its gradient is made when it requires one.
             Or a :class:`TeacherTopK`, see below.
         target: ``(...)`` class indices, needed when ``hard_weight > 0``. ``ignore_index`` drops the row,

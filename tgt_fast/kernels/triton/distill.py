@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ class _Numbers:
         ts, tt = options.temperature, options.teacher_temperature
         squared = 1.0 if options.divergence == "mse" else ts * ts
         self.divergence = options.divergence if options.soft_weight != 0 else "none"
-        self.shape = (*two_floats(1 / ts), *two_floats(1 / tt), *two_floats(options.beta))
+        self.inverses = (*two_floats(1 / ts), *two_floats(1 / tt))
+        self._rise = math.ceil(-math.log2(min(ts, tt, 1.0)))
+        self.beta = two_floats(options.beta)
         self.temperature = two_floats(ts)
         self.factors = (
             *two_floats(options.soft_weight * squared / ts), *two_floats(options.soft_weight * squared / tt),
@@ -35,6 +38,10 @@ class _Numbers:
             "SMOOTHED": hard and options.label_smoothing > 0,
             "SAME": ts == 1 and self.divergence not in ("mse", "none"),  # exp((s - max) / Ts) is exp(s - max)
         }
+
+    def unit(self, classes: int) -> float:
+        """The nats that log-probabilities are counted by: sums over a row stay in range, whatever its logits."""
+        return 2.0 ** min((16 * classes - 1).bit_length() + self._rise, 120)
 
 
 @functools.lru_cache(maxsize=256)
@@ -105,9 +112,9 @@ def forward(
         launch(
             kernel, -(-rows // plan.rows), student, partner, target, weight, divisor_at, row_loss,
             d_student, d_teacher, state, rows, classes, _stride(student), _stride(partner), _stride(d_student),
-            _stride(d_teacher), options.ignore_index, options.unlabeled_index, *numbers.shape, *numbers.temperature,
-            *numbers.factors, *two_floats(divisor), **constants, WIDE=wide, ROWS=plan.rows, BLOCK=plan.block,
-            warps=plan.warps, registers=registers,
+            _stride(d_teacher), options.ignore_index, options.unlabeled_index, *numbers.inverses, numbers.unit(classes),
+            *numbers.beta, *numbers.temperature, *numbers.factors, *two_floats(divisor), **constants, WIDE=wide,
+            ROWS=plan.rows, BLOCK=plan.block, warps=plan.warps, registers=registers,
         )  # fmt: skip
         if options.reduction != "none":
             launch(
@@ -151,7 +158,8 @@ def _statistics(
     launch(
         loaded.distill.distill_stats_kernel, len(student), student, teacher, target, sample_weight, divisor_at,
         *two_floats(divisor), stats, *student.shape, _stride(student), _stride(teacher), options.ignore_index,
-        options.unlabeled_index, *numbers.shape[:4], WIDE=wide, BLOCK=tile.block, warps=tile.warps,
+        options.unlabeled_index, *numbers.inverses, numbers.unit(student.shape[1]), WIDE=wide, BLOCK=tile.block,
+        warps=tile.warps,
     )  # fmt: skip
 
 
@@ -186,9 +194,9 @@ def backward(
         launch(
             loaded.finish.distill_bwd_kernel, -(-rows // tile.rows), student, partner, target, state, d_loss,
             d_student, d_teacher, rows, classes, _stride(student), _stride(partner), _stride(d_student),
-            _stride(d_teacher), *numbers.shape, *numbers.factors, UPSTREAM_PER_ROW=d_loss.dim() > 0,
-            **numbers.constants, WIDE=wide, ROWS=tile.rows, BLOCK=tile.block, WHOLE=classes <= tile.block,
-            warps=tile.warps,
+            _stride(d_teacher), *numbers.inverses, numbers.unit(classes), *numbers.beta, *numbers.factors,
+            UPSTREAM_PER_ROW=d_loss.dim() > 0, **numbers.constants, WIDE=wide, ROWS=tile.rows, BLOCK=tile.block,
+            WHOLE=classes <= tile.block, warps=tile.warps,
         )  # fmt: skip
     return d_student, d_teacher
 

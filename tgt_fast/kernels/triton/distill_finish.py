@@ -9,6 +9,7 @@ from tgt_fast.kernels.triton.distill_row import (
     HARD,
     HARD_SUM,
     KIND,
+    SHRINK,
     SOFT,
     STUDENT_MAX,
     STUDENT_SUM,
@@ -18,6 +19,7 @@ from tgt_fast.kernels.triton.distill_row import (
     Y,
     hard_value,
     load_tile,
+    shrunk,
     soft_value,
     store_tile,
     student_tile,
@@ -32,7 +34,7 @@ def close_rows(
     of_label,  # the label's logit
     s_max, t_max, student_sum, teacher_sum, hard_sum, linear, finite, x, y,
     problem,  # the largest of problems_of
-    beta, soft_loss, temperature, hard_weight, smoothing,
+    beta, unit, soft_loss, temperature, hard_weight, smoothing,
     row_loss,
     DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr,
 ):  # fmt: skip
@@ -45,16 +47,15 @@ def close_rows(
     infinite = problem == 1
     x = tl.where(infinite, 0.0, x)
     y = tl.where(infinite, 0.0, y)
-    # In two steps: a squared temperature may leave the range that the term itself stays in.
-    soft = soft_value(x, y, student_sum, teacher_sum, beta, DIVERGENCE) * temperature * soft_loss
-    loss = tl.where(infinite, INFINITY, soft)
+    soft = soft_value(x, y, student_sum, teacher_sum, beta, unit, coefficient, temperature, soft_loss, DIVERGENCE)
+    loss = tl.where(infinite, coefficient * INFINITY, soft)
     soft_coefficient = tl.where(infinite, 0.0, coefficient)
     hard_coefficient = coefficient * 0.0
     if LABELS:
-        hard, missing = hard_value(of_label - s_max, hard_sum, linear, finite, smoothing, SMOOTHED)
-        loss += tl.where(label >= 0, hard_weight * hard, 0.0)
+        hard, missing = hard_value(shrunk(of_label, s_max), hard_sum, linear, finite, smoothing, SMOOTHED)
+        loss += tl.where(label >= 0, ((coefficient * hard_weight) * hard) / SHRINK, 0.0)
         hard_coefficient = tl.where((label >= 0) & ~missing, coefficient, 0.0)
-    loss = (coefficient * tl.where(invalid, float("nan"), loss)).to(row_loss.dtype.element_ty)
+    loss = tl.where(invalid, coefficient * float("nan"), loss).to(row_loss.dtype.element_ty)
     tl.store(row_loss + row, tl.where(counts, loss, 0.0), mask=live)
     kind = tl.where(active, tl.where(invalid, float("nan"), 1.0), 0.0)
     return x, y, soft_coefficient, hard_coefficient, kind
@@ -89,7 +90,7 @@ def write_tile(
     s, t, row, live, col, classes, label,
     d_student, d_teacher, d_student_stride, d_teacher_stride,
     s_max, t_max, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
-    inverse_ts, inverse_tt, beta, soft_student, soft_teacher, hard_weight, smoothing,
+    inverse_ts, inverse_tt, beta, unit, soft_student, soft_teacher, hard_weight, smoothing,
     peaks,  # of the tiles before, from no_peaks; not read where a tile is a whole row
     DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -105,7 +106,7 @@ def write_tile(
     if d_teacher is not None:
         grad = teacher_tile(
             s, t, s_max, t_max, inverse_ts, inverse_tt, inverse_s, inverse_t, log_ratio, x, y, beta,
-            soft * soft_teacher, DIVERGENCE, WIDE,
+            unit, soft * soft_teacher, DIVERGENCE, WIDE,
         )  # fmt: skip
         if DIVERGENCE != "mse" and DIVERGENCE != "none":  # which have no peak
             peak = teacher_peak(t, t_max, teacher_sum)
@@ -125,7 +126,7 @@ def write_tile(
             floor = smoothing / finite
         grad = student_tile(
             s, t, col, label, s_max, t_max, inverse_ts, inverse_tt, inverse_s, inverse_t, log_ratio, x, y, beta,
-            soft * soft_student, hard, inverse_h, floor, hard * (1 - smoothing),
+            unit, soft * soft_student, hard, inverse_h, floor, hard * (1 - smoothing),
             DIVERGENCE, LABELS, SMOOTHED, SAME, WIDE,
         )  # fmt: skip
         if DIVERGENCE != "mse":
@@ -164,7 +165,7 @@ def write_peaks(
 def distill_bwd_kernel(
     student, teacher, target, state, upstream, d_student, d_teacher,
     rows, classes, student_stride, teacher_stride, d_student_stride, d_teacher_stride,
-    inverse_ts_, inverse_ts_low, inverse_tt_, inverse_tt_low, beta_, beta_low,
+    inverse_ts_, inverse_ts_low, inverse_tt_, inverse_tt_low, unit_, beta_, beta_low,
     soft_student_, soft_student_low, soft_teacher_, soft_teacher_low,
     hard_weight_, hard_weight_low, smoothing_, smoothing_low,
     UPSTREAM_PER_ROW: tl.constexpr,
@@ -209,7 +210,7 @@ def distill_bwd_kernel(
             s, t, row, live, col, classes, label, d_student, d_teacher, d_student_stride, d_teacher_stride,
             s_max, t_max, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
             real(inverse_ts_, inverse_ts_low, WIDE), real(inverse_tt_, inverse_tt_low, WIDE),
-            real(beta_, beta_low, WIDE), real(soft_student_, soft_student_low, WIDE),
+            real(beta_, beta_low, WIDE), real(unit_, 0.0, WIDE), real(soft_student_, soft_student_low, WIDE),
             real(soft_teacher_, soft_teacher_low, WIDE), real(hard_weight_, hard_weight_low, WIDE),
             real(smoothing_, smoothing_low, WIDE), peaks, DIVERGENCE, LABELS, SMOOTHED, SAME, WIDE, WHOLE,
         )  # fmt: skip

@@ -14,16 +14,19 @@ import triton.language as tl
 
 from tgt_fast.kernels.triton.distill_finish import close_rows, keep_rows, no_peaks, write_peaks, write_tile
 from tgt_fast.kernels.triton.distill_row import (
+    TINY,
     centred_terms,
     classes_of,
     exponential,
     finite_maximum,
+    in_units,
     label_logit,
     load_tile,
     normalised_terms,
     open_rows,
     problems_of,
     shifted_terms,
+    shrunk,
 )
 from tgt_fast.kernels.triton.numbers import INFINITY, as_real, real
 
@@ -32,7 +35,7 @@ from tgt_fast.kernels.triton.numbers import INFINITY, as_real, real
 def distill_fwd_kernel(
     student, teacher, target, weight, divisor_at, row_loss, d_student, d_teacher, state,
     rows, classes, student_stride, teacher_stride, d_student_stride, d_teacher_stride, ignore_index, unlabeled_index,
-    inverse_ts_, inverse_ts_low, inverse_tt_, inverse_tt_low, beta_, beta_low, temperature_, temperature_low,
+    inverse_ts_, inverse_ts_low, inverse_tt_, inverse_tt_low, unit_, beta_, beta_low, temperature_, temperature_low,
     soft_student_, soft_student_low, soft_teacher_, soft_teacher_low,
     hard_weight_, hard_weight_low, smoothing_, smoothing_low, divisor_, divisor_low,
     DIVERGENCE: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr,
@@ -44,6 +47,7 @@ def distill_fwd_kernel(
     live = row < rows
     inverse_ts = real(inverse_ts_, inverse_ts_low, WIDE)
     inverse_tt = real(inverse_tt_, inverse_tt_low, WIDE)
+    unit = real(unit_, 0.0, WIDE)
     beta = real(beta_, beta_low, WIDE)
     soft_student = real(soft_student_, soft_student_low, WIDE)
     hard_weight = real(hard_weight_, hard_weight_low, WIDE)
@@ -63,7 +67,7 @@ def distill_fwd_kernel(
     problem = tl.max(problems_of(s, t, DIVERGENCE), 1, keep_dims=True)
     s_peak = finite_maximum(s_max)
     t_peak = finite_maximum(t_max)
-    a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, DIVERGENCE, WIDE)
+    a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, unit, DIVERGENCE, WIDE)
     if DIVERGENCE == "mse" or DIVERGENCE == "none":
         student_sum = s_peak * 0.0 + 1.0
         teacher_sum = student_sum
@@ -80,8 +84,11 @@ def distill_fwd_kernel(
         x = tl.sum(x_terms, 1, keep_dims=True)
         y = tl.sum(y_terms, 1, keep_dims=True)
     elif DIVERGENCE != "none":
-        x_terms, y_terms = shifted_terms(a, b, p, q, DIVERGENCE)
-        if DIVERGENCE != "reverse_kl":
+        x_terms, y_terms = shifted_terms(a, b, p, q, unit, DIVERGENCE)
+        if DIVERGENCE == "mse":
+            x = tl.sum(x_terms, 1, keep_dims=True)
+            y = tl.sum(y_terms, 1, keep_dims=True)
+        elif DIVERGENCE != "reverse_kl":
             x = tl.sum(x_terms, 1, keep_dims=True) / teacher_sum
         if DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric":
             y = tl.sum(y_terms, 1, keep_dims=True) / student_sum
@@ -97,15 +104,15 @@ def distill_fwd_kernel(
     finite = linear
     if LABELS:
         if not SAME:
-            hard_sum = tl.sum(exponential(s - s_peak, 1.0, WIDE), 1, keep_dims=True)
+            hard_sum = tl.sum(exponential(shrunk(s, s_peak), 1.0, WIDE), 1, keep_dims=True)
         if SMOOTHED:
             exists = s > -INFINITY
-            linear = tl.sum(tl.where(exists, s - s_peak, 0.0), 1, keep_dims=True)
+            linear = tl.sum(tl.where(exists, shrunk(s, s_peak) * TINY, 0.0), 1, keep_dims=True)
             finite = as_real(tl.sum(exists.to(tl.int32), 1, keep_dims=True), WIDE)
     x, y, soft, hard, kind = close_rows(
         row, live, label, coefficient, counts, active, of_label,
         s_max, t_max, student_sum, teacher_sum, hard_sum, linear, finite, x, y, problem,
-        beta, soft_student, real(temperature_, temperature_low, WIDE), hard_weight, smoothing, row_loss,
+        beta, unit, soft_student, real(temperature_, temperature_low, WIDE), hard_weight, smoothing, row_loss,
         DIVERGENCE, LABELS, SMOOTHED,
     )  # fmt: skip
     if state is not None:
@@ -118,16 +125,15 @@ def distill_fwd_kernel(
             s, t, row, live, col, classes, tl.where(hard != 0, label, -1),
             d_student, d_teacher, d_student_stride, d_teacher_stride,
             s_peak, t_peak, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
-            inverse_ts, inverse_tt, beta, soft_student, real(soft_teacher_, soft_teacher_low, WIDE),
+            inverse_ts, inverse_tt, beta, unit, soft_student, real(soft_teacher_, soft_teacher_low, WIDE),
             hard_weight, smoothing, no_peaks(s_peak, 1, 4), DIVERGENCE, LABELS, SMOOTHED, SAME, WIDE, True,
         )  # fmt: skip
 
 
 @triton.jit
-def rise_of(old, new, inverse, WIDE: tl.constexpr):
-    """How much a side's values fall when its maximum rises; 0 for the first maximum, before which there is nothing."""
-    most = 1e300 if WIDE else 1e30
-    return tl.minimum(tl.where(old == -INFINITY, 0.0, (finite_maximum(new) - finite_maximum(old)) * inverse), most)
+def rise_of(old, new):
+    """By how much a side's maximum rises, shrunk; 0 for the first maximum, before which there is nothing."""
+    return tl.where(old == -INFINITY, 0.0, shrunk(finite_maximum(new), finite_maximum(old)))
 
 
 @triton.jit
@@ -140,7 +146,7 @@ def wide_sum(lanes):
 def distill_fwd_stream_kernel(
     student, teacher, target, weight, divisor_at, row_loss, d_student, d_teacher, state,
     rows, classes, student_stride, teacher_stride, d_student_stride, d_teacher_stride, ignore_index, unlabeled_index,
-    inverse_ts_, inverse_ts_low, inverse_tt_, inverse_tt_low, beta_, beta_low, temperature_, temperature_low,
+    inverse_ts_, inverse_ts_low, inverse_tt_, inverse_tt_low, unit_, beta_, beta_low, temperature_, temperature_low,
     soft_student_, soft_student_low, soft_teacher_, soft_teacher_low,
     hard_weight_, hard_weight_low, smoothing_, smoothing_low, divisor_, divisor_low,
     DIVERGENCE: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr,
@@ -154,6 +160,7 @@ def distill_fwd_stream_kernel(
     live = row < rows
     inverse_ts = real(inverse_ts_, inverse_ts_low, WIDE)
     inverse_tt = real(inverse_tt_, inverse_tt_low, WIDE)
+    unit = real(unit_, 0.0, WIDE)
     beta = real(beta_, beta_low, WIDE)
     soft_student = real(soft_student_, soft_student_low, WIDE)
     hard_weight = real(hard_weight_, hard_weight_low, WIDE)
@@ -186,13 +193,15 @@ def distill_fwd_stream_kernel(
         t_new = tl.maximum(t_max, tl.max(t, 1, keep_dims=True))
         s_peak = finite_maximum(s_new)
         t_peak = finite_maximum(t_new)
-        a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, DIVERGENCE, WIDE)
-        x_terms, y_terms = shifted_terms(a, b, p, q, DIVERGENCE)
+        a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, unit, DIVERGENCE, WIDE)
+        x_terms, y_terms = shifted_terms(a, b, p, q, unit, DIVERGENCE)
         if PROBABILITIES:
-            ds = rise_of(s_max, s_new, inverse_ts, WIDE)
-            dt = rise_of(t_max, t_new, inverse_tt, WIDE)
-            shrink_s = tl.exp(-ds)
-            shrink_t = tl.exp(-dt)
+            s_rise = rise_of(s_max, s_new)
+            t_rise = rise_of(t_max, t_new)
+            ds = s_rise * in_units(inverse_ts, unit, DIVERGENCE)
+            dt = t_rise * in_units(inverse_tt, unit, DIVERGENCE)
+            shrink_s = exponential(-s_rise, inverse_ts, WIDE)
+            shrink_t = exponential(-t_rise, inverse_tt, WIDE)
             if DIVERGENCE == "forward_kl" or DIVERGENCE == "symmetric":
                 x_sums = (x_sums + (ds - dt) * p_sums) * shrink_t + x_terms
             if DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric":
@@ -203,13 +212,14 @@ def distill_fwd_stream_kernel(
             p_sums = p_sums * shrink_t + p
         if DIVERGENCE == "mse":
             x_sums += x_terms
+            y_sums += y_terms
         if LABELS:
-            rise = rise_of(s_max, s_new, 1.0, WIDE)
+            rise = rise_of(s_max, s_new)
             if not SAME:
-                hard_sums = hard_sums * tl.exp(-rise) + exponential(s - s_peak, 1.0, WIDE)
+                hard_sums = hard_sums * exponential(-rise, 1.0, WIDE) + exponential(shrunk(s, s_peak), 1.0, WIDE)
             if SMOOTHED:
                 exists = s > -INFINITY
-                linear_sums += tl.where(exists, s - s_peak, 0.0) - as_real(counted, WIDE) * rise
+                linear_sums += tl.where(exists, shrunk(s, s_peak) * TINY, 0.0) - as_real(counted, WIDE) * (rise * TINY)
                 counted += exists.to(tl.int32)
         s_max = s_new
         t_max = t_new
@@ -230,7 +240,7 @@ def distill_fwd_stream_kernel(
             col = start + lane
             s = load_tile(student, row, live, student_stride, col, classes, WIDE)
             t = load_tile(teacher, row, live, teacher_stride, col, classes, WIDE)
-            a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, DIVERGENCE, WIDE)
+            a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, unit, DIVERGENCE, WIDE)
             x_terms, y_terms = normalised_terms(
                 a, b, p, q, 1.0 / student_sum, 1.0 / teacher_sum, log_ratio, beta, DIVERGENCE
             )  # fmt: skip
@@ -241,6 +251,7 @@ def distill_fwd_stream_kernel(
     elif DIVERGENCE != "none":
         if DIVERGENCE == "mse":
             x = tl.sum(x_sums, 1, keep_dims=True)
+            y = tl.sum(y_sums, 1, keep_dims=True)
         elif DIVERGENCE != "reverse_kl":
             x = as_real(wide_sum(x_sums) / wide_sum(p_sums), WIDE)
         if DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric":
@@ -258,7 +269,7 @@ def distill_fwd_stream_kernel(
     x, y, soft, hard, kind = close_rows(
         row, live, label, coefficient, counts, active, of_label,
         s_max, t_max, student_sum, teacher_sum, hard_sum, linear, finite, x, y, problem,
-        beta, soft_student, real(temperature_, temperature_low, WIDE), hard_weight, smoothing, row_loss,
+        beta, unit, soft_student, real(temperature_, temperature_low, WIDE), hard_weight, smoothing, row_loss,
         DIVERGENCE, LABELS, SMOOTHED,
     )  # fmt: skip
     if state is not None:
@@ -278,7 +289,7 @@ def distill_fwd_stream_kernel(
             peaks = write_tile(
                 s, t, row, live, col, classes, label, d_student, d_teacher, d_student_stride, d_teacher_stride,
                 s_peak, t_peak, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
-                inverse_ts, inverse_tt, beta, soft_student, real(soft_teacher_, soft_teacher_low, WIDE),
+                inverse_ts, inverse_tt, beta, unit, soft_student, real(soft_teacher_, soft_teacher_low, WIDE),
                 hard_weight, smoothing, peaks, DIVERGENCE, LABELS, SMOOTHED, SAME, WIDE, False,
             )  # fmt: skip
         write_peaks(peaks, row, live, kind, d_student, d_teacher, d_student_stride, d_teacher_stride, DIVERGENCE)
@@ -322,7 +333,7 @@ def distill_reduce_kernel(
 def distill_stats_kernel(
     student, teacher, target, weight, divisor_at, divisor_, divisor_low, stats,
     rows, classes, student_stride, teacher_stride, ignore_index, unlabeled_index,
-    inverse_ts_, inverse_ts_low, inverse_tt_, inverse_tt_low,
+    inverse_ts_, inverse_ts_low, inverse_tt_, inverse_tt_low, unit_,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Whatever the loss; zeros for a row that does not count, NaN for what is no distribution."""
@@ -331,6 +342,7 @@ def distill_stats_kernel(
     live = row < rows
     inverse_ts = real(inverse_ts_, inverse_ts_low, WIDE)
     inverse_tt = real(inverse_tt_, inverse_tt_low, WIDE)
+    unit = real(unit_, 0.0, WIDE)
     one = as_real(tl.full([1, 1], 1.0, tl.float32), WIDE)
     label, a_weight, coefficient, counts, active = open_rows(
         row, live, target, weight, divisor_at, real(divisor_, divisor_low, True), classes,
@@ -370,7 +382,7 @@ def distill_stats_kernel(
         col = start + lane
         s = load_tile(student, row, live, student_stride, col, classes, WIDE)
         t = load_tile(teacher, row, live, teacher_stride, col, classes, WIDE)
-        a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, "forward_kl", WIDE)
+        a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, unit, "forward_kl", WIDE)
         q_sums += q
         p_sums += p
         qb_sums += q * b
@@ -380,9 +392,9 @@ def distill_stats_kernel(
     teacher_sum = tl.sum(p_sums, 1, keep_dims=True)
     log_student = tl.log(student_sum)
     log_teacher = tl.log(teacher_sum)
-    kl = tl.sum(kl_sums, 1, keep_dims=True) / teacher_sum - tl.log(teacher_sum / student_sum)
-    student_entropy = log_student - tl.sum(qb_sums, 1, keep_dims=True) / student_sum
-    teacher_entropy = log_teacher - tl.sum(pa_sums, 1, keep_dims=True) / teacher_sum
+    kl = tl.sum(kl_sums, 1, keep_dims=True) / teacher_sum * unit - tl.log(teacher_sum / student_sum)
+    student_entropy = log_student - tl.sum(qb_sums, 1, keep_dims=True) / student_sum * unit
+    teacher_entropy = log_teacher - tl.sum(pa_sums, 1, keep_dims=True) / teacher_sum * unit
     problem = tl.max(problems, 1, keep_dims=True)
     bad_student = (tl.max(not_finite_s, 1, keep_dims=True) > 0) | (s_max == -INFINITY)
     bad_teacher = (tl.max(not_finite_t, 1, keep_dims=True) > 0) | (t_max == -INFINITY)

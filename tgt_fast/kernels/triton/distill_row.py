@@ -7,6 +7,10 @@ that does not exist looks like anyway.
 Sums are taken of values relative to the row's maxima, a = (t - max t) / Tt and b = (s - max s) / Ts, and the gradients
 need no more: only losses, and the mixtures of jsd, see the logarithms of the normalisers, as that of their ratio where
 that is all there is.
+
+Differences of logits are shrunk, so that they are finite whatever the logits, and a and b are in units of so many nats
+that sums over a row stay in range. Both are powers of 2, which round nothing. What jsd and tvd make of a and b is
+bounded, and in nats.
 """
 
 import triton
@@ -15,6 +19,11 @@ import triton.language as tl
 from tgt_fast.kernels.triton.numbers import INFINITY, as_real, narrowed
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+SHRINK = tl.constexpr(0.125)
+TINY = tl.constexpr(2.0**-33)  # sums of shrunk differences of as many classes as there may be stay in range with it
+SMALL = tl.constexpr(2.0**-70)  # squares in units of its inverse stay in range
+FITS = tl.constexpr(1e37)
 
 # The columns of a row's state: what the gradients are made of, beside the logits.
 STUDENT_MAX = tl.constexpr(0)
@@ -46,12 +55,26 @@ def bounded_below(x, WIDE: tl.constexpr):
 
 
 @triton.jit
-def exponential(shifted, inverse, WIDE: tl.constexpr):
-    """exp(shifted * inverse)."""
+def shrunk(x, most):
+    return x * SHRINK - most * SHRINK
+
+
+@triton.jit
+def exponential(difference, inverse, WIDE: tl.constexpr):
+    """exp of a difference, which is shrunk, times the inverse."""
     if WIDE:
-        return tl.exp(shifted * inverse)
+        return tl.exp(difference * (inverse / SHRINK))
     else:
-        return tl.exp2(shifted * (inverse * LOG2_E))
+        return tl.exp2(difference * (inverse * (LOG2_E / SHRINK)))
+
+
+@triton.jit
+def in_units(inverse, unit, DIVERGENCE: tl.constexpr):
+    """What a shrunk difference is multiplied by, with an inverse temperature."""
+    if DIVERGENCE == "jsd" or DIVERGENCE == "tvd":
+        return inverse / SHRINK
+    else:
+        return inverse / SHRINK / unit
 
 
 @triton.jit
@@ -80,18 +103,20 @@ def store_tile(base, row, live, stride, col, classes, value):
 
 
 @triton.jit
-def classes_of(s, t, s_max, t_max, inverse_ts, inverse_tt, DIVERGENCE: tl.constexpr, WIDE: tl.constexpr):
+def classes_of(s, t, s_max, t_max, inverse_ts, inverse_tt, unit, DIVERGENCE: tl.constexpr, WIDE: tl.constexpr):
     """a, b, exp a, exp b of a tile; the tempered logits themselves, without exponentials, for mse."""
     if DIVERGENCE == "mse" or DIVERGENCE == "none":
-        a = bounded_below(t * inverse_tt, WIDE)
-        b = bounded_below(s * inverse_ts, WIDE)
+        a = bounded_below(t * (inverse_tt / unit), WIDE)
+        b = bounded_below(s * (inverse_ts / unit), WIDE)
         return a, b, a, b
     else:
-        t_shifted = t - t_max
-        s_shifted = s - s_max
+        t_shifted = shrunk(t, t_max)
+        s_shifted = shrunk(s, s_max)
         p = exponential(t_shifted, inverse_tt, WIDE)
         q = exponential(s_shifted, inverse_ts, WIDE)
-        return bounded_below(t_shifted * inverse_tt, WIDE), bounded_below(s_shifted * inverse_ts, WIDE), p, q
+        a = bounded_below(t_shifted * in_units(inverse_tt, unit, DIVERGENCE), WIDE)
+        b = bounded_below(s_shifted * in_units(inverse_ts, unit, DIVERGENCE), WIDE)
+        return a, b, p, q
 
 
 @triton.jit
@@ -129,8 +154,11 @@ def half_sign(p, q):
 
 
 @triton.jit
-def shifted_terms(a, b, p, q, DIVERGENCE: tl.constexpr):
-    """What a class adds to the sums x and y that can be taken before the row's normalisers are known."""
+def shifted_terms(a, b, p, q, unit, DIVERGENCE: tl.constexpr):
+    """What a class adds to the sums x and y that can be taken before the row's normalisers are known.
+
+    Of mse x is in nats, and y is x in units of 1 / SMALL, should x leave the range.
+    """
     x = p * 0.0
     y = x
     if DIVERGENCE == "forward_kl" or DIVERGENCE == "symmetric":
@@ -140,7 +168,10 @@ def shifted_terms(a, b, p, q, DIVERGENCE: tl.constexpr):
     if DIVERGENCE == "cross_entropy":
         x = p * -b
     if DIVERGENCE == "mse":
-        x = (b - a) * (b - a)
+        difference = (b - a) * unit
+        small = (b - a) * (unit * SMALL)
+        x = difference * difference
+        y = small * small
     return x, y
 
 
@@ -213,32 +244,45 @@ def open_rows(
 
 
 @triton.jit
-def soft_value(x, y, student_sum, teacher_sum, beta, DIVERGENCE: tl.constexpr):
-    """The divergence from its sums; not negative."""
+def soft_value(
+    x, y, student_sum, teacher_sum, beta, unit, coefficient, temperature, soft_loss, DIVERGENCE: tl.constexpr
+):  # fmt: skip
+    """coefficient * temperature * soft_loss * the divergence from its sums, which is not negative.
+
+    In an order in which neither a squared temperature nor what the coefficient is yet to shrink leaves the range.
+    """
+    scale = temperature * unit
     if DIVERGENCE == "forward_kl":
-        value = x - tl.log(teacher_sum / student_sum)
+        value = x - tl.log(teacher_sum / student_sum) / unit
     elif DIVERGENCE == "reverse_kl":
-        value = y + tl.log(teacher_sum / student_sum)
+        value = y + tl.log(teacher_sum / student_sum) / unit
     elif DIVERGENCE == "cross_entropy":
-        value = x + tl.log(student_sum)
+        value = x + tl.log(student_sum) / unit
     elif DIVERGENCE == "jsd":
         value = beta * x + (1 - beta) * y
+        scale = temperature
     elif DIVERGENCE == "mse":
-        value = x
+        fits = x < FITS
+        value = tl.where(fits, x, y)
+        root = tl.where(fits, 1.0, 1.0 / SMALL)
+        return (((value * coefficient) * soft_loss) * temperature) * root * root
     elif DIVERGENCE == "none":
         value = x * 0.0
     else:  # symmetric, whose logarithms cancel, and tvd
         value = x + y
-    return tl.where(value < 0, 0.0, value)
+        if DIVERGENCE == "tvd":
+            scale = temperature
+    return ((tl.where(value < 0, 0.0, value) * coefficient) * soft_loss) * scale
 
 
 @triton.jit
 def hard_value(label_shifted, hard_sum, linear, finite, smoothing, SMOOTHED: tl.constexpr):
-    """Cross-entropy with the label. label_shifted: the label's logit less the maximum; linear: the sum of all those."""
-    value = tl.log(hard_sum)
+    """Cross-entropy with the label, shrunk. label_shifted: the label's logit less the maximum, shrunk; linear: the sum
+    of all those times TINY."""
+    value = tl.log(hard_sum) * SHRINK
     of_label = tl.where(label_shifted == -INFINITY, 0.0, label_shifted)
     if SMOOTHED:
-        value -= smoothing / finite * linear + (1 - smoothing) * of_label
+        value -= (smoothing / finite * linear) / TINY + (1 - smoothing) * of_label
         missing = tl.where(label_shifted == -INFINITY, 1 - smoothing, 0.0) > 0
     else:
         value -= of_label
@@ -248,31 +292,31 @@ def hard_value(label_shifted, hard_sum, linear, finite, smoothing, SMOOTHED: tl.
 
 @triton.jit
 def student_tile(
-    s, t, col, label, s_max, t_max, inverse_ts, inverse_tt, inverse_s, inverse_t, log_ratio, x, y, beta,
+    s, t, col, label, s_max, t_max, inverse_ts, inverse_tt, inverse_s, inverse_t, log_ratio, x, y, beta, unit,
     soft, hard, inverse_h, floor, of_label,
     DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The gradient to a tile of student logits: soft * d D + hard * (softmax - smoothed label)."""
-    a, b, p, q = classes_of(s, t, s_max, t_max, inverse_ts, inverse_tt, DIVERGENCE, WIDE)
+    a, b, p, q = classes_of(s, t, s_max, t_max, inverse_ts, inverse_tt, unit, DIVERGENCE, WIDE)
     grad = q * 0.0
     if DIVERGENCE == "forward_kl" or DIVERGENCE == "cross_entropy":
         grad = (q * inverse_s - p * inverse_t) * soft
     if DIVERGENCE == "reverse_kl":
-        grad = (q * inverse_s) * ((b - a) - y) * soft
+        grad = (q * inverse_s) * ((b - a) - y) * (soft * unit)
     if DIVERGENCE == "symmetric":
-        grad = ((q * inverse_s - p * inverse_t) + (q * inverse_s) * ((b - a) - y)) * soft
+        grad = ((q * inverse_s - p * inverse_t) * (1.0 / unit) + (q * inverse_s) * ((b - a) - y)) * (soft * unit)
     if DIVERGENCE == "jsd":
         of_teacher, of_student = log_ratios(a, b, log_ratio, beta)
         grad = (q * inverse_s * (1 - beta)) * (of_student - y) * soft
     if DIVERGENCE == "tvd":
         grad = (q * inverse_s) * (-half_sign(p * inverse_t, q * inverse_s) - y) * soft
     if DIVERGENCE == "mse":
-        grad = (b - a) * 2.0 * soft
+        grad = (b - a) * 2.0 * (soft * unit)
     if LABELS:
         if SAME:
             share = q * inverse_h
         else:
-            share = exponential(s - s_max, 1.0, WIDE) * inverse_h
+            share = exponential(shrunk(s, s_max), 1.0, WIDE) * inverse_h
         if SMOOTHED:
             share -= tl.where(s == -INFINITY, 0.0, floor)
         grad += share * hard
@@ -282,25 +326,25 @@ def student_tile(
 
 @triton.jit
 def teacher_tile(
-    s, t, s_max, t_max, inverse_ts, inverse_tt, inverse_s, inverse_t, log_ratio, x, y, beta, soft,
+    s, t, s_max, t_max, inverse_ts, inverse_tt, inverse_s, inverse_t, log_ratio, x, y, beta, unit, soft,
     DIVERGENCE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The gradient to a tile of teacher logits."""
-    a, b, p, q = classes_of(s, t, s_max, t_max, inverse_ts, inverse_tt, DIVERGENCE, WIDE)
+    a, b, p, q = classes_of(s, t, s_max, t_max, inverse_ts, inverse_tt, unit, DIVERGENCE, WIDE)
     grad = p * 0.0
     if DIVERGENCE == "forward_kl":
-        grad = (p * inverse_t) * ((a - b) - x) * soft
+        grad = (p * inverse_t) * ((a - b) - x) * (soft * unit)
     if DIVERGENCE == "reverse_kl":
         grad = (p * inverse_t - q * inverse_s) * soft
     if DIVERGENCE == "symmetric":
-        grad = ((p * inverse_t) * ((a - b) - x) + (p * inverse_t - q * inverse_s)) * soft
+        grad = ((p * inverse_t) * ((a - b) - x) + (p * inverse_t - q * inverse_s) * (1.0 / unit)) * (soft * unit)
     if DIVERGENCE == "jsd":
         of_teacher, of_student = log_ratios(a, b, log_ratio, beta)
         grad = (p * inverse_t * beta) * (of_teacher - x) * soft
     if DIVERGENCE == "tvd":
         grad = (p * inverse_t) * (half_sign(p * inverse_t, q * inverse_s) - x) * soft
     if DIVERGENCE == "cross_entropy":
-        grad = (p * inverse_t) * (-b - x) * soft
+        grad = (p * inverse_t) * (-b - x) * (soft * unit)
     if DIVERGENCE == "mse":
-        grad = (a - b) * 2.0 * soft
+        grad = (a - b) * 2.0 * (soft * unit)
     return grad
