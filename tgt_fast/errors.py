@@ -31,6 +31,10 @@ class CheckpointError(TgtError, RuntimeError):
     """A checkpoint that is corrupt, incomplete or of another program."""
 
 
+class ProcessError(TgtError, RuntimeError):
+    """Another process of a distributed run failed; the message says which, and how."""
+
+
 class CacheError(TgtError, RuntimeError):
     """A teacher cache that cannot be opened, written or read."""
 

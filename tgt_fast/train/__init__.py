@@ -1,6 +1,6 @@
 """Training a student: the objective, a thin loop, checkpoints and metrics."""
 
-from tgt_fast.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_weights
+from tgt_fast.train.checkpoint import Checkpoint, checkpoint_weights, load_checkpoint, save_checkpoint, save_weights
 from tgt_fast.train.data import BatchStream
 from tgt_fast.train.loop import fit
 from tgt_fast.train.metrics import accuracy, agreement, class_accuracy, class_thirds, evaluate, mean_kl
@@ -16,6 +16,7 @@ __all__ = [
     "TGTObjective",
     "accuracy",
     "agreement",
+    "checkpoint_weights",
     "class_accuracy",
     "class_thirds",
     "evaluate",

@@ -10,7 +10,9 @@ rename, then the old tensors are removed: a process killed at any moment leaves 
 the new.
 
 Of the processes of a distributed :func:`tgt_fast.fit` each writes a tensor file with what differs from the first one's;
-``checkpoint.json``, which the first one writes, names them all.
+``checkpoint.json``, which the first one writes, names them all. What FSDP2 shards is in ``checkpoint-<16 digits>.dcp``,
+a folder of ``torch.distributed.checkpoint``, to which each process writes its shards; PyTorch keeps its index pickled,
+and the hashes of its files are in ``checkpoint.json``.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from tgt_fast._files import remove_dead
 from tgt_fast._opening import as_path
 from tgt_fast._rng import get_rng_state, set_rng_state
 from tgt_fast.errors import ArgumentError, CheckpointError
-from tgt_fast.train.codec import decode, encode
+from tgt_fast.train import sharded
+from tgt_fast.train.codec import decode, encode, sharded_forms
 from tgt_fast.train.document import (
     MALFORMED,
     MANIFEST,
@@ -114,10 +117,13 @@ def save_together(processes: Processes, folder: Path, student: nn.Module, parts:
     _check_parts("save_checkpoint", student, parts)
     state: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
+    shards: dict[str, Tensor] = {}
+    note: dict[str, Any] | None = None
 
     def prepare() -> dict[str, str]:
-        nonlocal state, tensors
+        nonlocal state, tensors, shards
         state, tensors = _encode_all(student, parts, step, extra)
+        shards = {name: tensors.pop(name) for name in list(tensors) if sharded.is_sharded(tensors[name])}
         make_writable(folder)
         return hashes(tensors) if processes.first and processes.count > 1 else {}
 
@@ -130,12 +136,14 @@ def save_together(processes: Processes, folder: Path, student: nn.Module, parts:
     def name_them() -> None:
         if processes.first:
             try:
-                write_document(folder, entries)
+                write_document(folder, entries, note)
             finally:
                 remove_unnamed(folder)
 
     common = processes.together(prepare)[0]
     try:
+        if shards:
+            note = sharded.write(processes, folder, shards)
         entries = processes.together(write)
         processes.together(name_them)
     except BaseException:
@@ -179,6 +187,24 @@ def load_checkpoint(
     return load_together(ALONE, as_path("load_checkpoint", "directory", directory), student, parts, check)
 
 
+def checkpoint_weights(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The student's last ``state_dict`` in a checkpoint of any number of processes, on the CPU, whole.
+
+    What a run on another number of processes can start from: ``student.load_state_dict(...)``, before ``fully_shard``.
+
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+    """
+    folder = as_path("checkpoint_weights", "directory", directory)
+    state, tensors, note = read(folder, 0, None)
+    try:
+        if forms := sharded_forms(state["student"]):
+            tensors |= sharded.read(ALONE, folder, note, forms, None)
+        return dict(decode(state["student"], tensors))
+    except MALFORMED as error:
+        raise CheckpointError(f"{folder / MANIFEST}: not a training state of tgt_fast ({error!r})") from error
+
+
 def load_together(
     processes: Processes,
     folder: Path,
@@ -189,8 +215,13 @@ def load_together(
     """:func:`load_checkpoint` for processes that share a folder: where one cannot, nothing is changed in any."""
     _check_parts("load_checkpoint", student, parts)
     manifest = folder / MANIFEST
+    stored: list[tuple[dict[str, Any], dict[str, Tensor], Any]] = []
+    processes.together(lambda: stored.append(read(folder, processes.rank, processes.count)))
+    ((state, tensors, note),) = stored
+    if forms := sharded_forms(state):
+        tensors |= sharded.read(processes, folder, note, forms, student)
     found: list[tuple[Checkpoint, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
-    processes.together(lambda: found.append(_checked(manifest, processes, student, parts, check)))
+    processes.together(lambda: found.append(_checked(manifest, state, tensors, student, parts, check)))
     ((checkpoint, weights, rng, states),) = found
 
     undo = [_restorer(set_rng_state, get_rng_state())]
@@ -217,13 +248,13 @@ def load_together(
 
 def _checked(
     manifest: Path,
-    processes: Processes,
+    state: dict[str, Any],
+    tensors: Mapping[str, Tensor],
     student: nn.Module,
     parts: Parts,
     check: Callable[[Checkpoint], None] | None,
 ) -> tuple[Checkpoint, dict[str, Any], dict[str, Any], dict[str, Any]]:
     """What will be returned, weights, generators and the states of the parts, of a checkpoint that fits them."""
-    state, tensors = read(manifest.parent, processes.rank, processes.count)
     try:
         weights = under_names_of(student.state_dict(), decode(state["student"], tensors))
         rng = decode(state["rng"], tensors)

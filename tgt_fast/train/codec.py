@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import CheckpointError
+from tgt_fast.train.sharded import form, is_sharded
 
 # JSON knows lists, and objects with string keys. Anything else is an object of one key, one of these tags.
 _TENSOR, _TUPLE, _DICT, _COUNTER, _FLOAT = "tensor", "tuple", "dict", "counter", "float"
+_SHARDED = "sharded"
 
 
 def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -42,6 +44,9 @@ def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return float(value) if math.isfinite(value) else {_FLOAT: repr(float(value))}
     if isinstance(value, Tensor):
         name = _unused(path, tensors)
+        if is_sharded(value):  # stays as it is; whoever writes the others leaves it to what knows its processes
+            tensors[name] = value.detach()
+            return {_SHARDED: [name, *form(value)]}
         tensors[name] = _portable(value, path)
         return {_TENSOR: name}
     if isinstance(value, tuple):
@@ -73,6 +78,10 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
             if content not in tensors:
                 raise CheckpointError(f"its tensor {content!r} is missing")
             return tensors[content].clone()
+        if tag == _SHARDED:
+            if content[0] not in tensors:
+                raise CheckpointError(f"its tensor {content[0]!r} is missing")
+            return tensors[content[0]].clone()
         if tag == _FLOAT:
             return float(content)
         if tag == _TUPLE:
@@ -81,6 +90,20 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
             items = {key: decode(item, tensors) for key, item in content}
             return Counter(items) if tag == _COUNTER else items
     raise CheckpointError(f"it holds an entry of unknown form: {str(value)[:80]!r}")
+
+
+def sharded_forms(value: Any) -> dict[str, Any]:
+    """Of what :func:`encode` returned: the sharded tensors in it, by name, and their forms."""
+    found: dict[str, Any] = {}
+    if isinstance(value, list):
+        for item in value:
+            found.update(sharded_forms(item))
+    elif isinstance(value, dict):
+        for tag, content in value.items():
+            found.update(
+                {content[0]: content[1:]} if tag == _SHARDED and isinstance(content, list) else sharded_forms(content)
+            )
+    return found
 
 
 def _key(key: Any, path: str) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tgt_fast._files import new_file, sync
 from tgt_fast._opening import open_file, parse_json
 from tgt_fast.errors import CheckpointError
+from tgt_fast.train import sharded
 from tgt_fast.train.files import bytes_of, replace_file, reported, write_tensors
 
 MANIFEST: Final = "checkpoint.json"
@@ -66,7 +67,7 @@ def write_entry(folder: Path, state: dict[str, Any], tensors: Tensors) -> Entry:
     return Entry(digest, _text_sha256(canonical(state)), state)
 
 
-def write_document(folder: Path, entries: list[Entry]) -> None:
+def write_document(folder: Path, entries: list[Entry], shards: dict[str, Any] | None = None) -> None:
     """Name the tensors of all processes, which makes them the checkpoint of the folder.
 
     Raises:
@@ -85,6 +86,7 @@ def write_document(folder: Path, entries: list[Entry]) -> None:
         "torch": torch.__version__,
         **first,
         **({"others": others} if others else {}),
+        **({} if shards is None else {"sharded": shards}),
     }
     replace_file(folder / MANIFEST, lambda file: file.write(canonical(document).encode()))
 
@@ -98,22 +100,28 @@ def remove_unnamed(folder: Path) -> None:
         for path in folder.glob(_ANY_TENSOR_FILE):
             if path.name not in named:
                 path.unlink()
+        sharded.remove_unnamed(folder, document.get("sharded", {}).get("folder"))
     except (OSError, *MALFORMED):
         return  # untidy, but no checkpoint is harmed
 
 
-def read(folder: Path, rank: int, count: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The validated content of a checkpoint for one of so many processes: its state, still encoded, and its tensors.
+def read(folder: Path, rank: int, count: int | None) -> tuple[dict[str, Any], dict[str, Tensor], Any]:
+    """The validated content of a checkpoint for one of so many processes (None: of whichever number).
+
+    Its state, still encoded, its tensors, and what it says of those that are sharded.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it is of another number of processes.
     """
     manifest = folder / MANIFEST
-    entries = _entries(_read_document(manifest))
-    if len(entries) != count:
+    document = _read_document(manifest)
+    entries = _entries(document)
+    if count is not None and len(entries) != count:
         raise CheckpointError(
             f"{manifest}: saved by {len(entries)} processes, each with its own generators, place in the data and "
-            f"sampler; the run has {count}"
+            f"sampler; the run has {count}. To go on from its weights, call "
+            f"student.load_state_dict(tgt_fast.train.checkpoint_weights({str(folder)!r})) and start a run in another "
+            "checkpoint_dir"
         )
     for entry in entries:
         if not isinstance(entry, dict):
@@ -124,7 +132,7 @@ def read(folder: Path, rank: int, count: int) -> tuple[dict[str, Any], dict[str,
     tensors: dict[str, Tensor] = {}
     for number in sorted({0, rank}):  # what it has in common with the first is stored there alone
         tensors.update(_read_tensors(manifest, entries[number].get("tensors_sha256")))
-    return state, tensors
+    return state, tensors, document.get("sharded")
 
 
 def _entries(document: dict[str, Any]) -> list[Any]:

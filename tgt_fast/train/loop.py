@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
@@ -26,12 +26,14 @@ from tgt_fast.train import checkpoint
 from tgt_fast.train.checks import check_extras, check_options, check_parties, check_tools
 from tgt_fast.train.data import BatchStream
 from tgt_fast.train.document import remove_unnamed
+from tgt_fast.train.failures import one_for_all
 from tgt_fast.train.files import make_writable
 from tgt_fast.train.names import take_own_names
-from tgt_fast.train.parallel import only_bar
+from tgt_fast.train.parallel import Parallel, only_bar, unwrapped
 from tgt_fast.train.processes import ALONE, sharing
 from tgt_fast.train.rng import turn
 from tgt_fast.train.run import Evaluate, FitResult, Objective, Run
+from tgt_fast.train.sharded import gathered, take_whole_weights
 from tgt_fast.train.view import RunView
 
 BEST_WEIGHTS = "best.safetensors"
@@ -83,7 +85,8 @@ def fit(
 
     With one ``checkpoint_dir`` on a file system that they share, the first writes it; of the others it holds what
     differs: generators, place in the data, sampler, history, buffers. A run of two processes that was killed gives the
-    same bits as one that was not if as many resume it. With more than two, an ``all_reduce`` may round otherwise in the
+    same bits as one that was not if as many resume it; another number is refused, and can start from the weights that
+    :func:`tgt_fast.train.checkpoint_weights` reads. With more than two, an ``all_reduce`` may round otherwise in the
     first step after a resume, in which DistributedDataParallel has its buckets in another order. A process that has a
     ``checkpoint_dir`` of its own keeps to itself.
 
@@ -138,6 +141,8 @@ def fit(
             monitored metric that ``evaluate`` does not return, an empty loader, a batch that can be read in more
             than one way, a ``checkpoint_dir`` that holds another run's checkpoint while ``resume`` is False, or a run
             in another thread while one of the two has a seed.
+        ProcessError: another process of the run failed, as the message says. The error that a process raises by itself,
+            in the objective, a callback or the loader, say, is its own, and ends the others within seconds.
         CheckpointError: the folder cannot be written (found out before the first step, or later when the disk
             is full), or its checkpoint is damaged or of another run; student and checkpoint are left as they
             were. In several processes it is raised in all of them when one cannot go on.
@@ -165,15 +170,21 @@ def fit(
     if isinstance(teacher := getattr(objective, "teacher", None), Teacher):
         refuse_labeler("fit", teacher, student)
         refuse_shared("fit", teacher, student, optimizer)
-    keeper = _Keeper(checkpoint_dir, resume)
-    take_own_names(student)
-    run = Run(student, objective, BatchStream(loader), parts, optimizer, scheduler, autocast=autocast, ema=ema)
-    tell = _Callbacks(callbacks, RunView(run, steps))
-    with (
-        turn("fit", seeded=seed is not None),
-        nullcontext() if seed is None else isolated_rng(seed),
-        run.parallel.counting(objective),
-    ):
+    parallel = Parallel(student)
+    with ExitStack() as stack:
+        stack.enter_context(one_for_all(parallel.rank, parallel.count, parallel.group))
+        keeper = _Keeper(checkpoint_dir, resume, parallel)
+        if parallel.count == 1:
+            stack.enter_context(one_for_all(keeper.processes.rank, keeper.processes.count))
+        take_own_names(student)
+        take_whole_weights(unwrapped(student))
+        stream = BatchStream(loader)
+        run = Run(student, objective, stream, parts, optimizer, scheduler, parallel, autocast=autocast, ema=ema)
+        stack.enter_context(turn("fit", seeded=seed is not None))
+        if seed is not None:
+            stack.enter_context(isolated_rng(seed))
+        stack.enter_context(parallel.counting(objective))
+        tell = _Callbacks(callbacks, RunView(run, steps))
         keeper.load(run)
         student.train()
         optimizer.zero_grad()
@@ -185,8 +196,7 @@ def fit(
                 run.step(accumulate, clip_grad_norm)
                 tell("step")
                 if _due(eval_every, result.steps, steps):
-                    improved = run.record(evaluate, monitor, mode)
-                    keeper.save_best(result.best if improved else None)
+                    keeper.save_best(run if run.record(evaluate, monitor, mode) else None)
                     last = result.history[-1]
                     bar.set_postfix({name: f"{last[name]:.4g}" for name in ("loss", monitor) if name in last})
                     tell("record")
@@ -198,7 +208,7 @@ def fit(
         if not keeper.kept:
             keeper.save(run)  # of no steps
         tell("end")
-    return run.finish()
+        return run.finish()
 
 
 class _Callbacks:
@@ -223,7 +233,7 @@ class _Bar(tqdm):  # type: ignore[misc]
 class _Keeper:
     """The folder of a run, if it has one, which the processes of a distributed run may share."""
 
-    def __init__(self, checkpoint_dir: str | os.PathLike[str] | None, resume: bool) -> None:
+    def __init__(self, checkpoint_dir: str | os.PathLike[str] | None, resume: bool, parallel: Parallel) -> None:
         self.folder: Path | None = None
         self.kept = True  # whether what is to be kept is
         self.processes, self.found = ALONE, False
@@ -233,6 +243,8 @@ class _Keeper:
             return
         self.folder, self.kept = as_path("fit", "checkpoint_dir", checkpoint_dir), False
         self.processes = sharing("fit", self.folder)
+        if parallel.sharded and parallel.count > 1 and self.processes.count != parallel.count:
+            raise ArgumentError("fit: the processes of a sharded student must have one checkpoint_dir, of all of them")
         self.found = self.processes.together(lambda: self._look(resume))[0]
 
     def _look(self, resume: bool) -> bool:
@@ -252,11 +264,11 @@ class _Keeper:
                 remove_unnamed(self.folder)  # of a process that was killed as it removed them
             self.kept = True
 
-    def save_best(self, weights: Mapping[str, Tensor] | None) -> None:
-        """Of this process, if they are better than before; those of the first one are kept."""
+    def save_best(self, run: Run | None) -> None:
+        """The best weights of a run that has better ones than before; those of the first process are kept."""
         if self.folder is not None:
             path = self.folder / BEST_WEIGHTS
-            mine = weights if self.processes.first else None
+            mine = None if run is None or run.result.best is None else gathered(run.result.best, self.processes.first)
             self.processes.together(lambda: None if mine is None else checkpoint.save_weights(path, mine))
 
     def save(self, run: Run) -> None:

@@ -92,12 +92,13 @@ class Run:
         columns: Columns,
         optimizer: Optimizer,
         scheduler: LRScheduler | None,
+        parallel: Parallel,
         *,
         autocast: torch.dtype | None = None,
         ema: float | None = None,
     ) -> None:
         self.student, self.objective, self.stream, self.columns = student, objective, stream, columns
-        self.model, self.parallel = unwrapped(student), Parallel(student)
+        self.model, self.parallel = unwrapped(student), parallel
         self.autocast = autocast
         self.average = None if ema is None else Average(self.model, ema)
         self.optimizer, self.scheduler = optimizer, scheduler
@@ -212,6 +213,7 @@ class Run:
         }
         if self.average is not None:
             extra["ema"] = self.average.values
+        self.parallel.settle()
         with saved_by_all(processes.count > 1):
             checkpoint.save_together(processes, folder, self.model, self._parts(), result.steps, extra)
 
