@@ -42,16 +42,15 @@ def test_a_gradient_in_place_overwrites_nothing_that_is_yet_to_be_read(
 ) -> None:
     """Each class is the label of some row: its logit is read by all threads, and its gradient written by one."""
     rows = classes if classes < 100 else 5
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, divergence in ((torch.float32, "jsd"), (torch.bfloat16, "forward_kl")):
         student, teacher = (logits(rows, classes, seed, dtype=dtype) for seed in (0, 1))
         target = torch.arange(rows) if rows == classes else targets(rows, classes, 2)
         student[0, 1] = teacher[1, 1] = float("nan")  # a row of NaN is in place too
-        for divergence in ("forward_kl", "jsd"):
-            Kernels.emulated(watched).forward(
-                plan, student.clone(), teacher, target, hard_weight=1.0, label_smoothing=0.1,
-                divergence=divergence, inplace=True, wanted=(True, False),
-            )  # fmt: skip
-            assert watched.races() == ""
+        Kernels.emulated(watched).forward(
+            plan, student.clone(), teacher, target, hard_weight=1.0, label_smoothing=0.1,
+            divergence=divergence, inplace=True, wanted=(True, False),
+        )  # fmt: skip
+        assert watched.races() == ""
 
 
 # A warp and a block a row: the last thread writes what all have read.

@@ -12,7 +12,7 @@ import pytest
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
-@pytest.mark.parametrize(("what", "kills"), [("fit", 10), ("cache", 15)])
+@pytest.mark.parametrize(("what", "kills"), [("fit", 5), ("cache", 10)])
 def test_kills_at_random_leave_no_stray_file_and_no_wrong_bit(
     what: str, kills: int, child_environment: dict[str, str]
 ) -> None:
