@@ -29,6 +29,7 @@ from tgt_fast.ops._linear_autograd import Call, Linear
 from tgt_fast.ops._linear_library import Direct, chosen, packed_heads
 from tgt_fast.ops._linear_library import linear_distillation_loss as linear_distillation_loss_op
 from tgt_fast.ops._packing import packed
+from tgt_fast.ops._sharded_heads import whole_head
 from tgt_fast.ops._sparse_library import warn_where_small
 from tgt_fast.ops._sparse_record import TeacherTopK, check_where_asked
 from tgt_fast.ops.counts import divisor_over
@@ -227,6 +228,12 @@ def linear_distillation_loss(
     of the loss and untrained: pass ``head.weight + head.get_delta_weight("default")``, a V x H matrix more, or take
     :func:`tgt_fast.distillation_loss` of the model's logits. A warning says so once a head, where PEFT is in use.
 
+    A head that ``fully_shard`` (FSDP2) keeps in shards, a DTensor, is gathered once a call, in the dtype of the hidden
+    states, and its gradient is averaged over the processes and scattered, as FSDP2 does with those of a forward pass;
+    all processes call. One that is tied to the embedding gets both gradients. A loss that is taken inside the wrapped
+    forward finds the head whole. A parameter of DeepSpeed's ZeRO-3 that is not there is fetched for the call by its own
+    ``all_gather`` and ``partition`` (not yet run with DeepSpeed).
+
     Gradients are made together with the loss, those that are asked for, and scaled in backward. In float16, and for
     ``"none"`` with a gradient to a weight or bias, backward makes them, from logits computed again; so does a second
     backward over the same graph. Sums over rows are kept in float32. Deterministic as far as PyTorch's matrix product
@@ -267,6 +274,8 @@ def linear_distillation_loss(
     if record is not None:
         check_record(record, heads, options, return_stats)  # before its tensors are read
         teacher, ids, rest = record.log_probs.detach(), record.ids, record.rest()
+    student_weight, student_bias = whole_head(student_hidden, student_weight, student_bias)
+    teacher_weight, teacher_bias = whole_head(teacher_hidden, teacher_weight, teacher_bias)
     given = LinearTensors(
         student_hidden, student_weight, student_bias, teacher, teacher_weight, teacher_bias, target,  # type: ignore[arg-type]
         sample_weight, vocab_map, vocab_mask, ids, rest,
