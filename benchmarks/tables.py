@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import scaling_tables
 from demo_tables import digits, docstrings, grid, lm, retrieval
 
 ROOT = Path(__file__).parent.parent
@@ -278,6 +279,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "explore-cuda": explore,
     "contrast-cuda": contrast,
     "gpu-cuda": gpu,
+    "scaling-cpu": scaling_tables.points,
 }
 
 
@@ -331,7 +333,16 @@ def body(name: str) -> str:
     )
 
 
-_MADE: dict[str, Callable[[], str]] = {"summary": summary, "ops": ops}
+def _scaling(table: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
+    return lambda: table(json.loads((RESULTS / "scaling-cpu.json").read_text()))
+
+
+_MADE: dict[str, Callable[[], str]] = {
+    "summary": summary,
+    "ops": ops,
+    "scaling": _scaling(scaling_tables.calculated),
+    "scaling-limits": _scaling(scaling_tables.limits),
+}
 _PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
