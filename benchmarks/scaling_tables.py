@@ -31,8 +31,8 @@ def points(record: dict[str, Any]) -> str:
     caption = (
         "A process and call, gloo over the loopback device. What is sent has the headers of TCP and gloo's own "
         "messages in it, and what other programs sent meanwhile; of gradients the time is that of the whole call, "
-        f"with its matrix products. `{record['command']}`, {record['hardware']}; torch {record['versions']['torch']}; commit "
-        f"{record['commit']}, {record['date']}."
+        f"with its matrix products. `{record['command']}`, {record['hardware']}; "
+        f"torch {record['versions']['torch']}; commit {record['commit']}, {record['date']}."
     )
     return grid(["", "processes", "calculated", "sent", "ms"], rows) + "\n\n" + caption
 
