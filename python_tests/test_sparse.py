@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import logits, magnitude, targets
-from sparse_kit import INF, assert_near, check, divergences, dtypes, loss_and_gradient, peaked, tails
+from sparse_kit import INF, assert_near, check, divergences, dtypes, in_double, loss_and_gradient, peaked, tails
 from strategies import DTYPES, lay_out
 from torch import Tensor
 
@@ -104,6 +104,23 @@ def test_peaked_rows(backend: str, divergence: str, tail: str, dtype: torch.dtyp
         teacher = teacher.double() if dtype == torch.float64 else teacher
         record = tgt.topk_teacher(teacher, 8, tail=tail)
         check(student, record, backend=backend, divergence=divergence, reduction="none")
+
+
+@pytest.mark.parametrize("classes", [40, 1000, 9001])
+def test_a_students_peak_in_the_teachers_tail(backend: str, classes: int) -> None:
+    """A gradient that is small where most of the student's mass is: made of what the other classes leave."""
+    generator = torch.Generator().manual_seed(classes)
+    student, teacher = torch.randn(2, 30, classes, generator=generator)
+    teacher[:, 7] -= 5  # out of the record
+    record = tgt.topk_teacher(teacher, 8, tail="uniform")
+    options: dict[str, Any] = {"divergence": "jsd", "reduction": "none"}
+    for lift in (4, 7, 10, 13, 16, 20, 25):
+        peaked_student = student.clone()
+        peaked_student[:, 7] += lift
+        _, grad = loss_and_gradient(peaked_student, record, backend=backend, **options)
+        _, truth = loss_and_gradient(peaked_student.double(), in_double(record), backend="reference", **options)
+        error = (grad.double() - truth).norm(dim=-1) / truth.norm(dim=-1).clamp_min(1e-2)
+        assert float(error.max()) < 1e-5, f"{lift}: {float(error.max()):.1e}"
 
 
 def test_a_share_of_1e_9_still_teaches(backend: str) -> None:

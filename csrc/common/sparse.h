@@ -155,15 +155,38 @@ TGT_HD bool soft_is_infinite(const TailClass& tail, TailForm form, bool listed_m
 // Whether the classes of the tail are told apart: the teacher's share of it is spread over them.
 TGT_HD bool spread(const SparseState& row, TailForm form) { return form == TailForm::kUniform && row.tail_sum > 0; }
 
+// log(q / p) of the largest class of a spread tail, and bounds within which what is added to it stays finite.
+TGT_HD double log_ratio_of(const SparseState& row, const TailClass& tail) {
+  return tail.b - log(row.tail_sum) - bounded_below(tail.a - log(row.tail_finite));
+}
+template <class Real>
+TGT_HD Real bounded_ratio(double log_ratio) {
+  constexpr double kLargest = sizeof(Real) == 8 ? 1e308 : 2e38;
+  return Real(log_ratio > kLargest ? kLargest : log_ratio < -kLargest ? -kLargest : log_ratio);
+}
+
+// log(q / m) of the largest class of a spread tail. jsd takes the others' less it: where that class has most of the
+// student's probability, its own gradient is made of what the others leave.
+template <bool kCoarse, class Real>
+TGT_HD Real centre_of(Real log_ratio, const Mixture<Real>& mixture) {
+  Real of_teacher, of_student;
+  Jsd::log_ratios<kCoarse>(Class<Real>{Real(0), log_ratio, Real(0), Real(0)}, mixture, of_teacher, of_student);
+  return of_student;
+}
+
 // What the tail adds to x, y. Where it is spread, a divergence of the buckets and one within them add up; jsd alone
-// does not fall apart like that: its sums over the tail come from a pass over its classes.
+// does not fall apart like that: to its sums over the tail a pass over its classes adds what they are besides a centre.
 template <class D>
 TGT_HD void add_tail(const TailClass& tail, const TailSums& sums, const SparseState& row, TailForm form,
                      const DistillOptions& options, double& x, double& y) {
   if (form == TailForm::kRenormalize || std::is_same<D, NoDivergence>::value) return;
-  if (std::is_same<D, Jsd>::value && spread(row, form)) return;
   const Class<double> c = tail.bounded();
-  D::add(c, Mixture<double>{options.beta, 1 - options.beta}, x, y);
+  const Mixture<double> mixture{options.beta, 1 - options.beta};
+  if (std::is_same<D, Jsd>::value && spread(row, form)) {
+    y += c.q * centre_of<false>(bounded_ratio<double>(log_ratio_of(row, tail)), mixture);
+    return;
+  }
+  D::add(c, mixture, x, y);
   if (!spread(row, form)) return;
   const double log_sum = log(row.tail_sum), count = log(row.tail_finite);
   const double mean_log = sums.linear / (row.tail_finite * options.temperature) - log_sum;  // of the shares in the tail
@@ -214,6 +237,7 @@ struct SparseFactors {
   Real u;                           // the teacher's probability, p
   Real share;                       // q = exp((s - tail_max) / T) * share
   Real log_ratio;                   // log(q / p) = (s - tail_max) / T + log_ratio; for reverse_kl less y
+  Real centre;                      // for jsd: what log(q / m) and y are less
   Real x, y, factor;                // of d_student
   double soft_factor, hard_factor;  // of a listed class
 };
@@ -242,16 +266,19 @@ TGT_HD SparseFactors<Real> sparse_factors(const SparseState& row, const DistillO
   const double log_share = tail.b - log(row.tail_sum);
   f.share = Real(exp(log_share));
   if (f.spread) {
-    const double log_u = bounded_below(tail.a - log(row.tail_finite));
-    f.u = Real(exp(log_u));
+    f.u = Real(exp(bounded_below(tail.a - log(row.tail_finite))));
     // One constant in double: its parts may be large where what they leave is small.
-    double log_ratio = log_share - log_u;
+    double log_ratio = log_ratio_of(row, tail);
     if (std::is_same<D, ReverseKl>::value) {
       log_ratio -= row.y;
       f.y = 0;
     }
-    constexpr double kLargest = sizeof(Real) == 8 ? 1e308 : 2e38;  // what is added to it stays finite
-    f.log_ratio = Real(log_ratio > kLargest ? kLargest : log_ratio < -kLargest ? -kLargest : log_ratio);
+    f.log_ratio = bounded_ratio<Real>(log_ratio);
+    if (std::is_same<D, Jsd>::value) {
+      const Mixture<double> mixture{options.beta, 1 - options.beta};
+      f.centre = centre_of<true>(f.log_ratio, Mixture<Real>{Real(mixture.teacher), Real(mixture.student)});
+      f.y = Real(row.y - centre_of<false>(bounded_ratio<double>(log_ratio), mixture));
+    }
   } else {
     const Mixture<double> mixture{options.beta, 1 - options.beta};
     f.soft = Real(f.soft_factor * D::d_student(tail.bounded(), mixture, row.x, row.y) / row.tail_sum);
@@ -272,6 +299,15 @@ TGT_HD V listed_gradient(V s, V a, const SparseState& row, const DistillOptions&
   return soft + of_hard - smoothed;
 }
 
+// What a class of a spread tail adds to the sums of jsd.
+template <class V, class Real>
+TGT_HD void add_spread_class(const Class<V>& c, Real centre, const Mixture<Real>& mixture, V& x, V& y) {
+  V of_teacher, of_student;
+  Jsd::log_ratios<false>(c, mixture, of_teacher, of_student);
+  x = fused(c.p, of_teacher, x);
+  y = fused(c.q, of_student - centre, y);
+}
+
 // The gradient of a class of a spread tail. V: Real, or lanes of it; e = exp((s - tail_max) / T), b its argument. No
 // divergence asks for more than log q - log p.
 template <class D, class V, class Real>
@@ -281,7 +317,14 @@ TGT_HD V spread_gradient(V s, V b, V e, const SparseFactors<Real>& f, const Mixt
   c.b = b + f.log_ratio;
   c.p = splat<V>(f.u);
   c.q = e * f.share;
-  const V soft = D::d_student(c, mixture, f.x, f.y) * f.factor;
+  V soft;
+  if constexpr (std::is_same<D, Jsd>::value) {
+    V of_teacher, of_student;
+    Jsd::log_ratios<true>(c, mixture, of_teacher, of_student);
+    soft = (c.q * mixture.student) * ((of_student - f.centre) - f.y) * f.factor;
+  } else {
+    soft = D::d_student(c, mixture, f.x, f.y) * f.factor;
+  }
   return s < splat<V>(sizeof(Real) == 8 ? Real(-DBL_MAX) : Real(-FLT_MAX)) ? V{} : soft;
 }
 

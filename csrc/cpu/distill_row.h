@@ -16,6 +16,14 @@ inline namespace TGT_ISA {
 // (Ts = 2), its fourth power (Ts = 4), or an exponential of its own.
 enum HardPower : int { kNoHard = 0, kSame = 1, kSquare = 2, kFourth = 4, kOwn = 5 };
 
+// The options, with what each row would divide by again.
+struct RowOptions : DistillOptions {
+  double inverse_ts, inverse_tt;
+
+  explicit RowOptions(const DistillOptions& options)
+      : DistillOptions(options), inverse_ts(1 / options.temperature), inverse_tt(1 / options.teacher_temperature) {}
+};
+
 template <class Real>
 struct RowConstants {
   Real student_max, teacher_max, inverse_ts, inverse_tt;
@@ -97,9 +105,8 @@ struct Unusual {
 
 // What a logit is multiplied by to leave the range where its differences, divided by the temperatures, might.
 template <class Real>
-Real reach_of(const DistillOptions& options) {
-  const double ts = options.temperature, tt = options.teacher_temperature, least = ts < tt ? ts : tt;
-  return Real(least < 1 ? 16 / least : 16);
+Real reach_of(double inverse_ts, double inverse_tt) {
+  return Real(16 * larger(larger(inverse_ts, inverse_tt), 1.0));
 }
 
 // A logit that is far below the largest is of no account where the other side has no mass: masks often are such.
@@ -118,9 +125,8 @@ bool counts_far(Real s, Real t, double student_max, double teacher_max, Real rea
 }
 
 template <class D, class Real>
-void inspect(const Real* s, const Real* t, int count, double student_max, double teacher_max,
+void inspect(const Real* s, const Real* t, int count, double student_max, double teacher_max, Real reach,
              const DistillOptions& options, Unusual& unusual) {
-  const Real reach = reach_of<Real>(options);
   for (int j = 0; j < count; ++j) {
     const bool student_masked = s[j] == Real(-HUGE_VAL);
     const bool teacher_masked = t[j] == Real(-HUGE_VAL);
@@ -185,25 +191,35 @@ struct Row {
 };
 
 template <class Real>
-RowConstants<Real> running(const OnlineSums& sums, const DistillOptions& options) {
+RowConstants<Real> running(const OnlineSums& sums, const RowOptions& options) {
   RowConstants<Real> row{};
   row.student_max = sums.student_max == -HUGE_VAL ? 0 : Real(sums.student_max);
   row.teacher_max = sums.teacher_max == -HUGE_VAL ? 0 : Real(sums.teacher_max);
-  row.inverse_ts = Real(1 / options.temperature);
-  row.inverse_tt = Real(1 / options.teacher_temperature);
+  row.inverse_ts = Real(options.inverse_ts);
+  row.inverse_tt = Real(options.inverse_tt);
   row.mixture = mixture_of<Real>(options);
   return row;
 }
 
+// Of a row's sums. They cost as much as a short row, so what has them hands them on.
+struct Logarithms {
+  double student = 0, teacher = 0;
+};
+template <class D>
+Logarithms logarithms_of(double student_sum, double teacher_sum) {
+  if constexpr (D::kProbabilities) return {log(student_sum), log(teacher_sum)};
+  return {};
+}
+
 template <class Real>
-RowConstants<Real> settled(const RowState& state, const DistillOptions& options) {
+RowConstants<Real> settled(const RowState& state, const Logarithms& logs, const RowOptions& options) {
   RowConstants<Real> row{};
   row.student_max = Real(state.student_max);
   row.teacher_max = Real(state.teacher_max);
-  row.inverse_ts = Real(1 / options.temperature);
-  row.inverse_tt = Real(1 / options.teacher_temperature);
-  row.log_student = Real(log(state.student_sum));
-  row.log_teacher = Real(log(state.teacher_sum));
+  row.inverse_ts = Real(options.inverse_ts);
+  row.inverse_tt = Real(options.inverse_tt);
+  row.log_student = Real(logs.student);
+  row.log_teacher = Real(logs.teacher);
   row.inverse_student = Real(1 / state.student_sum);
   row.inverse_teacher = Real(1 / state.teacher_sum);
   row.mixture = mixture_of<Real>(options);
@@ -258,9 +274,9 @@ void sum_block(const Real* s, const Real* t, int count, const RowConstants<Real>
 
 // Sums that need the normalisers first: a second pass, from cache.
 template <class Real, class D>
-void sum_normalised(const Row<Real>& logits, const DistillOptions& options, RowState& state) {
+void sum_normalised(const Row<Real>& logits, const RowOptions& options, const Logarithms& logs, RowState& state) {
   using V = typename Lanes<Real>::Vector;
-  const RowConstants<Real> row = settled<Real>(state, options);
+  const RowConstants<Real> row = settled<Real>(state, logs, options);
   logits.each_block([&](const Real* s, const Real* t, int64_t, int count) {
     V x{}, y{};
     each_run(s, t, count, [&](const Real* s, const Real* t, int count) {
@@ -309,17 +325,17 @@ bool infinite(const Unusual& unusual) {
 
 // The loss of a row that counts, unweighted; fills the state but for its coefficient.
 template <class Real, class D, HardPower power>
-double forward_row(const Row<Real>& logits, const DistillOptions& options, int64_t label, RowState& state,
-                   Unusual& unusual) {
-  const double inverse_ts = 1 / options.temperature, inverse_tt = 1 / options.teacher_temperature;
-  const Real reach = reach_of<Real>(options);
+double forward_row(const Row<Real>& logits, const RowOptions& options, int64_t label, RowState& state, Unusual& unusual,
+                   Logarithms& logs) {
+  const double inverse_ts = options.inverse_ts, inverse_tt = options.inverse_tt;
+  const Real reach = reach_of<Real>(inverse_ts, inverse_tt);
   OnlineSums sums;
   logits.each_block([&](const Real* s, const Real* t, int64_t, int count) {
     double s_max, t_max;
     const bool usual = block_maxima(s, t, count, reach, s_max, t_max);
     s_max = larger(s_max, sums.student_max);
     t_max = larger(t_max, sums.teacher_max);
-    if (!usual) inspect<D>(s, t, count, s_max, t_max, options, unusual);
+    if (!usual) inspect<D>(s, t, count, s_max, t_max, reach, options, unusual);
     if (unusual.invalid) return;
     sums.raise<D>(s_max, t_max, inverse_ts, inverse_tt);
     sum_block<Real, D, power>(s, t, count, running<Real>(sums, options), sums);
@@ -336,15 +352,17 @@ double forward_row(const Row<Real>& logits, const DistillOptions& options, int64
   state.hard_sum = sums.hard;
   state.finite = double(logits.classes - unusual.student_masked);
 
+  logs = logarithms_of<D>(sums.student, sums.teacher);
+
   double loss = 0;
   if (infinite<D>(unusual)) {
     state.flags += kInfiniteSoft;
     loss = HUGE_VAL;
   } else {
     if constexpr (D::kShiftedSums) {
-      D::finish(sums, log(sums.student), log(sums.teacher), state.x, state.y);
+      D::finish(sums, logs.student, logs.teacher, state.x, state.y);
     } else if constexpr (!std::is_same<D, NoDivergence>::value) {
-      sum_normalised<Real, D>(logits, options, state);
+      sum_normalised<Real, D>(logits, options, logs, state);
     }
     const double squared = D::kProbabilities ? options.temperature * options.temperature : 1;
     loss = options.soft_weight * squared * not_negative(D::value(state.x, state.y, options.beta));

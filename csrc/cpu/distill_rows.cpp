@@ -64,7 +64,8 @@ V teacher_block(const Real* s, const Real* t, int count, const RowConstants<Real
 
 // The gradients of a row from its logits and its state, for an upstream gradient of `upstream`.
 template <class Real, class D, HardPower power>
-void gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, const RowState& state, double upstream) {
+void gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, const RowState& state,
+                  const RowOptions& options, const Logarithms& logs, double upstream) {
   const int flags = int(state.flags);
   if (flags & (kDropped | kInvalid)) {
     const Real value = flags & kDropped ? Real(0) : Real(NAN);
@@ -74,25 +75,25 @@ void gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, c
   }
   if constexpr (!std::is_same<D, NoDivergence>::value) {
     if (flags & kInfiniteSoft) {
-      gradient_row<Real, NoDivergence, power == kNoHard ? kNoHard : kOwn>(call, logits, i, state, upstream);
+      gradient_row<Real, NoDivergence, power == kNoHard ? kNoHard : kOwn>(call, logits, i, state, options, logs,
+                                                                          upstream);
       return;
     }
   }
-  const DistillOptions& options = call.options;
   const double squared = D::kProbabilities ? options.temperature * options.temperature : 1;
   const double soft = upstream * state.coefficient * options.soft_weight * squared;
   const bool hard = (flags & kHard) && !(flags & kInfiniteHard);
   const double hard_factor = hard ? upstream * state.coefficient * options.hard_weight : 0;
   const Real inverse_hard = hard ? Real(1 / state.hard_sum) : Real(0);
-  const Real smoothed = hard ? Real(options.label_smoothing / state.finite) : Real(0);
-  const RowConstants<Real> row = settled<Real>(state, options);
+  const Real smoothed = hard && options.label_smoothing > 0 ? Real(options.label_smoothing / state.finite) : Real(0);
+  const RowConstants<Real> row = settled<Real>(state, logs, options);
   const Real x = Real(state.x), y = Real(state.y);
   const int64_t label = hard ? call.target[i] : -1;
 
   const bool of_q = D::kProbabilities && peaked(state.student_sum), of_hard = hard && peaked(state.hard_sum);
   Peak<Real> student_peak, teacher_peak;
   if (!std::is_same<D, Mse>::value && (of_q || of_hard)) student_peak.look_for(state.student_max);
-  if (D::kProbabilities && peaked(state.teacher_sum)) teacher_peak.look_for(state.teacher_max);
+  if (D::kProbabilities && call.d_teacher && peaked(state.teacher_sum)) teacher_peak.look_for(state.teacher_max);
 
   alignas(64) Real buffer[kBlock];
   logits.each_block([&](const Real* s, const Real* t, int64_t at, int count) {
@@ -100,8 +101,7 @@ void gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, c
       char* to = call.d_teacher.row(i);
       Real* values = write_block(to, call.d_teacher.type, at, buffer);
       teacher_peak.look_at(t, at, count);
-      teacher_peak.add(
-          teacher_block<Real, D>(s, t, count, row, x, y, Real(soft / options.teacher_temperature), values));
+      teacher_peak.add(teacher_block<Real, D>(s, t, count, row, x, y, Real(soft * options.inverse_tt), values));
       teacher_peak.keep(values, at, count);
       if (values == buffer) finish_block(values, to, call.d_teacher.type, at, count);
     }
@@ -109,7 +109,7 @@ void gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, c
       char* to = call.d_student.row(i);
       Real* values = write_block(to, call.d_student.type, at, buffer);
       student_peak.look_at(s, at, count);
-      const auto sum = student_block<Real, D, power>(s, t, count, row, x, y, Real(soft / options.temperature),
+      const auto sum = student_block<Real, D, power>(s, t, count, row, x, y, Real(soft * options.inverse_ts),
                                                      Real(hard_factor), inverse_hard, smoothed, values);
       if (label >= at && label < at + count) {
         const Real of_label = Real(hard_factor * (1 - options.label_smoothing));
@@ -165,17 +165,18 @@ Row<double> in_double(const Row<Real>& row) {
 
 // Entropies, KL, agreement and log-sum-exps of a row pair, whatever its loss; false where a side is no distribution.
 template <class Real>
-bool pair_statistics(const Row<Real>& logits, DistillOptions options, double* values) {
+bool pair_statistics(const Row<Real>& logits, RowOptions options, double* values) {
   using V = typename Lanes<Real>::Vector;
   RowState state{};
   Unusual unusual;
+  Logarithms logs;
   options.soft_weight = 1;
-  forward_row<Real, ForwardKl, kNoHard>(logits, options, -1, state, unusual);
+  forward_row<Real, ForwardKl, kNoHard>(logits, options, -1, state, unusual, logs);
   if (unusual.invalid) return false;
   if constexpr (sizeof(Real) == 4) {
     if (unusual.wide || beyond(state)) return pair_statistics<double>(in_double(logits), options, values);
   }
-  const RowConstants<Real> row = settled<Real>(state, options);
+  const RowConstants<Real> row = settled<Real>(state, logs, options);
   logits.each_block([&](const Real* s, const Real* t, int64_t, int count) {
     V of_student{}, of_teacher{};
     each_vector(s, t, count, [&](V sv, V tv, int, int) {
@@ -191,8 +192,8 @@ bool pair_statistics(const Row<Real>& logits, DistillOptions options, double* va
   values[2] = int(state.flags) & kInfiniteSoft ? HUGE_VAL : not_negative(state.x);
   values[3] = first_largest<Real>(logits.student, logits.student_type, logits.classes) ==
               first_largest<Real>(logits.teacher, logits.teacher_type, logits.classes);
-  values[4] = state.student_max / options.temperature + log(state.student_sum);
-  values[5] = state.teacher_max / options.teacher_temperature + log(state.teacher_sum);
+  values[4] = state.student_max / options.temperature + logs.student;
+  values[5] = state.teacher_max / options.teacher_temperature + logs.teacher;
   return true;
 }
 
@@ -202,7 +203,7 @@ void statistics_row(const DistillCall& call, int64_t i, bool counts) {
   const Row<Real> logits = row_pair<Real>(call, call.teacher, i);
   Real* out = static_cast<Real*>(call.stats) + i;
   double values[6] = {0, 0, 0, 0, 0, 0};
-  if (counts && !pair_statistics<Real>(logits, call.options, values)) {
+  if (counts && !pair_statistics<Real>(logits, RowOptions(call.options), values)) {
     values[2] = NAN;
     values[3] = 0;
     for (const bool teacher : {false, true}) {  // each beside itself
@@ -212,7 +213,7 @@ void statistics_row(const DistillCall& call, int64_t i, bool counts) {
       (teacher ? side.student_type : side.teacher_type) = teacher ? logits.teacher_type : logits.student_type;
       options.temperature = options.teacher_temperature = teacher ? options.teacher_temperature : options.temperature;
       double own[6] = {0, 0, 0, 0, 0, 0};
-      const bool sound = pair_statistics<Real>(side, options, own);
+      const bool sound = pair_statistics<Real>(side, RowOptions(options), own);
       values[teacher ? 1 : 0] = sound ? own[0] : NAN;
       values[teacher ? 5 : 4] = sound ? own[4] : NAN;
     }
@@ -225,10 +226,12 @@ template <class D, HardPower power>
 __attribute__((noinline)) double wide_forward_row(const DistillCall& call, int64_t i, int64_t label, RowState& state) {
   RowState wide{};
   Unusual unusual;
+  Logarithms logs;
   wide.flags = kWide | (int(state.flags) & (kDropped | kHard));
   wide.coefficient = state.coefficient;
   constexpr HardPower kPower = power == kNoHard ? kNoHard : kOwn;
-  const double loss = forward_row<double, D, kPower>(row_at<double>(call, i), call.options, label, wide, unusual);
+  const double loss =
+      forward_row<double, D, kPower>(row_at<double>(call, i), RowOptions(call.options), label, wide, unusual, logs);
   state = wide;
   return loss;
 }
@@ -236,18 +239,19 @@ template <class D, HardPower power>
 __attribute__((noinline)) void wide_gradient_row(const DistillCall& call, int64_t i, const RowState& state,
                                                  double upstream) {
   constexpr HardPower kPower = power == kNoHard ? kNoHard : kOwn;
-  gradient_row<double, D, kPower>(call, row_at<double>(call, i), i, state, upstream);
+  const Logarithms logs = logarithms_of<D>(state.student_sum, state.teacher_sum);
+  gradient_row<double, D, kPower>(call, row_at<double>(call, i), i, state, RowOptions(call.options), logs, upstream);
 }
 template <class Real, class D, HardPower power>
 void any_gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, const RowState& state,
-                      double upstream) {
+                      const RowOptions& options, const Logarithms& logs, double upstream) {
   if (sizeof(Real) == 4 && int(state.flags) & kWide) return wide_gradient_row<D, power>(call, i, state, upstream);
-  gradient_row<Real, D, power>(call, logits, i, state, upstream);
+  gradient_row<Real, D, power>(call, logits, i, state, options, logs, upstream);
 }
 
 template <class Real, class D, HardPower power>
 void forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
-  const DistillOptions& options = call.options;
+  const RowOptions options(call.options);
   for (int64_t i = begin; i < end; ++i) {
     const Row<Real> logits = row_at<Real>(call, i);
     const double weight = call.weight ? call.weight[i] : 1;
@@ -258,9 +262,10 @@ void forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
     state.flags = dropped ? kDropped : labelled ? kHard : 0;
     state.coefficient = call.divisor == 0 ? 0 : weight / call.divisor;
     double loss = 0;
+    Logarithms logs;
     if (!dropped) {
       Unusual unusual;
-      loss = forward_row<Real, D, power>(logits, options, label, state, unusual);
+      loss = forward_row<Real, D, power>(logits, options, label, state, unusual, logs);
       if constexpr (sizeof(Real) == 4) {
         if (unusual.wide || beyond(state)) loss = wide_forward_row<D, power>(call, i, label, state);
       }
@@ -272,7 +277,7 @@ void forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
     }
     if (call.d_student || call.d_teacher) {
       if (state.coefficient == 0) state.flags = kDropped;  // a divisor of 0
-      any_gradient_row<Real, D, power>(call, logits, i, state, 1);
+      any_gradient_row<Real, D, power>(call, logits, i, state, options, logs, 1);
     }
     if (call.state) call.state[i] = state;
   }
@@ -281,10 +286,13 @@ void forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
 template <class Real, class D, HardPower power>
 void backward_rows(const DistillCall& call, int64_t begin, int64_t end) {
   const Real* upstream = static_cast<const Real*>(call.upstream);
+  const RowOptions options(call.options);
   for (int64_t i = begin; i < end; ++i) {
     RowState state = call.state[i];
     if (state.coefficient == 0) state.flags = kDropped;
-    any_gradient_row<Real, D, power>(call, row_at<Real>(call, i), i, state, upstream[call.upstream_per_row ? i : 0]);
+    const Logarithms logs = logarithms_of<D>(state.student_sum, state.teacher_sum);
+    any_gradient_row<Real, D, power>(call, row_at<Real>(call, i), i, state, options, logs,
+                                     upstream[call.upstream_per_row ? i : 0]);
   }
 }
 

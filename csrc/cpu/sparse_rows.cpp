@@ -157,13 +157,15 @@ void gradient_row(const SparseCall& call, int64_t i, Listed& listed, const Spars
   }
 }
 
-// Adds the classes of a spread tail, one by one, to the sums x, y.
-template <class Real, class D>
+// Adds the classes of a spread tail, one by one, to the sums x, y of jsd.
+template <class Real>
 void add_spread(const SparseCall& call, int64_t i, Listed& listed, SparseState& state) {
   using V = typename Lanes<Real>::Vector;
   const DistillCall& base = call.base;
-  const SparseFactors<Real> f = sparse_factors<D, Real>(state, base.options, call.record.form, listed.tail_log_prob, 1);
+  const SparseFactors<Real> f =
+      sparse_factors<Jsd, Real>(state, base.options, call.record.form, listed.tail_log_prob, 1);
   const Mixture<Real> mixture = mixture_of<Real>(base.options);
+  const Real centre = centre_of<false>(f.log_ratio, mixture);
   each_tail_block<Real>(base.student, i, base.classes, listed, [&](const Real* s, int count) {
     V x{}, y{};
     each_of(s, count, [&](V sv, int, int) {
@@ -173,7 +175,7 @@ void add_spread(const SparseCall& call, int64_t i, Listed& listed, SparseState& 
       c.b = b + f.log_ratio;
       c.p = sv == splat<V>(Real(-HUGE_VAL)) ? V{} : splat<V>(f.u);
       c.q = exp_nonpositive(b) * f.share;
-      D::add(c, mixture, x, y);
+      add_spread_class(c, centre, mixture, x, y);
     });
     state.x += sum_lanes(x);
     state.y += sum_lanes(y);
@@ -218,7 +220,7 @@ double forward_row(const SparseCall& call, int64_t i, int64_t label, Listed& lis
     if (!soft_is_infinite<D>(rest, form, sums.missing)) {
       listed.add<D>(state, options, state.x, state.y);
       add_tail<D>(rest, tail, state, form, options, state.x, state.y);
-      if (std::is_same<D, Jsd>::value && spread(state, form)) add_spread<Real, D>(call, i, listed, state);
+      if (std::is_same<D, Jsd>::value && spread(state, form)) add_spread<Real>(call, i, listed, state);
     }
   }
   return sparse_row_loss<D>(state, rest, tail, sums, form, options, of_label);

@@ -38,8 +38,8 @@ struct TailMaximum {
   }
 };
 
-// Sums over the row. linear (times kTiny), entropy and the numbers of finite classes are those that smoothed labels and a spread tail
-// ask for; hard is over all classes, relative to the peak.
+// Sums over the row. linear (times kTiny), entropy and the numbers of finite classes are those that smoothed labels and
+// a spread tail ask for; hard is over all classes, relative to the peak.
 template <class Real>
 struct alignas(8) SparseSums {
   Real tail = 0, linear = 0, entropy = 0, hard = 0;
@@ -162,6 +162,7 @@ TGT_DEVICE Pair divergence_sums(const SparseDeviceCall& d, const Team& team, con
     const TailScale<Real> scale = tail_scale<Real>(options, shared.state.tail_max, shared.state.peak);
     const SparseFactors<Real> f = shared.factors;
     const Mixture<Real> narrow_mixture{Real(options.beta), Real(1 - options.beta)};
+    const Real centre = centre_of<false>(f.log_ratio, narrow_mixture);
     Real x = 0, y = 0;
     for (int64_t k = team.thread; k < source.count; k += team.size) {
       const Eight<Real> s = source.load(k);
@@ -172,7 +173,7 @@ TGT_DEVICE Pair divergence_sums(const SparseDeviceCall& d, const Team& team, con
         c.b = scale.argument(s.v[j]) + f.log_ratio;
         c.p = s.v[j] == minus_infinity<Real>() ? Real(0) : f.u;
         c.q = scale.share(s.v[j]) * f.share;
-        D::add(c, narrow_mixture, x, y);
+        add_spread_class(c, centre, narrow_mixture, x, y);
       }
     }
     sum.x += x;
