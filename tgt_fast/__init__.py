@@ -1,31 +1,47 @@
 """tgt_fast: teacher-guided training for PyTorch.
 
 A frozen teacher explores the neighbourhood of each training example in its own latent space, decodes what it finds into
-new examples, labels them softly, and the student learns from both. Importing this package starts nothing: the compiled
-core is loaded at first use.
+new examples, labels them softly, and the student learns from both. Importing this package starts nothing: its parts are
+imported, and the compiled core is loaded, at first use. Its ops stand in ``torch.ops.tgt_fast`` at once if PyTorch was
+imported before, else from the first use on.
 """
 
 from __future__ import annotations
 
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
 from tgt_fast import _interrupted  # noqa: F401  (first: the others take seconds)
-from tgt_fast.cache import Fingerprint, TeacherCache, teacher_fingerprint
-from tgt_fast.explore import LatentSampler, Synthetic
-from tgt_fast.kernels.native import release_buffers
-from tgt_fast.kernels.options import DistillStats
-from tgt_fast.kernels.select import backends, explain
-from tgt_fast.losses.contrast import ContrastiveDistillationLoss
-from tgt_fast.losses.distill import DistillationLoss
-from tgt_fast.losses.linear import LinearDistillationLoss
-from tgt_fast.ops._sparse_record import TeacherTopK
-from tgt_fast.ops.contrast import contrastive_distillation_loss
-from tgt_fast.ops.distill import distillation_loss
-from tgt_fast.ops.latent import ascend_latents, perturb_latents
-from tgt_fast.ops.linear import linear_distillation_loss
-from tgt_fast.ops.sparse import topk_teacher
-from tgt_fast.ops.tokens import sample_tokens, soft_embedding
-from tgt_fast.ops.vocabulary import align_logits
-from tgt_fast.teacher import Latents, Teacher
-from tgt_fast.train import TGTObjective, fit
+
+if TYPE_CHECKING:
+    from tgt_fast import cache as cache
+    from tgt_fast import errors as errors
+    from tgt_fast import explore as explore
+    from tgt_fast import kernels as kernels
+    from tgt_fast import losses as losses
+    from tgt_fast import ops as ops
+    from tgt_fast import teacher as teacher
+    from tgt_fast import testing as testing
+    from tgt_fast import train as train
+    from tgt_fast.cache import Fingerprint, TeacherCache, teacher_fingerprint
+    from tgt_fast.explore import LatentSampler, Synthetic
+    from tgt_fast.kernels.native import release_buffers
+    from tgt_fast.kernels.options import DistillStats
+    from tgt_fast.kernels.select import backends, explain
+    from tgt_fast.losses.contrast import ContrastiveDistillationLoss
+    from tgt_fast.losses.distill import DistillationLoss
+    from tgt_fast.losses.linear import LinearDistillationLoss
+    from tgt_fast.ops._sparse_record import TeacherTopK
+    from tgt_fast.ops.contrast import contrastive_distillation_loss
+    from tgt_fast.ops.distill import distillation_loss
+    from tgt_fast.ops.latent import ascend_latents, perturb_latents
+    from tgt_fast.ops.linear import linear_distillation_loss
+    from tgt_fast.ops.sparse import topk_teacher
+    from tgt_fast.ops.tokens import sample_tokens, soft_embedding
+    from tgt_fast.ops.vocabulary import align_logits
+    from tgt_fast.teacher import Latents, Teacher
+    from tgt_fast.train import TGTObjective, fit
 
 __version__ = "0.1.0"
 
@@ -58,3 +74,58 @@ __all__ = [
     "teacher_fingerprint",
     "topk_teacher",
 ]
+
+_MODULES: Final = ("cache", "errors", "explore", "kernels", "losses", "ops", "teacher", "testing", "train")
+_OPS: Final = ("contrast", "distill", "latent", "linear", "sparse", "tokens")
+_WHERE: Final = {
+    "ContrastiveDistillationLoss": "tgt_fast.losses.contrast",
+    "DistillStats": "tgt_fast.kernels.options",
+    "DistillationLoss": "tgt_fast.losses.distill",
+    "Fingerprint": "tgt_fast.cache",
+    "LatentSampler": "tgt_fast.explore",
+    "Latents": "tgt_fast.teacher",
+    "LinearDistillationLoss": "tgt_fast.losses.linear",
+    "Synthetic": "tgt_fast.explore",
+    "TGTObjective": "tgt_fast.train",
+    "Teacher": "tgt_fast.teacher",
+    "TeacherCache": "tgt_fast.cache",
+    "TeacherTopK": "tgt_fast.ops._sparse_record",
+    "align_logits": "tgt_fast.ops.vocabulary",
+    "ascend_latents": "tgt_fast.ops.latent",
+    "backends": "tgt_fast.kernels.select",
+    "contrastive_distillation_loss": "tgt_fast.ops.contrast",
+    "distillation_loss": "tgt_fast.ops.distill",
+    "explain": "tgt_fast.kernels.select",
+    "fit": "tgt_fast.train",
+    "linear_distillation_loss": "tgt_fast.ops.linear",
+    "perturb_latents": "tgt_fast.ops.latent",
+    "release_buffers": "tgt_fast.kernels.native",
+    "sample_tokens": "tgt_fast.ops.tokens",
+    "soft_embedding": "tgt_fast.ops.tokens",
+    "teacher_fingerprint": "tgt_fast.cache",
+    "topk_teacher": "tgt_fast.ops.sparse",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"tgt_fast.{name}")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'tgt_fast' has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(_WHERE[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})
+
+
+def _import_all() -> None:
+    """Everything that is public, now."""
+    for name in (*_MODULES, *_WHERE):
+        getattr(sys.modules[__name__], name)
+
+
+if "torch" in sys.modules:  # what was exported with these ops may be loaded next
+    for _noun in _OPS:
+        importlib.import_module(f"tgt_fast.ops.{_noun}")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import tgt_fast
 from tgt_fast import _interrupted
 from tgt_fast.demos.catalog import DEMOS, Demo
 from tgt_fast.errors import TgtError
@@ -19,9 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 (it could not be done), 2 (misuse), 130 (interrupted)."""
     given = None
     try:
-        _interrupted.leave_to_main()
         _results().clear()
-        given = _parser().parse_args(arguments)
+        given = _parser().parse_args(arguments)  # what only asks for help waits for no PyTorch
+        tgt_fast._import_all()
+        _interrupted.leave_to_main()
         if given.command == "doctor":
             _doctor()
         elif given.command == "cache":
@@ -193,8 +195,6 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _version() -> str:
-    import tgt_fast
-
     return f"tgt-fast {tgt_fast.__version__}"
 
 

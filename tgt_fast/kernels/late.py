@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-except ImportError:  # PyTorch that cannot say it: every number is part of the program
-
-    def has_static_value(a: Any) -> bool:  # type: ignore[misc]
-        return True
-
 
 def is_symbolic(value: Any) -> bool:
     """Whether a number is one that the program being compiled does not know."""
-    return torch.compiler.is_compiling() and isinstance(value, (int, float)) and not has_static_value(value)
+    return torch.compiler.is_compiling() and isinstance(value, (int, float)) and not _has_static_value(value)
+
+
+def _has_static_value(value: Any) -> bool:
+    try:  # here, where a compiler has imported it: it takes as long as half of PyTorch
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+    except ImportError:  # PyTorch that cannot say it: every number is part of the program
+        return True
+    return has_static_value(value)
 
 
 def is_late(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,12 +19,11 @@ try:
     Replicated: Any = DistributedDataParallel
 except ImportError:  # a PyTorch without torch.distributed
     Replicated = ()
-try:
-    from torch.distributed.fsdp import FSDPModule
 
-    Sharded: Any = FSDPModule
-except ImportError:
-    Sharded = ()
+
+def _sharded_kind() -> Any:
+    """What FSDP2 makes of a module. Not imported, which takes seconds: where it is not loaded there is none."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
 
 
 def unwrapped(module: Any) -> Any:
@@ -41,9 +41,9 @@ class Parallel:
     """The processes that average a student's gradients: ``count`` of them, of which this is number ``rank``."""
 
     def __init__(self, student: nn.Module) -> None:
-        modules = list(student.modules())
+        modules, kind = list(student.modules()), _sharded_kind()
         self._replicated = [module for module in modules if isinstance(module, Replicated)]
-        self._sharded: list[Any] = [module for module in modules if isinstance(module, Sharded)]
+        self._sharded: list[Any] = [module for module in modules if isinstance(module, kind)]
         self.group: Any = None
         self.rank, self.count = 0, 1
         if self._replicated:
