@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ class Raised:
 
 def in_processes(world: int, folder: Path, work: Callable[[int], Any], seconds: float = 120) -> list[Any]:
     """What ``work(rank)`` gives in each; a :class:`Raised` where it raised, None of a process that was killed."""
+    for name in ("torch._dynamo", "torch.distributed.checkpoint"):  # once, and not in each process that needs them
+        importlib.import_module(name)
     folder.mkdir(parents=True, exist_ok=True)
     store = folder / f"store {len(list(folder.iterdir()))}"
     results = [folder / f"{rank}.pt" for rank in range(world)]

@@ -17,7 +17,7 @@ from tgt_fast.errors import CheckpointError, ProcessError, TgtError
 
 _LOOK: Final = 0.25  # seconds between two looks at what the others say
 _HEARD: Final = 2.0  # how long one that fails waits until the others know
-_LEAVE: Final = 15.0  # how long one that knows may go on waiting for the others inside a collective
+_LEAVE: Final = 10.0  # how long one that knows may go on waiting for the others inside a collective
 _runs = itertools.count()  # so that the runs of a program that all processes run find each other
 
 
