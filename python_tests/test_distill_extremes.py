@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import evaluate, truth
+from numerics import distillation_loss, evaluate, truth
 from torch import Tensor
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "symmetric", "jsd", "tvd", "cross_entropy", "mse")
@@ -85,3 +85,16 @@ def test_differences_beyond_the_largest_number(backend: str, divergence: str, cl
             # Of each row: of classes as far away as their mean differences from it leave four digits
             error = (out.double() - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-9)
             assert float(error.max()) < 1e-4
+
+
+@pytest.mark.parametrize("classes", [4, 9001])
+def test_statistics_of_differences_beyond_the_largest_number(backend: str, classes: int) -> None:
+    student, teacher = wide(MASKED, classes)
+    for temperature in (0.25, 4.0):
+        options: dict[str, Any] = {"temperature": temperature, "return_stats": True}
+        stats = distillation_loss(student, teacher, backend=backend, **options)[1]
+        expected = distillation_loss(student.double(), teacher.double(), backend="reference", **options)[1]
+        for name, got, want in zip(stats._fields, stats, expected, strict=True):
+            torch.testing.assert_close(
+                got, want.to(got.dtype), rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+            )
