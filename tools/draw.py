@@ -27,7 +27,8 @@ def exploration() -> None:
     angle = rng.uniform(0, 2 * np.pi, 160)
     data = np.stack([1.5 * np.cos(angle), np.sin(angle)], 1) + rng.normal(0, 0.12, (160, 2))
     start = np.array([-1.05, -0.7])
-    figure, axes = plt.subplots(1, 4, figsize=(11, 2.9), sharex=True, sharey=True)
+    figure, axes = plt.subplots(2, 2, figsize=(7.4, 6), sharex=True, sharey=True)
+    axes = list(axes.flat)
     grid_x, grid_y = np.meshgrid(np.linspace(-2.6, 2.6, 80), np.linspace(-2, 2, 80))
     field = 1.4 - np.hypot(grid_x + 0.1, 1.3 * (grid_y - 0.55))  # disagreement, highest near (-0.1, 0.55)
     for axis, title in zip(axes, ("prior", "random", "gradient", "persistent"), strict=True):
@@ -58,10 +59,7 @@ def exploration() -> None:
     for axis in axes[1:]:
         axis.scatter(*start, marker="*", s=110, color="black", zorder=3)
     axes[1].annotate("Enc(x)", start + np.array([-1.1, -0.75]), fontsize=9)
-    figure.text(
-        0.5, 0.01, "grey: encodings of the data; orange: where student and labeler disagree", ha="center", fontsize=9
-    )
-    figure.subplots_adjust(bottom=0.12)
+    figure.supxlabel("grey: encodings of the data; orange: where student and labeler disagree", fontsize=9)
     save("exploration")
 
 
@@ -102,7 +100,8 @@ def records() -> None:
         'tail="renormalize"': (mass[:4] / mass[:4].sum(), [BLUE] * 4),
         'tail="uniform"': (np.append(mass[:4], np.full(20, rest / 20)), [BLUE] * 4 + [ORANGE] * 20),
     }
-    _, axes = plt.subplots(1, 4, figsize=(11, 2.5), sharey=True)
+    _, axes = plt.subplots(2, 2, figsize=(7.4, 4.2), sharey=True)
+    axes = list(axes.flat)
     for axis, (title, (height, colours)) in zip(axes, shown.items(), strict=True):
         axis.bar(range(len(height)), height, color=colours)
         axis.set_title(title)
@@ -119,7 +118,7 @@ def noise() -> None:
     rng = np.random.default_rng(1)
     rows = {name: rng.normal(size=12) for name in (10, 11, 12, 13)}
     batches = (("one batch", (10, 11, 12, 13)), ("another order", (13, 10, 12, 11)), ("process 1 of 2", (11, 13)))
-    _, axes = plt.subplots(1, 3, figsize=(10, 2.2))
+    _, axes = plt.subplots(1, 3, figsize=(7.4, 1.9))
     for axis, (title, ids) in zip(axes, batches, strict=True):
         axis.imshow([rows[name] for name in ids], cmap="coolwarm", vmin=-2.5, vmax=2.5, aspect="auto")
         axis.set_yticks(range(len(ids)), [f"id {name}" for name in ids])
