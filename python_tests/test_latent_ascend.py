@@ -171,6 +171,23 @@ def test_gradients_of_any_size_give_a_step_of_the_same_length(backend: str, dtyp
     assert_like_truth(out, pattern / pattern.norm(dim=1, keepdim=True))
 
 
+@pytest.mark.parametrize(("size", "unit"), [(1e30, 1e10), (1e-30, 1e-10)])
+def test_so_do_those_that_leave_the_range_where_a_scale_multiplies_them(backend: str, size: float, unit: float) -> None:
+    pattern = torch.tensor([[1.0, -1.0, 0.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    options: dict[str, Any] = {"step_size": 1.0, "scale": torch.full((5,), unit), "backend": backend}
+    out = tgt.ascend_latents(torch.zeros(2, 5), (pattern * size).float(), **options)
+    assert_like_truth(out / unit, pattern / pattern.norm(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("norm", STEP_NORMS)
+def test_a_coordinate_without_a_slope_stays(backend: str, norm: str) -> None:
+    z, grad = values((4, 33), 0), values((4, 33), 1)
+    grad[:, ::3] = 0.0
+    out = tgt.ascend_latents(z, grad, step_size=0.5, norm=norm, backend=backend)
+    assert torch.equal(out[:, ::3], z[:, ::3])
+    assert_like_truth(out, expected(z, grad, step_size=0.5, norm=norm))
+
+
 # Trust region
 
 

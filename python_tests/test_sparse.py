@@ -77,6 +77,7 @@ def test_the_other_forms_are_dense_losses(backend: str, divergence: str) -> None
 # Against the float64 truth
 
 
+@pytest.mark.meet(3)
 @dtypes
 @divergences
 @tails

@@ -47,6 +47,14 @@ def logits(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale
 
 
 @drawing
+@pytest.mark.parametrize("shape", [4, 64])
+def test_of_equal_tokens_top_p_keeps_no_more_than_their_share(backend: str, shape: int) -> None:
+    """Half of the mass is that of half of them, exactly: the next one is not needed."""
+    drawn = tgt.sample_tokens(torch.zeros(600, shape), top_p=0.5, seed=1, backend=backend)
+    assert drawn.unique().tolist() == list(range(shape // 2))
+
+
+@drawing
 @pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
 @pytest.mark.parametrize("size", SIZES)
 def test_every_backend_draws_the_same_tokens(backend: str, size: int, filters: dict[str, Any]) -> None:
