@@ -3,38 +3,44 @@
     python benchmarks/triton_dry_run.py                       # all sets, with the Triton that is installed
     python benchmarks/triton_dry_run.py --only bench
     python benchmarks/triton_dry_run.py --one-of 8 --save     # of tests and of combinations of options one of 8
+    python benchmarks/triton_dry_run.py --seconds 900 --save  # of each set what there is time for
 
 The sets: what the bench times, at full shapes; the tests on a GPU with all of their parameters; the combinations of
 options that Triton 3.5 and 3.6 were once unable to compile, as far as Triton's own code, where they failed; all
-combinations of options. A driver takes the launches and starts nothing (python_tests/dry_gpu.py). ``--save`` writes the
-findings to benchmarks/results/triton-dry-run.json, where each version of Triton has its place. Exits with 1 when a form
-fails.
+combinations of options. A driver takes the launches and starts nothing (python_tests/dry_gpu.py). Forms are taken in an
+order that is always the same and has no pattern, so that what there is time for is a fair sample. ``--save`` writes the
+findings to benchmarks/results/triton-dry-run.json, where each version of Triton has its place: how many ``forms`` ran
+``of`` how many there are, and the digest of the ``kernels`` for whose sources this holds (``--sources`` prints that of
+those in the package). A result for other sources is old, which fails nothing; one of more forms than were run since is
+kept as the ``earlier`` one. Exits with 1 when a form fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import datetime
 import functools
 import hashlib
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 from unittest import mock
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 import tgt_fast
 from tgt_fast.bench import explore
@@ -47,19 +53,9 @@ RESULT: Final = ROOT / "benchmarks" / "results" / "triton-dry-run.json"
 Form = Callable[[], Any]
 
 
-class OnMeta(TorchFunctionMode):
-    """What is made or sent to a GPU lies on "meta"."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.device:
-            return func(*args, **(kwargs or {}))
-        there = {name: _meta(value) for name, value in (kwargs or {}).items()}
-        return func(*map(_meta, args), **there)
-
-
-def _meta(value: Any) -> Any:
-    is_gpu = isinstance(value, (str, torch.device)) and str(value).partition(":")[0] == "cuda"
-    return torch.device("meta") if is_gpu else value
+def on_meta() -> Any:
+    """Within it what is made on or sent to a GPU lies on "meta"."""
+    return _beside_the_tests("gpu_stand_ins").Elsewhere("meta")
 
 
 class _NoGenerator:
@@ -86,7 +82,7 @@ def bench_forms() -> dict[str, Form]:
 
 
 def _timed(case: Case) -> None:
-    with OnMeta(), mock.patch.object(torch, "Generator", _NoGenerator):
+    with on_meta(), mock.patch.object(torch, "Generator", _NoGenerator):
         work = case.build()
     work.ours("triton")()
 
@@ -118,70 +114,109 @@ def _beside_the_tests(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def run_set(name: str, one_of: int, share: int, shares: int) -> tuple[int, dict[str, str], Counter[str]]:
-    """(forms, what went wrong by form, launches of every kernel) of every so many forms of a set."""
-    failed: dict[str, str] = {}
-    forms = list(forms_of(name, one_of).items())[share::shares]
-    gpu, manner = _beside_the_tests("dry_gpu"), nullcontext()
+@functools.cache
+def _forms(name: str, one_of: int) -> dict[str, Form]:
+    return forms_of(name, one_of)
+
+
+def order(names: Iterable[str]) -> list[str]:
+    """The same each time and without regard to what the names mean, so that its beginning is a fair sample."""
+    return sorted(names, key=lambda name: (zlib.crc32(name.encode()), name))
+
+
+@functools.cache
+def _dry_gpu(name: str) -> Counter[str]:
+    """The launches on a dry GPU that this process has from now on: a kernel keeps the launcher of its first launch."""
+    gpu, stack = _beside_the_tests("dry_gpu"), ExitStack()
+    launches: Counter[str] = stack.enter_context(gpu.tensors_on_a_dry_gpu())
     if name == "tests":
-        manner = _beside_the_tests("dry_gpu_tests").nothing_compared()
+        stack.enter_context(_beside_the_tests("dry_gpu_tests").nothing_compared())
     elif name == "fragile":
-        manner = gpu.no_machine_code()
-    with gpu.tensors_on_a_dry_gpu() as launches, manner:
-        for number, (form, call) in enumerate(forms):
-            before = launches.total()
-            try:
-                for _ in range(2 if name == "bench" else 1):
-                    call()
-            except Exception as error:  # whatever it is, the others are to be seen too
-                failed[form] = f"{type(error).__name__}: {error}"
-            else:
-                if launches.total() == before:
-                    failed[form] = "it launched nothing"
-            if number % 50 == 49:
-                print(f"{name} {share}: {number + 1} of {len(forms)}, {len(failed)} failed", flush=True)
-    return len(forms), failed, launches
+        stack.enter_context(gpu.no_machine_code())
+    atexit.register(stack.close)
+    return launches
 
 
-def found(names: list[str], one_of: int, jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The result of each set, from processes of its own with nothing compiled before."""
-    for name in names:
-        with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(jobs) as pool:
-            os.environ["TRITON_CACHE_DIR"] = folder
-            parts = list(pool.map(run_set, [name] * jobs, [one_of] * jobs, range(jobs), [jobs] * jobs))
-            failed = {form: why for part in parts for form, why in part[1].items()}
-            launches = sum((part[2] for part in parts), Counter[str]())
-            yield name, {"forms": sum(part[0] for part in parts), "failed": failed, "launches": dict(launches)}
+def run_form(name: str, one_of: int, form: str) -> tuple[str, Counter[str]]:
+    """(what went wrong, launches of every kernel) of one form of a set, in a process of that set's."""
+    launches = _dry_gpu(name)
+    launches.clear()
+    try:
+        for _ in range(2 if name == "bench" else 1):
+            _forms(name, one_of)[form]()
+    except Exception as error:  # whatever it is, the others are to be seen too
+        return f"{type(error).__name__}: {error}", launches
+    return "" if launches.total() else "it launched nothing", launches
+
+
+def run_set(name: str, one_of: int, jobs: int, seconds: float) -> dict[str, Any]:
+    """The result of a set, from processes of their own with nothing compiled before. No form begins after its time."""
+    failed: dict[str, str] = {}
+    launches: Counter[str] = Counter()
+    forms = order(_forms(name, one_of))
+    whole = len(forms) if one_of == 1 else len(forms_of(name, 1))
+    end, ahead, done = time.monotonic() + seconds, deque[tuple[str, Any]](), 0
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder),
+        ProcessPoolExecutor(jobs) as pool,
+    ):
+        left = iter(forms)
+        while True:
+            while len(ahead) < jobs and time.monotonic() < end and (form := next(left, None)) is not None:
+                ahead.append((form, pool.submit(run_form, name, one_of, form)))
+            if not ahead:
+                break
+            form, found = ahead.popleft()
+            why, launched = found.result()
+            launches += launched
+            failed |= {form: why} if why else {}
+            done += 1
+            if done % 20 == 0:
+                print(f"{name}: {done} of {len(forms)}, {len(failed)} failed", flush=True)
+    return {"forms": done, "of": whole, "failed": failed, "launches": dict(launches)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", action="append", choices=SETS, help="only this set; may be repeated")
     parser.add_argument("--one-of", type=int, default=1, help="of the tests and of the combinations of options")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for a set: no form of it begins later")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once")
-    parser.add_argument("--save", action="store_true", help=f"write to {RESULT.relative_to(ROOT)}")
+    parser.add_argument("--save", action="store_true", help=f"write to benchmarks/results/{RESULT.name}")
+    parser.add_argument("--sources", action="store_true", help="print the digest of the kernels' sources, run nothing")
     given = parser.parse_args()
+    if given.sources:
+        print(kernels_digest())
+        return 0
     os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
     triton = importlib.metadata.version("triton")
     print(f"Triton {triton}, torch {torch.__version__}, Python {platform.python_version()}, sm_90")
     all_failed = 0
-    for name, result in found(given.only or list(SETS), given.one_of, given.jobs):
+    for name in given.only or SETS:
+        kernels = kernels_digest()
+        result = run_set(name, given.one_of, given.jobs, given.seconds)
         all_failed += len(result["failed"])
-        print(f"{name}: {result['forms']} forms, {len(result['failed'])} failed")
+        print(f"{name}: {result['forms']} forms of {result['of']}, {len(result['failed'])} failed")
         for form, why in result["failed"].items():
             print(f"  {form}: {why}")
         if given.save:
-            save(triton, name, {**result, "one_of": given.one_of if name in ("tests", "options") else 1})
+            save(triton, name, {**result, "kernels": kernels})
     return 1 if all_failed else 0
 
 
 def save(triton: str, name: str, result: dict[str, Any]) -> None:
     runs = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     sets = runs.setdefault(triton, {"architecture": "sm_90"}).setdefault("sets", {})
+    before = sets.get(name, {})
+    earlier = before.pop("earlier", None) if before.get("kernels") == result["kernels"] else before
     sets[name] = result | {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "kernels": kernels_digest(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "python": platform.python_version(), "torch": torch.__version__,
     }  # fmt: skip
+    if earlier and earlier["forms"] > result["forms"]:
+        earlier.pop("earlier", None)
+        sets[name]["earlier"] = earlier
     RESULT.write_text(json.dumps(runs, indent=1, sort_keys=True) + "\n")
 
 

@@ -1,6 +1,9 @@
 """Every Triton kernel in its main forms, launched twice on a dry GPU. As a script: a process of its own, whose findings
 go to a file; Triton decides at its import whether it interprets, so the tests' own process will not do.
 
+Down to machine code go the forms that may ask for more of the chip than there is, and one of every kernel; the others
+go as far as Triton's own code, in a third of the time. benchmarks/triton_report.py makes all machine code.
+
     python dry_forms.py FINDINGS.json
 """
 
@@ -16,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from dry_gpu import resources, tensors_on_a_dry_gpu
+from dry_gpu import no_machine_code, resources, tensors_on_a_dry_gpu
 
 import tgt_fast as tgt
 from tgt_fast.kernels.options import DIVERGENCES, DistillOptions
@@ -26,7 +29,7 @@ from tgt_fast.kernels.triton.tuning import Plan, shipped_plan
 MODULES: Final = ("distill_kernels", "distill_finish", "latent_kernels", "tokens_kernels")
 LABELS: Final = {"no labels": (0.0, 0.0), "labels": (0.7, 0.0), "smoothed": (0.7, 0.1)}
 
-Form = Callable[[], Any]
+Form = Callable[..., Any]
 
 
 def main_forms() -> dict[str, Form]:
@@ -35,14 +38,17 @@ def main_forms() -> dict[str, Form]:
     kinds = [(label, dtype) for label in LABELS for dtype in (torch.float32, torch.bfloat16)]
     calls = itertools.product(("none", *DIVERGENCES), (100, 5000))  # several rows a program, and streamed rows
     for number, (divergence, classes) in enumerate(calls):
+        whole = number < 2 or divergence == "jsd"
         labels, dtype = kinds[number % len(kinds)]
         if divergence == "none" and labels == "no labels":
             labels = "labels"
         made[f"distill: {divergence}, {classes} classes, {labels}, {dtype}"] = functools.partial(
-            distill_form, divergence, classes, dtype, labels, 1.0 + number // 2 % 2, wanted=(True, number % 3 == 0),
-            again=classes == 100,
+            distill_form if whole else _as_triton_code(distill_form), divergence, classes, dtype, labels,
+            1.0 + number // 2 % 2, wanted=(True, number % 3 == 0), again=classes == 100,
         )  # fmt: skip
-    made["distill: float64"] = functools.partial(distill_form, "forward_kl", 100, torch.float64, "smoothed")
+    made["distill: float64"] = functools.partial(
+        distill_form, "forward_kl", 100, torch.float64, "smoothed", again=False
+    )
     made["distill: a row a program"] = functools.partial(distill_form, "forward_kl", 2000, torch.bfloat16, "labels")
     for warps in (16, 32):
         plan = Plan("stream", 1, 4096, warps)
@@ -56,7 +62,9 @@ def main_forms() -> dict[str, Form]:
     for dtype, gumbel, hard in (
         (torch.float32, False, False), (torch.bfloat16, True, True)
     ):  # fmt: skip
-        made[f"soft embedding: {'hard' if hard else 'soft'}, {dtype}"] = functools.partial(_soft, dtype, gumbel, hard)
+        made[f"soft embedding: {'hard' if hard else 'soft'}, {dtype}"] = functools.partial(
+            _as_triton_code(_soft) if hard else _soft, dtype, gumbel, hard
+        )
     return made
 
 
@@ -106,6 +114,16 @@ def distill_form(
         distill.backward(student, teacher, target, out.rows, d_loss, options, wanted=wanted, plan=plan)
 
 
+def _as_triton_code(form: Form) -> Form:
+    """The form without its kernels' machine code."""
+
+    def run(*given: Any, **options: Any) -> None:
+        with no_machine_code():
+            form(*given, **options)
+
+    return run
+
+
 def _reduced(reduction: str) -> None:
     """As users call it: means over labels and weights, statistics, and factors in backward."""
     student, teacher = torch.zeros(2, 6, 100)
@@ -115,8 +133,8 @@ def _reduced(reduction: str) -> None:
         return_stats=True, backend="triton",
     )  # fmt: skip
     torch.autograd.grad(loss, student, torch.ones_like(loss))
-    divisor = torch.ones(()) if reduction == "mean" else None
-    tgt.distillation_loss(student, teacher, reduction=reduction, normalizer=divisor, backend="triton")
+    if reduction == "mean":
+        tgt.distillation_loss(student, teacher, normalizer=torch.ones(()), backend="triton")
 
 
 def _latents(size: int) -> None:
@@ -163,7 +181,8 @@ def compiled() -> list[dict[str, Any]]:
         {
             "name": name, "code": kernel.asm["ttir"], "warps": kernel.metadata.num_warps,
             "constants": {function.arg_names[place]: value for (place,), value in kernel.src.constants.items()},
-            "registers": resources(kernel.asm["cubin"])[0], "limit": kernel.metadata.maxnreg,
+            "registers": resources(kernel.asm["cubin"])[0] if kernel.asm["cubin"] else None,
+            "limit": kernel.metadata.maxnreg,
         }
         for name, function in functions().items()
         for kernel in function.device_caches[0][0].values()
