@@ -38,7 +38,7 @@ def main_forms() -> dict[str, Form]:
     kinds = [(label, dtype) for label in LABELS for dtype in (torch.float32, torch.bfloat16)]
     calls = itertools.product(("none", *DIVERGENCES), (100, 5000))  # several rows a program, and streamed rows
     for number, (divergence, classes) in enumerate(calls):
-        whole = number < 2 or divergence == "jsd"
+        whole = number < 2
         labels, dtype = kinds[number % len(kinds)]
         if divergence == "none" and labels == "no labels":
             labels = "labels"
@@ -56,7 +56,9 @@ def main_forms() -> dict[str, Form]:
             distill_form, "forward_kl", 5000, torch.float32, "labels", plan=plan, again=False
         )
     for reduction in ("mean", "none"):
-        made[f"distill: {reduction}"] = functools.partial(_reduced, reduction)
+        made[f"distill: {reduction}"] = functools.partial(
+            _reduced if reduction == "mean" else _as_triton_code(_reduced), reduction
+        )
     for size in (64, 20_001):
         made[f"latent: {size}"] = functools.partial(_latents, size)
     for dtype, gumbel, hard in (
