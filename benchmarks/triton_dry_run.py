@@ -26,6 +26,7 @@ import importlib
 import importlib.metadata
 import json
 import math
+import multiprocessing
 import os
 import platform
 import sys
@@ -159,7 +160,8 @@ def run_set(name: str, one_of: int, jobs: int, seconds: float) -> dict[str, Any]
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder),
-        ProcessPoolExecutor(jobs) as pool,
+        # Not forked: the tests' modules have used torch's threads by now, which a fork's child would wait for.
+        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
     ):
         left = iter(forms)
         while True:

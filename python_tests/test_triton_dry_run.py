@@ -90,8 +90,8 @@ def test_a_set_that_runs_out_of_time_says_how_much_of_it_there_was(
     clock = iter([0.0, *map(float, range(100))])
 
     class Pool:
-        def __init__(self, jobs: int) -> None:
-            pass
+        def __init__(self, jobs: int, context: Any) -> None:
+            assert context.get_start_method() == "spawn"  # a fork of a process with threads may wait for them for ever
 
         def __enter__(self) -> Pool:
             return self
@@ -128,7 +128,8 @@ def test_the_record_says_of_each_set_which_sources_it_holds_for_and_how_much_of_
     runs = json.loads((Path(script.__file__).parent / "results" / "triton-dry-run.json").read_text())
     assert len(runs) >= 2
     for triton, run in runs.items():
-        assert set(run["sets"]) == set(script.SETS), triton
+        assert set(run["sets"]) <= set(script.SETS), triton
+        assert {"bench", "fragile", "options"} <= set(run["sets"]), triton
         for name, found in run["sets"].items():
             assert re.fullmatch("[0-9a-f]{16}", found["kernels"]), (triton, name)
             assert 0 < found["forms"] <= found["of"], (triton, name)
