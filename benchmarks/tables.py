@@ -110,7 +110,7 @@ def _chunked(record: dict[str, Any], name: str, caption: str) -> str:
     return grid(header, rows) + "\n\n" + caption + said + ". " + _source(record)
 
 
-def sparse(record: dict[str, Any]) -> str:
+def topk(record: dict[str, Any]) -> str:
     rows = [
         [
             f"{row['op']}, {row['shape']}, {row['dtype']}",
@@ -254,7 +254,7 @@ def gpu(record: dict[str, Any]) -> str:
 _OF_TESTS = {"failed": "failed", "skipped": "skipped", "missing": "not reached"}
 PEERS = ("liger", "orda", "quack", "cce")
 _CALLED = {"compile": "torch.compile", "chunked": "chunks", "linear_cross_entropy": "`linear_cross_entropy`"}
-GPU_NOUNS = ("distill", "linear", "sparse", "latent", "tokens", "explore", "contrast")
+GPU_NOUNS = ("distill", "linear", "topk", "latent", "tokens", "explore", "contrast")
 NOT_YET = {f"{noun}-cuda": "*Not yet measured on a GPU.*" for noun in GPU_NOUNS}
 NOT_YET["gpu-cuda"] = "*Nothing has run on a GPU yet.*"
 CACHE_RIVALS = ("over_memmap", "over_pread", "over_safe_open", "over_file")
@@ -265,7 +265,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "lm": lm,
     "distill-cpu": distill,
     "linear-cpu": linear,
-    "sparse-cpu": sparse,
+    "topk-cpu": topk,
     "latent-cpu": latent,
     "explore-cpu": explore,
     "cache-cpu": cache,
@@ -273,7 +273,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "contrast-cpu": contrast,
     "distill-cuda": cuda,
     "linear-cuda": linear,
-    "sparse-cuda": cuda,
+    "topk-cuda": cuda,
     "latent-cuda": cuda,
     "tokens-cuda": cuda,
     "explore-cuda": explore,
@@ -310,7 +310,7 @@ def ops() -> str:
 _SUMMED = {
     "distill": "distillation loss and cross-entropy",
     "linear": "the same from hidden states",
-    "sparse": "against a record of 64 classes",
+    "topk": "against a record of 64 classes",
     "contrast": "contrastive loss",
     "latent": "keyed noise",
 }

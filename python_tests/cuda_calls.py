@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from emulated_gpu import tensors_on_an_emulated_gpu
-from real_gpu import Mover, tensors_moved_to
+from kernel_calls import forward
+from real_gpu import tensors_moved_to
 from torch import Tensor
 
-from tgt_fast.kernels.native import cuda, cuda_distill
-from tgt_fast.kernels.options import DistillOptions, Forward
+from tgt_fast.kernels.calls import Outputs
+from tgt_fast.kernels.native import cuda, distill
+from tgt_fast.kernels.options import DistillOptions
 
 Plan = tuple[int, int, bool]
 
@@ -33,37 +35,32 @@ PLANS: dict[str, Plan] = {
 class Kernels:
     """The CUDA kernels, for tensors of the host."""
 
-    def __init__(self, within: Callable[[], AbstractContextManager[None]], mover: Mover | None) -> None:
+    def __init__(self, within: Callable[[], AbstractContextManager[None]]) -> None:
         self.within = within  # the context in which the native backend runs on the device
-        self._mover = mover
 
     @staticmethod
     def emulated(module: ModuleType) -> Kernels:
-        return Kernels(lambda: tensors_on_an_emulated_gpu(module), None)
+        return Kernels(lambda: tensors_on_an_emulated_gpu(module))
 
     @staticmethod
     def on(device: torch.device) -> Kernels:
-        return Kernels(lambda: tensors_moved_to(device), Mover(device))
+        return Kernels(lambda: tensors_moved_to(device))
 
     def forward(
         self, plan: Plan, student: Tensor, teacher: Tensor, target: Tensor | None = None, *,
         weight: Tensor | None = None, normalizer: float | Tensor | None = None,
         wanted: tuple[bool, bool] = (True, True), inplace: bool = False, want_stats: bool = False, **options: Any,
-    ) -> Forward:  # fmt: skip
+    ) -> Outputs:  # fmt: skip
         """One pass over the logits, laid out as planned."""
         options.setdefault("teacher_temperature", options.get("temperature", 1.0))
-        arguments = (student, teacher, target, weight, normalizer, DistillOptions(**options))
-        chosen: dict[str, Any] = {
-            "wanted": wanted, "keep_rows": True, "inplace": inplace, "want_stats": want_stats, "plan": plan,
-        }  # fmt: skip
-        if self._mover is not None:
-            return self._mover.of_student(planned)(*arguments, **chosen)  # type: ignore[no-any-return]
         with self.within():
-            return planned(*arguments, **chosen)
+            return forward(
+                distill.forward, student, teacher, target, weight, normalizer, DistillOptions(**options),
+                wanted=wanted, inplace=inplace, want_stats=want_stats, plan=plan,
+            )  # fmt: skip
 
 
-def planned(student: Tensor, *arguments: Any, **chosen: Any) -> Forward:
+def planned(student: Tensor, *arguments: Any, **chosen: Any) -> Outputs:
     """The CUDA side's forward of device tensors, emulated or real."""
-    engine = cuda.engine(student)
-    assert engine is not None
-    return cuda_distill.forward(engine, student, *arguments, **chosen)
+    assert cuda.engine(student) is not None
+    return forward(distill.forward, student, *arguments, **chosen)

@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import torch
 from dry_gpu import no_machine_code, resources, tensors_on_a_dry_gpu
+from kernel_calls import backward, forward
 
 import tgt_fast as tgt
 from tgt_fast.kernels.options import DIVERGENCES, DistillOptions
@@ -108,12 +109,13 @@ def distill_form(
     )  # type: ignore[arg-type]  # fmt: skip
     student, teacher = torch.zeros(2, 6, classes, dtype=dtype)
     target = torch.zeros(6, dtype=torch.int64) if hard else None
-    out = distill.forward(
-        student, teacher, target, None, None, options, wanted=wanted, keep_rows=keep, inplace=True, plan=plan
-    )
-    if again and out.rows is not None:
+    out = forward(
+        distill.forward, student, teacher, target, None, None, options, wanted=wanted, keep=keep, inplace=True,
+        plan=plan,
+    )  # fmt: skip
+    if again and out.row_state is not None:
         d_loss = out.loss if labels == "smoothed" else torch.ones(())
-        distill.backward(student, teacher, target, out.rows, d_loss, options, wanted=wanted, plan=plan)
+        backward(distill.backward, student, teacher, target, out.row_state, d_loss, options, wanted=wanted, plan=plan)
 
 
 def _as_triton_code(form: Form) -> Form:

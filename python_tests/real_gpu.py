@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tgt_fast.kernels.native import distill, latent, sparse, tokens
-from tgt_fast.kernels.options import Forward, Listed
+from tgt_fast.kernels.calls import DistillCall, Gradients, Outputs, gradients, outputs
+from tgt_fast.kernels.native import distill, latent, tokens, topk
 
 
 def wait_for_memory(gigabytes: int, patience: float = 30.0) -> None:
@@ -51,8 +51,8 @@ class Mover:
         self.device = device
 
     def there(self, value: Any) -> Any:
-        if isinstance(value, Listed):
-            return Listed(*map(self.there, value))
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(self.there, value))
         return moved(value, self.device) if isinstance(value, Tensor) else value
 
     def back(self, value: Any) -> Any:
@@ -65,19 +65,25 @@ class Mover:
 
         return run
 
-    def of_student(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Of one that may write the student's gradient over its logits."""
+    def forward(self, function: Callable[..., None]) -> Callable[..., None]:
+        """Of a loss's forward, which fills what it is given."""
 
-        def run(student: Tensor, *arguments: Any, inplace: bool = False, **options: Any) -> Any:
-            on_device = self.there(student)
-            out = function(on_device, *map(self.there, arguments), inplace=inplace, **options)
-            results = [self.back(value) for value in (out if isinstance(out, tuple) else (out,))]
-            if inplace:
-                student.detach().copy_(on_device)
-                results[1 if isinstance(out, Forward) else 0] = student.detach()
-            if isinstance(out, Forward):
-                return Forward(*results)
-            return tuple(results) if isinstance(out, tuple) else results[0]
+        def run(call: DistillCall, out: Outputs, **chosen: Any) -> None:
+            there = self.there(call)
+            made = outputs(there)
+            function(there, made, **chosen)
+            _bring(made, out)
+
+        return run
+
+    def backward(self, function: Callable[..., None]) -> Callable[..., None]:
+        """Of its backward."""
+
+        def run(call: DistillCall, row_state: Tensor, d_loss: Tensor, grads: Gradients, **chosen: Any) -> None:
+            there = self.there(call)
+            made = gradients(there)
+            function(there, self.there(row_state), self.there(d_loss), made, **chosen)
+            _bring(made, grads)
 
         return run
 
@@ -92,17 +98,23 @@ class Mover:
         return run
 
 
+def _bring(made: tuple[Tensor | None, ...], room: tuple[Tensor | None, ...]) -> None:
+    for value, here in zip(made, room, strict=True):
+        if value is not None and here is not None:
+            here.copy_(value)
+
+
 @contextmanager
 def tensors_moved_to(device: torch.device) -> Iterator[None]:
     """Within it the native kernels run on ``device`` and their results come back."""
     mover = Mover(device)
     replaced: list[tuple[Any, str, Callable[..., Any]]] = [
-        (distill, "forward", mover.of_student(distill.forward)),
-        (distill, "backward", mover.of_student(distill.backward)),
+        (distill, "forward", mover.forward(distill.forward)),
+        (distill, "backward", mover.backward(distill.backward)),
         (distill, "scale_", mover.in_place(distill.scale_)),
-        (sparse, "forward", mover.of_student(sparse.forward)),
-        (sparse, "backward", mover.of_student(sparse.backward)),
-        (sparse, "scale_", mover.in_place(sparse.scale_)),
+        (topk, "forward", mover.forward(topk.forward)),
+        (topk, "backward", mover.backward(topk.backward)),
+        (topk, "scale_", mover.in_place(topk.scale_)),
         (latent, "perturb", mover.plain(latent.perturb)),
         (latent, "ascend", mover.plain(latent.ascend)),
         (tokens, "sample", mover.plain(tokens.sample)),

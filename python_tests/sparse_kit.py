@@ -14,10 +14,10 @@ from torch import Tensor
 
 import tgt_fast as tgt
 from tgt_fast import TeacherTopK
-from tgt_fast.kernels.options import SPARSE_DIVERGENCES, TAILS
+from tgt_fast.kernels.options import TAILS, TOPK_DIVERGENCES
 
 INF = math.inf
-divergences = pytest.mark.parametrize("divergence", SPARSE_DIVERGENCES)
+divergences = pytest.mark.parametrize("divergence", TOPK_DIVERGENCES)
 tails = pytest.mark.parametrize("tail", TAILS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

@@ -276,6 +276,7 @@ def test_backends_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "message"),
     [
         (["--ops", "distil"], "--ops"),
+        (["--ops", "distill,sparse"], "--ops: the op 'sparse' is called 'topk'"),
         (["--ops", ""], "--ops"),
         (["--backends", "natve"], "--backends"),
         (["--rivals", "everyone"], "--rivals"),

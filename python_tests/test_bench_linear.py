@@ -55,7 +55,7 @@ def test_what_a_rival_cannot_compute_it_refuses(missing: bool, monkeypatch: pyte
 
 
 def test_a_record_needs_a_kernel_for_records() -> None:
-    assert linear.case(SPECS["record"], CPU).kernels_of == "sparse"
+    assert linear.case(SPECS["record"], CPU).kernels_of == "topk"
     assert linear.case(SPECS["heads"], CPU).kernels_of == "linear"
 
 
@@ -83,5 +83,5 @@ def test_tables_of_the_readme_name_what_was_measured(tables: Any) -> None:
     assert "ms | TFLOP/s | over eager | over chunks | over `linear_cross_entropy` | extra MiB |" in text
     assert "| forward_kl + CE, 8 x (2, 3) x 5, float32 | 2 | 3 | 4.0x | 3.0x | 5.0x | 3 |" in text
     assert "logits: 0.50, eager 6.00, chunks 1.50." in text
-    text = tables.sparse({**record, "rows": [row]})
+    text = tables.topk({**record, "rows": [row]})
     assert "| forward_kl + CE, 8 x (2, 3) x 5, float32 | 2 | 4.0x | - | 50% |" in text

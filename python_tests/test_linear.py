@@ -13,7 +13,7 @@ from strategies import DTYPES
 from torch import Tensor
 
 import tgt_fast as tgt
-from tgt_fast.kernels import linear_heads, select
+from tgt_fast.kernels import linear_heads, memory
 from tgt_fast.kernels.options import DIVERGENCES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,14 +74,14 @@ def test_a_weight_is_widened_once_a_call_where_there_is_room(
 ) -> None:
     """A copy in float32 for every product of every chunk costs as much as the products themselves."""
     copies: list[str] = []
-    kernel, allocate = select.kernel("distill", native), select.kernel("distill", native).workspace
+    allocate = memory.workspace
 
     def watched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         copies.extend(["a weight"] * (tuple(shape) == (100, 3)))
         made: Tensor = allocate(shape, dtype)
         return made
 
-    monkeypatch.setattr(kernel, "workspace", watched)
+    monkeypatch.setattr(memory, "workspace", watched)
     case = heads(6, (100, 100), (3, 3), dtypes=(torch.bfloat16,) * 2, biased=False)
     rows = 6 // chunks
     check(case, backend=native, wanted=wanted, memory_budget=2 * 4 * 100 * rows)
@@ -180,15 +180,14 @@ def test_the_size_of_a_chunk_does_not_matter(way: str, options: dict[str, Any], 
 
 def test_a_chunk_stays_within_its_budget(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    kernel = select.kernel("distill", native)
-    allocate = kernel.workspace
+    allocate = memory.workspace
 
     def watched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         taken.append(math.prod(shape) * dtype.itemsize)
         made: Tensor = allocate(shape, dtype)
         return made
 
-    monkeypatch.setattr(kernel, "workspace", watched)
+    monkeypatch.setattr(memory, "workspace", watched)
     case = heads(1000, (500, 500), biased=False)
     run(case, backend=native, memory_budget=1 << 20, wanted=("student_hidden",))
     assert 0.9 * (1 << 20) < sum(taken) <= 1 << 20

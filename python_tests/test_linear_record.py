@@ -18,8 +18,8 @@ from torch import Tensor
 import tgt_fast as tgt
 from tgt_fast import TeacherTopK
 from tgt_fast.errors import ArgumentError, BackendError, ShapeError
-from tgt_fast.kernels import linear_chunks, linear_heads, select
-from tgt_fast.kernels.options import SPARSE_DIVERGENCES, TAILS
+from tgt_fast.kernels import linear_chunks, linear_heads, memory
+from tgt_fast.kernels.options import TAILS, TOPK_DIVERGENCES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("divergence", SPARSE_DIVERGENCES)
+@pytest.mark.parametrize("divergence", TOPK_DIVERGENCES)
 @pytest.mark.parametrize("tail", TAILS)
 def test_every_divergence_and_tail(way: str, tail: str, divergence: str, dtype: torch.dtype) -> None:
     """Against all logits in float64: with everything a head can have, then plain and at a temperature."""
@@ -286,7 +286,7 @@ def test_compiled_whole_it_is_the_same(native: str) -> None:
 
 def test_chunks_stay_within_their_budget(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    allocate = select.kernel("distill", native).workspace
+    allocate = memory.workspace
 
     def watched(self: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         taken.append(math.prod(shape) * dtype.itemsize)

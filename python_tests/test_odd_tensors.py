@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 import tgt_fast as tgt
 import tgt_fast.testing
 from tgt_fast.errors import ArgumentError, BackendError, DeviceError, DTypeError, ShapeError, TgtError
+from tgt_fast.kernels import select
 
 CALLS = public_calls()
 ARGUMENTS = [(call, name) for call, (_, given) in CALLS.items() for name in given if isinstance(given[name], Tensor)]
@@ -232,6 +233,20 @@ def test_devices_without_float64_are_refused() -> None:
             assert all(not row.chosen for row in tgt.explain(name, there))
             with pytest.raises(BackendError, match=f"reference computes in float64, which {device} .*CPU"):
                 tgt.distillation_loss(there, there, backend="reference")
+
+
+def test_explain_of_a_record() -> None:
+    """A form of teacher, about which Triton says by itself that it has no kernels for it."""
+    student, record = torch.zeros(2, 5), tgt.topk_teacher(torch.zeros(2, 5), 2)
+    for op in ("distill", "linear"):
+        assert [row.backend for row in tgt.explain(op, student, record) if row.chosen] == ["native"]
+    reason = select.BACKENDS["triton"].refusal(select.TOPK, [student, record.log_probs])
+    assert reason is not None
+    assert "top-k records" in reason
+    with pytest.raises(DTypeError, match="'latent' is asked about tensors"):
+        tgt.explain("latent", record)
+    with pytest.raises(ArgumentError, match="'sparse' is a form of 'distill'"):
+        tgt.explain("sparse", student)
 
 
 def test_explain_of_no_tensor() -> None:

@@ -22,7 +22,7 @@ from tgt_fast.errors import ArgumentError, BackendError, DTypeError
 from tgt_fast.kernels import select
 from tgt_fast.kernels import triton as triton_backend
 from tgt_fast.kernels.native import cuda as native_cuda
-from tgt_fast.kernels.options import DIVERGENCES, ROW_STATE, SPARSE_ROW_STATE, TAILS
+from tgt_fast.kernels.options import DIVERGENCES, ROW_STATE, TAILS
 from tgt_fast.ops import library
 
 SAMPLES = list(tgt_fast.testing.op_samples())
@@ -87,7 +87,7 @@ def test_samples_for_a_backend_on_a_gpu_are_calls_that_it_can_run(refusing_as_on
         served.add(str(op.name()).removeprefix("tgt_fast::"))
     without = {
         "native": {"soft_embedding", "soft_embedding_forward", "soft_embedding_backward"},
-        "triton": {"sample_tokens", "sparse_distillation_loss", "sparse_forward", "sparse_backward"},
+        "triton": {"sample_tokens"},
     }
     assert served == set(library.NAMES) - without[refusing_as_on_a_gpu]
 
@@ -105,7 +105,7 @@ def test_another_backend_serves_every_call_the_same(
             pytest.skip("Triton has no kernels for records")
         if _name(sample) == "sample_tokens":
             pytest.skip("nor any that draw tokens")
-    if _name(sample) in ("distill_backward", "sparse_backward"):
+    if _name(sample) == "distill_backward":
         pytest.skip("takes a row's state, and every backend keeps its own")
     other = tuple(name if isinstance(arg, str) and arg == "auto" else arg for arg in args)
     copies = [tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in each) for each in (args, other)]
@@ -115,7 +115,7 @@ def test_another_backend_serves_every_call_the_same(
         native, other_result = copies[0][0], copies[1][0]
     for a, b in zip(_tensors(native), _tensors(other_result), strict=True):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
-        if a.shape[-1:] in ((ROW_STATE,), (SPARSE_ROW_STATE,)) and a.dtype == torch.float64:
+        if a.shape[-1:] == (ROW_STATE,) and a.dtype == torch.float64:
             continue  # every backend keeps its own of a row
         tolerance = 1e-4 if a.dtype in (torch.float32, torch.float64) else 2e-2
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)

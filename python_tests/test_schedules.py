@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 import tgt_fast as tgt
 from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels.options import DistillOptions
-from tgt_fast.ops._packing import packed
+from tgt_fast.ops._distill_arguments import packed
 
 VALUES = [1.0 + 0.37 * i for i in range(12)]  # more than the programs that torch.compile makes of a function
 ROWS, CLASSES, WIDTH = 6, 9, 5

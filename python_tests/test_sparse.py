@@ -18,7 +18,7 @@ from torch import Tensor
 
 import tgt_fast as tgt
 from tgt_fast import TeacherTopK
-from tgt_fast.kernels.options import SPARSE_DIVERGENCES, TAILS
+from tgt_fast.kernels.options import TAILS, TOPK_DIVERGENCES
 
 pytestmark = pytest.mark.records
 
@@ -145,7 +145,7 @@ def test_a_record_of_16_bits_does_no_harm(backend: str, tail: str, dtype: torch.
         record, log_probs=record.log_probs.to(dtype), tail_log_prob=record.tail_log_prob.to(dtype),
         ids=record.ids.to(torch.int32),
     )  # fmt: skip
-    for divergence in SPARSE_DIVERGENCES:
+    for divergence in TOPK_DIVERGENCES:
         loss, _ = check(student, record, backend=backend, divergence=divergence, reduction="none")
         assert (loss >= 0).all()
 
@@ -322,5 +322,5 @@ def test_extreme_temperatures(backend: str) -> None:
     for temperature in (0.05, 100.0):
         for tail in TAILS:
             record = tgt.topk_teacher(teacher, 9, temperature, tail=tail)
-            for divergence in SPARSE_DIVERGENCES:
+            for divergence in TOPK_DIVERGENCES:
                 check(student, record, backend=backend, divergence=divergence, reduction="none")

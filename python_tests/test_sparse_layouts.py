@@ -7,12 +7,13 @@ from types import ModuleType
 import pytest
 import torch
 from emulated_gpu import tensors_on_an_emulated_gpu
+from kernel_calls import backward, forward
 from numerics import logits
 from sparse_kit import assert_near, in_double, loss_and_gradient
 
 import tgt_fast as tgt
-from tgt_fast.kernels.native import cuda, cuda_sparse
-from tgt_fast.kernels.options import DistillOptions, Listed
+from tgt_fast.kernels.native import cuda, topk
+from tgt_fast.kernels.options import DistillOptions, TopK
 
 PLANS = {
     "a block": (2, 1, False),
@@ -38,14 +39,13 @@ def test_every_layout(
             divergence, temperature=2.0, teacher_temperature=2.0, hard_weight=0.5, label_smoothing=0.1, reduction="none"
         )
         with tensors_on_an_emulated_gpu(emulated):
-            engine = cuda.engine(student)
-            assert engine is not None
-            listed = Listed(record.ids, record.log_probs, record.rest(), tail)
-            out = cuda_sparse.forward(
-                engine, student, listed, target, None, None, options, wanted=True, keep_rows=True, plan=plan
+            assert cuda.engine(student) is not None
+            teacher = TopK(record.ids, record.log_probs, record.rest(), tail)
+            wanted = (True, False)
+            out = forward(topk.forward, student, teacher, target, None, None, options, wanted=wanted, plan=plan)
+            again, _ = backward(
+                topk.backward, student, teacher, target, out.row_state, torch.ones(()), options, wanted=wanted
             )
-            assert out.rows is not None
-            again = cuda_sparse.backward(engine, student, listed, target, out.rows, torch.ones(()), options)
         truth = loss_and_gradient(
             student.double(), in_double(record), target, backend="reference", divergence=divergence, hard_weight=0.5,
             label_smoothing=0.1, reduction="none",

@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 import tgt_fast as tgt
 from tgt_fast import TeacherTopK
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
-from tgt_fast.kernels.options import SPARSE_DIVERGENCES
-from tgt_fast.ops import sparse
+from tgt_fast.kernels.options import TOPK_DIVERGENCES
+from tgt_fast.ops import topk
 
 # Making a record
 
@@ -40,7 +40,7 @@ def test_rows_in_pieces_are_the_rows_and_the_logits_stay(dtype: torch.dtype, mon
     t[0, 2, 5], t[1, 3] = -INF, INF
     before = t.clone()
     whole = tgt.topk_teacher(t, 7, 2.0)
-    monkeypatch.setattr(sparse, "_CPU_PIECE", 100)  # two rows and a part
+    monkeypatch.setattr(topk, "_CPU_PIECE", 100)  # two rows and a part
     pieces = tgt.topk_teacher(t, 7, 2.0)
     for name in ("ids", "log_probs", "tail_log_prob"):
         torch.testing.assert_close(getattr(pieces, name), getattr(whole, name), equal_nan=True)
@@ -94,7 +94,7 @@ def test_a_record_from_elsewhere_derives_its_tail() -> None:
     assert (rest[1:] < -14).all()
     assert TeacherTopK(ids[:1], log_probs[:1], None, 1.0, 2).rest().item() == -INF  # type: ignore[union-attr]
     assert TeacherTopK(ids, log_probs, None, 1.0, 10, "renormalize").rest() is None
-    for divergence in SPARSE_DIVERGENCES:
+    for divergence in TOPK_DIVERGENCES:
         loss = tgt.distillation_loss(logits(3, 10, 0), record, divergence=divergence)
         assert loss.isfinite()
         assert loss > 0

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_calls import backward, forward
 from numerics import Result, assert_matches_truth, evaluate, logits, targets, truth
 from strategies import DTYPES
 from torch import Tensor
@@ -42,12 +43,9 @@ def check(plan: Plan, student: Tensor, teacher: Tensor, target: Tensor | None = 
     """A call cut by ``plan``, and the gradients made again from its state, against the truth."""
     options = {"reduction": "none", **options}
     made = DistillOptions(**{"teacher_temperature": options.get("temperature", 1.0), **options})
-    out = distill.forward(
-        student, teacher, target, None, None, made, wanted=(True, True), keep_rows=True, plan=plan
-    )  # fmt: skip
-    assert out.rows is not None
-    again = distill.backward(
-        student, teacher, target, out.rows, torch.ones_like(out.loss), made, wanted=(True, True), plan=plan
+    out = forward(distill.forward, student, teacher, target, None, None, made, plan=plan)
+    again = backward(
+        distill.backward, student, teacher, target, out.row_state, torch.ones_like(out.loss), made, plan=plan
     )
     expected = truth(student, teacher, target, **options)
     for d_student, d_teacher in ((out.d_student, out.d_teacher), again):
@@ -103,9 +101,9 @@ def test_maxima_that_rise_from_tile_to_tile(interpreted: str, divergence: str) -
 def test_gradients_over_the_logits(interpreted: str, plan: Plan) -> None:
     student, teacher = logits(5, 100, 0), logits(5, 100, 1)
     options = DistillOptions(divergence="symmetric")
-    apart = distill.forward(student, teacher, None, None, None, options, wanted=(True, True), plan=plan)
+    apart = forward(distill.forward, student, teacher, None, None, None, options, plan=plan)
     over = student.clone()
-    inside = distill.forward(over, teacher, None, None, None, options, wanted=(True, True), plan=plan, inplace=True)
+    inside = forward(distill.forward, over, teacher, None, None, None, options, plan=plan, inplace=True)
     assert inside.d_student is not None
     assert inside.d_student.data_ptr() == over.data_ptr()
     assert torch.equal(over, apart.d_student)  # type: ignore[arg-type]
@@ -118,8 +116,8 @@ def test_labels_and_weights_out_of_range_drop_their_rows(interpreted: str) -> No
     target = torch.tensor([3, 10, -7, 2**40, 4, -100])
     weight = torch.tensor([1.0, 1.0, 1.0, 1.0, math.nan, 1.0])
     options = DistillOptions(hard_weight=1.0, reduction="mean")
-    out = distill.forward(student, teacher, target, weight, None, options, wanted=(True, True))
-    alone = distill.forward(student[:1], teacher[:1], target[:1], None, None, options, wanted=(True, True))
+    out = forward(distill.forward, student, teacher, target, weight, None, options)
+    alone = forward(distill.forward, student[:1], teacher[:1], target[:1], None, None, options)
     assert torch.equal(out.loss, alone.loss)
     for got, want in ((out.d_student, alone.d_student), (out.d_teacher, alone.d_teacher)):
         assert got is not None

@@ -32,13 +32,12 @@ if TYPE_CHECKING:
     from tgt_fast.losses.contrast import ContrastiveDistillationLoss
     from tgt_fast.losses.distill import DistillationLoss
     from tgt_fast.losses.linear import LinearDistillationLoss
-    from tgt_fast.ops._sparse_record import TeacherTopK
     from tgt_fast.ops.contrast import contrastive_distillation_loss
     from tgt_fast.ops.distill import distillation_loss
     from tgt_fast.ops.latent import ascend_latents, perturb_latents
     from tgt_fast.ops.linear import linear_distillation_loss
-    from tgt_fast.ops.sparse import topk_teacher
     from tgt_fast.ops.tokens import sample_tokens, soft_embedding
+    from tgt_fast.ops.topk import TeacherTopK, topk_teacher
     from tgt_fast.ops.vocabulary import align_logits
     from tgt_fast.teacher import Latents, Teacher
     from tgt_fast.train import TGTObjective, fit
@@ -76,7 +75,7 @@ __all__ = [
 ]
 
 _MODULES: Final = ("cache", "errors", "explore", "kernels", "losses", "ops", "teacher", "testing", "train")
-_OPS: Final = ("contrast", "distill", "latent", "linear", "sparse", "tokens")
+_OPS: Final = ("contrast", "distill", "latent", "linear", "tokens", "topk")
 _WHERE: Final = {
     "ContrastiveDistillationLoss": "tgt_fast.losses.contrast",
     "DistillStats": "tgt_fast.kernels.options",
@@ -89,7 +88,7 @@ _WHERE: Final = {
     "TGTObjective": "tgt_fast.train",
     "Teacher": "tgt_fast.teacher",
     "TeacherCache": "tgt_fast.cache",
-    "TeacherTopK": "tgt_fast.ops._sparse_record",
+    "TeacherTopK": "tgt_fast.ops.topk",
     "align_logits": "tgt_fast.ops.vocabulary",
     "ascend_latents": "tgt_fast.ops.latent",
     "backends": "tgt_fast.kernels.select",
@@ -103,7 +102,7 @@ _WHERE: Final = {
     "sample_tokens": "tgt_fast.ops.tokens",
     "soft_embedding": "tgt_fast.ops.tokens",
     "teacher_fingerprint": "tgt_fast.cache",
-    "topk_teacher": "tgt_fast.ops.sparse",
+    "topk_teacher": "tgt_fast.ops.topk",
 }
 
 

@@ -13,7 +13,7 @@ from tgt_fast.demos.catalog import DEMOS, Demo
 from tgt_fast.errors import TgtError
 
 # Those of bench/nouns.py, which imports all that it measures
-BENCH_OPS = ("distill", "latent", "explore", "linear", "sparse", "tokens", "contrast")
+BENCH_OPS = ("distill", "latent", "explore", "linear", "topk", "tokens", "contrast")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,27 +10,24 @@ import torch
 from torch import Tensor
 
 from tgt_fast.kernels import select
+from tgt_fast.kernels.calls import DistillCall
 from tgt_fast.kernels.options import (
     DIFFERENTIABLE,
     DIVERGENCES,
     OP_PERTURB,
     ROW_STATE,
-    SPARSE_DIVERGENCES,
     TAILS,
+    TOPK_DIVERGENCES,
     DistillOptions,
-    LateHeads,
-    LateOptions,
     LinearOptions,
     LinearTensors,
+    TopK,
 )
-from tgt_fast.ops import _distill_library as distill
+from tgt_fast.ops import _distill_op as distill
 from tgt_fast.ops import _latent_library as latent
-from tgt_fast.ops import _linear_library as linear
-from tgt_fast.ops import _sparse_library as sparse
+from tgt_fast.ops import _linear_op as linear
 from tgt_fast.ops import _tokens_library as tokens
-from tgt_fast.ops._packing import packed
-from tgt_fast.ops._sparse_record import TeacherTopK
-from tgt_fast.ops.sparse import topk_teacher
+from tgt_fast.ops.topk import TeacherTopK, topk_teacher
 
 __all__ = ["op_samples"]
 
@@ -58,10 +55,10 @@ def op_samples(device: torch.device | str = "cpu", *, backend: str = "auto") -> 
     yield from _distill(make, backend)
     yield from _perturb(make, backend)
     yield from _ascend(make, backend)
-    records = _has_kernels("sparse", device, backend)
+    records = _has_kernels(select.TOPK, device, backend)
     yield from _linear(make, backend, TAILS if records else ())
     if records:
-        yield from _sparse(make, backend)
+        yield from _topk(make, backend)
     if _has_kernels("tokens", device, backend):
         yield from _tokens(make, backend)
     if _has_kernels("soft_embedding", device, backend):
@@ -106,62 +103,51 @@ def _has_kernels(op: str, device: torch.device | str, backend: str) -> bool:
 def _distill(make: _Maker, backend: str) -> Iterator[Sample]:
     classes = 13
 
-    def rows(
+    def call(
         count: int, options: DistillOptions, *, grads: tuple[bool, ...] = (True, False), layout: str = "dense",
         dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32), weighted: bool = False,
+        divisor: Tensor | float | None = None,
     ) -> tuple[Any, ...]:  # fmt: skip
         student, teacher = (make.normal(count, classes, dtype=dtype, layout=layout) for dtype in dtypes)
         target = make.integers(classes, count) if options.hard_weight > 0 else None
         weight = make.uniform(count) if weighted else None
-        return (*(x.requires_grad_(g) for x, g in zip((student, teacher), grads, strict=True)), target, weight)
+        student, teacher = (x.requires_grad_(g) for x, g in zip((student, teacher), grads, strict=True))
+        return distill.packed_call(DistillCall(options, student, teacher, target, weight, divisor))
 
     plain, both = DistillOptions(), DistillOptions(hard_weight=0.5, label_smoothing=0.1)
     for count, grads, options in itertools.product(
         (0, 5), itertools.product((False, True), repeat=2), (both, DistillOptions(reduction="none"))
     ):
-        args = (*rows(count, options, grads=grads), None, None, *packed(options))
-        yield distill.distillation_loss, (*args, True, backend), {}
+        yield distill.distillation_loss, (*call(count, options, grads=grads), True, backend), {}
     for layout in ("sliced", "transposed", "every-other"):
-        args = (*rows(5, both, grads=(True, True), layout=layout), None, None, *packed(both))
-        yield distill.distillation_loss, (*args, False, backend), {}
+        yield distill.distillation_loss, (*call(5, both, grads=(True, True), layout=layout), False, backend), {}
     for divergence in DIVERGENCES:
         options = DistillOptions(divergence=divergence, temperature=2.0, teacher_temperature=3.0, reduction="sum")
-        args = (*rows(5, options, grads=(True, True), weighted=True), None, None, *packed(options))
-        yield distill.distillation_loss, (*args, True, backend), {}
+        yield distill.distillation_loss, (*call(5, options, grads=(True, True), weighted=True), True, backend), {}
     halves = (torch.float16, torch.float16)
     for dtypes in (halves, (torch.bfloat16, torch.float32), (torch.float64, torch.bfloat16)):
-        args = (*rows(5, both, grads=(True, True), dtypes=dtypes), None, None, *packed(both))
-        yield distill.distillation_loss, (*args, False, backend), {}
-    for divide_by in ((make.uniform(1).reshape(()), None), (None, 7.0)):
-        args = (*rows(5, plain), *divide_by, *packed(plain), False, backend)
-        yield distill.distillation_loss, args, {}
+        yield distill.distillation_loss, (*call(5, both, grads=(True, True), dtypes=dtypes), False, backend), {}
+    for divisor in (make.uniform(1).reshape(()), 7.0):
+        yield distill.distillation_loss, (*call(5, plain, divisor=divisor), False, backend), {}
     for wanted in itertools.product((False, True), repeat=2):
-        args = (*rows(5, both, grads=(False, False)), None, None, *packed(both), False, backend, *wanted, True)
-        yield distill._distill_forward, args, {}
-        student, teacher, target, _ = rows(5, both, grads=(False, False))
-        state = _distill_state(student, teacher, target, both, backend)
-        args = (student, teacher, target, state, make.uniform(5), *packed(both), backend, *wanted)
-        yield distill._distill_backward, args, {}
-    args = (*rows(5, _late(both), grads=(True, True)), None, None, *packed(_late(both)), True, backend)
-    yield distill.distillation_loss, args, {}
+        yield from _passes(make, call(5, both, grads=(False, False)), backend, wanted)
+    yield distill.distillation_loss, (*call(5, _late(both), grads=(True, True)), True, backend), {}
     for factor in (make.uniform(5), make.uniform(1).reshape(())):
         yield distill.distill_scale_, (make.normal(5, classes), factor, backend), {}
 
 
+def _passes(make: _Maker, call: tuple[Any, ...], backend: str, wanted: tuple[bool, ...]) -> Iterator[Sample]:
+    """A forward that keeps the rows' state, and the backward from it."""
+    args = (*call, False, backend, *wanted, True)
+    yield distill.distill_forward, args, {}
+    state = distill.distill_forward(*args)[-1]
+    assert state.shape[1] == ROW_STATE
+    yield distill.distill_backward, (*call, state, make.uniform(5), backend, *wanted), {}
+
+
 def _late(options: DistillOptions) -> DistillOptions:
     """The same options with their numbers in a tensor."""
-    o = options
-    numbers = (o.beta, o.temperature, o.teacher_temperature, o.soft_weight, o.hard_weight, o.label_smoothing)
-    return LateOptions(**{**vars(options), "numbers": torch.tensor(numbers, dtype=torch.float64)})
-
-
-def _distill_state(student: Tensor, teacher: Tensor, target: Tensor, options: DistillOptions, backend: str) -> Tensor:
-    made = distill._distill_forward(
-        student, teacher, target, None, None, None, *packed(options), False, backend, False, False, True
-    )
-    state: Tensor = made[-1]
-    assert state.shape[1] == ROW_STATE
-    return state
+    return options._replace(numbers=torch.tensor(options[1:7], dtype=torch.float64))
 
 
 def _perturb(make: _Maker, backend: str) -> Iterator[Sample]:
@@ -244,7 +230,7 @@ def _linear(make: _Maker, backend: str, tails: tuple[str, ...]) -> Iterator[Samp
         t: LinearTensors, heads: LinearOptions = padded, options: DistillOptions = both, stats: bool = False,
         divide_by: tuple[Tensor | None, float | None] = (None, None),
     ) -> Sample:  # fmt: skip
-        args = (*t, *divide_by, *linear.packed_heads(heads), *packed(options), stats, backend)
+        args = (*t, *divide_by, *heads, *options, stats, backend)
         return linear.linear_distillation_loss, args, {}
 
     some = [tuple(i in wanted for i in range(DIFFERENTIABLE)) for wanted in ((), (0,), (3,), (0, 1), (1, 2, 4, 5))]
@@ -263,14 +249,14 @@ def _linear(make: _Maker, backend: str, tails: tuple[str, ...]) -> Iterator[Samp
     yield call(tensors(4, given=True, grads=without, extra=True), LinearOptions())
     for count, (tail, grads), reduction in itertools.product((0, 4), zip(tails, some, strict=False), ("mean", "none")):
         record = topk_teacher(make.normal(count, student_classes), 4, tail=tail)
-        heads = LinearOptions(student_softcap=3.0, tail=tail, record_classes=student_classes)
+        heads = LinearOptions(student_softcap=3.0, tail_mode=tail, topk_classes=student_classes)
         for dtypes in (halves, (torch.float32, torch.float32)):
             student_alone = (*grads[:3], False, False, False)
             given = tensors(count, grads=student_alone, dtypes=dtypes, record=record)
             yield call(given, heads, DistillOptions(hard_weight=0.5, reduction=reduction))
     if tails:
         record = topk_teacher(make.normal(4, teacher_classes), 4, tail="renormalize")
-        heads = LinearOptions(tail="renormalize", record_classes=teacher_classes)
+        heads = LinearOptions(tail_mode="renormalize", topk_classes=teacher_classes)
         yield call(tensors(4, grads=(True,) * 3 + (False,) * 3, record=record, extra=True), heads)
     for count, reduction in itertools.product((0, 4), ("mean", "none")):  # as the contrastive loss calls it
         both_scaled = LinearOptions(20.0, None, 10.0, None, memory_budget=1)
@@ -283,53 +269,48 @@ def _linear(make: _Maker, backend: str, tails: tuple[str, ...]) -> Iterator[Samp
     for divide_by in ((make.uniform(1).reshape(()), None), (None, 7.0)):
         yield call(tensors(4), divide_by=divide_by)
     scales = torch.tensor([20.0, 10.0], dtype=torch.float64)
-    yield call(tensors(4), LateHeads(1.0, None, 1.0, None, memory_budget=1, numbers=scales), _late(both))
+    yield call(tensors(4), LinearOptions(memory_budget=1, scales=scales), _late(both))
     for wanted in [*some, (True,) * DIFFERENTIABLE]:
         t = tensors(4, grads=(False,) * DIFFERENTIABLE)
-        options = (*linear.packed_heads(padded), *packed(both))
-        yield linear._linear_distill_forward, (*t, None, None, *options, False, backend, *wanted), {}
-        yield linear._linear_distill_backward, (*t, None, 5.0, make.uniform(4), *options, backend, *wanted), {}
+        options = (*padded, *both)
+        yield linear.linear_distill_forward, (*t, None, None, *options, False, backend, *wanted), {}
+        yield linear.linear_distill_backward, (*t, None, 5.0, *options, make.uniform(4), backend, *wanted), {}
 
 
-def _sparse(make: _Maker, backend: str) -> Iterator[Sample]:
+def _topk(make: _Maker, backend: str) -> Iterator[Sample]:
     classes, k = 13, 4
 
-    def tensors(
+    def call(
         count: int, options: DistillOptions, tail: str = "bucket", *, grad: bool = True, layout: str = "dense",
         dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32), weighted: bool = False,
+        divisor: Tensor | float | None = None,
     ) -> tuple[Any, ...]:  # fmt: skip
         student = make.normal(count, classes, dtype=dtypes[0], layout=layout).requires_grad_(grad)
         record = topk_teacher(make.normal(count, classes), k, options.temperature, tail=tail)
+        teacher = TopK(record.ids, record.log_probs.to(dtypes[1]), record.rest(), tail)
         target = make.integers(classes, count) if options.hard_weight > 0 else None
         weight = make.uniform(count) if weighted else None
-        return student, record.ids, record.log_probs.to(dtypes[1]), record.rest(), target, weight
+        return distill.packed_call(DistillCall(options, student, teacher, target, weight, divisor))
+
+    def loss(*args: Any, **options: Any) -> Sample:
+        return distill.distillation_loss, (*call(*args, **options), False, backend), {}
 
     both = DistillOptions(hard_weight=0.5, label_smoothing=0.1)
     for count, grad, options in itertools.product((0, 5), (False, True), (both, DistillOptions(reduction="none"))):
-        args = (*tensors(count, options, grad=grad), None, None, *packed(options), "bucket", backend)
-        yield sparse.sparse_distillation_loss, args, {}
+        yield loss(count, options, grad=grad)
     for layout in ("sliced", "transposed", "every-other"):
-        args = (*tensors(5, both, layout=layout), None, None, *packed(both), "bucket", backend)
-        yield sparse.sparse_distillation_loss, args, {}
-    for divergence, tail in itertools.product(SPARSE_DIVERGENCES, TAILS):
+        yield loss(5, both, layout=layout)
+    for divergence, tail in itertools.product(TOPK_DIVERGENCES, TAILS):
         options = DistillOptions(divergence=divergence, temperature=2.0, teacher_temperature=2.0, reduction="sum")
-        args = (*tensors(5, options, tail, weighted=True), None, None, *packed(options), tail, backend)
-        yield sparse.sparse_distillation_loss, args, {}
+        yield loss(5, options, tail, weighted=True)
     halves = (torch.float16, torch.float16)
     for dtypes in (halves, (torch.bfloat16, torch.float32), (torch.float64, torch.bfloat16)):
-        args = (*tensors(5, both, dtypes=dtypes), None, None, *packed(both), "bucket", backend)
-        yield sparse.sparse_distillation_loss, args, {}
-    for divide_by in ((make.uniform(1).reshape(()), None), (None, 7.0)):
-        args = (*tensors(5, both), *divide_by, *packed(both), "bucket", backend)
-        yield sparse.sparse_distillation_loss, args, {}
-    yield sparse.sparse_distillation_loss, (*tensors(5, both), None, None, *packed(_late(both)), "bucket", backend), {}
+        yield loss(5, both, dtypes=dtypes)
+    for divisor in (make.uniform(1).reshape(()), 7.0):
+        yield loss(5, both, divisor=divisor)
+    yield loss(5, _late(both))
     for tail, wanted in itertools.product(TAILS, (False, True)):
-        given = tensors(5, both, tail, grad=False)
-        args = (*given, None, None, *packed(both), tail, backend, wanted, True)
-        yield sparse._sparse_forward, args, {}
-        state = sparse._sparse_forward(*args)[-1]
-        args = (*given[:5], state, make.uniform(5), *packed(both), tail, backend)
-        yield sparse._sparse_backward, args, {}
+        yield from _passes(make, call(5, both, tail, grad=False), backend, (wanted, False))
 
 
 def _key(make: _Maker, samples: int) -> tuple[Any, ...]:

@@ -39,6 +39,7 @@ struct SparseState {
   double flags;
 };
 constexpr int kSparseState = sizeof(SparseState) / sizeof(double);
+static_assert(kSparseState == kRowState, "one size");
 static_assert(offsetof(SparseState, coefficient) == offsetof(RowState, coefficient), "found at one place");
 
 struct SparseCall {

@@ -114,7 +114,7 @@ def case(spec: Spec, device: torch.device) -> Case:
         },
         compiled=spec.compiled,
         peak=spec.peak,
-        kernels="sparse" if spec.k else "",
+        kernels="topk" if spec.k else "",
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from tgt_fast.bench import contrast, distill, explore, latent, linear, sparse, tokens
+from tgt_fast.bench import contrast, distill, explore, latent, linear, tokens, topk
 from tgt_fast.bench.case import Case
 
 NOUNS: Final[dict[str, Callable[[torch.device, bool], list[Case]]]] = {
@@ -15,7 +15,7 @@ NOUNS: Final[dict[str, Callable[[torch.device, bool], list[Case]]]] = {
     "latent": latent.cases,
     "explore": explore.cases,
     "linear": linear.cases,
-    "sparse": sparse.cases,
+    "topk": topk.cases,
     "tokens": tokens.cases,
     "contrast": contrast.cases,
 }

@@ -56,6 +56,8 @@ class Plan:
 
 def _check(option: str, given: Sequence[str], known: Sequence[str]) -> None:
     wrong = [name for name in given if name not in known]
+    if option == "--ops" and "sparse" in wrong:
+        raise ArgumentError("--ops: the op 'sparse' is called 'topk' now")
     if wrong or not given:
         raise ArgumentError(f"{option}: expected some of {', '.join(known)}, got {', '.join(wrong) or 'nothing'}")
 

@@ -13,7 +13,7 @@ from tgt_fast.cache.arguments import with_numbers
 from tgt_fast.cache.index import MISSING, Ids, Places
 from tgt_fast.cache.outputs import OP
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
-from tgt_fast.ops._sparse_record import TeacherTopK
+from tgt_fast.ops.topk import TeacherTopK
 from tgt_fast.teacher import Latents, Teacher
 from tgt_fast.teacher.modes import eval_mode
 from tgt_fast.teacher.parts import modules_of

@@ -25,7 +25,7 @@ from tgt_fast.cache.processes import packed, unpacked
 from tgt_fast.cache.store import Store
 from tgt_fast.errors import ArgumentError, CacheError, ShapeError, UnknownIdError
 from tgt_fast.ops import _checks
-from tgt_fast.ops._sparse_record import TeacherTopK
+from tgt_fast.ops.topk import TeacherTopK
 from tgt_fast.teacher import Latents, tree
 from tgt_fast.teacher.batches import Columns
 

@@ -12,8 +12,7 @@ from tgt_fast.cache.arguments import with_numbers
 from tgt_fast.cache.layout import CLASS_IDS, Layout
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.ops import _checks
-from tgt_fast.ops._sparse_record import TeacherTopK
-from tgt_fast.ops.sparse import topk_teacher
+from tgt_fast.ops.topk import TeacherTopK, topk_teacher
 from tgt_fast.teacher import Latents
 
 OP: Final = "TeacherCache"

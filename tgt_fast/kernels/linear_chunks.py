@@ -2,31 +2,30 @@
 
 A chunk's logits are made by PyTorch's matrix product, its row losses and the gradients of its logits by the distill
 kernel of a backend (in place, where the logits are not needed any more), the gradients of hidden states and heads by
-products again. The kernel is a module of the form of ``kernels.native.distill``: what it takes for a teacher's chunk is
-what the teacher's side gives. A record's side gives records, and comes with the sparse kernel (:class:`RecordKernel`).
+products again. What the kernel takes for a teacher's chunk is what the teacher's side gives: logits, or a record.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tgt_fast.kernels import memory
+from tgt_fast.kernels.calls import Direct, DistillCall, Outputs
+from tgt_fast.kernels.linear_call import result_dtype, row_weights, same_as_own, topk_of, vocabulary_of
 from tgt_fast.kernels.linear_heads import Given, Head, Mapped, Recorded
 from tgt_fast.kernels.options import (
     DIFFERENTIABLE,
     DistillOptions,
-    Forward,
     LinearForward,
     LinearOptions,
     LinearTensors,
-    Listed,
+    TopK,
 )
-from tgt_fast.kernels.reference.contrast import same_as_own
-from tgt_fast.kernels.reference.linear import record_of, result_dtype, row_weights, vocabulary_of
 from tgt_fast.kernels.vocabulary import Vocabulary
 
 CPU_BUDGET: Final = 64 << 20  # bytes
@@ -41,7 +40,7 @@ def overlaps(device: torch.device) -> bool:
 
 
 def forward(
-    kernel: Any,
+    kernel: Direct,
     tensors: LinearTensors,
     normalizer: float | Tensor | None,
     heads: LinearOptions,
@@ -58,7 +57,7 @@ def forward(
     divisor = normalizer
     if options.reduction == "mean" and normalizer is None:  # that of all rows, not of a chunk's
         divisor = float(tensors.student_hidden.shape[0]) if weights is None else weights.sum()
-    job = _Job(tensors, vocabulary, None if weights is None else weights != 0, heads, kernel, wanted)
+    job = _Job(tensors, vocabulary, None if weights is None else weights != 0, heads, wanted)
     if upstream is not None:
         upstream = upstream.detach().to(job.dtype).expand(tensors.student_hidden.shape[0])[:, None]
     if job.narrow:
@@ -67,18 +66,20 @@ def forward(
             coefficient = torch.ones((), device=job.device).expand(tensors.student_hidden.shape[0])
         coefficient = coefficient if divisor is None else coefficient / divisor
         job.expect(coefficient if upstream is None else coefficient * upstream[:, 0], options)
-    parts: list[Forward] = []
+    parts: list[Outputs] = []
     for chunk in job.chunks():
         made = kernel.forward(
-            chunk.student, chunk.teacher, None if target is None else target[chunk.at],
-            None if weight is None else weight[chunk.at], divisor, options,
-            wanted=job.wanted_logits, inplace=job.inplace, want_stats=want_stats,
+            DistillCall(
+                options, chunk.student, chunk.teacher, None if target is None else target[chunk.at],
+                None if weight is None else weight[chunk.at], divisor, *job.wanted_logits, want_stats=want_stats,
+                inplace=job.inplace,
+            )
         )  # fmt: skip
         for grad in (made.d_student, made.d_teacher):
             if grad is not None and upstream is not None:
                 grad.mul_(upstream[chunk.at])
         job.give_back(chunk, made.d_student, made.d_teacher)
-        parts.append(Forward(made.loss, None, None, None, made.stats))
+        parts.append(Outputs(made.loss, made.stats))
     losses = [part.loss for part in parts]
     loss = torch.cat(losses) if options.reduction == "none" else torch.stack(losses).sum(dtype=torch.float64)
     stats = torch.cat([part.stats for part in parts if part.stats is not None], dim=1) if want_stats else None
@@ -86,7 +87,7 @@ def forward(
 
 
 def backward(
-    kernel: Any,
+    kernel: Direct,
     tensors: LinearTensors,
     normalizer: float | Tensor | None,
     d_loss: Tensor,  # 0-d, or [N]
@@ -99,30 +100,11 @@ def backward(
     return forward(kernel, tensors, normalizer, heads, options, wanted=wanted, upstream=d_loss).grads
 
 
-class RecordKernel:
-    """A backend's sparse kernel in the form of its distill kernel: the teacher's chunk is a record."""
-
-    def __init__(self, sparse: Any, distill: Any) -> None:
-        self._sparse = sparse
-        self.scale_ = sparse.scale_
-        self.workspace = getattr(distill, "workspace", None)
-
-    def forward(
-        self, student: Tensor, record: Listed, target: Tensor | None, sample_weight: Tensor | None,
-        normalizer: float | Tensor | None, options: DistillOptions, *, wanted: tuple[bool, bool], inplace: bool,
-        want_stats: bool,
-    ) -> Forward:  # fmt: skip
-        made: Forward = self._sparse.forward(
-            student, record, target, sample_weight, normalizer, options, wanted=wanted[0], inplace=inplace
-        )
-        return made
-
-
 class _Chunk(NamedTuple):
     at: slice
     slot: int
     student: Tensor  # [rows, C] our own memory
-    teacher: Tensor | Listed  # [rows, C], or the rows of a record
+    teacher: Tensor | TopK  # [rows, C], or the rows of a record
     missing: Tensor | None  # [C] or [rows, C] bool, the classes that do not exist
 
 
@@ -130,13 +112,12 @@ class _Job:
     """Both sides of a call, its chunks, and the gradients it gathers."""
 
     def __init__(
-        self, t: LinearTensors, vocabulary: Vocabulary, counted: Tensor | None, heads: LinearOptions, kernel: Any,
+        self, t: LinearTensors, vocabulary: Vocabulary, counted: Tensor | None, heads: LinearOptions,
         wanted: tuple[bool, ...],
     ) -> None:  # fmt: skip
         self.device = t.student_hidden.device
         self.dtype = result_dtype(t)
         self._count = t.student_hidden.shape[0]
-        self._workspace = getattr(kernel, "workspace", None)
         self._classes, self._missing = vocabulary.classes, vocabulary.missing
         default = CPU_BUDGET if self.device.type == "cpu" else DEVICE_BUDGET
         self._budget = default if heads.memory_budget is None else heads.memory_budget
@@ -146,7 +127,7 @@ class _Job:
             vocabulary.classes, counted, self.dtype, wanted[:3], self._empty, self._budget,
         )  # fmt: skip
         self._teacher: Head | Given | Mapped | Recorded
-        record = record_of(t, heads)
+        record = topk_of(t, heads)
         if record is not None:
             self._teacher = Recorded(record, vocabulary)
         elif t.teacher_weight is None:
@@ -165,12 +146,9 @@ class _Job:
         self.inplace = self._student.wanted and self._student.softcap is None
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        made: Tensor
-        if self._workspace is not None and self.device.type == "cpu":
-            made = self._workspace(shape, dtype)
-        else:
-            made = torch.empty(shape, dtype=dtype, device=self.device)
-        return made
+        if self.device.type == "cpu":
+            return memory.workspace(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def chunks(self) -> Iterator[_Chunk]:
         """The chunks in order, of equal length but for the last; a chunk's memory is the next one's."""

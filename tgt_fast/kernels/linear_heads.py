@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tgt_fast.kernels.options import Listed
+from tgt_fast.kernels.options import TopK
 from tgt_fast.kernels.vocabulary import Vocabulary
 
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]  # memory for (shape, dtype), on the call's device
@@ -83,7 +83,7 @@ class Recorded:
     wanted = False
     narrow = False
 
-    def __init__(self, record: Listed, vocabulary: Vocabulary) -> None:
+    def __init__(self, record: TopK, vocabulary: Vocabulary) -> None:
         self._record = record
         self._vocabulary = vocabulary
 
@@ -93,9 +93,9 @@ class Recorded:
     def allocate(self, rows: int, slots: int, empty: Empty) -> None:
         return None
 
-    def logits(self, at: slice, slot: int) -> Listed:
+    def logits(self, at: slice, slot: int) -> TopK:
         ids, log_probs, tail, form = self._record
-        return self._vocabulary.align_record(Listed(ids[at], log_probs[at], None if tail is None else tail[at], form))
+        return self._vocabulary.align_record(TopK(ids[at], log_probs[at], None if tail is None else tail[at], form))
 
     def expect(self, coefficient: Tensor, bound: float) -> None:
         return None

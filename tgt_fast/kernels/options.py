@@ -9,7 +9,7 @@ from torch import Tensor
 
 DIVERGENCES: Final = ("forward_kl", "reverse_kl", "symmetric", "jsd", "tvd", "cross_entropy", "mse")
 REDUCTIONS: Final = ("mean", "sum", "none")
-SPARSE_DIVERGENCES: Final = ("forward_kl", "reverse_kl", "jsd", "cross_entropy")
+TOPK_DIVERGENCES: Final = ("forward_kl", "reverse_kl", "jsd", "cross_entropy")
 TAILS: Final = ("bucket", "renormalize", "uniform")
 STEP_NORMS: Final = ("l2", "linf", "raw")
 RADIUS_NORMS: Final = ("l2", "linf")
@@ -24,8 +24,7 @@ OP_TOKENS: Final = 2
 OP_GUMBEL: Final = 3
 OP_RESTART: Final = 4
 
-ROW_STATE: Final = 11  # numbers that a distill kernel keeps of a row, at most
-SPARSE_ROW_STATE: Final = 12  # numbers of float64 that a sparse kernel keeps of a row (csrc/common/sparse.h)
+ROW_STATE: Final = 12  # numbers of float64 that there is room for a row, whatever a kernel keeps of it
 ROW_COEFFICIENT: Final = 7  # the place among those of the row's weight in the reduced loss
 
 MAX_SAMPLE_ID: Final = 1 << 48
@@ -33,9 +32,12 @@ MAX_STEP: Final = 1 << 28
 MAX_REPLICA: Final = 1 << 16
 
 
-@dataclass(frozen=True)
-class DistillOptions:
-    """The options of the distillation loss, validated by ``tgt_fast.ops.distill``."""
+class DistillOptions(NamedTuple):
+    """The options of the distillation loss, validated by ``tgt_fast.ops.distill``.
+
+    Their order is that of the schemas. ``numbers`` stands for those that are known only when an op runs, see
+    :mod:`tgt_fast.kernels.late`.
+    """
 
     divergence: str = "forward_kl"
     beta: float = 0.5
@@ -47,12 +49,6 @@ class DistillOptions:
     ignore_index: int = -100
     unlabeled_index: int = -1
     reduction: str = "mean"
-
-
-@dataclass(frozen=True)
-class LateOptions(DistillOptions):
-    """Options on their way through an op whose numbers are in a tensor, see :mod:`tgt_fast.kernels.late`."""
-
     numbers: Tensor | None = None  # [6] float64, from beta to label_smoothing in the order of the fields
 
 
@@ -76,8 +72,7 @@ class DistillStats(NamedTuple):
         return cls(student_entropy, teacher_entropy, kl, agreement != 0, student_lse, teacher_lse)
 
 
-@dataclass(frozen=True)
-class LinearOptions:
+class LinearOptions(NamedTuple):
     """How logits come from hidden states, and which of them count, validated by ``tgt_fast.ops.linear``.
 
     A side's logits are ``scale * (hidden @ weight.T + bias)``, then ``softcap * tanh(logits / softcap)``.
@@ -89,15 +84,9 @@ class LinearOptions:
     teacher_softcap: float | None = None
     vocab_size: int | None = None  # the classes from it on are padding
     memory_budget: int | None = None  # bytes of a chunk's logits
-    tail: str | None = None  # of a teacher's top-k record, one of TAILS; None: there is no record
-    record_classes: int | None = None  # those that the record's ids point into
-
-
-@dataclass(frozen=True)
-class LateHeads(LinearOptions):
-    """The same of heads."""
-
-    numbers: Tensor | None = None  # [2] float64, the scales of student and teacher
+    tail_mode: str | None = None  # of a teacher's top-k record, one of TAILS; None: there is no record
+    topk_classes: int | None = None  # those that the record's ids point into
+    scales: Tensor | None = None  # [2] float64, those of student and teacher where they are known when the op runs
 
 
 class LinearTensors(NamedTuple):
@@ -116,8 +105,8 @@ class LinearTensors(NamedTuple):
     sample_weight: Tensor | None = None  # [N]
     vocab_map: Tensor | None = None  # [Ct] the student's class of each of the teacher's, -1 for none
     vocab_mask: Tensor | None = None  # [Cs] bool, False: the class does not exist
-    record_ids: Tensor | None = None  # [N, k] int64, of the teacher's classes
-    record_tail: Tensor | None = None  # [N] log-probability of those that are not listed
+    topk_ids: Tensor | None = None  # [N, k] int64, of the teacher's classes
+    tail_log_prob: Tensor | None = None  # [N] log-probability of those that are not listed
     class_ids: Tensor | None = None  # [Cs] int64; for a row, of the classes with its own one's id only that one exists
     own_class: Tensor | None = None  # [N] int64, the row's own; negative: it has none. Neither goes with a record
 
@@ -133,13 +122,13 @@ class LinearForward(NamedTuple):
     stats: Tensor | None  # [6, N]
 
 
-class Listed(NamedTuple):
-    """What a teacher's record says, row by row, as the kernels take it. Entries of -inf are padding."""
+class TopK(NamedTuple):
+    """A teacher that says of each row which classes are likely, as the kernels take it. Entries of -inf are padding."""
 
     ids: Tensor  # [N, k] int64
     log_probs: Tensor  # [N, k] fp64 | fp32 | bf16 | fp16
     tail_log_prob: Tensor | None  # [N] fp64 | fp32 | bf16 | fp16; none with "renormalize"
-    tail: str  # one of TAILS
+    tail_mode: str  # one of TAILS
 
 
 @dataclass(frozen=True)
@@ -173,13 +162,3 @@ class SoftState(NamedTuple):
 
     rows: Tensor  # [2, N] max y, and sum exp((y - max y) / tau); float64 as soon as an input is, else float32
     chosen: Tensor  # [N] int64, the first place of max y; empty where the embedding is soft
-
-
-class Forward(NamedTuple):
-    """What one pass of a distill kernel over the logits returns."""
-
-    loss: Tensor  # 0-d, or [N]
-    d_student: Tensor | None  # [N, C] like the student, for an upstream gradient of 1
-    d_teacher: Tensor | None  # [N, C] like the teacher
-    rows: Tensor | None  # a row's statistics, in the kernel's own form: enough to make its gradients again
-    stats: Tensor | None  # [6, N], the fields of DistillStats in their order

@@ -21,7 +21,8 @@ from torch import Tensor
 from tgt_fast.errors import ArgumentError, BackendError, DTypeError
 from tgt_fast.kernels import native, reference, triton
 
-OPS: Final = ("distill", "latent", "linear", "sparse", "contrast", "tokens", "soft_embedding")  # the last two: one noun
+OPS: Final = ("distill", "latent", "linear", "contrast", "tokens", "soft_embedding")  # the last two: one module
+TOPK: Final = "topk"  # what stands for the first and the third where the teacher gives a top-k record
 BACKENDS: Final[dict[str, ModuleType]] = {"native": native, "triton": triton, "reference": reference}
 DEFAULT_VARIABLE: Final = "TGT_FAST_BACKEND"
 
@@ -75,7 +76,7 @@ def choose(op: str, backend: str, tensors: Sequence[Tensor]) -> str:
     for candidate in ORDER.get(tensors[0].device.type, ("reference",)):
         if BACKENDS[candidate].refusal(op, tensors) is None:
             return candidate
-    reasons = "; ".join(f"{row.backend}: {row.reason}" for row in explain(op, *tensors))
+    reasons = "; ".join(f"{row.backend}: {row.reason}" for row in _verdicts(op, tensors))
     raise BackendError(f"{op}: no backend can run this call ({reasons})")
 
 
@@ -85,20 +86,33 @@ def kernel(op: str, backend: str) -> Any:
     return importlib.import_module(f"tgt_fast.kernels.{backend}.{op}")
 
 
-def explain(op: str, *tensors: Tensor) -> list[Verdict]:
-    """Which backend ``backend="auto"`` takes for ``op`` ("distill", ...) on ``tensors``, and why not the others.
+def explain(op: str, *inputs: Any) -> list[Verdict]:
+    """Which backend ``backend="auto"`` takes for ``op`` ("distill", ...) on tensors, and why not the others.
+
+    A :class:`tgt_fast.TeacherTopK` may stand among them where the op takes one.
 
     >>> import torch, tgt_fast as tgt
     >>> [row.backend for row in tgt.explain("distill", torch.zeros(2, 3)) if row.chosen]
     ['native']
     """
+    if op == "sparse":
+        raise ArgumentError("op 'sparse' is a form of 'distill' now: explain('distill', student_logits, record)")
     if not isinstance(op, str) or op not in OPS:
         raise ArgumentError(f"op must be one of {OPS}, got {op!r}")
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            raise DTypeError(f"explain: {op!r} is asked about tensors, got {tensor!r}")
-    if not tensors:
-        tensors = (torch.empty(0, device="cpu"),)
+    tensors: list[Tensor] = []
+    form = op
+    for value in inputs:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif op in ("distill", "linear") and isinstance(getattr(value, "log_probs", None), Tensor):
+            form = TOPK
+            tensors += [x for x in (value.log_probs, value.ids, value.tail_log_prob) if x is not None]
+        else:
+            raise DTypeError(f"explain: {op!r} is asked about tensors, got {value!r}")
+    return _verdicts(form, tensors or [torch.empty(0, device="cpu")])
+
+
+def _verdicts(op: str, tensors: Sequence[Tensor]) -> list[Verdict]:
     default = requested("auto")
     rows: list[Verdict] = []
     taken = False

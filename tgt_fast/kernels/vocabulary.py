@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tgt_fast.kernels.options import Listed
+from tgt_fast.kernels.options import TopK
 
 
 class Vocabulary(NamedTuple):
@@ -39,7 +39,7 @@ class Vocabulary(NamedTuple):
         student = student[..., : self.classes]
         return student if self.missing is None else student.masked_fill(self.missing, -math.inf)
 
-    def align_record(self, record: Listed) -> Listed:
+    def align_record(self, record: TopK) -> TopK:
         """The record by the classes of the loss. An entry whose class does not exist is padding.  [N, k]
 
         Its tail stays as it is: the mass of such classes must not be in it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -10,11 +9,11 @@ from torch import Tensor, nn
 from tgt_fast.kernels.options import DistillOptions, DistillStats
 from tgt_fast.losses.settings import Settings, setting
 from tgt_fast.ops._distill_arguments import OP, make_options
-from tgt_fast.ops._sparse_record import TeacherTopK
 from tgt_fast.ops.counts import counting_group
 from tgt_fast.ops.distill import distillation_loss
+from tgt_fast.ops.topk import TeacherTopK
 
-OPTIONS: Final = tuple(field.name for field in fields(DistillOptions))
+OPTIONS: Final = DistillOptions._fields[:-1]  # without the place of late numbers
 
 
 class DistillationLoss(Settings, nn.Module):

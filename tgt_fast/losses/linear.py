@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,9 +11,9 @@ from tgt_fast.losses.distill import OPTIONS
 from tgt_fast.losses.settings import Settings, setting
 from tgt_fast.ops._distill_arguments import make_options
 from tgt_fast.ops._linear_arguments import OP, make_heads
-from tgt_fast.ops._sparse_record import TeacherTopK
 from tgt_fast.ops.counts import counting_group
 from tgt_fast.ops.linear import linear_distillation_loss
+from tgt_fast.ops.topk import TeacherTopK
 
 # The fields of LinearOptions that are options; a record brings the others along.
 _HEADS = (
@@ -166,12 +165,11 @@ class LinearDistillationLoss(Settings, nn.Module):
         options, heads = self.options, self.heads
         shown = [f"divergence={options.divergence!r}"]
         for given, default in ((options, DistillOptions()), (heads, LinearOptions())):
-            for field in fields(given):
-                value, usual = getattr(given, field.name), getattr(default, field.name)
-                if field.name == "teacher_temperature":
+            for name, value, usual in zip(given._fields, given, default, strict=True):
+                if name == "teacher_temperature":
                     usual = options.temperature
-                if field.name != "divergence" and value != usual:
-                    shown.append(f"{field.name}={value!r}")
+                if name != "divergence" and value != usual:
+                    shown.append(f"{name}={value!r}")
         shown += [f"{name}=..." for name in ("vocab_map", "vocab_mask") if getattr(self, name) is not None]
         if self.count_group is not None:
             shown.append(f"count_group={self.count_group!r}")

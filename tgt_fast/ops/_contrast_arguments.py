@@ -12,7 +12,8 @@ from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.kernels.late import is_on
 from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.ops import _checks
-from tgt_fast.ops._distill_arguments import check_row_values, check_rows
+from tgt_fast.ops._distill_arguments import check_rows
+from tgt_fast.ops._row_checks import check_row_values
 
 OP = "contrastive_distillation_loss"
 _SMALL, _LARGE = 1e-30, 1e30  # of a temperature: its inverse is a finite float32

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
+from tgt_fast.kernels import late
+from tgt_fast.kernels.calls import DistillCall
 from tgt_fast.kernels.late import is_on, shown
-from tgt_fast.kernels.native.distill import bad_target, bad_weight
-from tgt_fast.kernels.options import DIVERGENCES, REDUCTIONS, TEMPERATURES, DistillOptions
+from tgt_fast.kernels.options import DIVERGENCES, REDUCTIONS, TEMPERATURES, DistillOptions, TopK
 from tgt_fast.ops import _checks
+from tgt_fast.ops._row_checks import check_entries, check_ids, check_row_values
+from tgt_fast.ops.topk import TeacherTopK, check_options
 
 OP = "distillation_loss"
 _LARGE = 1e30
@@ -102,9 +104,29 @@ def check_tensors(
     check_rows(OP, "student_logits", student, target, sample_weight, normalizer, options)
 
 
-def check_student(student: Tensor) -> None:
-    """The student's logits by themselves."""
+def check_topk(
+    student: Tensor, record: TeacherTopK, target: Tensor | None, sample_weight: Tensor | None,
+    normalizer: float | Tensor | None, options: DistillOptions, want_stats: bool,
+) -> None:  # fmt: skip
+    """The same where a record stands in the place of the teacher's logits."""
+    if want_stats:
+        raise ArgumentError(f"{OP}: return_stats=True needs the teacher's logits, got a top-k record")
     _checks.floating(OP, "student_logits", student)
+    check_options(OP, record, options)
+    if student.shape[-1:] != (record.num_classes,):
+        found = student.shape[-1] if student.dim() else "no"
+        raise ShapeError(
+            f"{OP}: student_logits have {found} classes, the record's ids point into {record.num_classes}; "
+            "select or map the classes that both share, or pad the student's logits with -inf"
+        )
+    check_classes(OP, "student_logits", record.num_classes, options)
+    if student.shape[:-1] != record.shape:
+        raise ShapeError(
+            f"{OP}: student_logits {tuple(student.shape)} and the record's rows {tuple(record.shape)} do not match"
+        )
+    _checks.same_device(OP, "student_logits", student, "the record", record.log_probs)
+    _checks.real(OP, "log_probs", record.log_probs)
+    check_rows(OP, "student_logits", student, target, sample_weight, normalizer, options)
 
 
 _warned_of_maps = False
@@ -209,7 +231,7 @@ def as_mask(
 
 def mask_of(target: Tensor, options: DistillOptions) -> tuple[Tensor, DistillOptions]:
     """The same of a target that was looked at."""
-    plain = replace(options, ignore_index=-100, unlabeled_index=-1)
+    plain = options._replace(ignore_index=-100, unlabeled_index=-1)
     return torch.where(target == options.ignore_index, plain.ignore_index, plain.unlabeled_index), plain
 
 
@@ -225,24 +247,56 @@ def check_inplace(student_logits: Tensor, rows: Tensor) -> None:
         raise ArgumentError(f"{OP}: inplace=True would overwrite a leaf that requires grad, or a view of one")
 
 
-def check_values(student: Tensor, target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions) -> None:
-    """What the compiled core checks while it runs, for the reference on a CPU."""
-    check_row_values(OP, student.shape[1], target, sample_weight, options)
+def check_values(call: DistillCall, backend: str) -> None:
+    """On a CPU, what needs the data: the compiled core looks by itself at all but a record's log-probabilities."""
+    target, sample_weight, options = call.target, call.sample_weight, call.options
+    if isinstance(call.teacher, TopK):
+        check_entries(OP, call.teacher, target, sample_weight, options)
+    if backend != "reference" or not _checks.on_plain_cpu(call.student):
+        return
+    classes = call.student.shape[1]
+    check_row_values(OP, classes, target, sample_weight, options)
+    if isinstance(call.teacher, TopK):
+        check_ids(OP, call.teacher, classes, target, sample_weight, options)
 
 
-def check_row_values(
-    op: str, classes: int, target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions
-) -> None:
-    if sample_weight is not None and not sample_weight.is_floating_point():
-        sample_weight = sample_weight.to(torch.float64)  # not every kind of integer can be compared
-    if sample_weight is not None and not bool(((sample_weight >= 0) & sample_weight.isfinite()).all()):
-        row = int((~((sample_weight >= 0) & sample_weight.isfinite())).nonzero()[0])
-        raise ArgumentError(bad_weight(row, float(sample_weight[row]), op))
-    if target is not None:
-        fine = (target >= 0) & (target < classes)
-        fine |= (target == options.ignore_index) | (target == options.unlabeled_index)
-        if sample_weight is not None:
-            fine |= sample_weight == 0
-        if not bool(fine.all()):
-            row = int((~fine).nonzero()[0])
-            raise ArgumentError(bad_target(row, int(target[row]), classes, options, op))
+# Numbers that are known only when an op runs
+
+
+def packed(options: DistillOptions) -> DistillOptions:
+    """The options for a schema, ``*packed(options)``: late numbers in one tensor, and ones in their place."""
+    if options.numbers is not None:
+        return options
+    o = options
+    values, numbers = late.packed(*_numbers(o))
+    return DistillOptions(o.divergence, *values, o.ignore_index, o.unlabeled_index, o.reduction, numbers)  # type: ignore[call-arg]
+
+
+def settled(
+    op: str, options: DistillOptions, classes: int, target: Tensor | None, sample_weight: Tensor | None = None, *,
+    looked_at: bool = False,
+) -> tuple[DistillOptions, Tensor | None]:  # fmt: skip
+    """The options with their numbers, where the op runs, and the target as they want it.
+
+    Args:
+        looked_at: whether the target's values have been checked before.
+
+    Raises:
+        ArgumentError: a late number out of its range.
+    """
+    if options.numbers is None:
+        return options, target
+    o = options
+    options = make_options(
+        o.divergence, *late.unpacked(_numbers(o), o.numbers), o.ignore_index, o.unlabeled_index, o.reduction, op
+    )
+    if target is not None and options.hard_weight == 0:
+        if looked_at:
+            target, options = mask_of(target, options)
+        else:
+            target, options = as_mask(op, classes, target, sample_weight, options)
+    return options, target
+
+
+def _numbers(options: DistillOptions) -> tuple[Any, ...]:
+    return options[1:7]

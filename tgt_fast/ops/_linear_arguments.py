@@ -9,13 +9,13 @@ from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.kernels.late import is_late, shown
+from tgt_fast.kernels.linear_call import topk_of, vocabulary_of
 from tgt_fast.kernels.options import DistillOptions, LinearOptions, LinearTensors
-from tgt_fast.kernels.reference.linear import record_of, vocabulary_of
 from tgt_fast.kernels.vocabulary import Vocabulary
 from tgt_fast.ops import _checks
-from tgt_fast.ops._distill_arguments import check_classes, check_row_values, check_rows
-from tgt_fast.ops._sparse_library import check_entries, check_ids
-from tgt_fast.ops._sparse_record import TeacherTopK, check_options
+from tgt_fast.ops._distill_arguments import check_classes, check_rows
+from tgt_fast.ops._row_checks import check_entries, check_ids, check_row_values
+from tgt_fast.ops.topk import TeacherTopK, check_options
 from tgt_fast.ops.vocabulary import check_labels_exist, check_vocabulary, check_vocabulary_values
 
 OP = "linear_distillation_loss"
@@ -43,8 +43,8 @@ def make_heads(
         teacher_softcap=None if teacher_softcap is None else positive("teacher_softcap", teacher_softcap),
         vocab_size=None if vocab_size is None else _checks.integer(OP, "vocab_size", vocab_size, 1, 2**62),
         memory_budget=None if memory_budget is None else _checks.integer(OP, "memory_budget", memory_budget, 1, 2**62),
-        tail=None if record is None else record.tail,
-        record_classes=None if record is None else record.num_classes,
+        tail_mode=None if record is None else record.tail,
+        topk_classes=None if record is None else record.num_classes,
     )
 
 
@@ -90,7 +90,7 @@ def check_tensors(
 ) -> None:
     """``t`` as the caller gave it: hidden states (..., H), targets and weights (...)."""
     linear = t.teacher_weight is not None
-    recorded = heads.record_classes is not None
+    recorded = heads.topk_classes is not None
     teacher_name = "teacher_hidden" if linear else "the record's log_probs" if recorded else "teacher_logits"
     named = (
         ("student_hidden", t.student_hidden),
@@ -110,8 +110,8 @@ def check_tensors(
     if t.teacher_weight is not None:
         _check_head("teacher", t.teacher, t.teacher_weight, t.teacher_bias)
         teacher_classes = t.teacher_weight.shape[0]
-    if heads.record_classes is not None:
-        teacher_classes = heads.record_classes
+    if heads.topk_classes is not None:
+        teacher_classes = heads.topk_classes
     if t.teacher.dim() == 0 or t.student_hidden.shape[:-1] != t.teacher.shape[:-1]:
         raise ShapeError(
             f"{OP}: student_hidden {tuple(t.student_hidden.shape)} and {teacher_name} {tuple(t.teacher.shape)} differ "
@@ -145,12 +145,12 @@ def check_values(t: LinearTensors, heads: LinearOptions, options: DistillOptions
     mapped = t.vocab_map is not None or t.vocab_mask is not None
     if t.target is not None and mapped:
         check_labels_exist(OP, t.target, vocabulary_of(t, heads).missing, t.student_hidden, options)
-    record = record_of(t, heads)
-    if record is not None and heads.record_classes is not None:
-        check_ids(OP, record, heads.record_classes, t.target, t.sample_weight, options)
+    record = topk_of(t, heads)
+    if record is not None and heads.topk_classes is not None:
+        check_ids(OP, record, heads.topk_classes, t.target, t.sample_weight, options)
         check_entries(OP, record, t.target, t.sample_weight, options)
-        if mapped and record.tail != "renormalize":
-            _check_tail(vocabulary_of(t, heads), heads.record_classes)
+        if mapped and record.tail_mode != "renormalize":
+            _check_tail(vocabulary_of(t, heads), heads.topk_classes)
 
 
 def _check_tail(vocabulary: Vocabulary, classes: int) -> None:

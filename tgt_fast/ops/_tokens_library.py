@@ -13,8 +13,7 @@ from tgt_fast.kernels import late, select
 from tgt_fast.kernels.late import is_on
 from tgt_fast.kernels.options import LateSoft, SampleOptions, SoftOptions, SoftState
 from tgt_fast.ops import _checks, library
-from tgt_fast.ops._distill_autograd import _save, _saved
-from tgt_fast.ops._distill_library import dense_rows
+from tgt_fast.ops._distill_op import dense_rows
 from tgt_fast.ops._noise import KEY, KEY_COUNT, check_key, for_kernel, packed, unpacked
 from tgt_fast.ops._readable import all_readable, upstream
 
@@ -79,7 +78,7 @@ def _sample_fake(logits: Tensor, *_: Any) -> Tensor:
 
 def soft_embed(kernel: Any, logits: Tensor, table: Tensor, options: SoftOptions, key: dict[str, Any]) -> Tensor:
     """softmax((logits + noise) / tau) @ table of rows [N, V] by a kernel; differentiable in both."""
-    if torch.is_grad_enabled() and (logits.requires_grad or table.requires_grad):
+    if library.graph_wanted(logits, table):
         out: Tensor = library.apply(SoftEmbedding, logits, table, (kernel, options, key))
         return out
     without_graph: Tensor = kernel.soft_forward(logits, table, options, **key)[0]
@@ -96,7 +95,7 @@ class SoftEmbedding(torch.autograd.Function):
         held = {name: v.clone() if isinstance(v, Tensor) and v.dim() == 0 else v for name, v in key.items()}
         out, state = kernel.soft_forward(logits, table, options, keep=True, **key)
         ctx.call = (kernel, options, {name: value for name, value in held.items() if name != "sample_ids"})
-        _save(ctx, logits, table, *state, key["sample_ids"])
+        library.save(ctx, logits, table, *state, key["sample_ids"])
         result: Tensor = out
         return result
 
@@ -104,7 +103,7 @@ class SoftEmbedding(torch.autograd.Function):
     @one_thread_in_forks
     def backward(ctx: Any, d_out: Tensor) -> Any:  # type: ignore[override]
         kernel, options, key = ctx.call
-        logits, table, rows, chosen, sample_ids = _saved(ctx)
+        logits, table, rows, chosen, sample_ids = library.saved(ctx)
         all_readable("soft_embedding, backward", logits=logits, table=table, sample_ids=sample_ids, **key)
         d_out = upstream("soft_embedding", d_out)
         grads = kernel.soft_backward(
@@ -112,20 +111,9 @@ class SoftEmbedding(torch.autograd.Function):
             sample_ids=sample_ids, **key,
         )  # fmt: skip
         if torch.is_grad_enabled():
-            grads = tuple(None if g is None else library.apply(_Once, g, logits, table, d_out) for g in grads)
+            refusal = "soft_embedding: the compiled backends have no second derivative; pass backend='reference'"
+            grads = library.once(refusal, grads, (logits, table, d_out))
         return (*grads, None)
-
-
-class _Once(torch.autograd.Function):
-    """Passes a gradient on; differentiating it again is an error that says what to do."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, *_: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError("soft_embedding: the compiled backends have no second derivative; pass backend='reference'")
 
 
 def soft_as_op(logits: Tensor, table: Tensor, options: SoftOptions, key: dict[str, Any], backend: str) -> Tensor:
@@ -161,20 +149,19 @@ class _Dispatched:
     def soft_forward(
         self, logits: Tensor, table: Tensor, options: SoftOptions, *, keep: bool = False, **key: Any
     ) -> tuple[Tensor, SoftState | None]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, rows, chosen = _soft_forward(
-                logits, table, *_packed_options(options), *packed(**key), self.backend, keep
-            )
+        out, rows, chosen = library.dispatched(
+            _soft_forward, logits, table, *_packed_options(options), *packed(**key), self.backend, keep
+        )
         return out, SoftState(rows, chosen) if keep else None
 
     def soft_backward(
         self, logits: Tensor, table: Tensor, state: SoftState, d_out: Tensor, options: SoftOptions, *,
         wanted: tuple[bool, bool], **key: Any,
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-        with torch._C._AutoDispatchBelowAutograd():
-            d_logits, d_table = _soft_backward(
-                logits, table, *state, d_out, *_packed_options(options), *packed(**key), self.backend, *wanted
-            )
+        d_logits, d_table = library.dispatched(
+            _soft_backward, logits, table, *state, d_out, *_packed_options(options), *packed(**key), self.backend,
+            *wanted,
+        )  # fmt: skip
         return d_logits if wanted[0] else None, d_table if wanted[1] else None
 
 

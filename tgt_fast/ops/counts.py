@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels.late import is_on
+from tgt_fast.kernels.linear_call import row_weights
 from tgt_fast.kernels.options import DistillOptions, LinearTensors
-from tgt_fast.kernels.reference.linear import row_weights
 from tgt_fast.ops._distill_arguments import flat_labels, mask_of
 
 WORLD: Final = "world"

@@ -4,33 +4,32 @@ from __future__ import annotations
 
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from tgt_fast._forks import one_thread_in_forks
-from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels import select
+from tgt_fast.kernels.calls import Direct, DistillCall
 from tgt_fast.kernels.late import beside, is_on
-from tgt_fast.kernels.options import DistillOptions, DistillStats
+from tgt_fast.kernels.options import DistillStats, TopK
 from tgt_fast.kernels.reference import distill as reference_distill
-from tgt_fast.ops import _checks
+from tgt_fast.kernels.reference import topk as reference_topk
+from tgt_fast.ops import _checks, _distill_op
 from tgt_fast.ops._distill_arguments import (
     OP,
     as_mask,
     check_inplace,
     check_tensors,
+    check_topk,
     check_values,
     flat_labels,
     make_options,
+    packed,
 )
-from tgt_fast.ops._distill_autograd import Call, Distill
-from tgt_fast.ops._distill_library import dense_rows
-from tgt_fast.ops._distill_library import distillation_loss as distillation_loss_op
-from tgt_fast.ops._packing import packed
-from tgt_fast.ops._sparse_record import TeacherTopK
+from tgt_fast.ops._distill_op import dense_rows, packed_call, tensors_of, with_graph
+from tgt_fast.ops._row_checks import check_entries
 from tgt_fast.ops.counts import divisor_over
-from tgt_fast.ops.library import seen_by_dispatcher, split
-from tgt_fast.ops.sparse import sparse_distillation_loss
+from tgt_fast.ops.library import graph_wanted, seen_by_dispatcher
+from tgt_fast.ops.topk import TeacherTopK, check_where_asked, rows_of, warn_where_small
 
 
 @overload
@@ -216,14 +215,17 @@ def distillation_loss(
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing,
         ignore_index, unlabeled_index, reduction,
     )  # fmt: skip
-    if isinstance(teacher_logits, TeacherTopK):
-        if return_stats:
-            raise ArgumentError(f"{OP}: return_stats=True needs the teacher's logits, got a top-k record")
-        return sparse_distillation_loss(
-            student_logits, teacher_logits, target, sample_weight, normalizer, options, inplace=inplace,
-            backend=backend, count_group=count_group,
-        )  # fmt: skip
-    check_tensors(student_logits, teacher_logits, target, sample_weight, normalizer, options)
+    teacher: Any = teacher_logits
+    record = rest = None
+    if isinstance(teacher, TeacherTopK):
+        record = teacher
+        check_topk(student_logits, record, target, sample_weight, normalizer, options, return_stats)
+        teacher = rows_of(record)
+        rest = teacher.tail_log_prob
+        check_where_asked(record)
+    else:
+        check_tensors(student_logits, teacher, target, sample_weight, normalizer, options)
+    of_teacher = teacher if record is None else teacher.log_probs
     shape = student_logits.shape
     loss: Tensor
     if sample_weight is not None:
@@ -234,21 +236,36 @@ def distillation_loss(
             target, options = as_mask(OP, shape[-1], target, sample_weight, options)
     normalizer = divisor_over(OP, count_group, normalizer, student_logits, target, sample_weight, shape[-1], options)
 
-    if backend != "reference" and seen_by_dispatcher(student_logits, teacher_logits, target, sample_weight):
+    if backend != "reference" and seen_by_dispatcher(student_logits, of_teacher, rest, target, sample_weight):
         # inplace is a permission: whoever traces plans the memory.
-        on_device, divisor = split(beside(normalizer, student_logits))
-        loss, rows = distillation_loss_op(
-            student_logits.reshape(-1, shape[-1]), teacher_logits.reshape(-1, shape[-1]), target, sample_weight,
-            on_device, divisor, *packed(options), return_stats, backend,
-        )  # fmt: skip
+        student = student_logits.reshape(-1, shape[-1])
+        if record is None:
+            teacher = teacher.reshape(-1, shape[-1])
+        divisor = beside(normalizer, student_logits)
+        call = DistillCall(packed(options), student, teacher, target, sample_weight, divisor)
+        loss, rows = _distill_op.distillation_loss(*packed_call(call), return_stats, backend)
         stats = DistillStats.from_rows(rows) if return_stats else None
     else:
-        student, teacher = dense_rows(student_logits), dense_rows(teacher_logits)
+        student = dense_rows(student_logits)
         if inplace:
             check_inplace(student_logits, student)
-        chosen = select.choose("distill", backend, (student, teacher))
-        run = _run_reference if chosen == "reference" else _run_compiled
-        loss, stats = run(student, teacher, target, sample_weight, normalizer, options, inplace, return_stats, chosen)
+        if record is None:
+            teacher = dense_rows(teacher)
+            form, chosen = "distill", select.choose("distill", backend, (student, teacher))
+        else:
+            check_entries(OP, teacher, target, sample_weight, options)
+            warn_where_small(OP, record, teacher, target, sample_weight, options, stacklevel=3)
+            form, chosen = select.TOPK, select.choose(select.TOPK, backend, tensors_of(student, teacher))
+        inputs = (options, student, teacher, target, sample_weight, normalizer)
+        if chosen == "reference":
+            loss, stats = _run_reference(DistillCall(*inputs, want_stats=return_stats))
+        else:
+            kernel = Direct(select.kernel(form, chosen))
+            if graph_wanted(student, of_teacher):
+                loss, rows = with_graph(kernel, *inputs, return_stats, inplace)
+            else:
+                loss, rows, *_ = kernel.forward(DistillCall(*inputs, False, False, False, return_stats))
+            stats = None if rows is None else DistillStats.from_rows(rows)
 
     if reduction == "none":
         loss = loss.reshape(shape[:-1])
@@ -257,28 +274,12 @@ def distillation_loss(
     return loss, DistillStats(*(value.reshape(shape[:-1]) for value in stats))
 
 
-def _run_reference(
-    student: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None,
-    normalizer: float | Tensor | None, options: DistillOptions, inplace: bool, want_stats: bool, backend: str,
-) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
+def _run_reference(call: DistillCall) -> tuple[Tensor, DistillStats | None]:
     """Plain PyTorch, which anything can differentiate and transform."""
-    if _checks.on_plain_cpu(student):
-        check_values(student, target, sample_weight, options)
+    check_values(call, "reference")
+    options, student, teacher, target, sample_weight, divisor = call[:6]
+    if isinstance(teacher, TopK):
+        return reference_topk.distillation_loss(student, teacher, target, sample_weight, divisor, options), None
     return reference_distill.distillation_loss(
-        student, teacher, target, sample_weight, normalizer, options, want_stats=want_stats
+        student, teacher, target, sample_weight, divisor, options, want_stats=call.want_stats
     )
-
-
-def _run_compiled(
-    student: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None,
-    normalizer: float | Tensor | None, options: DistillOptions, inplace: bool, want_stats: bool, backend: str,
-) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
-    """The direct door to the kernels."""
-    kernel = select.kernel("distill", backend)
-    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-        call = Call(options, kernel, inplace and student.requires_grad, want_stats)
-        loss, rows = Distill.apply(student, teacher, target, sample_weight, normalizer, call)
-    else:
-        out = kernel.forward(student, teacher, target, sample_weight, normalizer, options, want_stats=want_stats)
-        loss, rows = out.loss, out.stats
-    return loss, None if rows is None else DistillStats.from_rows(rows)

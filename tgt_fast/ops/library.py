@@ -7,8 +7,8 @@ and function modes. Both doors give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Iterable
+from typing import Any, Final, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from tgt_fast.kernels.plain import PLAIN
 from tgt_fast.ops._readable import all_readable
 
 LIBRARY: Final = torch.library.Library("tgt_fast", "DEF")
+DIVISOR: Final = "Tensor? divisor, float? divisor_number"  # of a mean, on the device or as a number
 NAMES: Final[list[str]] = []  # of the registered ops, in the order of their definition
 
 _TRACED: Final = (FakeTensor, FunctionalTensor)
@@ -50,6 +51,67 @@ def seen_by_dispatcher(*tensors: Any) -> bool:
 def split(value: float | Tensor | None, number: float | None = None) -> tuple[Tensor | None, Any]:
     """An argument that may be a tensor or a number, as the two of a schema; ``number`` stands beside a tensor."""
     return (value, number) if isinstance(value, Tensor) else (None, value)
+
+
+def schema_of(record: type) -> str:
+    """The fields of a NamedTuple as arguments of a schema, so that ``*record`` passes them."""
+    kinds = {str: "str", float: "float", int: "int", bool: "bool", Tensor: "Tensor"}
+    arguments = []
+    for name, hint in get_type_hints(record).items():
+        options = get_args(hint) or (hint,)
+        kind = kinds[next(option for option in options if option in kinds)]
+        arguments.append(f"{kind}{'?' if type(None) in options else ''} {name}")
+    return ", ".join(arguments)
+
+
+def or_nothing(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """An op returns tensors, all of them: one of no elements stands for none."""
+    return like.new_empty(0) if tensor is None else tensor
+
+
+def dispatched(op: Any, *arguments: Any) -> Any:
+    """An op as the autograd of another one calls it: seen by a tracer, and without a graph of its own."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+def graph_wanted(*tensors: Tensor | None) -> bool:
+    """Whether a result of these is to be differentiated."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """save_for_backward, which refuses what was made in inference mode, such as a teacher's logits: that is held."""
+    ctx.held = tuple(tensor if tensor is not None and tensor.is_inference() else None for tensor in tensors)
+    ctx.save_for_backward(*(None if h is not None else t for t, h in zip(tensors, ctx.held, strict=True)))
+
+
+def saved(ctx: Any) -> tuple[Any, ...]:
+    """What :func:`save` was given."""
+    return tuple(t if h is None else h for t, h in zip(ctx.saved_tensors, ctx.held, strict=True))
+
+
+def once(refusal: str, grads: Iterable[Tensor | None], inputs: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Gradients that cannot be differentiated again in the inputs: whoever tries is told why not."""
+    given = [tensor for tensor in inputs if tensor is not None]
+    return tuple(None if grad is None else apply(_Once, grad, refusal, *given) for grad in grads)
+
+
+class _Once(torch.autograd.Function):
+    """Passes a gradient on."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, refusal: str, *inputs: Tensor) -> Tensor:
+        ctx.refusal = refusal
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(ctx.refusal)
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:

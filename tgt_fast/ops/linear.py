@@ -10,12 +10,12 @@ from torch import Tensor
 from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.kernels import select
 from tgt_fast.kernels.late import beside, is_on
+from tgt_fast.kernels.linear_call import topk_of, vocabulary_of
 from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, DistillStats, LinearOptions, LinearTensors
 from tgt_fast.kernels.reference import linear as reference_linear
-from tgt_fast.kernels.reference.linear import record_of, vocabulary_of
 from tgt_fast.ops import _checks
 from tgt_fast.ops._adapters import warn_of_adapters
-from tgt_fast.ops._distill_arguments import as_mask, flat_labels, make_options
+from tgt_fast.ops._distill_arguments import as_mask, flat_labels, make_options, packed
 from tgt_fast.ops._linear_arguments import (
     OP,
     check_record,
@@ -25,15 +25,12 @@ from tgt_fast.ops._linear_arguments import (
     make_heads,
     warn_of_trained_teacher,
 )
-from tgt_fast.ops._linear_autograd import Call, Linear
-from tgt_fast.ops._linear_library import Direct, chosen, packed_heads
-from tgt_fast.ops._linear_library import linear_distillation_loss as linear_distillation_loss_op
-from tgt_fast.ops._packing import packed
+from tgt_fast.ops._linear_op import Call, Direct, Linear, chosen, packed_call, packed_heads
+from tgt_fast.ops._linear_op import linear_distillation_loss as linear_distillation_loss_op
 from tgt_fast.ops._sharded_heads import whole_head
-from tgt_fast.ops._sparse_library import warn_where_small
-from tgt_fast.ops._sparse_record import TeacherTopK, check_where_asked
 from tgt_fast.ops.counts import divisor_over
-from tgt_fast.ops.library import seen_by_dispatcher, split, without_autocast
+from tgt_fast.ops.library import graph_wanted, seen_by_dispatcher, without_autocast
+from tgt_fast.ops.topk import TeacherTopK, check_where_asked, warn_where_small
 
 
 @overload
@@ -292,8 +289,8 @@ def linear_distillation_loss(
         teacher=_rows(given.teacher),
         target=None if target is None else flat_labels(target),
         sample_weight=None if sample_weight is None else sample_weight.reshape(-1),
-        record_ids=None if ids is None else _rows(ids).to(torch.int64),
-        record_tail=None if rest is None else rest.reshape(-1),
+        topk_ids=None if ids is None else _rows(ids).to(torch.int64),
+        tail_log_prob=None if rest is None else rest.reshape(-1),
     )
     if tensors.target is not None and not is_on(options.hard_weight):
         classes = student_weight.shape[0] if vocab_size is None else vocab_size
@@ -309,9 +306,9 @@ def linear_distillation_loss(
         loss, stats = run_dispatched(tensors, normalizer, heads, options, return_stats, backend)
     else:
         check_values(tensors, heads, options)
-        entries = record_of(tensors, heads)
+        entries = topk_of(tensors, heads)
         if record is not None and entries is not None:
-            warn_where_small(OP, record, entries, tensors.target, tensors.sample_weight, options, stacklevel=2)
+            warn_where_small(OP, record, entries, tensors.target, tensors.sample_weight, options, stacklevel=3)
         run = _run_reference if all_at_once(tensors, backend) else run_in_chunks
         loss, stats = run(tensors, normalizer, heads, options, return_stats, backend)
 
@@ -354,10 +351,9 @@ def run_dispatched(
     want_stats: bool, backend: str,
 ) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
     """The dispatcher's door to the driver."""
-    on_device, divisor = split(beside(normalizer, tensors.student_hidden))
-    loss, rows = linear_distillation_loss_op(
-        *tensors, on_device, divisor, *packed_heads(heads), *packed(options), want_stats, backend
-    )
+    divisor = beside(normalizer, tensors.student_hidden)
+    inputs = packed_call(tensors, divisor, packed_heads(heads), packed(options))
+    loss, rows = linear_distillation_loss_op(*inputs, want_stats, backend)
     return loss, DistillStats.from_rows(rows) if want_stats else None
 
 
@@ -366,8 +362,8 @@ def run_in_chunks(
     want_stats: bool, backend: str,
 ) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
     """The direct door to the driver."""
-    kernel = Direct(chosen(backend, tensors), tensors.record_ids is not None)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:DIFFERENTIABLE]):
+    kernel = Direct(chosen(backend, tensors), tensors)
+    if graph_wanted(*tensors[:DIFFERENTIABLE]):
         loss, rows = Linear.apply(normalizer, Call(heads, options, kernel, want_stats), *tensors)
     else:
         out = kernel.forward(tensors, normalizer, heads, options, want_stats=want_stats)

@@ -11,7 +11,7 @@ from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.kernels import select
 from tgt_fast.ops import _checks
-from tgt_fast.ops._distill_library import dense_rows
+from tgt_fast.ops._distill_op import dense_rows
 from tgt_fast.ops._noise import for_kernel, noise_key
 from tgt_fast.ops._tokens_library import sample_as_op, sample_options, soft_as_op, soft_embed, soft_options
 from tgt_fast.ops.library import seen_by_dispatcher

@@ -20,7 +20,7 @@ from tgt_fast.demos.lm.settings import PLENTY, Settings
 from tgt_fast.demos.lm.teachers import Recorder, TeacherResult
 from tgt_fast.demos.lm.training import Loss, bits_per_byte, next_token_loss, train
 from tgt_fast.losses.linear import LinearDistillationLoss
-from tgt_fast.ops._sparse_record import TeacherTopK
+from tgt_fast.ops.topk import TeacherTopK
 
 
 @dataclass(frozen=True)

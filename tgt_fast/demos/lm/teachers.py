@@ -12,8 +12,7 @@ from tgt_fast.demos.lm.models import LanguageModel
 from tgt_fast.demos.lm.settings import Settings
 from tgt_fast.demos.lm.training import bits_per_byte, next_token_loss, train
 from tgt_fast.demos.networks import Weights, weights_of, with_weights
-from tgt_fast.ops._sparse_record import TeacherTopK
-from tgt_fast.ops.sparse import topk_teacher
+from tgt_fast.ops.topk import TeacherTopK, topk_teacher
 
 TEACHER_SEED = 1_000_003  # one teacher for all seeds of the students
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tgt_fast._forks import threads
 from tgt_fast.kernels.latent_calls import on_device, wide_dtype
+from tgt_fast.kernels.memory import workspace
 from tgt_fast.kernels.native import core, cuda
-from tgt_fast.kernels.native.distill import workspace
 from tgt_fast.kernels.native.distill_calls import matrix, pointer
 from tgt_fast.kernels.native.latent import device_noise, noise
 from tgt_fast.kernels.options import OP_GUMBEL, OP_TOKENS, SampleOptions, SoftOptions, SoftState

@@ -10,8 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+from tgt_fast.kernels.linear_call import result_dtype, row_weights, same_as_own
 from tgt_fast.kernels.options import DistillOptions, DistillStats, LinearTensors
-from tgt_fast.kernels.reference import distill, linear
+from tgt_fast.kernels.reference import distill
 
 
 def contrastive_distillation_loss(
@@ -29,7 +30,7 @@ def contrastive_distillation_loss(
 ) -> tuple[Tensor, DistillStats | None]:
     """The loss, 0-d or [N], in float32 (float64 if an input is), and the statistics of each row if wanted."""
     t = LinearTensors(student_q, student_d, None, teacher_q, teacher_d, None, positives, sample_weight)
-    weights = linear.row_weights(t, positives, student_d.shape[0], normalizer, options)
+    weights = row_weights(t, positives, student_d.shape[0], normalizer, options)
     if weights is not None:  # a gradient of 0 times what a dropped row holds would be NaN in a passage, if that is NaN
         student_q, teacher_q = (torch.where((weights != 0)[:, None], q, 0.0) for q in (student_q, teacher_q))
     student, teacher = (
@@ -42,20 +43,7 @@ def contrastive_distillation_loss(
     loss, stats = distill.distillation_loss(
         student, teacher, positives, sample_weight, normalizer, options, want_stats=want_stats
     )
-    dtype = linear.result_dtype(t)
+    dtype = result_dtype(t)
     if stats is not None:
         stats = DistillStats(*(v if v.dtype == torch.bool else v.to(dtype) for v in stats))
     return loss.to(dtype), stats
-
-
-def same_as_own(class_ids: Tensor, own: Tensor) -> Tensor:
-    """Which classes have the id of a row's own class without being it.  [C], [N] int64 -> [N, C] bool
-
-    A row whose own class is out of range has none.
-    """
-    classes = class_ids.shape[0]
-    has = (own >= 0) & (own < classes)
-    place = torch.where(has, own, 0)
-    same = class_ids[place, None] == class_ids[None]
-    same &= has[:, None]
-    return same.scatter_(1, place[:, None], False)

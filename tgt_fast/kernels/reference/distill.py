@@ -13,19 +13,19 @@ where logits are -inf, +inf or NaN:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tgt_fast.kernels.calls import DistillCall, Gradients, Outputs
 from tgt_fast.kernels.late import as_scalar, is_on, is_symbolic
-from tgt_fast.kernels.options import DistillOptions, DistillStats, Forward
+from tgt_fast.kernels.options import ROW_COEFFICIENT, DistillOptions, DistillStats
 
-__all__ = ["backward", "distillation_loss", "empty_state", "forward", "scale_"]
+__all__ = ["backward", "distillation_loss", "forward", "scale_"]
 
 # Lower is as good as this; it keeps 0 * log q finite when float64 logits span their whole range.
 _LOWEST_SHIFTED = -1e300
@@ -249,60 +249,50 @@ def distillation_loss(
 # The same in the form of the compiled kernels, for calls that arrive through the dispatcher
 
 
-def empty_state(student: Tensor, teacher: Tensor) -> Tensor:
-    """Room for what :func:`backward` needs of the rows."""
-    return student.new_empty(student.shape[0], dtype=torch.float64)
-
-
-def forward(
-    student: Tensor,  # [N, C]
-    teacher: Tensor,  # [N, C]
-    target: Tensor | None,  # [N] int64
-    sample_weight: Tensor | None,  # [N]
-    normalizer: float | Tensor | None,
-    options: DistillOptions,
-    *,
-    wanted: tuple[bool, bool] = (False, False),  # gradients to (student, teacher)
-    keep_rows: bool = False,
-    inplace: bool = False,
-    want_stats: bool = False,
-) -> Forward:
+def forward(call: DistillCall, out: Outputs) -> None:
     """Row losses, their reduction and the wanted gradients."""
-    with _recording():
-        s, t = (x.detach().requires_grad_(w) for x, w in zip((student, teacher), wanted, strict=True))
-        loss, stats = distillation_loss(s, t, target, sample_weight, normalizer, options, want_stats)
-        d_student, d_teacher = _gradients(loss, s, t, torch.ones_like(loss))
-    rows = None
-    if keep_rows:
-        counted, _, weight, divisor = _counts(student, target, sample_weight, normalizer, options)
-        divisor = divisor if options.reduction == "mean" else torch.ones_like(divisor)
-        rows = torch.where(counted, weight / divisor, 0.0)
-    stacked = None if stats is None else torch.stack([value.to(loss.dtype) for value in stats])
-    if inplace and d_student is not None:
-        d_student = student.detach().copy_(d_student)
-    return Forward(loss.detach(), d_student, d_teacher, rows, stacked)
+    fill(call, out, _of_call)
 
 
-def backward(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    state: Tensor,  # [N] from forward: the weights of the rows in the reduced loss
-    d_loss: Tensor,  # 0-d, or [N]
-    options: DistillOptions,
-    *,
-    wanted: tuple[bool, bool],
-    inplace: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients from logits and the rows' coefficients."""
+def backward(call: DistillCall, row_state: Tensor, d_loss: Tensor, grads: Gradients) -> None:
+    """The gradients from logits and the rows' weights in the reduced loss, which is what a state holds here."""
+    fill_gradients(call, row_state, d_loss, grads, _of_call)
+
+
+def _of_call(call: DistillCall) -> tuple[Tensor, DistillStats | None]:
+    assert isinstance(call.teacher, Tensor)
+    return distillation_loss(
+        call.student, call.teacher, call.target, call.sample_weight, call.divisor, call.options, call.want_stats
+    )
+
+
+Formula = Callable[[DistillCall], tuple[Tensor, "DistillStats | None"]]
+
+
+def fill(call: DistillCall, out: Outputs, formula: Formula) -> None:
+    """What a loss and its derivatives are, by a formula that autograd can follow."""
     with _recording():
-        s, t = (x.detach().requires_grad_(w) for x, w in zip((student, teacher), wanted, strict=True))
-        a_row = replace(options, reduction="none")
-        loss, _ = distillation_loss(s, t, target, state, None, a_row)
-        d_student, d_teacher = _gradients(loss, s, t, d_loss.detach().to(loss.dtype).expand_as(loss))
-    if inplace and d_student is not None:
-        d_student = student.detach().copy_(d_student)
-    return d_student, d_teacher
+        leaves = _leaves(call)
+        loss, stats = formula(leaves)
+        made = _gradients(loss, leaves, torch.ones_like(loss))
+    if out.row_state is not None:
+        counted, _, weight, divisor = _counts(call.student, call.target, call.sample_weight, call.divisor, call.options)
+        divisor = divisor if call.options.reduction == "mean" else torch.ones_like(divisor)
+        out.row_state.zero_()[:, ROW_COEFFICIENT] = torch.where(counted, weight / divisor, 0.0)
+    if out.stats is not None and stats is not None:
+        out.stats.copy_(torch.stack([value.to(loss.dtype) for value in stats]))
+    out.loss.copy_(loss.detach())
+    _write((out.d_student, out.d_teacher), made)
+
+
+def fill_gradients(call: DistillCall, row_state: Tensor, d_loss: Tensor, grads: Gradients, formula: Formula) -> None:
+    """The derivatives again, from the rows' coefficients."""
+    with _recording():
+        a_row = call.options._replace(reduction="none")
+        leaves = _leaves(call)._replace(sample_weight=row_state[:, ROW_COEFFICIENT], divisor=None, options=a_row)
+        loss, _ = formula(leaves)
+        made = _gradients(loss, leaves, d_loss.detach().to(loss.dtype).expand_as(loss))
+    _write(grads, made)
 
 
 def scale_(grad: Tensor, d_loss: Tensor) -> None:
@@ -310,11 +300,26 @@ def scale_(grad: Tensor, d_loss: Tensor) -> None:
     grad.mul_(d_loss.detach().reshape(-1, 1) if d_loss.dim() else d_loss.detach())
 
 
-def _gradients(loss: Tensor, student: Tensor, teacher: Tensor, d_loss: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients to those of the two that require one."""
-    wanted = [leaf for leaf in (student, teacher) if leaf.requires_grad]
-    made = iter(torch.autograd.grad(loss, wanted, d_loss, materialize_grads=True) if wanted else ())
-    return next(made) if student.requires_grad else None, next(made) if teacher.requires_grad else None
+def _leaves(call: DistillCall) -> DistillCall:
+    """The call with its logits as leaves of a graph of their own."""
+    teacher = call.teacher
+    if isinstance(teacher, Tensor):
+        teacher = teacher.detach().requires_grad_(call.want_d_teacher)
+    return call._replace(student=call.student.detach().requires_grad_(call.want_d_student), teacher=teacher)
+
+
+def _write(room: Gradients, made: Gradients) -> None:
+    for here, grad in zip(room, made, strict=True):
+        if here is not None and grad is not None:
+            here.copy_(grad)
+
+
+def _gradients(loss: Tensor, leaves: DistillCall, d_loss: Tensor) -> Gradients:
+    """The gradients to those of the two sides that want one."""
+    wanted = (leaves.want_d_student, leaves.want_d_teacher)
+    sides = [side for side, want in zip((leaves.student, leaves.teacher), wanted, strict=True) if want]
+    made = iter(torch.autograd.grad(loss, sides, d_loss, materialize_grads=True) if sides else ())  # type: ignore[arg-type]
+    return next(made) if wanted[0] else None, next(made) if wanted[1] else None
 
 
 @contextmanager

@@ -5,16 +5,12 @@ Differentiable any number of times. It keeps N x C logits in float64, which is w
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from tgt_fast.kernels.options import DistillOptions, DistillStats, LinearOptions, LinearTensors, Listed
-from tgt_fast.kernels.reference import distill, sparse
-from tgt_fast.kernels.vocabulary import Vocabulary, shared
-
-__all__ = ["linear_distillation_loss", "logits", "record_of", "result_dtype", "row_weights", "vocabulary_of"]
+from tgt_fast.kernels.linear_call import result_dtype, row_weights, topk_of, vocabulary_of
+from tgt_fast.kernels.options import DistillOptions, DistillStats, LinearOptions, LinearTensors
+from tgt_fast.kernels.reference import distill, topk
 
 
 def logits(
@@ -49,11 +45,11 @@ def linear_distillation_loss(
         counted = (weights != 0)[:, None]
         student_hidden, teacher = torch.where(counted, student_hidden, 0.0), torch.where(counted, teacher, 0.0)
     student = logits(student_hidden, t.student_weight, t.student_bias, heads.student_scale, heads.student_softcap)
-    record = record_of(tensors, heads)
+    record = topk_of(tensors, heads)
     if record is not None:
         student = vocabulary.align_student(student)
         record = vocabulary.align_record(record)
-        loss = sparse.distillation_loss(student, record, target, t.sample_weight, normalizer, options)
+        loss = topk.distillation_loss(student, record, target, t.sample_weight, normalizer, options)
         return loss.to(result_dtype(tensors)), None
     teacher = logits(teacher, t.teacher_weight, t.teacher_bias, heads.teacher_scale, heads.teacher_softcap)
     student, teacher = vocabulary.align(student, teacher)
@@ -64,41 +60,3 @@ def linear_distillation_loss(
     if stats is not None:
         stats = DistillStats(*(v if v.dtype == torch.bool else v.to(dtype) for v in stats))
     return loss.to(dtype), stats
-
-
-def vocabulary_of(t: LinearTensors, heads: LinearOptions) -> Vocabulary:
-    """The classes that both sides share."""
-    if heads.record_classes is not None:
-        teacher_classes = heads.record_classes
-    else:
-        teacher_classes = t.teacher.shape[1] if t.teacher_weight is None else t.teacher_weight.shape[0]
-    return shared(t.student_weight.shape[0], teacher_classes, heads.vocab_size, t.vocab_map, t.vocab_mask)
-
-
-def record_of(t: LinearTensors, heads: LinearOptions) -> Listed | None:
-    """The teacher's top-k record, if it gave one; its ids are the teacher's."""
-    if t.record_ids is None or heads.tail is None:
-        return None
-    return Listed(t.record_ids, t.teacher, t.record_tail, heads.tail)
-
-
-def row_weights(
-    t: LinearTensors, target: Tensor | None, classes: int, normalizer: float | Tensor | None, options: DistillOptions
-) -> Tensor | None:
-    """The weight of each row in the sum, 0 for rows that are dropped; None: all count alike.  -> [N] float64"""
-    if target is None and t.sample_weight is None and normalizer is None:
-        return None
-    weight = torch.ones(t.student_hidden.shape[0], dtype=torch.float64, device=t.student_hidden.device)
-    if t.sample_weight is not None:
-        weight = t.sample_weight.detach().to(torch.float64)
-        weight = torch.where((weight > 0) & (weight < math.inf), weight, 0.0)
-    if target is not None:
-        named = ((target >= 0) & (target < classes)) | (target == options.unlabeled_index)
-        weight = torch.where(named & (target != options.ignore_index), weight, 0.0)
-    return weight if normalizer is None else weight * (normalizer != 0)
-
-
-def result_dtype(tensors: LinearTensors) -> torch.dtype:
-    """That of the loss and of the arithmetic: float64 as soon as an input is."""
-    wide = any(t is not None and t.dtype == torch.float64 for t in tensors[:6])
-    return torch.float64 if wide else torch.float32

@@ -86,7 +86,7 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
     reason = not_plain(tensors)
     if reason is not None:
         return reason
-    if op == "sparse":
+    if op == "topk":
         return "there are no Triton kernels for top-k records"
     if op == "tokens":
         return "there is no Triton kernel that draws tokens"

@@ -9,13 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgt_fast.kernels.distill_calls import accumulate_dtype, dense, prepare, upstream
-from tgt_fast.kernels.options import DistillOptions, Forward
+from tgt_fast.kernels.calls import (
+    DistillCall,
+    Gradients,
+    Outputs,
+    accumulate_dtype,
+    dense,
+    prepared,
+    upstream,
+)
+from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.kernels.triton import Kernels, kernels, launch, planning_device, running_on, two_floats
 from tgt_fast.kernels.triton.tuning import Plan, elementwise_plan, plan_of, streaming_of
 
 _REDUCE_BLOCK = 2048
-_ROW_STATE = 11  # columns, see distill_row.py
 
 
 class _Numbers:
@@ -59,49 +66,35 @@ def _programs(rows: int, classes: int, plan: Plan) -> tuple[int, int]:
     return -(-rows // plan.rows) * tiles, tiles
 
 
-def empty_state(student: Tensor, teacher: Tensor) -> Tensor:
-    """Room for what :func:`backward` needs of the rows."""
-    return student.new_empty(_ROW_STATE, student.shape[0], dtype=accumulate_dtype(student, teacher))
+def _columns(row_state: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The memory of the rows' state as the kernels use it: a column a number, in the dtype of the arithmetic."""
+    return None if row_state is None else row_state.view(dtype)
 
 
-def forward(
-    student: Tensor,  # [N, C] dense rows
-    teacher: Tensor,  # [N, C] dense rows
-    target: Tensor | None,  # [N] int64
-    sample_weight: Tensor | None,  # [N]
-    normalizer: float | Tensor | None,
-    options: DistillOptions,
-    *,
-    wanted: tuple[bool, bool] = (False, False),  # gradients to (student, teacher)
-    keep_rows: bool = False,
-    inplace: bool = False,
-    want_stats: bool = False,
-    plan: Plan | None = None,
-) -> Forward:
+def _sides(call: DistillCall) -> tuple[Tensor, Tensor]:
+    assert isinstance(call.teacher, Tensor)
+    return call.student.detach(), call.teacher.detach()
+
+
+def forward(call: DistillCall, out: Outputs, *, plan: Plan | None = None) -> None:
     """Row losses, their reduction and the wanted gradients."""
     loaded = kernels()
-    student, teacher = student.detach(), teacher.detach()
+    options, (student, teacher) = call.options, _sides(call)
     rows, classes = student.shape
-    accumulate = accumulate_dtype(student, teacher)
-    wide = accumulate == torch.float64
-    d_student = None
-    if wanted[0]:
-        d_student = student if inplace else student.new_empty(rows, classes)
-    d_teacher = teacher.new_empty(rows, classes) if wanted[1] else None
-    state = empty_state(student, teacher) if keep_rows else None
-    stats = student.new_empty(6, rows, dtype=accumulate) if want_stats else None
+    wide = out.loss.dtype == torch.float64
     if rows == 0:
-        shape = (0,) if options.reduction == "none" else ()
-        zero = student.new_zeros(shape, dtype=accumulate)
-        return Forward(zero, d_student, d_teacher, state, stats)
-    loss, row_loss, target, weight = prepare(student, accumulate, target, sample_weight, options)
+        out.loss.zero_()
+        return
+    target, weight, row_loss = prepared(call, out)
+    if out.row_state is not None:
+        out.row_state.zero_()  # there is more room than the kernels write
     numbers = _numbers(options, target is not None)
     plan = plan or plan_of(rows, classes, wide, planning_device(student))
     with running_on(student):
-        divisor_at, divisor = _divisor(loaded, student, target, weight, normalizer, options)
-        if stats is not None:  # before the logits are overwritten in place
+        divisor_at, divisor = _divisor(loaded, student, target, weight, call.divisor, options)
+        if out.stats is not None:  # before the logits are overwritten in place
             _statistics(
-                loaded, student, teacher, target, weight, divisor_at, divisor, stats, numbers, options, wide, plan
+                loaded, student, teacher, target, weight, divisor_at, divisor, out.stats, numbers, options, wide, plan
             )
         partner = teacher if numbers.divergence != "none" else None  # else the teacher may hold anything
         module = loaded.distill
@@ -110,18 +103,18 @@ def forward(
             kernel = module.distill_fwd_stream_kernel
             constants["STAGES"], registers = streaming_of(numbers.divergence)
         launch(
-            kernel, -(-rows // plan.rows), student, partner, target, weight, divisor_at, row_loss,
-            d_student, d_teacher, state, rows, classes, _stride(student), _stride(partner), _stride(d_student),
-            _stride(d_teacher), options.ignore_index, options.unlabeled_index, *numbers.inverses, numbers.unit(classes),
-            *numbers.beta, *numbers.temperature, *numbers.factors, *two_floats(divisor), **constants, WIDE=wide,
-            ROWS=plan.rows, BLOCK=plan.block, warps=plan.warps, registers=registers,
+            kernel, -(-rows // plan.rows), student, partner, target, weight, divisor_at, row_loss, out.d_student,
+            out.d_teacher, _columns(out.row_state, out.loss.dtype), rows, classes, _stride(student), _stride(partner),
+            _stride(out.d_student), _stride(out.d_teacher), options.ignore_index, options.unlabeled_index,
+            *numbers.inverses, numbers.unit(classes), *numbers.beta, *numbers.temperature, *numbers.factors,
+            *two_floats(divisor), **constants, WIDE=wide, ROWS=plan.rows, BLOCK=plan.block, warps=plan.warps,
+            registers=registers,
         )  # fmt: skip
         if options.reduction != "none":
             launch(
-                module.distill_reduce_kernel, 1, row_loss, divisor_at, *two_floats(divisor), loss, rows,
+                module.distill_reduce_kernel, 1, row_loss, divisor_at, *two_floats(divisor), out.loss, rows,
                 BLOCK=_REDUCE_BLOCK, warps=8,
             )  # fmt: skip
-    return Forward(loss, d_student, d_teacher, state, stats)
 
 
 def _divisor(
@@ -164,41 +157,28 @@ def _statistics(
 
 
 def backward(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    state: Tensor,  # [K, N] from forward
-    d_loss: Tensor,  # 0-d, or [N]
-    options: DistillOptions,
-    *,
-    wanted: tuple[bool, bool],
-    inplace: bool = False,
-    plan: Plan | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
+    call: DistillCall, row_state: Tensor, d_loss: Tensor, grads: Gradients, *, plan: Plan | None = None
+) -> None:
     """The gradients from logits and saved row statistics, with the upstream gradient applied before rounding."""
     loaded = kernels()
-    student, teacher = student.detach(), teacher.detach()
+    student, teacher = _sides(call)
     rows, classes = student.shape
-    d_student = None
-    if wanted[0]:
-        d_student = student if inplace else student.new_empty(rows, classes)
-    d_teacher = teacher.new_empty(rows, classes) if wanted[1] else None
     if rows == 0:
-        return d_student, d_teacher
-    target, d_loss = dense(target), upstream(d_loss, state.dtype)
-    wide = state.dtype == torch.float64
-    numbers = _numbers(options, target is not None)
+        return
+    dtype = accumulate_dtype(student, teacher)
+    target, d_loss = dense(call.target), upstream(d_loss, dtype)
+    wide = dtype == torch.float64
+    numbers = _numbers(call.options, target is not None)
     partner = teacher if numbers.divergence != "none" else None
     tile = elementwise_plan(plan or plan_of(rows, classes, wide, planning_device(student)))
     with running_on(student):
         launch(
-            loaded.finish.distill_bwd_kernel, -(-rows // tile.rows), student, partner, target, state, d_loss,
-            d_student, d_teacher, rows, classes, _stride(student), _stride(partner), _stride(d_student),
-            _stride(d_teacher), *numbers.inverses, numbers.unit(classes), *numbers.beta, *numbers.factors,
+            loaded.finish.distill_bwd_kernel, -(-rows // tile.rows), student, partner, target,
+            _columns(row_state, dtype), d_loss, *grads, rows, classes, _stride(student), _stride(partner),
+            *map(_stride, grads), *numbers.inverses, numbers.unit(classes), *numbers.beta, *numbers.factors,
             UPSTREAM_PER_ROW=d_loss.dim() > 0, **numbers.constants, WIDE=wide, ROWS=tile.rows, BLOCK=tile.block,
             WHOLE=classes <= tile.block, warps=tile.warps,
         )  # fmt: skip
-    return d_student, d_teacher
 
 
 def scale_(grad: Tensor, d_loss: Tensor) -> None:

@@ -12,14 +12,14 @@ A record and a student's row become a pair of dense rows, and the divergences ar
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tgt_fast.kernels.calls import DistillCall, Gradients, Outputs
 from tgt_fast.kernels.late import is_on
-from tgt_fast.kernels.options import ROW_COEFFICIENT, SPARSE_ROW_STATE, DistillOptions, Forward, Listed
+from tgt_fast.kernels.options import DistillOptions, TopK
 from tgt_fast.kernels.reference import distill
 from tgt_fast.kernels.reference.distill import scale_
 
@@ -36,7 +36,7 @@ class _Entries(NamedTuple):
     listed: Tensor  # [N, C] bool
 
 
-def _entries(record: Listed, classes: int) -> _Entries:
+def _entries(record: TopK, classes: int) -> _Entries:
     log = record.log_probs.detach().to(torch.float64)
     ids = record.ids
     kept = (log != -math.inf) & (ids >= 0) & (ids < classes)
@@ -68,15 +68,15 @@ def _log_sum_exp(logits: Tensor, exists: Tensor) -> Tensor:
     return torch.where(none, -math.inf, torch.where(none, 1.0, total).log() + peak)
 
 
-def _dense_pair(student: Tensor, entries: _Entries, options: DistillOptions, tail: str) -> tuple[Tensor, Tensor]:
+def _dense_pair(student: Tensor, entries: _Entries, options: DistillOptions, tail_mode: str) -> tuple[Tensor, Tensor]:
     """Rows of tempered logits that say the same, of the student and of the teacher.  [N, C] -> 2 x [N, any]"""
     tempered = student / options.temperature
     of_listed = torch.where(entries.kept, tempered.gather(1, entries.ids), -math.inf)
-    if tail == "renormalize":
+    if tail_mode == "renormalize":
         return of_listed, entries.log
     rest = entries.tail[:, None]
     others = (student > -math.inf) & ~entries.listed
-    if tail == "bucket":
+    if tail_mode == "bucket":
         of_others = _log_sum_exp(torch.where(others, tempered, 0.0), others)
         return torch.cat([of_listed, of_others], -1), torch.cat([entries.log, rest], -1)
     count = others.sum(dim=-1, keepdim=True)
@@ -90,7 +90,7 @@ def _dense_pair(student: Tensor, entries: _Entries, options: DistillOptions, tai
 
 def distillation_loss(
     student: Tensor,  # [N, C] fp64 | fp32 | bf16 | fp16
-    record: Listed,
+    record: TopK,
     target: Tensor | None,  # [N] int64
     sample_weight: Tensor | None,  # [N]
     normalizer: float | Tensor | None,  # a number or a 0-d tensor
@@ -110,14 +110,14 @@ def distillation_loss(
     if is_on(options.soft_weight):
         entries = _entries(record, s.shape[1])
         undefined = undefined | _is_undefined(entries)
-        if record.tail == "renormalize":  # restricted to the listed classes, the student must be a distribution, too
+        if record.tail_mode == "renormalize":  # there the student must be a distribution, too
             undefined = undefined | (~entries.kept | (s.gather(1, entries.ids) == -math.inf)).all(dim=-1)
     undefined = undefined & counted
     defined = counted & ~undefined
     loss = distill._not_a_number(undefined, s)
     if is_on(options.soft_weight):
-        q, p = _dense_pair(distill._select(defined, s), entries, options, record.tail)
-        tempered = replace(options, temperature=1.0, teacher_temperature=1.0)
+        q, p = _dense_pair(distill._select(defined, s), entries, options, record.tail_mode)
+        tempered = options._replace(temperature=1.0, teacher_temperature=1.0)
         soft = options.soft_weight * options.temperature**2
         loss = loss + soft * distill._soft_term(q, distill._select(defined, p), defined, tempered)
     if is_on(options.hard_weight) and target is not None:
@@ -130,58 +130,18 @@ def distillation_loss(
     return loss.to(torch.float64 if wide else torch.float32)
 
 
-# The same in the form of the compiled kernels, for calls that arrive through the dispatcher
-
-
-def forward(
-    student: Tensor,  # [N, C]
-    record: Listed,
-    target: Tensor | None,  # [N] int64
-    sample_weight: Tensor | None,  # [N]
-    normalizer: float | Tensor | None,
-    options: DistillOptions,
-    *,
-    wanted: bool = False,  # the student's gradient
-    keep_rows: bool = False,
-    inplace: bool = False,
-) -> Forward:
+def forward(call: DistillCall, out: Outputs) -> None:
     """Row losses, their reduction and the wanted gradient."""
-    with distill._recording():
-        s = student.detach().requires_grad_(wanted)
-        loss = distillation_loss(s, record, target, sample_weight, normalizer, options)
-        d_student = _gradient(loss, s, torch.ones_like(loss))
-    rows = None
-    if keep_rows:
-        counted, _, weight, divisor = distill._counts(student, target, sample_weight, normalizer, options)
-        divisor = divisor if options.reduction == "mean" else torch.ones_like(divisor)
-        rows = torch.zeros(student.shape[0], SPARSE_ROW_STATE, dtype=torch.float64, device=student.device)
-        rows[:, ROW_COEFFICIENT] = torch.where(counted, weight / divisor, 0.0)
-    if inplace and d_student is not None:
-        d_student = student.detach().copy_(d_student)
-    return Forward(loss.detach(), d_student, None, rows, None)
+    distill.fill(call, out, _of_call)
 
 
-def backward(
-    student: Tensor,
-    record: Listed,
-    target: Tensor | None,
-    state: Tensor,  # [N, SPARSE_ROW_STATE] from forward
-    d_loss: Tensor,  # 0-d, or [N]
-    options: DistillOptions,
-    *,
-    inplace: bool = False,
-) -> Tensor:
-    """The gradient from logits, record and the rows' coefficients."""
-    with distill._recording():
-        s = student.detach().requires_grad_()
-        a_row = replace(options, reduction="none")
-        loss = distillation_loss(s, record, target, state[:, ROW_COEFFICIENT], None, a_row)
-        d_student = _gradient(loss, s, d_loss.detach().to(loss.dtype).expand_as(loss))
-    assert d_student is not None
-    return student.detach().copy_(d_student) if inplace else d_student
+def backward(call: DistillCall, row_state: Tensor, d_loss: Tensor, grads: Gradients) -> None:
+    """The gradient from logits, record and the rows' weights in the reduced loss, which is what a state holds here."""
+    distill.fill_gradients(call, row_state, d_loss, grads, _of_call)
 
 
-def _gradient(loss: Tensor, student: Tensor, d_loss: Tensor) -> Tensor | None:
-    if not student.requires_grad:
-        return None
-    return torch.autograd.grad(loss, student, d_loss, materialize_grads=True)[0]
+def _of_call(call: DistillCall) -> tuple[Tensor, None]:
+    assert isinstance(call.teacher, TopK)
+    return distillation_loss(
+        call.student, call.teacher, call.target, call.sample_weight, call.divisor, call.options
+    ), None

@@ -1,4 +1,4 @@
-"""Whether a record holds log-probabilities, as it says, and not logits or probabilities."""
+"""What needs the data of the rows: labels, weights, and the ids and log-probabilities of a record."""
 
 from __future__ import annotations
 
@@ -10,12 +10,61 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError
+from tgt_fast.kernels.options import DistillOptions, TopK
+from tgt_fast.kernels.row_checks import bad_id, bad_target, bad_weight, find_bad_id
+from tgt_fast.ops import _checks
 
 # Log-probabilities rounded to 8 bits of mantissa may add up to a little more than 1, and none of them is above 0.
 _MASS: Final = 1.1
 _ABOVE: Final = 0.01
 _BELOW: Final = 0.1  # what the same rounding takes from the largest, in nats
 _REMEDY: Final = "topk_teacher(logits, k, temperature) makes a record from logits"
+
+
+def check_row_values(
+    op: str, classes: int, target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions
+) -> None:
+    if sample_weight is not None and not sample_weight.is_floating_point():
+        sample_weight = sample_weight.to(torch.float64)  # not every kind of integer can be compared
+    if sample_weight is not None and not bool(((sample_weight >= 0) & sample_weight.isfinite()).all()):
+        row = int((~((sample_weight >= 0) & sample_weight.isfinite())).nonzero()[0])
+        raise ArgumentError(bad_weight(row, float(sample_weight[row]), op))
+    if target is not None:
+        fine = (target >= 0) & (target < classes)
+        fine |= (target == options.ignore_index) | (target == options.unlabeled_index)
+        if sample_weight is not None:
+            fine |= sample_weight == 0
+        if not bool(fine.all()):
+            row = int((~fine).nonzero()[0])
+            raise ArgumentError(bad_target(row, int(target[row]), classes, options, op))
+
+
+def check_ids(
+    op: str, record: TopK, classes: int, target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions
+) -> None:
+    """That the rows that count list classes that exist, each once."""
+    if options.soft_weight == 0:
+        return
+    found = find_bad_id(record.ids, record.log_probs, classes, counted_rows(target, sample_weight, options))
+    if found is not None:
+        raise ArgumentError(bad_id(op, record.ids, *found, classes))
+
+
+def check_entries(
+    op: str, record: TopK, target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions
+) -> None:
+    """On a CPU: that the rows that count hold log-probabilities."""
+    if options.soft_weight > 0 and _checks.on_plain_cpu(record.log_probs):
+        check_log_probs(op, record.log_probs, counted_rows(target, sample_weight, options))
+
+
+def counted_rows(target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions) -> Tensor | None:
+    """The rows that enter the loss, bool [N]; None: all."""
+    counted = None if target is None else target != options.ignore_index
+    if sample_weight is not None:
+        weighed = sample_weight != 0
+        counted = weighed if counted is None else counted & weighed
+    return counted
 
 
 def check_log_probs(op: str, log_probs: Tensor, counted: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""Cases of the op noun sparse: the soft-label loss against a top-k record, forward and backward.
+"""Cases of the op topk: the soft-label loss against a top-k record, forward and backward.
 
 Bytes: the student's logits read once, their gradient written once, and the record. The rivals compute the dense
 divergence from the teacher's logits, which is what users do without a record, and are checked against that.
@@ -57,7 +57,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 def case(spec: Spec, device: torch.device) -> Case:
     matrix = spec.rows * spec.classes * spec.dtype.itemsize
     return Case(
-        noun="sparse",
+        noun="topk",
         op=f"{spec.divergence}, {spec.tail}",
         shape=f"{spec.rows} x {spec.classes}, k {spec.k}",
         dtype=spec.dtype,
@@ -65,7 +65,7 @@ def case(spec: Spec, device: torch.device) -> Case:
         bytes_moved=2 * matrix + spec.rows * (spec.k * 12 + 4),
         bytes_needed=10 * matrix + (1 << 29),
         unit_bytes=matrix,
-        build=lambda: SparseWork(spec, device),
+        build=lambda: TopKWork(spec, device),
         rivals=(rivals.EAGER, rivals.COMPILE),
         numbers={"rows": spec.rows, "classes": spec.classes, "k": spec.k, "divergence": spec.divergence},
     )
@@ -77,7 +77,7 @@ def dense_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return TEMPERATURE**2 * F.kl_div(q, p, log_target=True, reduction="batchmean")
 
 
-class SparseWork(Work):
+class TopKWork(Work):
     """Logits of a student, and the record of a teacher that resembles it."""
 
     def __init__(self, spec: Spec, device: torch.device) -> None:

@@ -12,16 +12,21 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.kernels.late import is_on
-from tgt_fast.kernels.native.sparse import bad_id, find_bad_id
-from tgt_fast.kernels.options import SPARSE_DIVERGENCES, TAILS, TEMPERATURES, DistillOptions
+from tgt_fast.kernels.options import TAILS, TEMPERATURES, TOPK_DIVERGENCES, DistillOptions, TopK
+from tgt_fast.kernels.row_checks import bad_id, find_bad_id
 from tgt_fast.ops import _checks
 from tgt_fast.ops._readable import all_readable
-from tgt_fast.ops._record_values import check_log_probs
+from tgt_fast.ops._row_checks import check_log_probs, counted_rows, warn_of_small_log_probs
 
 OP: Final = "TeacherTopK"
 CHECK_VARIABLE: Final = "TGT_FAST_CHECK_RECORDS"
+# Logits that are looked at at once, of which a copy is made: on a CPU so few that the allocator gives the same memory
+# to every piece, elsewhere so many that the work outweighs the launches.
+_CPU_PIECE: Final = 1 << 22
+_PIECE: Final = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,12 +168,21 @@ class TeacherTopK:
         return rest.to(torch.float64 if log_probs.dtype == torch.float64 else torch.float32)
 
 
+def rows_of(record: TeacherTopK) -> TopK:
+    """A record's rows one after the other, as the kernels take them."""
+    rest = record.rest()
+    return TopK(
+        record.ids.reshape(-1, record.k).to(torch.int64), record.log_probs.reshape(-1, record.k),
+        None if rest is None else rest.reshape(-1), record.tail,
+    )  # fmt: skip
+
+
 def check_options(op: str, record: TeacherTopK, options: DistillOptions) -> None:
     """That a loss of these options can be taken of the record, whose tensors may have been freed since it was made."""
     all_readable(op, ids=record.ids, log_probs=record.log_probs, tail_log_prob=record.tail_log_prob)
-    if options.divergence not in SPARSE_DIVERGENCES:
+    if options.divergence not in TOPK_DIVERGENCES:
         raise ArgumentError(
-            f"{op}: divergence must be one of {SPARSE_DIVERGENCES} with a top-k record, got {options.divergence!r}"
+            f"{op}: divergence must be one of {TOPK_DIVERGENCES} with a top-k record, got {options.divergence!r}"
         )
     for name in ("temperature", "teacher_temperature"):
         if isinstance(getattr(options, name), Tensor) or isinstance(record.temperature, Tensor):
@@ -188,6 +202,17 @@ def check_options(op: str, record: TeacherTopK, options: DistillOptions) -> None
             "0 for every student; list more classes, or use tail='bucket'",
             stacklevel=5,
         )
+
+
+def warn_where_small(
+    op: str, record: TeacherTopK, listed: TopK, target: Tensor | None, sample_weight: Tensor | None,
+    options: DistillOptions, *, stacklevel: int,
+) -> None:  # fmt: skip
+    """On a CPU, of a record whose tail was derived: say so where its entries are too small to be the likeliest."""
+    derived = record.tail_log_prob is None and record.tail != "renormalize" and record.k < record.num_classes
+    if derived and options.soft_weight > 0 and _checks.on_plain_cpu(listed.log_probs):
+        counted = counted_rows(target, sample_weight, options)
+        warn_of_small_log_probs(op, listed.log_probs, record.num_classes, counted, stacklevel=stacklevel + 1)
 
 
 def check_where_asked(record: TeacherTopK) -> None:
@@ -224,3 +249,74 @@ pytree.register_pytree_node(
         (record.temperature, record.num_classes, record.tail),
     ),
 )  # fmt: skip
+
+
+@one_thread_in_forks
+def topk_teacher(
+    logits: Tensor,  # [..., C]
+    k: int,
+    temperature: float = 1.0,
+    *,
+    tail: str = "bucket",
+) -> TeacherTopK:
+    """``log_softmax(logits / T).topk(k)``, with a log-sum-exp over the classes that are left out as the tail.
+
+    Args:
+        logits: ``(..., C)`` float64, float32, bfloat16 or float16. Not differentiable: a record is data.
+        k: how many classes to list, 1 to C.
+        temperature: T, in [1e-30, 100]. The loss must be taken at the same.
+        tail: what the loss makes of the classes that are not listed; see :class:`TeacherTopK`.
+
+    Returns:
+        A :class:`TeacherTopK` of int64 ids, most probable first, and float32 log-probabilities (float64 for float64).
+        Logits of -inf that come among the k are padding. A row that holds NaN or +inf, or nothing but -inf, gives NaN.
+
+    Raises:
+        ShapeError, DTypeError, ArgumentError: with the offending values.
+
+    The tail is summed by itself and not as 1 minus the mass of the top k, of which rounding would leave nothing where
+    a teacher is sure. Rows are taken in pieces: the extra memory does not grow with their number. Deterministic, apart
+    from the choice among equal logits, which is that of ``torch.topk``; nothing waits for a device.
+
+    >>> import torch, tgt_fast as tgt
+    >>> record = tgt.topk_teacher(torch.tensor([[0.0, 30.0, 1.0]]), k=1)
+    >>> record.ids.item(), round(record.tail_log_prob.item(), 4)
+    (1, -28.6867)
+    """
+    op = "topk_teacher"
+    _checks.not_recorded(op)
+    _checks.floating(op, "logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ShapeError(f"{op}: logits must be (..., C) with C >= 1, got {tuple(logits.shape)}")
+    classes = logits.shape[-1]
+    k = _checks.integer(op, "k", k, 1, classes + 1)
+    temperature = _checks.number(op, "temperature", temperature, *TEMPERATURES)
+    _checks.choice(op, "tail", tail, TAILS)
+    with torch.no_grad():
+        rows = logits.detach().reshape(-1, classes)
+        most = _CPU_PIECE if rows.device.type == "cpu" else _PIECE
+        pieces = [_top(piece, k, temperature) for piece in rows.split(max(1, most // classes))]
+        ids, log_probs, rest = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    shape = logits.shape[:-1]
+    ids, log_probs = ids.reshape(*shape, k), log_probs.reshape(*shape, k)
+    return TeacherTopK(ids, log_probs, rest.reshape(shape), temperature, classes, tail)
+
+
+def _top(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, log-probabilities and tail of some rows.  [N, C] -> [N, k], [N, k], [N]"""
+    wide = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    values, ids = wide.topk(k, dim=-1)
+    # Relative to the largest: a difference of logits is exact where a tempered logit would be rounded.
+    peak = values[:, :1]
+    values = (values - peak) / temperature
+    if k < logits.shape[1]:
+        others = wide.scatter(1, ids, -torch.inf)
+        next_largest = others.amax(-1, keepdim=True)
+        next_largest = torch.where(next_largest == -torch.inf, 0, next_largest)
+        # In place, and relative to the largest of the others, of which much would underflow beside the largest of all.
+        others = others.sub_(next_largest).div_(temperature).exp_().sum(-1).log_()
+        others = others + ((next_largest - peak) / temperature)[:, 0]
+    else:
+        others = torch.where(peak[:, 0].isfinite(), -torch.inf, torch.nan).to(wide.dtype)
+    total = torch.logaddexp(values.logsumexp(-1), others)
+    return ids, values - total[:, None], others - total
