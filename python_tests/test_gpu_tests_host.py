@@ -23,7 +23,7 @@ import torch
 from emulated_gpu import tensors_on_an_emulated_gpu
 from gpu_stand_ins import a_gpu_that_is_the_host
 
-from tgt_fast.bench import command, contrast, device, distill, latent, linear, sparse, tokens
+from tgt_fast.bench import command, contrast, device, distill, latent, linear, tokens, topk
 from tgt_fast.bench import run as running
 from tgt_fast.kernels import select
 
@@ -79,7 +79,7 @@ def test_a_captured_sampler() -> None:
 @pytest.mark.usefixtures("host")
 def test_the_bench_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cases for a GPU, of a size for the host."""
-    for noun in (contrast, linear, sparse, tokens):
+    for noun in (contrast, linear, topk, tokens):
         monkeypatch.setattr(noun, "_CUDA_QUICK", noun._CPU_QUICK)  # type: ignore[attr-defined]
     monkeypatch.setattr(distill, "_CUDA_QUICK", test_bench.TINY)
     monkeypatch.setattr(latent, "_CUDA_BYTES", 1 << 16)
