@@ -57,7 +57,8 @@ def test_one_that_raises_ends_all(kind: str, event: str, tmp_path: Path) -> None
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
+signal.alarm(150)  # whatever becomes of the test, this process ends
 sys.path.insert(0, {tests!r})
 import torch
 from test_fit_parallel import trained

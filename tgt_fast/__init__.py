@@ -1,14 +1,14 @@
 """tgt_fast: teacher-guided training for PyTorch.
 
 A frozen teacher explores the neighbourhood of each training example in its own latent space, decodes what it finds into
-new examples, labels them softly, and the student learns from both. Importing this package starts nothing: its parts are
-imported, and the compiled core is loaded, at first use. Its ops stand in ``torch.ops.tgt_fast`` at once if PyTorch was
-imported before, else from the first use on.
+new examples, labels them softly, and the student learns from both. Importing this package starts nothing: its ops are
+registered in ``torch.ops.tgt_fast``; all else is imported, and the compiled core is loaded, at first use.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
@@ -125,6 +125,13 @@ def _import_all() -> None:
         getattr(sys.modules[__name__], name)
 
 
-if "torch" in sys.modules:  # what was exported with these ops may be loaded next
+def _is_command() -> bool:
+    """Whether this process is ``tgt-fast`` or ``python -m tgt_fast``, whose help texts wait for no PyTorch."""
+    words = sys.orig_argv
+    module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
+    return module.split(".")[0] == "tgt_fast" or os.path.basename(getattr(sys, "argv", [""])[0]) == "tgt-fast"
+
+
+if not _is_command():  # a program that was exported with these ops may be loaded next
     for _noun in _OPS:
         importlib.import_module(f"tgt_fast.ops.{_noun}")

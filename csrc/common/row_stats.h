@@ -22,10 +22,10 @@ struct RowState {
 constexpr int kRowState = sizeof(RowState) / sizeof(double);
 
 enum RowFlag : int {
-  kDropped = 1,       // gives nothing
-  kInvalid = 2,       // NaN, +inf or nothing but -inf: loss and gradients are NaN
-  kInfiniteSoft = 4,  // the soft term is +inf and has no gradient
-  kHard = 8,          // the row has a hard term
+  kDropped = 1,        // gives nothing
+  kInvalid = 2,        // NaN, +inf or nothing but -inf: loss and gradients are NaN
+  kInfiniteSoft = 4,   // the soft term is +inf and has no gradient
+  kHard = 8,           // the row has a hard term
   kInfiniteHard = 16,  // the hard term is +inf and has no gradient
   kWide = 32           // differences of its logits leave the range of float: it is taken in double
 };

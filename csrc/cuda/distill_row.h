@@ -188,7 +188,7 @@ TGT_DEVICE bool is_infinite(int unusual) {
 }
 
 constexpr double kSmall = 8.470329472543003e-22;  // 2^-70: squares in units of its inverse stay in range
-constexpr double kTiny = 1.0 / (1ull << 36);  // as many classes as there may be stay in range
+constexpr double kTiny = 1.0 / (1ull << 36);      // as many classes as there may be stay in range
 
 // alignas: exchanged by 8 bytes
 template <class Real>
@@ -239,7 +239,8 @@ TGT_DEVICE void add_sums(const Eight<Real>& s, const Eight<Real>& t, const Const
       sums.teacher += c.p;
     }
     if constexpr (std::is_same<D, Mse>::value) {
-      const Real difference = c.b - c.a, in_nats = difference * row.in_nats, small = difference * (row.in_nats * Real(kSmall));
+      const Real difference = c.b - c.a, in_nats = difference * row.in_nats,
+                 small = difference * (row.in_nats * Real(kSmall));
       sums.x = fused(in_nats, in_nats, sums.x);
       sums.y = fused(small, small, sums.y);
     } else if constexpr (D::kShiftedSums) {

@@ -118,8 +118,8 @@ __global__ void TGT_BOUNDS(kStreamThreads, 1) distill_fwd_stream_kernel(const TG
   seen = merge_all(team, seen, 1, MergeSeen<D>{1 / call.options.temperature, 1 / call.options.teacher_temperature});
   const double unit = D::kShiftedSums ? units_of<D>(d) : 1;
   const double finite = static_cast<double>(call.classes - extremes.masked);
-  const Sums<double> all = {seen.sums.student, seen.sums.teacher,
-                            seen.sums.hard,    seen.plain - finite * (seen.sums.student_max * kTiny),
+  const Sums<double> all = {seen.sums.student,  seen.sums.teacher,
+                            seen.sums.hard,     seen.plain - finite * (seen.sums.student_max * kTiny),
                             seen.sums.x / unit, seen.sums.y / unit};
   const Extremes<double> wide = {extremes.student, extremes.teacher, extremes.masked, extremes.unusual};
   finish_row<Real, D>(d, team, row, i, head, all, wide, of_label);
@@ -150,8 +150,8 @@ __global__ void TGT_BOUNDS(kBackwardThreads, 2) distill_bwd_kernel(const TGT_GRI
   const Terms terms = terms_of<D>(call.options, flags & kHard);
   Constants<Real> constants = constants_of<D, Real>(d, state.student_max, state.teacher_max);
   settle(constants, normalisers_of(state.student_sum, state.teacher_sum));
-  write_gradients<D>(d, team, row, i, label, constants,
-                     factors_of<D, Real>(d, state, terms, double(upstream)), peaked, 0);
+  write_gradients<D>(d, team, row, i, label, constants, factors_of<D, Real>(d, state, terms, double(upstream)), peaked,
+                     0);
 }
 
 }  // namespace TGT_ISA
