@@ -63,6 +63,7 @@ def assert_like_truth(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> 
         assert_close(name, out, want, bar=bar, floor=floor)
 
 
+@pytest.mark.meet(3)
 @embedding
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("gumbel", [False, True])
