@@ -69,7 +69,7 @@ def test_the_registered_ops_are_recorded_rightly() -> None:
 
     def loss(a: Tensor, b: Tensor) -> Tensor:
         options = ("forward_kl", 0.5, 1.0, 1.0, 1.0, 0.0, 0.0, -100, -1, "mean", None)
-        return torch.ops.tgt_fast.distillation_loss(a, b, None, None, None, None, *options, False, "auto")[0]
+        return torch.ops.tgt_fast.distillation_loss(a, b, *7 * [None], *options, False, "auto")[0]
 
     recorded = torch.jit.trace(loss, (A, B))
     others = torch.randn(6, 9), torch.randn(6, 9)
