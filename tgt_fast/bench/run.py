@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 
+from tgt_fast._rng import isolated_rng
 from tgt_fast.bench import memory, rivals
 from tgt_fast.bench.case import Call, Case, UnfitError, Work
 from tgt_fast.bench.copying import copier
@@ -188,7 +189,8 @@ def _rival(name: str, case: Case, work: Work, calls: dict[str, Call], late: bool
         return Standing(SKIPPED, reason)
     try:
         call = work.rival(name)
-        check = work.compare(call())
+        with isolated_rng(0):  # one that draws numbers of its own is judged by the same ones in every run
+            check = work.compare(call())
     except UnfitError as unfit:
         return Standing(SKIPPED, str(unfit))
     except ImportError as error:
