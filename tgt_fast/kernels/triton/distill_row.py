@@ -304,7 +304,7 @@ def student_tile(
     if DIVERGENCE == "reverse_kl":
         grad = (q * inverse_s) * ((b - a) - y) * (soft * unit)
     if DIVERGENCE == "symmetric":
-        grad = ((q * inverse_s - p * inverse_t) * (1.0 / unit) + (q * inverse_s) * ((b - a) - y)) * (soft * unit)
+        grad = (q * inverse_s - p * inverse_t) * soft + (q * inverse_s) * ((b - a) - y) * (soft * unit)
     if DIVERGENCE == "jsd":
         of_teacher, of_student = log_ratios(a, b, log_ratio, beta)
         grad = (q * inverse_s * (1 - beta)) * (of_student - y) * soft
@@ -318,7 +318,7 @@ def student_tile(
         else:
             share = exponential(shrunk(s, s_max), 1.0, WIDE) * inverse_h
         if SMOOTHED:
-            share -= tl.where(s == -INFINITY, 0.0, floor)
+            share = tl.where(s == -INFINITY, share, share - floor)
         grad += share * hard
         grad -= tl.where(col == label, of_label, 0.0)
     return grad
@@ -337,7 +337,7 @@ def teacher_tile(
     if DIVERGENCE == "reverse_kl":
         grad = (p * inverse_t - q * inverse_s) * soft
     if DIVERGENCE == "symmetric":
-        grad = ((p * inverse_t) * ((a - b) - x) + (p * inverse_t - q * inverse_s) * (1.0 / unit)) * (soft * unit)
+        grad = (p * inverse_t) * ((a - b) - x) * (soft * unit) + (p * inverse_t - q * inverse_s) * soft
     if DIVERGENCE == "jsd":
         of_teacher, of_student = log_ratios(a, b, log_ratio, beta)
         grad = (p * inverse_t * beta) * (of_teacher - x) * soft
