@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgt_fast._processes import place
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.explore.options import SamplerOptions, checked_integer
 from tgt_fast.explore.repeats import first_replicas
@@ -72,11 +73,7 @@ class Counters:
     @property
     def place(self) -> tuple[int, int]:
         """This process's rank, and of how many."""
-        if self._place_given is not None:
-            return self._place_given
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
+        return place() if self._place_given is None else self._place_given
 
 
 def seed_tensor(seed: int) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tgt_fast._processes import connected, done_by_each, exchanged, place
 from tgt_fast.errors import ArgumentError
 from tgt_fast.ops.counts import counting_group
 
@@ -75,7 +76,7 @@ def warn_of_shards(loader: Any, scale: Tensor) -> None:
     if parts > 1:
         message = f"LatentSampler: calibrate was given a loader that is split over {parts} processes, {_ONE}"
         warnings.warn(message, stacklevel=5)
-    elif torch.distributed.is_available() and torch.distributed.is_initialized():
+    elif connected():
         other = _another_scale(scale)
         if other is not None:
             message = f"LatentSampler: calibrate measured another scale in this process than in rank {other}, {_ONE}"
@@ -94,10 +95,9 @@ class ChainWatch:
         self._watched, self._asked = _WATCHED, _ASKED
 
     def begun(self, chains: list[int]) -> None:
-        distributed = torch.distributed
-        if not chains or not self._asked or not (distributed.is_available() and distributed.is_initialized()):
+        if not chains or not self._asked:
             return
-        rank, world = distributed.get_rank(), distributed.get_world_size()
+        rank, world = place()
         if world == 1:
             return
         if self._number is None:
@@ -105,7 +105,7 @@ class ChainWatch:
         chains = chains[: self._asked]
         self._asked -= len(chains)
         try:
-            store = distributed.distributed_c10d._get_default_store()
+            store = torch.distributed.distributed_c10d._get_default_store()
             for chain in chains:
                 key = f"tgt_fast/chain/{self._number}/{chain}"
                 if store.check([key]):
@@ -135,20 +135,11 @@ def of_all_processes(op: str, group: Any, work: Callable[[], Any]) -> list[Any]:
     group = counting_group(op, group, name="group")
     if group is None:
         return [work()]
-    failure: Exception | None = None
-    made = None
-    try:
-        made = work()
-    except Exception as error:
-        failure = error
-    found: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(found, (None if failure is None else f"{failure}", made), group=group)
-    if failure is not None:
-        raise failure
-    for rank, (failed, _) in enumerate(found):
-        if failed is not None:
-            raise ArgumentError(f"{op}: rank {rank} of the group failed: {failed}")
-    return [made for _, made in found]
+    return done_by_each(
+        work,
+        lambda mine: exchanged(mine, group),
+        lambda rank, _, text: ArgumentError(f"{op}: rank {rank} of the group failed: {text}"),
+    )
 
 
 def _parts(loader: Any) -> int:
@@ -162,7 +153,7 @@ def _parts(loader: Any) -> int:
 
 def _another_scale(scale: Tensor) -> int | None:
     """A neighbouring rank whose scale, where it is known, is another one."""
-    rank, world, number = torch.distributed.get_rank(), torch.distributed.get_world_size(), next(_calibrated)
+    (rank, world), number = place(), next(_calibrated)
     numbers = scale.flatten()
     mine = numbers[:: max(1, len(numbers) // _NUMBERS)][:_NUMBERS].to("cpu", torch.float64).numpy()
     try:

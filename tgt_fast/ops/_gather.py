@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgt_fast._processes import connected
 from tgt_fast.errors import ArgumentError, ShapeError
 
 
 def process_group(op: str, group: Any) -> Any:
     """The group, by default that of all processes. Raises ArgumentError when there are no processes to speak of."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not connected():
         raise ArgumentError(f"{op}: gather=True needs torch.distributed.init_process_group()")
-    return distributed.group.WORLD if group is None else group
+    return torch.distributed.group.WORLD if group is None else group
 
 
 def same_count(op: str, name: str, rows: Tensor, group: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from tgt_fast._processes import connected
 from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels.late import is_on
 from tgt_fast.kernels.linear_call import row_weights
@@ -26,11 +27,10 @@ def counting_group(op: str, group: Any, name: str = "count_group") -> Any:
     if group is None:
         return None
     distributed = torch.distributed
-    there = distributed.is_available()
     if isinstance(group, str) and group == WORLD:
         # A program that is written for many processes runs in one, too.
-        group = distributed.group.WORLD if there and distributed.is_initialized() else None
-    elif not (there and isinstance(group, distributed.ProcessGroup)):
+        group = distributed.group.WORLD if connected() else None
+    elif not (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
         raise ArgumentError(f"{op}: {name} must be None, 'world' or a process group, got {group!r:.200}")
     return None if group is None or distributed.get_world_size(group) == 1 else group
 

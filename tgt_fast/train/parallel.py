@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tgt_fast._processes import place
 from tgt_fast.errors import ArgumentError
 from tgt_fast.ops.counts import WORLD
 
@@ -110,5 +111,4 @@ def _group_of(student: nn.Module) -> Any:
 
 def only_bar() -> bool:
     """Whether this process is the one of its run that shows a bar."""
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    return place()[0] == 0

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from tgt_fast._processes import done_by_each, exchanged, place
 from tgt_fast.errors import ArgumentError, CheckpointError
 
 T = TypeVar("T")
@@ -39,19 +40,11 @@ class Processes:
         """
         if self.count == 1:
             return [work()]
-        failure: Exception | None = None
-        made: T | None = None
-        try:
-            made = work()
-        except Exception as error:
-            failure = error
-        found: list[Any] = _exchanged((None if failure is None else f"{type(failure).__name__}: {failure}", made))
-        if failure is not None:
-            raise failure
-        for rank, (failed, _) in enumerate(found):
-            if failed is not None:
-                raise CheckpointError(f"in process {rank} of {self.count}: {failed}")
-        return [made for _, made in found]
+
+        def refusal(rank: int, kind: str, text: str) -> CheckpointError:
+            return CheckpointError(f"in process {rank} of {self.count}: {kind}: {text}")
+
+        return done_by_each(work, _exchanged, refusal)
 
 
 ALONE = Processes()
@@ -78,8 +71,7 @@ def mean_over(group: Any, values: Mapping[str, float]) -> dict[str, float]:
     """Of each name the mean of the processes that have it, in the order of their ranks: equal to the bit in each."""
     if group is None or torch.distributed.get_world_size(group) == 1:
         return dict(values)
-    found: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(found, dict(values), group=group)
+    found = exchanged(dict(values), group)
     names = dict.fromkeys(name for of_rank in found for name in of_rank)
     return {name: sum(there := [of_rank[name] for of_rank in found if name in of_rank]) / len(there) for name in names}
 
@@ -90,12 +82,12 @@ def sharing(op: str, folder: Path) -> Processes:
     Raises:
         ArgumentError: some share a folder and others do not.
     """
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+    here = Processes(*place())
+    if here.count == 1:
         return ALONE
     places = _exchanged(os.path.realpath(folder))
     if len(set(places)) == 1:
-        return Processes(distributed.get_rank(), distributed.get_world_size())
+        return here
     if len(set(places)) == len(places):
         return ALONE
     raise ArgumentError(
@@ -104,9 +96,7 @@ def sharing(op: str, folder: Path) -> Processes:
 
 
 def _exchanged(mine: Any) -> list[Any]:
-    found: list[Any] = [None] * torch.distributed.get_world_size()
     try:
-        torch.distributed.all_gather_object(found, mine)
+        return exchanged(mine)
     except RuntimeError as error:  # one has died, or does not come
         raise CheckpointError(f"the processes of the run do not come together for a checkpoint ({error})") from error
-    return found
