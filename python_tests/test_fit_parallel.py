@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from training_kit import Numbered, make_student, make_teacher
 
 import tgt_fast as tgt
+from tgt_fast.train import log
 
 pytestmark = needs_processes
 worlds = pytest.mark.parametrize("world", [1, 2, 4])
@@ -147,16 +148,20 @@ def test_what_a_step_communicates(tmp_path: Path) -> None:
         assert counts == [[1] * 3, [2] * 3]  # of rows
 
 
-def test_one_bar(tmp_path: Path) -> None:
+def test_one_bar_and_one_log(tmp_path: Path) -> None:
     def work(rank: int) -> Any:
         shown = io.StringIO()
         with contextlib.redirect_stderr(shown):
-            trained("replicated", 2, rank, 1, progress=True, evaluate=None)
-        return shown.getvalue()
+            _, result, _ = trained("replicated", 2, rank, 1, progress=True, evaluate=None, log=tmp_path / "log")
+        return shown.getvalue(), result.history
 
-    first, second = all_made(in_processes(2, tmp_path, work))
+    (first, history), (second, _) = all_made(in_processes(2, tmp_path, work))
     assert f"{STEPS}/{STEPS}" in first
     assert second == ""
+    lines = log.read(tmp_path / "log")
+    assert [one["event"] for one in lines].count("start") == 1
+    assert lines[0]["settings"]["processes"] == "2"
+    assert [one["values"] for one in lines if one["event"] == "record"] == history
 
 
 def test_evaluations_are_of_all_data(tmp_path: Path) -> None:

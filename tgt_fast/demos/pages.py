@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tgt_fast._versions import versions
 from tgt_fast.demos.results import AccuracyResults, StudentResults
 from tgt_fast.report import Page, plots
-from tgt_fast.report.identity import commit, versions
+from tgt_fast.report.identity import commit
 from tgt_fast.report.numbers import spread
 from tgt_fast.report.plots import Bar, Series
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from tgt_fast._versions import versions
 from tgt_fast.errors import ArgumentError
-from tgt_fast.report.identity import commit, versions
+from tgt_fast.report.identity import commit
 from tgt_fast.report.numbers import Difference, mean
 from tgt_fast.report.plots import Curve
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgt_fast._bars import batches
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.explore.anchors import PoolBuilder
 from tgt_fast.explore.processes import of_all_processes
@@ -91,13 +92,20 @@ class StreamingStd:
 
 
 def measure(
-    teacher: Teacher, loader: Iterable[Any], columns: Sequence[Any] | None, per_class: int | None, *, padding: bool
+    teacher: Teacher,
+    loader: Iterable[Any],
+    columns: Sequence[Any] | None,
+    per_class: int | None,
+    *,
+    padding: bool,
+    progress: bool | None = None,
 ) -> tuple[StreamingStd, PoolBuilder | None]:
     """The moments of a loader's latents and, with ``per_class``, balanced anchors."""
     std, pool = StreamingStd(), None if per_class is None else PoolBuilder(per_class)
     parts = Columns("calibrate", columns)
     check_loader("calibrate", loader)
-    for (ids, x, y), kept in split_batches(loader, parts, padding=padding):
+    made = split_batches(loader, parts, padding=padding)
+    for (ids, x, y), kept in batches(made, loader, "calibrate", progress):
         if kept is not None:
             ids, x, y = (tree.map_batched(lambda leaf, kept=kept: leaf[:kept], one) for one in (ids, x, y))  # type: ignore[misc]
         if kept == 0:
@@ -112,12 +120,17 @@ def measure(
 
 
 def measure_together(
-    group: Any, teacher: Teacher, loader: Iterable[Any], columns: Sequence[Any] | None, per_class: int | None
+    group: Any,
+    teacher: Teacher,
+    loader: Iterable[Any],
+    columns: Sequence[Any] | None,
+    per_class: int | None,
+    progress: bool | None = None,
 ) -> tuple[StreamingStd, PoolBuilder | None]:
     """The same of the loaders of all processes, in the order of their ranks: equal to the bit in each."""
 
     def of_this() -> Any:
-        std, pool = measure(teacher, loader, columns, per_class, padding=False)
+        std, pool = measure(teacher, loader, columns, per_class, padding=False, progress=progress)
         return std.moments(), None if pool is None else pool.parts()
 
     std, pool = StreamingStd(), None if per_class is None else PoolBuilder(per_class)

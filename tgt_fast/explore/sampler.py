@@ -265,6 +265,7 @@ class LatentSampler(Adjustable):
         per_class: int = 1024,
         columns: Sequence[Any] | None = None,
         group: Any = None,
+        progress: bool | None = None,
     ) -> LatentSampler:
         """Measure ``scale``, the standard deviation of Enc(x) over a loader, and collect balanced anchors.
 
@@ -280,6 +281,7 @@ class LatentSampler(Adjustable):
                 part of the data: the same ``scale`` to the bit on each, and balanced anchors of them all, those of the
                 first process first (their ids are then the loader's, or places in each one's part). Each process
                 calls, even with no data. Examples that a ``DistributedSampler`` repeats as padding are left out.
+            progress: show a bar; None: on a terminal, where it takes longer than a second.
 
         Returns:
             The sampler itself.
@@ -292,9 +294,9 @@ class LatentSampler(Adjustable):
         given = self.teacher, loader, columns, per_class if self.options.anchors == "balanced" else None
         together = counting_group("calibrate", group, name="group")
         if together is None:
-            std, pool = measure(*given, padding=True)
+            std, pool = measure(*given, padding=True, progress=progress)
         else:
-            std, pool = measure_together(together, *given)
+            std, pool = measure_together(together, *given, progress)
         scale = std.result()
         self._pool = None if pool is None else pool.build()
         self.scale = scale

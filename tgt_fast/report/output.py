@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from tgt_fast.errors import ArgumentError
-from tgt_fast.train.files import make_writable, replace_file
+from tgt_fast.train.files import make_writable, replace_file, standard_json
 
 written: dict[Path, None] = {}  # what was put in its place in this process, in that order
 
@@ -65,7 +64,7 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    text = json.dumps(_standard(value), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(standard_json(value), indent=2, allow_nan=False) + "\n"
     _replace(path, text.encode())
 
 
@@ -85,13 +84,3 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns
-
-
-def _standard(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _standard(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_standard(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,3 +118,14 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> str:
 def bytes_of(tensor: Tensor) -> memoryview:
     """Of a tensor on the CPU, as they are stored."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def standard_json(value: Any) -> Any:
+    """The value with null for NaN and infinities, which standard JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(key): standard_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [standard_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

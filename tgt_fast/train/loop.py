@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +13,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from tqdm import tqdm
 
+from tgt_fast._bars import Bar, quiet
 from tgt_fast._opening import as_path
 from tgt_fast._rng import isolated_rng
 from tgt_fast.errors import ArgumentError
@@ -28,15 +29,18 @@ from tgt_fast.train.data import BatchStream
 from tgt_fast.train.document import remove_unnamed
 from tgt_fast.train.failures import one_for_all
 from tgt_fast.train.files import make_writable
+from tgt_fast.train.log import Means, RunLog
 from tgt_fast.train.names import take_own_names
 from tgt_fast.train.parallel import Parallel, only_bar, unwrapped
 from tgt_fast.train.processes import ALONE, sharing
 from tgt_fast.train.rng import turn
 from tgt_fast.train.run import Evaluate, FitResult, Objective, Run
+from tgt_fast.train.settings import settings_of
 from tgt_fast.train.sharded import gathered, take_whole_weights
 from tgt_fast.train.view import RunView
 
 BEST_WEIGHTS = "best.safetensors"
+_GLANCES = 0.5  # seconds between two looks at the loss
 Callback = Callable[[str, RunView], Any]
 
 
@@ -63,6 +67,7 @@ def fit(
     autocast: torch.dtype | None = None,
     ema: float | None = None,
     callbacks: Sequence[Callback] = (),
+    log: str | os.PathLike[str] | None = None,
 ) -> FitResult:
     """Train ``student`` for ``steps`` optimizer steps on ``objective``, over ``loader`` as often as it takes.
 
@@ -117,7 +122,7 @@ def fit(
             numbers (torch, numpy, Python) and leaves the global ones as they were: its result does not depend
             on what ran before. Those generators are one each in a process: beside a run with a seed no other thread
             can run fit, nor may it draw from them.
-        progress: show a bar.
+        progress: show a bar, with the loss from the first step on; evaluations that take longer have their own.
         columns: ``(ids, x, y)``, where they are in a batch: each an index, a key of a dict or another Mapping, or
             None for what there is not; x may be a tuple of keys, and is then a dict of them. By default the length
             decides: three are (ids, x, y), two (x, y), one is x; parts whose dtypes or shapes do not fit that, and
@@ -131,6 +136,10 @@ def fit(
             first step, "step" after each, "record" after an entry of the history, "checkpoint" after one was saved, and
             "end"; run is a :class:`tgt_fast.train.RunView`, to read. Random numbers that they draw leave the run's as
             they were; what they raise ends it.
+        log: a folder, such as "runs/1", to whose ``log.jsonl`` the first process adds a line of JSON for the run's
+            settings, about a thousand with the means of loss and parts, one a record of the history and one for how it
+            ended. A kill costs what was not written yet. A run that begins anew in it, or goes on, is added to what is
+            there. ``tgt-fast report runs/1`` makes a page of it, also while it runs.
 
     Returns:
         A :class:`FitResult`.
@@ -179,6 +188,7 @@ def fit(
         take_own_names(student)
         take_whole_weights(unwrapped(student))
         stream = BatchStream(loader)
+        told = stack.enter_context(closing(RunLog(log, first=only_bar())))
         run = Run(student, objective, stream, parts, optimizer, scheduler, parallel, autocast=autocast, ema=ema)
         stack.enter_context(turn("fit", seeded=seed is not None))
         if seed is not None:
@@ -189,16 +199,24 @@ def fit(
         student.train()
         optimizer.zero_grad()
         result = run.result
-        shown = {"disable": not (progress and only_bar()), "desc": "fit", "unit": "step", "miniters": 1}
+        stack.enter_context(quiet(not progress))
+        settings = settings_of(
+            run, steps=steps, accumulate=accumulate, clip_grad_norm=clip_grad_norm, eval_every=eval_every,
+            monitor=None if evaluate is None else f"{monitor} ({mode})", seed=seed, autocast=autocast, ema=ema,
+        )  # fmt: skip
+        stack.enter_context(told.of(run, steps, settings))
         tell("start")
-        with _Bar(total=steps, initial=min(result.steps, steps), **shown) as bar:
+        with _Bar(run, steps, shown=progress and only_bar()) as bar:
             while result.steps < steps:
                 run.step(accumulate, clip_grad_norm)
+                told.stepped(run)
+                bar.stepped()
                 tell("step")
                 if _due(eval_every, result.steps, steps):
+                    told.before_record(run)
                     keeper.save_best(run if run.record(evaluate, monitor, mode) else None)
-                    last = result.history[-1]
-                    bar.set_postfix({name: f"{last[name]:.4g}" for name in ("loss", monitor) if name in last})
+                    told.recorded(run)
+                    bar.recorded(monitor)
                     tell("record")
                 if _due(checkpoint_every, result.steps, steps):
                     keeper.save(run)
@@ -208,7 +226,7 @@ def fit(
         if not keeper.kept:
             keeper.save(run)  # of no steps
         tell("end")
-        return run.finish()
+        return run.finish(settings)
 
 
 class _Callbacks:
@@ -224,10 +242,34 @@ class _Callbacks:
                     function(event, self.view)
 
 
-class _Bar(tqdm):  # type: ignore[misc]
-    """A bar without tqdm's monitoring thread: it outlives the run, and DataLoader workers are forked beside it."""
+class _Bar(Bar):
+    """The bar of a run, which shows its loss: the mean since it was last shown, read a few times a second at most."""
 
-    monitor_interval = 0
+    def __init__(self, run: Run, total: int, *, shown: bool) -> None:
+        begun = min(run.result.steps, total)
+        super().__init__(total=total, initial=begun, disable=not shown, desc="fit", unit="step", miniters=1)
+        if shown:
+            self._run, self._means, self._next = run, Means(run), 0.0
+            self._score: dict[str, float] = {}
+
+    def stepped(self) -> None:
+        """After a step: reading the loss waits for the device, so not after each."""
+        if not self.disable and (now := time.monotonic()) >= self._next:
+            first, self._next = self._next == 0.0, now + _GLANCES
+            self._show(self._means(), refresh=first)
+
+    def recorded(self, monitor: str) -> None:
+        """After a record of the history."""
+        if not self.disable:
+            self._means()
+            last = self._run.result.history[-1]
+            self._score = {monitor: last[monitor]} if monitor in last else {}
+            self._show(last, refresh=True)
+
+    def _show(self, values: Mapping[str, float], *, refresh: bool) -> None:
+        found = {"loss": values["loss"], **self._score} if "loss" in values else {}
+        if found:
+            self.set_postfix({name: f"{value:.4g}" for name, value in found.items()}, refresh=refresh)
 
 
 class _Keeper:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tgt_fast._bars import batches
 from tgt_fast.errors import ArgumentError, DeviceError, ShapeError
 from tgt_fast.explore.processes import of_all_processes
 from tgt_fast.explore.student import logits_of
@@ -131,6 +132,7 @@ def evaluate(
     class_counts: Sequence[int] | Tensor | None = None,
     columns: Sequence[Any] | None = None,
     group: Any = None,
+    progress: bool | None = None,
 ) -> dict[str, float]:
     """Measure a student on a loader, in eval mode; its train/eval flags are afterwards as they were.
 
@@ -144,6 +146,8 @@ def evaluate(
             the data: the result is that of all of it, the same in each. What a ``DistributedSampler`` repeats as
             padding is not counted twice. None: this process alone, or, where :func:`fit` evaluates a student of
             several processes, those.
+        progress: show a bar; None: on a terminal, where it takes longer than a second, unless a run that shows none
+            evaluates.
 
     Returns:
         ``accuracy`` (a fraction; NaN without labels); with ``class_counts`` also ``head``, ``middle`` and
@@ -162,12 +166,14 @@ def evaluate(
     device = module_device(student)
     parts = Columns("evaluate", columns)
     check_loader("evaluate", loader)
+    progress = None if progress is None else _checks.flag("evaluate", "progress", progress)
     together = counting_group("evaluate", evaluating_group() if group is None else group, name="group")
 
     def measured() -> _Sums:
         sums = _Sums()
         with eval_mode(student):
-            for (_, x, y), kept in split_batches(loader, parts, padding=together is None):
+            made = split_batches(loader, parts, padding=together is None)
+            for (_, x, y), kept in batches(made, loader, "evaluate", progress):
                 x, y = to_device((x, y), device)
                 logits = logits_of("evaluate", student, x if teacher is None else teacher.student_view(x))
                 sums.add(logits, y, None if teacher is None else teacher.label(x), kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ class FitResult:
         best_step: the step of that evaluation.
         best_score: its value of the monitored metric.
         ema: the averaged weights at the end, such a ``state_dict``, where ``fit(ema=)`` asked for them.
+        settings: what the run was made with, in words, for a report.
     """
 
     steps: int = 0
@@ -79,6 +81,17 @@ class FitResult:
     best_step: int | None = None
     best_score: float | None = None
     ema: dict[str, Tensor] | None = None
+    settings: dict[str, str] = field(default_factory=dict, repr=False)
+    _student: Any = field(default=None, repr=False, compare=False)  # a weak reference
+
+    @property
+    def student(self) -> nn.Module | None:
+        """The module that was trained, without what wraps it, as long as it lives elsewhere: a result keeps none."""
+        found: nn.Module | None = None if self._student is None else self._student()
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_student": None}
 
 
 class Run:
@@ -106,9 +119,11 @@ class Run:
         self.result = FitResult()
         self.sums: dict[str, Tensor] = {}  # of the loss and its parts since the last record; no step waits for them
         self.summed = 0  # steps in the sums
+        self.last: dict[str, Tensor] = {}  # the loss and its parts of the last step
 
     def step(self, accumulate: int, clip_grad_norm: float | None) -> None:
         batches = [self._take() for _ in range(accumulate)]
+        self.last = {}
         normalizers: dict[str, Any] = {}
         if accumulate > 1:
             real, synthetic = self.objective.normalizers(batches)  # type: ignore[attr-defined]
@@ -155,7 +170,8 @@ class Run:
     def _add(self, terms: Mapping[str, Tensor]) -> None:
         for name, value in terms.items():
             value = value.double()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            for sums in (self.sums, self.last):
+                sums[name] = sums[name] + value if name in sums else value
 
     def record(self, evaluate: Evaluate | None, monitor: str, mode: str) -> bool:
         """Add to the history; whether this is the best evaluation so far (its weights are then kept).
@@ -195,7 +211,8 @@ class Run:
         """Copies of the student's, as they are."""
         return {name: _copy(value) for name, value in under_own_names(self.model.state_dict()).items()}
 
-    def finish(self) -> FitResult:
+    def finish(self, settings: dict[str, str]) -> FitResult:
+        self.result.settings, self.result._student = settings, weakref.ref(self.model)
         if self.average is not None:
             with self.average.in_place():
                 self.result.ema = self.weights()

@@ -23,6 +23,7 @@ class RunView:
         history: the records so far, as in :class:`FitResult`.
         best_step, best_score: of the best evaluation so far.
         lr: the learning rate of the first group of parameters.
+        losses: the last step's ``loss`` and its parts, in this process; reading them waits for the device.
         student: the module in training, without what wraps it; not to be changed.
         rank, world_size: of this process, among those that average the student's gradients.
     """
@@ -66,6 +67,10 @@ class RunView:
     @property
     def lr(self) -> float:
         return float(self._run.optimizer.param_groups[0]["lr"])
+
+    @property
+    def losses(self) -> Mapping[str, float]:
+        return {name: float(value) for name, value in self._run.last.items()}
 
     @property
     def student(self) -> nn.Module:
