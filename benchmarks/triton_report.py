@@ -1,4 +1,4 @@
-"""What the compiler made of the Triton kernels: registers, shared memory and spills, a row a kernel and configuration.
+"""Results of compiling the Triton kernels: registers, shared memory and spills, a row a kernel and configuration.
 
     python benchmarks/triton_report.py                     # sm_90
     python benchmarks/triton_report.py --full              # sm_80, sm_90, sm_100 and gfx942
@@ -70,7 +70,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Row:
-    """What became of it."""
+    """The report of one kernel."""
 
     architecture: str
     kernel: str
@@ -87,20 +87,20 @@ def distill_jobs(architecture: str) -> Iterator[Job]:
     for classes in CLASSES:
         for number, divergence in enumerate((*DIVERGENCES, "none")):
             for kind in ("bf16", "fp32", "fp64"):
-                wide = kind == "fp64"
-                if wide and number % 4:
+                is_fp64 = kind == "fp64"
+                if is_fp64 and number % 4:
                     continue  # it is for checking, not for speed
                 for whole in (False, True):
-                    yield from _distill(architecture, classes, divergence, kind, wide, whole)
+                    yield from _distill(architecture, classes, divergence, kind, is_fp64, whole)
 
 
-def _distill(architecture: str, classes: int, divergence: str, kind: str, wide: bool, whole: bool) -> Iterator[Job]:
-    plan, real = shipped_plan(classes, wide), "fp64" if wide else "fp32"
+def _distill(architecture: str, classes: int, divergence: str, kind: str, is_fp64: bool, whole: bool) -> Iterator[Job]:
+    plan, real = shipped_plan(classes, is_fp64), "fp64" if is_fp64 else "fp32"
     pointers = dict.fromkeys(("student", "teacher", "d_student", "d_teacher"), kind)
-    pointers |= dict.fromkeys(("row_loss", "state", "upstream"), real)
+    pointers |= dict.fromkeys(("row_loss", "row_state", "upstream"), real)
     constants: dict[str, Any] = {
         "DIVERGENCE": divergence, "SMOOTHED": whole, "SAME": not whole and divergence not in ("mse", "none"),
-        "WIDE": wide, "weight": None,
+        "IS_FP64": is_fp64, "weight": None,
     }  # fmt: skip
     if divergence == "none":
         constants["teacher"] = None
@@ -112,11 +112,13 @@ def _distill(architecture: str, classes: int, divergence: str, kind: str, wide: 
     if plan.kernel == "stream":
         name = "distill_fwd_stream_kernel"
         cut["STAGES"], registers = streaming_of(divergence)
-    yield Job("distill_kernels", name, architecture, label, pointers, constants | cut, plan.warps, not wide, registers)
+    yield Job(
+        "distill_kernels", name, architecture, label, pointers, constants | cut, plan.warps, not is_fp64, registers
+    )
     tile = elementwise_plan(plan)
     cut = {"ROWS": tile.rows, "BLOCK": tile.block, "UPSTREAM_PER_ROW": whole, "WHOLE": classes <= tile.block}
     yield Job(
-        "distill_finish", "distill_bwd_kernel", architecture, label, pointers, constants | cut, tile.warps, not wide
+        "distill_finish", "distill_bwd_kernel", architecture, label, pointers, constants | cut, tile.warps, not is_fp64
     )
 
 
@@ -124,7 +126,7 @@ def small_jobs(architecture: str) -> Iterator[Job]:
     """The kernels round the rows."""
     tile = elementwise_plan(shipped_plan(128256, False))
     pointers = {"student": "bf16", "teacher": "bf16", "stats": "fp32", "row_loss": "fp32", "loss": "fp32"}
-    constants: dict[str, Any] = {"WIDE": False, "BLOCK": tile.block}
+    constants: dict[str, Any] = {"IS_FP64": False, "BLOCK": tile.block}
     yield Job("distill_kernels", "distill_stats_kernel", architecture, "bf16", pointers, constants, tile.warps)
     pointers["divisor"] = "fp64"
     for name in ("distill_count_kernel", "distill_reduce_kernel"):
@@ -143,7 +145,7 @@ def latent_jobs(architecture: str) -> Iterator[Job]:
     pointers = {**dict.fromkeys(names, "fp32"), **dict.fromkeys(("before", "after", "squares", "distances"), "fp64")}
     for size, phases in ((64, ("whole",)), (4096, ("whole",)), (1 << 20, ("measure", "write"))):
         plan = latent_plan(128, size, alone=False, device=device)
-        cut = {"WIDE": False, "ROWS": plan.rows, "BLOCK": plan.block}
+        cut = {"IS_FP64": False, "ROWS": plan.rows, "BLOCK": plan.block}
         for phase in phases:
             for truncated in (False, True):
                 constants = {"PHASE": phase, "SPHERE": "keep", "TRUNCATED": truncated, **cut}
@@ -160,7 +162,7 @@ def latent_jobs(architecture: str) -> Iterator[Job]:
                     constants, plan.warps, registers=LATENT_REGISTERS,
                 )  # fmt: skip
     plan = latent_plan(128, 1 << 20, alone=True, device=device)
-    constants = {"PHASE": "whole", "SPHERE": "none", "TRUNCATED": False, "WIDE": False}
+    constants = {"PHASE": "whole", "SPHERE": "none", "TRUNCATED": False, "IS_FP64": False}
     constants |= {"ROWS": plan.rows, "BLOCK": plan.block}
     yield Job(
         "latent_kernels",
@@ -273,7 +275,7 @@ def _amd(assembly: str) -> tuple[int, int]:
 
 
 def made_of() -> str:
-    """What the kernels are compiled from, and by what, in a hash."""
+    """A hash of the sources and of the compiler."""
     kernels = Path(tgt_fast.__file__).parent / "kernels"
     files = [*(kernels / "triton").glob("*.py"), kernels / "options.py"]
     here = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()

@@ -77,12 +77,12 @@ def forwards(findings: dict[str, Any], *parts: str) -> list[dict[str, Any]]:
 
 def test_the_count_of_classes_is_a_constant_in_the_state_of_rows_without_smoothing(findings: dict[str, Any]) -> None:
     """Computed, it would be a zero that other values are selected from: Triton 3.5 and 3.6 then emit invalid code."""
-    checked = [kernel for kernel in forwards(findings, "state") if not kernel["constants"]["SMOOTHED"]]
+    checked = [kernel for kernel in forwards(findings, "row_state") if not kernel["constants"]["SMOOTHED"]]
     assert {kernel["name"] for kernel in checked} == {"distill_fwd_kernel", "distill_fwd_stream_kernel"}
     for kernel in checked:
         lines = kernel["code"].splitlines()
         constants = set(re.findall(r"(%[\w#]+) = arith\.constant", kernel["code"]))
-        stored = [found[1] for line in lines if (found := STORE.search(line)) and base(line, lines) == "state"]
+        stored = [found[1] for line in lines if (found := STORE.search(line)) and base(line, lines) == "row_state"]
         assert len(stored) == 11
         assert stored[5] in constants, kernel["constants"]
 

@@ -15,20 +15,20 @@ class Samples(NamedTuple):
     grad: Tensor  # [B, D]
     anchor: Tensor | None  # [B, D]
     scale: Tensor | None  # [D]
-    wide: torch.dtype
+    dtype: torch.dtype
 
 
 def samples(z: Tensor, grad: Tensor, anchor: Tensor | None, scale: Tensor | None) -> Samples:
     """The tensors of ascend as every kernel reads them."""
     z, grad = z.detach().contiguous(), grad.detach().contiguous()
     anchor = None if anchor is None else anchor.detach().contiguous()
-    wide = wide_dtype(z, grad) if anchor is None else wide_dtype(z, grad, anchor)
-    return Samples(z, grad, anchor, None if scale is None else vector(scale, wide), wide)
+    dtype = accumulate_dtype(z, grad) if anchor is None else accumulate_dtype(z, grad, anchor)
+    return Samples(z, grad, anchor, None if scale is None else vector(scale, dtype), dtype)
 
 
-def vector(value: Tensor, wide: torch.dtype) -> Tensor:
+def vector(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Factors as a dense vector in the type of the arithmetic."""
-    return value.detach().reshape(-1).to(wide).contiguous()
+    return value.detach().reshape(-1).to(dtype).contiguous()
 
 
 def on_device(device: torch.device, value: int | Tensor) -> int | Tensor:
@@ -38,6 +38,6 @@ def on_device(device: torch.device, value: int | Tensor) -> int | Tensor:
     return int(value) if value.device.type == "cpu" != device.type else value.detach().to(device, torch.int64)
 
 
-def wide_dtype(*tensors: Tensor) -> torch.dtype:
+def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
     """The type of the arithmetic: float64 as soon as a tensor is."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tgt_fast._forks import threads
-from tgt_fast.kernels.latent_calls import on_device, samples, vector, wide_dtype
+from tgt_fast.kernels.latent_calls import accumulate_dtype, on_device, samples, vector
 from tgt_fast.kernels.native import DTYPES, core, cuda
 from tgt_fast.kernels.options import OP_ASCEND, RADIUS_NORMS, STEP_NORMS
 
@@ -16,8 +16,8 @@ _UINT64 = (1 << 64) - 1
 class _Factor:
     """A number for all samples or one a sample, as the core takes it; keeps the tensor alive for the call."""
 
-    def __init__(self, value: float | Tensor | None, wide: torch.dtype) -> None:
-        self.tensor = vector(value, wide) if isinstance(value, Tensor) else None
+    def __init__(self, value: float | Tensor | None, dtype: torch.dtype) -> None:
+        self.tensor = vector(value, dtype) if isinstance(value, Tensor) else None
         self.number = float(value) if isinstance(value, (int, float)) else 0.0
 
     def packed(self) -> tuple[float, int]:
@@ -60,9 +60,9 @@ def perturb(
     """z + per_sample * per_coordinate * noise, optionally rescaled onto a sphere."""
     z = z.detach().contiguous()
     sample_ids = sample_ids.contiguous()
-    wide = wide_dtype(z)
-    sigma = _Factor(per_sample, wide)
-    scale = None if per_coordinate is None else vector(per_coordinate, wide)
+    dtype = accumulate_dtype(z)
+    sigma = _Factor(per_sample, dtype)
+    scale = None if per_coordinate is None else vector(per_coordinate, dtype)
     out = torch.empty_like(z)
     radius = -1.0 if sphere_radius == "keep" else 0.0 if sphere_radius is None else float(sphere_radius)
     engine = cuda.engine(z)
@@ -99,9 +99,9 @@ def ascend(
     replica: int,
 ) -> Tensor:
     """One step up the gradient, its noise and its projection, in one pass over a sample."""
-    z, grad, anchor, unit, wide = samples(z, grad, anchor, scale)
+    z, grad, anchor, unit, dtype = samples(z, grad, anchor, scale)
     sample_ids = sample_ids.contiguous()
-    steps, sigmas, radii = _Factor(step_size, wide), _Factor(sigma, wide), _Factor(radius, wide)
+    steps, sigmas, radii = _Factor(step_size, dtype), _Factor(sigma, dtype), _Factor(radius, dtype)
     out = torch.empty_like(z)
     types = tuple(DTYPES[tensor.dtype] for tensor in (z, grad, z if anchor is None else anchor))
     engine = cuda.engine(z)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tgt_fast._forks import threads
-from tgt_fast.kernels.latent_calls import on_device, wide_dtype
+from tgt_fast.kernels.latent_calls import accumulate_dtype, on_device
 from tgt_fast.kernels.memory import workspace
 from tgt_fast.kernels.native import core, cuda
 from tgt_fast.kernels.native.distill_calls import matrix, pointer
@@ -59,7 +59,7 @@ class _Soft:
         self, logits: Tensor, table: Tensor, options: SoftOptions, seed: int | Tensor, sample_ids: Tensor,
         step: int | Tensor, replica: int,
     ) -> None:  # fmt: skip
-        self.dtype = wide_dtype(logits, table)
+        self.dtype = accumulate_dtype(logits, table)
         self.logits = logits.detach()
         self.table = table.detach().to(self.dtype)  # a 16-bit table is widened whole, once
         self.count, self.classes = logits.shape

@@ -66,7 +66,7 @@ def load() -> Kernels | str:
 
 
 def interpreter_trouble(triton: str, numpy: str) -> str | None:
-    """Why Triton's interpreter of this version cannot run with that NumPy; None when it can."""
+    """The reason why Triton's interpreter of this version cannot run with that NumPy; None when it can."""
     of_triton, of_numpy = (tuple(int(n) for n in re.findall(r"\d+", version)[:2]) for version in (triton, numpy))
     if of_triton == (3, 6) and of_numpy >= (2, 4):  # it takes a loop's bounds from arrays of one element
         return f"the interpreter of Triton {triton} cannot run loops with NumPy {numpy}; pip install 'numpy<2.4'"
@@ -82,7 +82,7 @@ def kernels() -> Kernels:
 
 
 def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
-    """Why the Triton kernels cannot run ``op`` on ``tensors``; None when they can."""
+    """The reason why the Triton kernels cannot run ``op`` on ``tensors``; None when they can."""
     reason = not_plain(tensors)
     if reason is not None:
         return reason

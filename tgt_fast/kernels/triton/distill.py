@@ -81,7 +81,7 @@ def forward(call: DistillCall, out: Outputs, *, plan: Plan | None = None) -> Non
     loaded = kernels()
     options, (student, teacher) = call.options, _sides(call)
     rows, classes = student.shape
-    wide = out.loss.dtype == torch.float64
+    is_fp64 = out.loss.dtype == torch.float64
     if rows == 0:
         out.loss.zero_()
         return
@@ -89,13 +89,14 @@ def forward(call: DistillCall, out: Outputs, *, plan: Plan | None = None) -> Non
     if out.row_state is not None:
         out.row_state.zero_()  # there is more room than the kernels write
     numbers = _numbers(options, target is not None)
-    plan = plan or plan_of(rows, classes, wide, planning_device(student))
+    plan = plan or plan_of(rows, classes, is_fp64, planning_device(student))
     with running_on(student):
         divisor_at, divisor = _divisor(loaded, student, target, weight, call.divisor, options)
         if out.stats is not None:  # before the logits are overwritten in place
             _statistics(
-                loaded, student, teacher, target, weight, divisor_at, divisor, out.stats, numbers, options, wide, plan
-            )
+                loaded, student, teacher, target, weight, divisor_at, divisor, out.stats, numbers, options, is_fp64,
+                plan,
+            )  # fmt: skip
         partner = teacher if numbers.divergence != "none" else None  # else the teacher may hold anything
         module = loaded.distill
         kernel, constants, registers = module.distill_fwd_kernel, dict(numbers.constants), None
@@ -107,7 +108,7 @@ def forward(call: DistillCall, out: Outputs, *, plan: Plan | None = None) -> Non
             out.d_teacher, _columns(out.row_state, out.loss.dtype), rows, classes, _stride(student), _stride(partner),
             _stride(out.d_student), _stride(out.d_teacher), options.ignore_index, options.unlabeled_index,
             *numbers.inverses, numbers.unit(classes), *numbers.beta, *numbers.temperature, *numbers.factors,
-            *two_floats(divisor), **constants, WIDE=wide, ROWS=plan.rows, BLOCK=plan.block, warps=plan.warps,
+            *two_floats(divisor), **constants, IS_FP64=is_fp64, ROWS=plan.rows, BLOCK=plan.block, warps=plan.warps,
             registers=registers,
         )  # fmt: skip
         if options.reduction != "none":
@@ -119,15 +120,15 @@ def forward(call: DistillCall, out: Outputs, *, plan: Plan | None = None) -> Non
 
 def _divisor(
     loaded: Kernels, student: Tensor, target: Tensor | None, sample_weight: Tensor | None,
-    normalizer: float | Tensor | None, options: DistillOptions,
+    given: float | Tensor | None, options: DistillOptions,
 ) -> tuple[Tensor | None, float]:  # fmt: skip
     """The divisor of the mean: a float64 number on the device, else the number beside it."""
     if options.reduction != "mean":
         return None, 1.0
-    if isinstance(normalizer, Tensor):
-        return normalizer.detach().to(torch.float64), 1.0
-    if normalizer is not None:
-        divisor = float(normalizer)
+    if isinstance(given, Tensor):
+        return given.detach().to(torch.float64), 1.0
+    if given is not None:
+        divisor = float(given)
         if divisor == 0 or 1e-30 <= divisor <= 1e30:
             return None, divisor
         return student.new_full((), divisor, dtype=torch.float64), 1.0  # two float32 could not hold it
@@ -144,14 +145,14 @@ def _divisor(
 
 def _statistics(
     loaded: Kernels, student: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None,
-    divisor_at: Tensor | None, divisor: float, stats: Tensor, numbers: _Numbers, options: DistillOptions, wide: bool,
+    divisor_at: Tensor | None, divisor: float, stats: Tensor, numbers: _Numbers, options: DistillOptions, is_fp64: bool,
     plan: Plan,
 ) -> None:  # fmt: skip
     tile = elementwise_plan(plan)
     launch(
         loaded.distill.distill_stats_kernel, len(student), student, teacher, target, sample_weight, divisor_at,
         *two_floats(divisor), stats, *student.shape, _stride(student), _stride(teacher), options.ignore_index,
-        options.unlabeled_index, *numbers.inverses, numbers.unit(student.shape[1]), WIDE=wide, BLOCK=tile.block,
+        options.unlabeled_index, *numbers.inverses, numbers.unit(student.shape[1]), IS_FP64=is_fp64, BLOCK=tile.block,
         warps=tile.warps,
     )  # fmt: skip
 
@@ -167,16 +168,16 @@ def backward(
         return
     dtype = accumulate_dtype(student, teacher)
     target, d_loss = dense(call.target), upstream(d_loss, dtype)
-    wide = dtype == torch.float64
+    is_fp64 = dtype == torch.float64
     numbers = _numbers(call.options, target is not None)
     partner = teacher if numbers.divergence != "none" else None
-    tile = elementwise_plan(plan or plan_of(rows, classes, wide, planning_device(student)))
+    tile = elementwise_plan(plan or plan_of(rows, classes, is_fp64, planning_device(student)))
     with running_on(student):
         launch(
             loaded.finish.distill_bwd_kernel, -(-rows // tile.rows), student, partner, target,
             _columns(row_state, dtype), d_loss, *grads, rows, classes, _stride(student), _stride(partner),
             *map(_stride, grads), *numbers.inverses, numbers.unit(classes), *numbers.beta, *numbers.factors,
-            UPSTREAM_PER_ROW=d_loss.dim() > 0, **numbers.constants, WIDE=wide, ROWS=tile.rows, BLOCK=tile.block,
+            UPSTREAM_PER_ROW=d_loss.dim() > 0, **numbers.constants, IS_FP64=is_fp64, ROWS=tile.rows, BLOCK=tile.block,
             WHOLE=classes <= tile.block, warps=tile.warps,
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What follows a row's sums, in Triton: its loss, its state, and the gradients of a tile from a state."""
+"""The end of a row, after its sums, in Triton: its loss, its state, and the gradients of a tile from a state."""
 
 import triton
 import triton.language as tl
@@ -17,6 +17,7 @@ from tgt_fast.kernels.triton.distill_row import (
     TEACHER_SUM,
     X,
     Y,
+    finite_maximum,
     hard_value,
     load_tile,
     shrunk,
@@ -25,7 +26,7 @@ from tgt_fast.kernels.triton.distill_row import (
     student_tile,
     teacher_tile,
 )
-from tgt_fast.kernels.triton.numbers import INFINITY, narrowed, real
+from tgt_fast.kernels.triton.numbers import INFINITY, cast, real
 
 
 @triton.jit
@@ -35,10 +36,10 @@ def close_rows(
     s_max, t_max, student_sum, teacher_sum, hard_sum, linear, finite, x, y,
     problem,  # the largest of problems_of
     beta, unit, soft_loss, temperature, hard_weight, smoothing,
-    row_loss,
+    rows, row_loss, row_state,
     DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the rows' losses; returns x, y, the terms' coefficients and the kind of the rows' gradients."""
+    """Writes losses and, where wanted, states of rows.  -> x, y, the terms' coefficients, the kind of the gradients"""
     if DIVERGENCE == "mse" or DIVERGENCE == "none":
         invalid = (problem == 2) | (s_max == -INFINITY) | (t_max == -INFINITY)
     else:  # an exponential that is not a number shows in the sum
@@ -58,16 +59,21 @@ def close_rows(
     loss = tl.where(invalid, coefficient * float("nan"), loss).to(row_loss.dtype.element_ty)
     tl.store(row_loss + row, tl.where(counts, loss, 0.0), mask=live)
     kind = tl.where(active, tl.where(invalid, float("nan"), 1.0), 0.0)
+    if row_state is not None:
+        write_row_state(
+            row_state, rows, row, live, finite_maximum(s_max), finite_maximum(t_max), student_sum, teacher_sum,
+            hard_sum, finite, x, y, soft_coefficient, hard_coefficient, kind, SMOOTHED,
+        )  # fmt: skip
     return x, y, soft_coefficient, hard_coefficient, kind
 
 
 @triton.jit
-def keep_rows(
-    state, rows, row, live, s_max, t_max, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
+def write_row_state(
+    row_state, rows, row, live, s_max, t_max, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
     SMOOTHED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the rows' state, a column a number."""
-    at = state + row
+    """Writes the rows' row_state, a column a number."""
+    at = row_state + row
     column = rows.to(tl.int64)
     tl.store(at + STUDENT_MAX * column, s_max, mask=live)
     tl.store(at + TEACHER_MAX * column, t_max, mask=live)
@@ -92,7 +98,7 @@ def write_tile(
     s_max, t_max, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
     inverse_ts, inverse_tt, beta, unit, soft_student, soft_teacher, hard_weight, smoothing,
     peaks,  # of the tiles before, from no_peaks; not read where a tile is a whole row
-    DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr,
+    DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, IS_FP64: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Writes the wanted gradients of a tile. The student's may overwrite its logits: both sides are read by now."""
@@ -106,7 +112,7 @@ def write_tile(
     if d_teacher is not None:
         grad = teacher_tile(
             s, t, s_max, t_max, inverse_ts, inverse_tt, inverse_s, inverse_t, log_ratio, x, y, beta,
-            unit, soft * soft_teacher, DIVERGENCE, WIDE,
+            unit, soft * soft_teacher, DIVERGENCE, IS_FP64,
         )  # fmt: skip
         if DIVERGENCE != "mse" and DIVERGENCE != "none":  # which have no peak
             peak = teacher_peak(t, t_max, teacher_sum)
@@ -127,7 +133,7 @@ def write_tile(
         grad = student_tile(
             s, t, col, label, s_max, t_max, inverse_ts, inverse_tt, inverse_s, inverse_t, log_ratio, x, y, beta,
             unit, soft * soft_student, hard, inverse_h, floor, hard * (1 - smoothing),
-            DIVERGENCE, LABELS, SMOOTHED, SAME, WIDE,
+            DIVERGENCE, LABELS, SMOOTHED, SAME, IS_FP64,
         )  # fmt: skip
         if DIVERGENCE != "mse":
             peak = student_peak(s, s_max, student_sum, hard_sum, hard, DIVERGENCE, LABELS)
@@ -152,7 +158,7 @@ def no_peaks(s_max, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 def write_peaks(
     peaks, row, live, kind, d_student, d_teacher, d_student_stride, d_teacher_stride, DIVERGENCE: tl.constexpr
 ):  # fmt: skip
-    """What the last tile leaves to write."""
+    """Writes the peaks, which the tiles leave to the last."""
     of_student, student_at, of_teacher, teacher_at = peaks
     live = live & (kind == 1.0)
     if (d_teacher is not None) and (DIVERGENCE != "mse") and (DIVERGENCE != "none"):
@@ -163,13 +169,13 @@ def write_peaks(
 
 @triton.jit(do_not_specialize=["rows"])
 def distill_bwd_kernel(
-    student, teacher, target, state, upstream, d_student, d_teacher,
+    student, teacher, target, row_state, upstream, d_student, d_teacher,
     rows, classes, student_stride, teacher_stride, d_student_stride, d_teacher_stride,
     inverse_ts_, inverse_ts_low, inverse_tt_, inverse_tt_low, unit_, beta_, beta_low,
     soft_student_, soft_student_low, soft_teacher_, soft_teacher_low,
     hard_weight_, hard_weight_low, smoothing_, smoothing_low,
     UPSTREAM_PER_ROW: tl.constexpr,
-    DIVERGENCE: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr,
+    DIVERGENCE: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, IS_FP64: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The gradients from logits and states; the upstream gradient is applied before rounding. WHOLE: rows fit a tile"""
@@ -177,7 +183,7 @@ def distill_bwd_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, BLOCK)[None, :]
     live = row < rows
-    at = state + row
+    at = row_state + row
     column = rows.to(tl.int64)
     soft = tl.load(at + SOFT * column, mask=live, other=0.0)
     hard = tl.load(at + HARD * column, mask=live, other=0.0)
@@ -202,17 +208,17 @@ def distill_bwd_kernel(
     peaks = no_peaks(s_max, ROWS, BLOCK)
     for start in tl.range(0, classes, BLOCK):
         col = start + lane
-        s = load_tile(student, row, live, student_stride, col, classes, WIDE)
+        s = load_tile(student, row, live, student_stride, col, classes, IS_FP64)
         t = s
         if teacher is not None:
-            t = load_tile(teacher, row, live, teacher_stride, col, classes, WIDE)
+            t = load_tile(teacher, row, live, teacher_stride, col, classes, IS_FP64)
         peaks = write_tile(
             s, t, row, live, col, classes, label, d_student, d_teacher, d_student_stride, d_teacher_stride,
             s_max, t_max, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
-            real(inverse_ts_, inverse_ts_low, WIDE), real(inverse_tt_, inverse_tt_low, WIDE),
-            real(beta_, beta_low, WIDE), real(unit_, 0.0, WIDE), real(soft_student_, soft_student_low, WIDE),
-            real(soft_teacher_, soft_teacher_low, WIDE), real(hard_weight_, hard_weight_low, WIDE),
-            real(smoothing_, smoothing_low, WIDE), peaks, DIVERGENCE, LABELS, SMOOTHED, SAME, WIDE, WHOLE,
+            real(inverse_ts_, inverse_ts_low, IS_FP64), real(inverse_tt_, inverse_tt_low, IS_FP64),
+            real(beta_, beta_low, IS_FP64), real(unit_, 0.0, IS_FP64), real(soft_student_, soft_student_low, IS_FP64),
+            real(soft_teacher_, soft_teacher_low, IS_FP64), real(hard_weight_, hard_weight_low, IS_FP64),
+            real(smoothing_, smoothing_low, IS_FP64), peaks, DIVERGENCE, LABELS, SMOOTHED, SAME, IS_FP64, WHOLE,
         )  # fmt: skip
     if not WHOLE:
         write_peaks(peaks, row, live, kind, d_student, d_teacher, d_student_stride, d_teacher_stride, DIVERGENCE)
@@ -232,9 +238,9 @@ def distill_scale_kernel(
         scale = tl.load(factor + row, mask=row < rows, other=1.0)
         changes = inside & (scale != 1)
         value = tl.load(at, mask=changes, other=0.0)
-        tl.store(at, narrowed(value.to(factor.dtype.element_ty) * scale, grad.dtype.element_ty), mask=changes)
+        tl.store(at, cast(value.to(factor.dtype.element_ty) * scale, grad.dtype.element_ty), mask=changes)
     else:
         scale = tl.load(factor)
         if scale != 1:
             value = tl.load(at, mask=inside, other=0.0)
-            tl.store(at, narrowed(value.to(factor.dtype.element_ty) * scale, grad.dtype.element_ty), mask=inside)
+            tl.store(at, cast(value.to(factor.dtype.element_ty) * scale, grad.dtype.element_ty), mask=inside)

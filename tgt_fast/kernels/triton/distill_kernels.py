@@ -12,7 +12,7 @@ Nothing is added atomically and every sum has one order, so the same inputs give
 import triton
 import triton.language as tl
 
-from tgt_fast.kernels.triton.distill_finish import close_rows, keep_rows, no_peaks, write_peaks, write_tile
+from tgt_fast.kernels.triton.distill_finish import close_rows, no_peaks, write_peaks, write_tile
 from tgt_fast.kernels.triton.distill_row import (
     TINY,
     centred_terms,
@@ -33,41 +33,41 @@ from tgt_fast.kernels.triton.numbers import INFINITY, as_real, real
 
 @triton.jit(do_not_specialize=["rows", "ignore_index", "unlabeled_index"])
 def distill_fwd_kernel(
-    student, teacher, target, weight, divisor_at, row_loss, d_student, d_teacher, state,
+    student, teacher, target, weight, divisor_at, row_loss, d_student, d_teacher, row_state,
     rows, classes, student_stride, teacher_stride, d_student_stride, d_teacher_stride, ignore_index, unlabeled_index,
     inverse_ts_, inverse_ts_low, inverse_tt_, inverse_tt_low, unit_, beta_, beta_low, temperature_, temperature_low,
     soft_student_, soft_student_low, soft_teacher_, soft_teacher_low,
     hard_weight_, hard_weight_low, smoothing_, smoothing_low, divisor_, divisor_low,
-    DIVERGENCE: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr,
+    DIVERGENCE: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, IS_FP64: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     LABELS: tl.constexpr = target is not None
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     live = row < rows
-    inverse_ts = real(inverse_ts_, inverse_ts_low, WIDE)
-    inverse_tt = real(inverse_tt_, inverse_tt_low, WIDE)
-    unit = real(unit_, 0.0, WIDE)
-    beta = real(beta_, beta_low, WIDE)
-    soft_student = real(soft_student_, soft_student_low, WIDE)
-    hard_weight = real(hard_weight_, hard_weight_low, WIDE)
-    smoothing = real(smoothing_, smoothing_low, WIDE)
+    inverse_ts = real(inverse_ts_, inverse_ts_low, IS_FP64)
+    inverse_tt = real(inverse_tt_, inverse_tt_low, IS_FP64)
+    unit = real(unit_, 0.0, IS_FP64)
+    beta = real(beta_, beta_low, IS_FP64)
+    soft_student = real(soft_student_, soft_student_low, IS_FP64)
+    hard_weight = real(hard_weight_, hard_weight_low, IS_FP64)
+    smoothing = real(smoothing_, smoothing_low, IS_FP64)
     label, a_weight, coefficient, counts, active = open_rows(
         row, live, target, weight, divisor_at, real(divisor_, divisor_low, True), classes,
-        ignore_index, unlabeled_index, WIDE,
+        ignore_index, unlabeled_index, IS_FP64,
     )  # fmt: skip
 
-    of_label = label_logit(student, row, student_stride, label, WIDE)
-    s = load_tile(student, row, live, student_stride, col, classes, WIDE)
+    of_label = label_logit(student, row, student_stride, label, IS_FP64)
+    s = load_tile(student, row, live, student_stride, col, classes, IS_FP64)
     t = s
     if teacher is not None:
-        t = load_tile(teacher, row, live, teacher_stride, col, classes, WIDE)
+        t = load_tile(teacher, row, live, teacher_stride, col, classes, IS_FP64)
     s_max = tl.max(s, 1, keep_dims=True)
     t_max = tl.max(t, 1, keep_dims=True)
     problem = tl.max(problems_of(s, t, DIVERGENCE), 1, keep_dims=True)
     s_peak = finite_maximum(s_max)
     t_peak = finite_maximum(t_max)
-    a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, unit, DIVERGENCE, WIDE)
+    a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, unit, DIVERGENCE, IS_FP64)
     if DIVERGENCE == "mse" or DIVERGENCE == "none":
         student_sum = s_peak * 0.0 + 1.0
         teacher_sum = student_sum
@@ -104,29 +104,24 @@ def distill_fwd_kernel(
     finite = linear
     if LABELS:
         if not SAME:
-            hard_sum = tl.sum(exponential(shrunk(s, s_peak), 1.0, WIDE), 1, keep_dims=True)
+            hard_sum = tl.sum(exponential(shrunk(s, s_peak), 1.0, IS_FP64), 1, keep_dims=True)
         if SMOOTHED:
             exists = s > -INFINITY
             linear = tl.sum(tl.where(exists, shrunk(s, s_peak) * TINY, 0.0), 1, keep_dims=True)
-            finite = as_real(tl.sum(exists.to(tl.int32), 1, keep_dims=True), WIDE)
+            finite = as_real(tl.sum(exists.to(tl.int32), 1, keep_dims=True), IS_FP64)
     x, y, soft, hard, kind = close_rows(
         row, live, label, coefficient, counts, active, of_label,
         s_max, t_max, student_sum, teacher_sum, hard_sum, linear, finite, x, y, problem,
-        beta, unit, soft_student, real(temperature_, temperature_low, WIDE), hard_weight, smoothing, row_loss,
-        DIVERGENCE, LABELS, SMOOTHED,
+        beta, unit, soft_student, real(temperature_, temperature_low, IS_FP64), hard_weight, smoothing, rows, row_loss,
+        row_state, DIVERGENCE, LABELS, SMOOTHED,
     )  # fmt: skip
-    if state is not None:
-        keep_rows(
-            state, rows, row, live, s_peak, t_peak, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
-            SMOOTHED,
-        )  # fmt: skip
     if (d_student is not None) or (d_teacher is not None):
         write_tile(
             s, t, row, live, col, classes, tl.where(hard != 0, label, -1),
             d_student, d_teacher, d_student_stride, d_teacher_stride,
             s_peak, t_peak, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
-            inverse_ts, inverse_tt, beta, unit, soft_student, real(soft_teacher_, soft_teacher_low, WIDE),
-            hard_weight, smoothing, no_peaks(s_peak, 1, 4), DIVERGENCE, LABELS, SMOOTHED, SAME, WIDE, True,
+            inverse_ts, inverse_tt, beta, unit, soft_student, real(soft_teacher_, soft_teacher_low, IS_FP64),
+            hard_weight, smoothing, no_peaks(s_peak, 1, 4), DIVERGENCE, LABELS, SMOOTHED, SAME, IS_FP64, True,
         )  # fmt: skip
 
 
@@ -137,19 +132,19 @@ def rise_of(old, new):
 
 
 @triton.jit
-def wide_sum(lanes):
-    """What the lanes of a row add up to, in float64: the gradients are made of differences from such means."""
+def fp64_sum(lanes):
+    """The sum of a row's lanes, in float64: the gradients are made of differences from such means."""
     return tl.sum(lanes.to(tl.float64), 1, keep_dims=True)
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index", "unlabeled_index"])
 def distill_fwd_stream_kernel(
-    student, teacher, target, weight, divisor_at, row_loss, d_student, d_teacher, state,
+    student, teacher, target, weight, divisor_at, row_loss, d_student, d_teacher, row_state,
     rows, classes, student_stride, teacher_stride, d_student_stride, d_teacher_stride, ignore_index, unlabeled_index,
     inverse_ts_, inverse_ts_low, inverse_tt_, inverse_tt_low, unit_, beta_, beta_low, temperature_, temperature_low,
     soft_student_, soft_student_low, soft_teacher_, soft_teacher_low,
     hard_weight_, hard_weight_low, smoothing_, smoothing_low, divisor_, divisor_low,
-    DIVERGENCE: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr,
+    DIVERGENCE: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, IS_FP64: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every lane of the tile keeps its own sums, relative to the row's maxima so far; they meet at the row's end."""
@@ -158,20 +153,20 @@ def distill_fwd_stream_kernel(
     row = tl.program_id(0) + tl.zeros([1, 1], tl.int32)
     lane = tl.arange(0, BLOCK)[None, :]
     live = row < rows
-    inverse_ts = real(inverse_ts_, inverse_ts_low, WIDE)
-    inverse_tt = real(inverse_tt_, inverse_tt_low, WIDE)
-    unit = real(unit_, 0.0, WIDE)
-    beta = real(beta_, beta_low, WIDE)
-    soft_student = real(soft_student_, soft_student_low, WIDE)
-    hard_weight = real(hard_weight_, hard_weight_low, WIDE)
-    smoothing = real(smoothing_, smoothing_low, WIDE)
+    inverse_ts = real(inverse_ts_, inverse_ts_low, IS_FP64)
+    inverse_tt = real(inverse_tt_, inverse_tt_low, IS_FP64)
+    unit = real(unit_, 0.0, IS_FP64)
+    beta = real(beta_, beta_low, IS_FP64)
+    soft_student = real(soft_student_, soft_student_low, IS_FP64)
+    hard_weight = real(hard_weight_, hard_weight_low, IS_FP64)
+    smoothing = real(smoothing_, smoothing_low, IS_FP64)
     label, a_weight, coefficient, counts, active = open_rows(
         row, live, target, weight, divisor_at, real(divisor_, divisor_low, True), classes,
-        ignore_index, unlabeled_index, WIDE,
+        ignore_index, unlabeled_index, IS_FP64,
     )  # fmt: skip
 
-    of_label = label_logit(student, row, student_stride, label, WIDE)
-    nothing = as_real(tl.zeros([1, BLOCK], tl.float32), WIDE)
+    of_label = label_logit(student, row, student_stride, label, IS_FP64)
+    nothing = as_real(tl.zeros([1, BLOCK], tl.float32), IS_FP64)
     q_sums = nothing
     p_sums = nothing
     x_sums = nothing
@@ -180,28 +175,28 @@ def distill_fwd_stream_kernel(
     linear_sums = nothing
     counted = tl.zeros([1, BLOCK], tl.int32)
     problems = tl.zeros([1, BLOCK], tl.int32)
-    s_max = as_real(tl.full([1, 1], -INFINITY, tl.float32), WIDE)
+    s_max = as_real(tl.full([1, 1], -INFINITY, tl.float32), IS_FP64)
     t_max = s_max
     for start in tl.range(0, classes, BLOCK, num_stages=STAGES):
         col = start + lane
-        s = load_tile(student, row, live, student_stride, col, classes, WIDE)
+        s = load_tile(student, row, live, student_stride, col, classes, IS_FP64)
         t = s
         if teacher is not None:
-            t = load_tile(teacher, row, live, teacher_stride, col, classes, WIDE)
+            t = load_tile(teacher, row, live, teacher_stride, col, classes, IS_FP64)
         problems = tl.maximum(problems, problems_of(s, t, DIVERGENCE))
         s_new = tl.maximum(s_max, tl.max(s, 1, keep_dims=True))
         t_new = tl.maximum(t_max, tl.max(t, 1, keep_dims=True))
         s_peak = finite_maximum(s_new)
         t_peak = finite_maximum(t_new)
-        a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, unit, DIVERGENCE, WIDE)
+        a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, unit, DIVERGENCE, IS_FP64)
         x_terms, y_terms = shifted_terms(a, b, p, q, unit, DIVERGENCE)
         if PROBABILITIES:
             s_rise = rise_of(s_max, s_new)
             t_rise = rise_of(t_max, t_new)
             ds = s_rise * in_units(inverse_ts, unit, DIVERGENCE)
             dt = t_rise * in_units(inverse_tt, unit, DIVERGENCE)
-            shrink_s = exponential(-s_rise, inverse_ts, WIDE)
-            shrink_t = exponential(-t_rise, inverse_tt, WIDE)
+            shrink_s = exponential(-s_rise, inverse_ts, IS_FP64)
+            shrink_t = exponential(-t_rise, inverse_tt, IS_FP64)
             if DIVERGENCE == "forward_kl" or DIVERGENCE == "symmetric":
                 x_sums = (x_sums + (ds - dt) * p_sums) * shrink_t + x_terms
             if DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric":
@@ -216,10 +211,11 @@ def distill_fwd_stream_kernel(
         if LABELS:
             rise = rise_of(s_max, s_new)
             if not SAME:
-                hard_sums = hard_sums * exponential(-rise, 1.0, WIDE) + exponential(shrunk(s, s_peak), 1.0, WIDE)
+                hard_sums = hard_sums * exponential(-rise, 1.0, IS_FP64) + exponential(shrunk(s, s_peak), 1.0, IS_FP64)
             if SMOOTHED:
                 exists = s > -INFINITY
-                linear_sums += tl.where(exists, shrunk(s, s_peak) * TINY, 0.0) - as_real(counted, WIDE) * (rise * TINY)
+                risen = as_real(counted, IS_FP64) * (rise * TINY)
+                linear_sums += tl.where(exists, shrunk(s, s_peak) * TINY, 0.0) - risen
                 counted += exists.to(tl.int32)
         s_max = s_new
         t_max = t_new
@@ -238,9 +234,9 @@ def distill_fwd_stream_kernel(
         log_ratio = tl.log(teacher_sum / student_sum)
         for start in tl.range(0, classes, BLOCK, num_stages=STAGES):
             col = start + lane
-            s = load_tile(student, row, live, student_stride, col, classes, WIDE)
-            t = load_tile(teacher, row, live, teacher_stride, col, classes, WIDE)
-            a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, unit, DIVERGENCE, WIDE)
+            s = load_tile(student, row, live, student_stride, col, classes, IS_FP64)
+            t = load_tile(teacher, row, live, teacher_stride, col, classes, IS_FP64)
+            a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, unit, DIVERGENCE, IS_FP64)
             x_terms, y_terms = normalised_terms(
                 a, b, p, q, 1.0 / student_sum, 1.0 / teacher_sum, log_ratio, beta, DIVERGENCE
             )  # fmt: skip
@@ -253,9 +249,9 @@ def distill_fwd_stream_kernel(
             x = tl.sum(x_sums, 1, keep_dims=True)
             y = tl.sum(y_sums, 1, keep_dims=True)
         elif DIVERGENCE != "reverse_kl":
-            x = as_real(wide_sum(x_sums) / wide_sum(p_sums), WIDE)
+            x = as_real(fp64_sum(x_sums) / fp64_sum(p_sums), IS_FP64)
         if DIVERGENCE == "reverse_kl" or DIVERGENCE == "symmetric":
-            y = as_real(wide_sum(y_sums) / wide_sum(q_sums), WIDE)
+            y = as_real(fp64_sum(y_sums) / fp64_sum(q_sums), IS_FP64)
 
     hard_sum = student_sum
     linear = s_peak * 0.0
@@ -265,32 +261,27 @@ def distill_fwd_stream_kernel(
             hard_sum = tl.sum(hard_sums, 1, keep_dims=True)
         if SMOOTHED:
             linear = tl.sum(linear_sums, 1, keep_dims=True)
-            finite = as_real(tl.sum(counted, 1, keep_dims=True), WIDE)
+            finite = as_real(tl.sum(counted, 1, keep_dims=True), IS_FP64)
     x, y, soft, hard, kind = close_rows(
         row, live, label, coefficient, counts, active, of_label,
         s_max, t_max, student_sum, teacher_sum, hard_sum, linear, finite, x, y, problem,
-        beta, unit, soft_student, real(temperature_, temperature_low, WIDE), hard_weight, smoothing, row_loss,
-        DIVERGENCE, LABELS, SMOOTHED,
+        beta, unit, soft_student, real(temperature_, temperature_low, IS_FP64), hard_weight, smoothing, rows, row_loss,
+        row_state, DIVERGENCE, LABELS, SMOOTHED,
     )  # fmt: skip
-    if state is not None:
-        keep_rows(
-            state, rows, row, live, s_peak, t_peak, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
-            SMOOTHED,
-        )  # fmt: skip
     if (d_student is not None) or (d_teacher is not None):
         label = tl.where(hard != 0, label, -1)
         peaks = no_peaks(s_peak, 1, BLOCK)
         for start in tl.range(0, classes, BLOCK, num_stages=STAGES):
             col = start + lane
-            s = load_tile(student, row, live, student_stride, col, classes, WIDE)
+            s = load_tile(student, row, live, student_stride, col, classes, IS_FP64)
             t = s
             if teacher is not None:
-                t = load_tile(teacher, row, live, teacher_stride, col, classes, WIDE)
+                t = load_tile(teacher, row, live, teacher_stride, col, classes, IS_FP64)
             peaks = write_tile(
                 s, t, row, live, col, classes, label, d_student, d_teacher, d_student_stride, d_teacher_stride,
                 s_peak, t_peak, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
-                inverse_ts, inverse_tt, beta, unit, soft_student, real(soft_teacher_, soft_teacher_low, WIDE),
-                hard_weight, smoothing, peaks, DIVERGENCE, LABELS, SMOOTHED, SAME, WIDE, False,
+                inverse_ts, inverse_tt, beta, unit, soft_student, real(soft_teacher_, soft_teacher_low, IS_FP64),
+                hard_weight, smoothing, peaks, DIVERGENCE, LABELS, SMOOTHED, SAME, IS_FP64, False,
             )  # fmt: skip
         write_peaks(peaks, row, live, kind, d_student, d_teacher, d_student_stride, d_teacher_stride, DIVERGENCE)
 
@@ -334,19 +325,19 @@ def distill_stats_kernel(
     student, teacher, target, weight, divisor_at, divisor_, divisor_low, stats,
     rows, classes, student_stride, teacher_stride, ignore_index, unlabeled_index,
     inverse_ts_, inverse_ts_low, inverse_tt_, inverse_tt_low, unit_,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    IS_FP64: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Whatever the loss; zeros for a row that does not count, NaN for what is no distribution."""
+    """Statistics of a row, whatever the loss; zeros for a row that does not count, NaN for what is no distribution."""
     row = tl.program_id(0) + tl.zeros([1, 1], tl.int32)
     lane = tl.arange(0, BLOCK)[None, :]
     live = row < rows
-    inverse_ts = real(inverse_ts_, inverse_ts_low, WIDE)
-    inverse_tt = real(inverse_tt_, inverse_tt_low, WIDE)
-    unit = real(unit_, 0.0, WIDE)
-    one = as_real(tl.full([1, 1], 1.0, tl.float32), WIDE)
+    inverse_ts = real(inverse_ts_, inverse_ts_low, IS_FP64)
+    inverse_tt = real(inverse_tt_, inverse_tt_low, IS_FP64)
+    unit = real(unit_, 0.0, IS_FP64)
+    one = as_real(tl.full([1, 1], 1.0, tl.float32), IS_FP64)
     label, a_weight, coefficient, counts, active = open_rows(
         row, live, target, weight, divisor_at, real(divisor_, divisor_low, True), classes,
-        ignore_index, unlabeled_index, WIDE,
+        ignore_index, unlabeled_index, IS_FP64,
     )  # fmt: skip
     s_max = one * -INFINITY
     t_max = s_max
@@ -357,8 +348,8 @@ def distill_stats_kernel(
     not_finite_t = problems
     for start in range(0, classes, BLOCK):
         col = start + lane
-        s = load_tile(student, row, live, student_stride, col, classes, WIDE)
-        t = load_tile(teacher, row, live, teacher_stride, col, classes, WIDE)
+        s = load_tile(student, row, live, student_stride, col, classes, IS_FP64)
+        t = load_tile(teacher, row, live, teacher_stride, col, classes, IS_FP64)
         problems = tl.maximum(problems, problems_of(s, t, "forward_kl"))
         not_finite_s = tl.maximum(not_finite_s, (~(s < INFINITY)).to(tl.int32))
         not_finite_t = tl.maximum(not_finite_t, (~(t < INFINITY)).to(tl.int32))
@@ -372,7 +363,7 @@ def distill_stats_kernel(
         t_max = tl.maximum(t_max, t_here)
     s_peak = finite_maximum(s_max)
     t_peak = finite_maximum(t_max)
-    nothing = as_real(tl.zeros([1, BLOCK], tl.float32), WIDE)
+    nothing = as_real(tl.zeros([1, BLOCK], tl.float32), IS_FP64)
     q_sums = nothing
     p_sums = nothing
     qb_sums = nothing
@@ -380,9 +371,9 @@ def distill_stats_kernel(
     kl_sums = nothing
     for start in range(0, classes, BLOCK):
         col = start + lane
-        s = load_tile(student, row, live, student_stride, col, classes, WIDE)
-        t = load_tile(teacher, row, live, teacher_stride, col, classes, WIDE)
-        a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, unit, "forward_kl", WIDE)
+        s = load_tile(student, row, live, student_stride, col, classes, IS_FP64)
+        t = load_tile(teacher, row, live, teacher_stride, col, classes, IS_FP64)
+        a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, unit, "forward_kl", IS_FP64)
         q_sums += q
         p_sums += p
         qb_sums += q * b
@@ -399,7 +390,7 @@ def distill_stats_kernel(
     bad_student = (tl.max(not_finite_s, 1, keep_dims=True) > 0) | (s_max == -INFINITY)
     bad_teacher = (tl.max(not_finite_t, 1, keep_dims=True) > 0) | (t_max == -INFINITY)
     kl = tl.where(problem == 1, INFINITY, tl.where(kl < 0, 0.0, kl))
-    agreement = as_real(((s_best == t_best) & ~bad_student & ~bad_teacher).to(tl.int32), WIDE)
+    agreement = as_real(((s_best == t_best) & ~bad_student & ~bad_teacher).to(tl.int32), IS_FP64)
     no_student = tl.where(bad_student, float("nan"), 0.0)
     no_teacher = tl.where(bad_teacher, float("nan"), 0.0)
     zero = one * 0.0

@@ -17,7 +17,7 @@ PEAKED = tl.constexpr(1.9375)
 
 @triton.jit
 def student_peak(s, s_max, student_sum, hard_sum, hard, DIVERGENCE: tl.constexpr, LABELS: tl.constexpr):
-    """Where the peaks of a tile are, of the gradient to the student."""
+    """The places of a tile's peaks, of the gradient to the student."""
     peaked = s_max != s_max
     if DIVERGENCE != "none":
         peaked = student_sum < PEAKED

@@ -16,7 +16,7 @@ bounded, and in nats.
 import triton
 import triton.language as tl
 
-from tgt_fast.kernels.triton.numbers import INFINITY, as_real, narrowed
+from tgt_fast.kernels.triton.numbers import INFINITY, as_real, cast
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -40,18 +40,18 @@ KIND = tl.constexpr(10)  # 1: as above; 0: gradients of 0; NaN: gradients of NaN
 
 
 @triton.jit
-def lowest(WIDE: tl.constexpr):
+def lowest(IS_FP64: tl.constexpr):
     """A quarter of the lowest finite number."""
-    if WIDE:
+    if IS_FP64:
         return -4.0e307
     else:
         return -8.0e37
 
 
 @triton.jit
-def bounded_below(x, WIDE: tl.constexpr):
+def bounded_below(x, IS_FP64: tl.constexpr):
     """Keeps -inf away from 0 * inf and inf - inf. NaN stays."""
-    return tl.where(x < lowest(WIDE), lowest(WIDE), x)
+    return tl.where(x < lowest(IS_FP64), lowest(IS_FP64), x)
 
 
 @triton.jit
@@ -60,9 +60,9 @@ def shrunk(x, most):
 
 
 @triton.jit
-def exponential(difference, inverse, WIDE: tl.constexpr):
+def exponential(difference, inverse, IS_FP64: tl.constexpr):
     """exp of a difference, which is shrunk, times the inverse."""
-    if WIDE:
+    if IS_FP64:
         return tl.exp(difference * (inverse / SHRINK))
     else:
         return tl.exp2(difference * (inverse * (LOG2_E / SHRINK)))
@@ -70,7 +70,7 @@ def exponential(difference, inverse, WIDE: tl.constexpr):
 
 @triton.jit
 def in_units(inverse, unit, DIVERGENCE: tl.constexpr):
-    """What a shrunk difference is multiplied by, with an inverse temperature."""
+    """The factor of a shrunk difference, with an inverse temperature."""
     if DIVERGENCE == "jsd" or DIVERGENCE == "tvd":
         return inverse / SHRINK
     else:
@@ -84,38 +84,38 @@ def finite_maximum(x):
 
 
 @triton.jit
-def load_tile(base, row, live, stride, col, classes, WIDE: tl.constexpr):
+def load_tile(base, row, live, stride, col, classes, IS_FP64: tl.constexpr):
     """[R, B] logits, -inf where there is none."""
     inside = live & (col < classes)
-    return as_real(tl.load(base + row.to(tl.int64) * stride + col, mask=inside, other=-INFINITY), WIDE)
+    return as_real(tl.load(base + row.to(tl.int64) * stride + col, mask=inside, other=-INFINITY), IS_FP64)
 
 
 @triton.jit
-def label_logit(student, row, stride, label, WIDE: tl.constexpr):
+def label_logit(student, row, stride, label, IS_FP64: tl.constexpr):
     """The label's logit, 0 without one. To be read beside the first tiles: later a faster warp may overwrite it."""
-    return as_real(tl.load(student + row.to(tl.int64) * stride + label, mask=label >= 0, other=0.0), WIDE)
+    return as_real(tl.load(student + row.to(tl.int64) * stride + label, mask=label >= 0, other=0.0), IS_FP64)
 
 
 @triton.jit
 def store_tile(base, row, live, stride, col, classes, value):
     inside = live & (col < classes)
-    tl.store(base + row.to(tl.int64) * stride + col, narrowed(value, base.dtype.element_ty), mask=inside)
+    tl.store(base + row.to(tl.int64) * stride + col, cast(value, base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def classes_of(s, t, s_max, t_max, inverse_ts, inverse_tt, unit, DIVERGENCE: tl.constexpr, WIDE: tl.constexpr):
+def classes_of(s, t, s_max, t_max, inverse_ts, inverse_tt, unit, DIVERGENCE: tl.constexpr, IS_FP64: tl.constexpr):
     """a, b, exp a, exp b of a tile; the tempered logits themselves, without exponentials, for mse."""
     if DIVERGENCE == "mse" or DIVERGENCE == "none":
-        a = bounded_below(t * (inverse_tt / unit), WIDE)
-        b = bounded_below(s * (inverse_ts / unit), WIDE)
+        a = bounded_below(t * (inverse_tt / unit), IS_FP64)
+        b = bounded_below(s * (inverse_ts / unit), IS_FP64)
         return a, b, a, b
     else:
         t_shifted = shrunk(t, t_max)
         s_shifted = shrunk(s, s_max)
-        p = exponential(t_shifted, inverse_tt, WIDE)
-        q = exponential(s_shifted, inverse_ts, WIDE)
-        a = bounded_below(t_shifted * in_units(inverse_tt, unit, DIVERGENCE), WIDE)
-        b = bounded_below(s_shifted * in_units(inverse_ts, unit, DIVERGENCE), WIDE)
+        p = exponential(t_shifted, inverse_tt, IS_FP64)
+        q = exponential(s_shifted, inverse_ts, IS_FP64)
+        a = bounded_below(t_shifted * in_units(inverse_tt, unit, DIVERGENCE), IS_FP64)
+        b = bounded_below(s_shifted * in_units(inverse_ts, unit, DIVERGENCE), IS_FP64)
         return a, b, p, q
 
 
@@ -155,7 +155,7 @@ def half_sign(p, q):
 
 @triton.jit
 def shifted_terms(a, b, p, q, unit, DIVERGENCE: tl.constexpr):
-    """What a class adds to the sums x and y that can be taken before the row's normalisers are known.
+    """A class's terms of the sums x and y that can be taken before the row's normalisers are known.
 
     Of mse x is in nats, and y is x in units of 1 / SMALL, should x leave the range.
     """
@@ -194,7 +194,7 @@ def centred_terms(a, b, p, q, x, y, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def normalised_terms(a, b, p, q, inverse_s, inverse_t, log_ratio, beta, DIVERGENCE: tl.constexpr):
-    """What a class adds to the sums of jsd and tvd, which need the normalisers."""
+    """A class's terms of the sums of jsd and tvd, which need the normalisers."""
     p = p * inverse_t
     q = q * inverse_s
     if DIVERGENCE == "jsd":
@@ -216,7 +216,7 @@ def open_rows(
     classes,
     ignore_index,
     unlabeled_index,
-    WIDE: tl.constexpr,
+    IS_FP64: tl.constexpr,
 ):
     """Each row's label (-1: none), weight, coefficient in the reduced loss; whether it counts, and has gradients.
 
@@ -235,10 +235,10 @@ def open_rows(
     if weight is not None:
         a_weight = tl.load(weight + row, mask=live, other=0.0)  # float64: it may leave the range of the logits' type
         counts = counts & (a_weight > 0) & (a_weight < INFINITY)
-        coefficient = as_real(a_weight / safe, WIDE)
+        coefficient = as_real(a_weight / safe, IS_FP64)
     else:
-        a_weight = as_real(tl.full(row.shape, 1.0, tl.float32), WIDE)
-        coefficient = as_real(1.0 / safe + tl.zeros(row.shape, tl.float64), WIDE)
+        a_weight = as_real(tl.full(row.shape, 1.0, tl.float32), IS_FP64)
+        coefficient = as_real(1.0 / safe + tl.zeros(row.shape, tl.float64), IS_FP64)
     active = tl.where(counts, divisor, 0.0) != 0
     return label, a_weight, tl.where(active, coefficient, 0.0), counts, active
 
@@ -294,10 +294,10 @@ def hard_value(label_shifted, hard_sum, linear, finite, smoothing, SMOOTHED: tl.
 def student_tile(
     s, t, col, label, s_max, t_max, inverse_ts, inverse_tt, inverse_s, inverse_t, log_ratio, x, y, beta, unit,
     soft, hard, inverse_h, floor, of_label,
-    DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr,
+    DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, IS_FP64: tl.constexpr,
 ):  # fmt: skip
     """The gradient to a tile of student logits: soft * d D + hard * (softmax - smoothed label)."""
-    a, b, p, q = classes_of(s, t, s_max, t_max, inverse_ts, inverse_tt, unit, DIVERGENCE, WIDE)
+    a, b, p, q = classes_of(s, t, s_max, t_max, inverse_ts, inverse_tt, unit, DIVERGENCE, IS_FP64)
     grad = q * 0.0
     if DIVERGENCE == "forward_kl" or DIVERGENCE == "cross_entropy":
         grad = (q * inverse_s - p * inverse_t) * soft
@@ -316,7 +316,7 @@ def student_tile(
         if SAME:
             share = q * inverse_h
         else:
-            share = exponential(shrunk(s, s_max), 1.0, WIDE) * inverse_h
+            share = exponential(shrunk(s, s_max), 1.0, IS_FP64) * inverse_h
         if SMOOTHED:
             share = tl.where(s == -INFINITY, share, share - floor)
         grad += share * hard
@@ -327,10 +327,10 @@ def student_tile(
 @triton.jit
 def teacher_tile(
     s, t, s_max, t_max, inverse_ts, inverse_tt, inverse_s, inverse_t, log_ratio, x, y, beta, unit, soft,
-    DIVERGENCE: tl.constexpr, WIDE: tl.constexpr,
+    DIVERGENCE: tl.constexpr, IS_FP64: tl.constexpr,
 ):  # fmt: skip
     """The gradient to a tile of teacher logits."""
-    a, b, p, q = classes_of(s, t, s_max, t_max, inverse_ts, inverse_tt, unit, DIVERGENCE, WIDE)
+    a, b, p, q = classes_of(s, t, s_max, t_max, inverse_ts, inverse_tt, unit, DIVERGENCE, IS_FP64)
     grad = p * 0.0
     if DIVERGENCE == "forward_kl":
         grad = (p * inverse_t) * ((a - b) - x) * (soft * unit)

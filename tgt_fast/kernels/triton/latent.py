@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgt_fast.kernels.latent_calls import on_device, samples, vector, wide_dtype
+from tgt_fast.kernels.latent_calls import accumulate_dtype, on_device, samples, vector
 from tgt_fast.kernels.options import OP_ASCEND
 from tgt_fast.kernels.triton import kernels, launch, planning_device, running_on, two_floats
 from tgt_fast.kernels.triton.tuning import LATENT_REGISTERS, Plan, latent_plan
@@ -33,10 +33,10 @@ def noise_key(
     return (sample_ids.contiguous(), *halves, step_at, _signed(op << 28 | number), _signed(int(replica) << 16))
 
 
-def _factor(value: float | Tensor | None, wide: torch.dtype) -> tuple[Tensor | None, float, float]:
+def _factor(value: float | Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, float, float]:
     """One a sample, or the number for all."""
     if isinstance(value, Tensor):
-        return vector(value, wide), 0.0, 0.0
+        return vector(value, dtype), 0.0, 0.0
     return (None, *two_floats(0.0 if value is None else float(value)))
 
 
@@ -66,7 +66,7 @@ def perturb(
     out = torch.empty_like(z)
     if z.numel() == 0:
         return out
-    wide = wide_dtype(z)
+    dtype = accumulate_dtype(z)
     sphere = "none" if sphere_radius is None else "keep" if sphere_radius == "keep" else "radius"
     radius = float(sphere_radius) if sphere == "radius" else 0.0  # type: ignore[arg-type]
     plan = plan or latent_plan(*z.shape, alone=sphere == "none", device=planning_device(z))
@@ -76,8 +76,8 @@ def perturb(
     if len(phases) > 1:
         before, after = z.new_empty(2, tiles, z.shape[0], dtype=torch.float64)
     bound = truncation or 0.0
-    scale = None if per_coordinate is None else vector(per_coordinate, wide)
-    sigma_at, *sigma = _factor(per_sample, wide)
+    scale = None if per_coordinate is None else vector(per_coordinate, dtype)
+    sigma_at, *sigma = _factor(per_sample, dtype)
     arguments = (
         z, out, sigma_at, scale, before, after, *z.shape, tiles, *sigma, *two_floats(radius),
         *two_floats(bound), *two_floats(math.erf(bound / math.sqrt(2.0))),
@@ -87,7 +87,7 @@ def perturb(
         for phase in phases:
             launch(
                 kernels().latent.latent_perturb_kernel, programs, *arguments, PHASE=phase, SPHERE=sphere,
-                TRUNCATED=bound > 0, WIDE=wide == torch.float64, ROWS=plan.rows, BLOCK=plan.block, warps=plan.warps,
+                TRUNCATED=bound > 0, IS_FP64=dtype == torch.float64, ROWS=plan.rows, BLOCK=plan.block, warps=plan.warps,
                 registers=LATENT_REGISTERS,
             )  # fmt: skip
     return out
@@ -111,7 +111,7 @@ def ascend(
     plan: Plan | None = None,
 ) -> Tensor:
     """One step up the gradient, its noise and its projection."""
-    z, grad, anchor, unit, wide = samples(z, grad, anchor, scale)
+    z, grad, anchor, unit, dtype = samples(z, grad, anchor, scale)
     out = torch.empty_like(z)
     if z.numel() == 0:
         return out
@@ -124,14 +124,15 @@ def ascend(
         squares, distances = z.new_empty(2, tiles, z.shape[0], dtype=torch.float64)
     noise = isinstance(sigma, Tensor) or sigma != 0
     arguments = (
-        z, grad, anchor, unit, out, squares, distances, *z.shape, tiles, *_factor(step_size, wide),
-        *_factor(sigma, wide), *_factor(radius, wide), *noise_key(z.device, seed, sample_ids, step, replica, OP_ASCEND),
+        z, grad, anchor, unit, out, squares, distances, *z.shape, tiles, *_factor(step_size, dtype),
+        *_factor(sigma, dtype), *_factor(radius, dtype),
+        *noise_key(z.device, seed, sample_ids, step, replica, OP_ASCEND),
     )  # fmt: skip
     with running_on(z):
         for phase in phases:
             launch(
                 kernels().latent.latent_ascend_kernel, programs, *arguments, PHASE=phase, NORM=norm,
-                RADIUS_NORM=radius_norm, NOISE=noise, WIDE=wide == torch.float64, ROWS=plan.rows, BLOCK=plan.block,
+                RADIUS_NORM=radius_norm, NOISE=noise, IS_FP64=dtype == torch.float64, ROWS=plan.rows, BLOCK=plan.block,
                 warps=plan.warps,
                 registers=LATENT_REGISTERS,
             )  # fmt: skip

@@ -10,25 +10,25 @@ INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def real(high, low, WIDE: tl.constexpr):
+def real(high, low, IS_FP64: tl.constexpr):
     """A number of the host, which comes as the float32 nearest to it and what that lacks.  -> [1, 1]"""
-    if WIDE:
+    if IS_FP64:
         return (tl.zeros([1, 1], tl.float64) + high) + low
     else:
         return tl.zeros([1, 1], tl.float32) + high
 
 
 @triton.jit
-def as_real(x, WIDE: tl.constexpr):
+def as_real(x, IS_FP64: tl.constexpr):
     """x in the type of the arithmetic."""
-    if WIDE:
+    if IS_FP64:
         return x.to(tl.float64)
     else:
         return x.to(tl.float32)
 
 
 @triton.jit
-def narrowed(x, dtype: tl.constexpr):
+def cast(x, dtype: tl.constexpr):
     """x in the type of an output, rounded to nearest."""
     if dtype == tl.bfloat16:
         x = x.to(tl.float32)

@@ -16,7 +16,7 @@ from tgt_fast.kernels.triton.tuning import SOFT_REGISTERS, SoftPlan, slope_width
 
 
 class _Call:
-    """What every kernel of a call takes."""
+    """The arguments that every kernel of a call takes."""
 
     def __init__(
         self, logits: Tensor, table: Tensor, options: SoftOptions, plan: SoftPlan | None, seed: int | Tensor,
@@ -73,7 +73,7 @@ class _Call:
 
     @property
     def slope_cut(self) -> dict[str, int]:
-        """How both kernels of the slopes cut them: differently cut, they would differ in their last bits."""
+        """The cut of both kernels of the slopes: differently cut, they would differ in their last bits."""
         return {"WIDTH": slope_width(self.plan, self.table.dtype)}
 
     def slopes(self, upstream: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,13 @@ probabilities again from the maximum and the sum of its row. Noise is a function
 import triton
 import triton.language as tl
 
-from tgt_fast.kernels.triton.numbers import INFINITY, INTERPRETED, narrowed
+from tgt_fast.kernels.triton.numbers import INFINITY, INTERPRETED, cast
 from tgt_fast.kernels.triton.philox import draw_gumbels, key_of
 
 
 @triton.jit
 def dot(a, b, total, PRECISION: tl.constexpr):
-    """total + a @ b in float32. The interpreter multiplies the bits of bfloat16: there the numbers are widened."""
+    """total + a @ b in float32. The interpreter multiplies the bits of bfloat16: there they are cast to float32."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
     else:
@@ -27,8 +27,8 @@ def product(p, t, total, PRECISION: tl.constexpr):
     if t.dtype == tl.float32:
         return dot(p, t, total, PRECISION)
     else:
-        high = narrowed(p, t.dtype)
-        low = narrowed(p - high.to(tl.float32), t.dtype)
+        high = cast(p, t.dtype)
+        low = cast(p - high.to(tl.float32), t.dtype)
         return dot(low, t, dot(high, t, total, PRECISION), PRECISION)
 
 
@@ -209,7 +209,7 @@ def soft_bwd_logits_kernel(
     slope -= tl.load(centre + row, mask=live, other=0.0)
     grad = p * (slope - tl.load(mean + row, mask=live, other=0.0)) * inverse_tau
     to = d_logits + row.to(tl.int64) * classes + col
-    tl.store(to, narrowed(grad, d_logits.dtype.element_ty), mask=live & (col < classes))
+    tl.store(to, cast(grad, d_logits.dtype.element_ty), mask=live & (col < classes))
 
 
 @triton.jit(do_not_specialize=["rows", "positions", "seed_low", "seed_high", "op_step", "replica"])
@@ -240,4 +240,4 @@ def soft_bwd_table_kernel(
         acc = product(tl.trans(tl.where(live, p, 0.0)), up, acc, PRECISION)
     v = tile * CLASSES + tl.arange(0, CLASSES)[:, None]
     to = d_table + v.to(tl.int64) * width + d
-    tl.store(to, narrowed(acc, d_table.dtype.element_ty), mask=(v < classes) & (d < width))
+    tl.store(to, cast(acc, d_table.dtype.element_ty), mask=(v < classes) & (d < width))

@@ -1,4 +1,4 @@
-"""How a call is cut into programs: a small table by classes and type, and the file that may overrule it.
+"""The cut of a call into programs: a small table by classes and type, and the file that may overrule it.
 
 Nothing is tuned at a first call. A table of one's own is a JSON file of the form ::
 
@@ -31,7 +31,7 @@ SOFT_REGISTERS = 255
 
 
 class Plan(NamedTuple):
-    """How the rows of a call are handled."""
+    """The cut of a call's rows."""
 
     kernel: str  # "rows": whole rows in registers; "stream": tile by tile
     rows: int  # a program, of "rows" and of the elementwise kernels
@@ -49,7 +49,7 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def shipped_plan(classes: int, wide: bool) -> Plan:
+def shipped_plan(classes: int, is_fp64: bool) -> Plan:
     """The table: 8 or 16 elements of a row pair a thread, for what a thread keeps of them must fit its registers.
 
     ``benchmarks/triton_report.py`` shows that nothing spills. Not yet timed on a GPU.
@@ -57,7 +57,7 @@ def shipped_plan(classes: int, wide: bool) -> Plan:
     if classes <= 1024:
         block = power_of_two(classes)
         return Plan("rows", max(1, min(64, 1024 // block)), block, 4)
-    if wide:
+    if is_fp64:
         return Plan("rows", 1, 2048, 8) if classes <= 2048 else Plan("stream", 1, 1024, 4)
     if classes <= 4096:
         block = power_of_two(classes)
@@ -66,7 +66,7 @@ def shipped_plan(classes: int, wide: bool) -> Plan:
 
 
 class Streaming(NamedTuple):
-    """How a streamed row is kept in flight."""
+    """(stages, registers) that keep a streamed row in flight."""
 
     stages: int  # tiles under way at once
     registers: int | None  # a thread may have; None: as the compiler likes
@@ -134,16 +134,16 @@ def _limit(entry: dict[str, object]) -> _Limit:
     return _Limit(classes, Plan(str(kernel), rows, block, warps))
 
 
-def plan_of(rows: int, classes: int, wide: bool, device: torch.device | None) -> Plan:
-    """How to cut ``[rows, classes]``. ``device``: None where kernels are interpreted."""
+def plan_of(rows: int, classes: int, is_fp64: bool, device: torch.device | None) -> Plan:
+    """The cut of ``[rows, classes]``. ``device``: None where kernels are interpreted."""
     for limit in own_plans(device):
         if classes <= limit.classes:
             return limit.plan
-    return interpreted_plan(rows, classes) if device is None else shipped_plan(classes, wide)
+    return interpreted_plan(rows, classes) if device is None else shipped_plan(classes, is_fp64)
 
 
 def latent_plan(samples: int, size: int, *, alone: bool, device: torch.device | None) -> Plan:
-    """How to cut ``[samples, size]`` latents. ``alone``: no coordinate needs to know of another.
+    """The cut of ``[samples, size]`` latents. ``alone``: no coordinate needs to know of another.
 
     A sample within a tile takes one launch: 8 coordinates a thread, for a step keeps half a dozen numbers of each.
     """
@@ -156,7 +156,7 @@ def latent_plan(samples: int, size: int, *, alone: bool, device: torch.device | 
 
 
 class SoftPlan(NamedTuple):
-    """How a soft embedding is cut: tiles of rows, of the vocabulary and of the embedding, each a power of 2."""
+    """The cut of a soft embedding: tiles of rows, of the vocabulary and of the embedding, each a power of 2."""
 
     rows: int
     classes: int
@@ -179,5 +179,5 @@ def soft_plan(rows: int, classes: int, width: int, table: torch.dtype, device: t
 
 
 def slope_width(plan: SoftPlan, table: torch.dtype) -> int:
-    """How much of the embedding the slopes' products take at once: the parts of float32 numbers spill beyond 32."""
+    """The part of the embedding that the slopes' products take at once: parts of float32 numbers spill beyond 32."""
     return min(plan.width, 32) if table == torch.float32 else plan.width
