@@ -17,6 +17,7 @@ from tgt_fast.ops.topk import TeacherTopK
 from tgt_fast.teacher import Latents, Teacher
 from tgt_fast.teacher.modes import eval_mode
 from tgt_fast.teacher.parts import modules_of
+from tgt_fast.teacher.returned import LogitsOf, call, logits_in
 from tgt_fast.teacher.teacher import checked_logits
 
 SampleIds = Tensor | Sequence[int]
@@ -55,7 +56,9 @@ def lacking(ids: Ids, where: Places) -> Ids:
     return found[np.sort(np.unique(ids[found], return_index=True)[1])]
 
 
-def ask(teacher: Callable[..., Any], x: Any, n: int, *, latents: bool) -> tuple[Tensor | TeacherTopK, Latents | None]:
+def ask(
+    teacher: Callable[..., Any], x: Any, n: int, logits_of: LogitsOf = None, *, latents: bool
+) -> tuple[Tensor | TeacherTopK, Latents | None]:
     """What a teacher says of n samples, without a graph, in eval mode.
 
     Raises:
@@ -71,7 +74,7 @@ def ask(teacher: Callable[..., Any], x: Any, n: int, *, latents: bool) -> tuple[
             raise ArgumentError(f"{OP}: latents=True needs a Teacher, which encodes, or add(..., latents=)")
         else:
             with eval_mode(*modules_of(teacher)):
-                outputs = teacher(x)
+                outputs = call(teacher, x)
     if not isinstance(outputs, TeacherTopK):
-        outputs = checked_logits(outputs, n, f"{OP}: the teacher")
+        outputs = checked_logits(logits_in(f"{OP}: the teacher", outputs, logits_of), n, f"{OP}: the teacher")
     return outputs, encoded

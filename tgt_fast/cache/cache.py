@@ -28,6 +28,7 @@ from tgt_fast.ops import _checks
 from tgt_fast.ops.topk import TeacherTopK
 from tgt_fast.teacher import Latents, tree
 from tgt_fast.teacher.batches import Columns
+from tgt_fast.teacher.returned import LogitsOf
 
 _SHOWN: Final = 5  # ids in a message
 
@@ -71,6 +72,9 @@ class TeacherCache:
         dtype: round logits, or log-probabilities, to this dtype, also when they are first computed. None: as the
             teacher and ``topk_teacher`` give them, which is float32 for records.
         transforms, version: see :func:`tgt_fast.teacher_fingerprint`.
+        logits_of: of a module or callable, where the logits are in what it returns: a name, an index, or a function of
+            it; by default what is named ``logits``, or the first floating-point tensor of at least two dimensions. A
+            ``Teacher`` has its own.
         readonly: never write; rows that are missing are computed and not kept. The folder must hold a cache.
         shard_bytes, shard_seconds: rows wait in memory until they are so many bytes, or the first of them has waited so
             long, then they are written. Fewer, larger shards read faster; :meth:`flush` and :meth:`close` write what
@@ -115,10 +119,11 @@ class TeacherCache:
         shard_bytes: int = 64 << 20,
         shard_seconds: float = 300.0,
         checksums: bool = True,
+        logits_of: LogitsOf = None,
     ) -> None:
         fingerprint = teacher_fingerprint(
             teacher, k=k, temperature=temperature, tail=tail, latents=latents, dtype=dtype, transforms=transforms,
-            version=version,
+            version=version, logits_of=logits_of,
         )  # fmt: skip
         warn_of_unseen(fingerprint)
         readonly, checksums = flag(OP, "readonly", readonly), flag(OP, "checksums", checksums)
@@ -128,6 +133,7 @@ class TeacherCache:
             folder, teacher, fingerprint, writable=not readonly, shard_bytes=shard_bytes, shard_seconds=shard_seconds,
             checksums=checksums,
         )  # fmt: skip
+        self._logits_of: LogitsOf = logits_of
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], *, checksums: bool = True) -> TeacherCache:
@@ -150,6 +156,7 @@ class TeacherCache:
     ) -> None:
         self.folder = as_path(OP, "a folder", folder)
         self._teacher = teacher
+        self._logits_of = None
         self._stayed = ""  # why it is not in this process
         self._store: Store | None = None
         store = Store(self.folder, fingerprint, **options)
@@ -339,7 +346,8 @@ class TeacherCache:
         """A copy in another process writes shards of its own, and takes the teacher along where that can be pickled."""
         self.flush()
         store = self._open()
-        return _reopened, (self.folder, store.fingerprint, *packed(self._teacher), store.options)
+        asked = None if self._teacher is None else (self._teacher, self._logits_of)
+        return _reopened, (self.folder, store.fingerprint, *packed(asked), store.options)
 
     # Inside
 
@@ -386,7 +394,7 @@ class TeacherCache:
             raise ShapeError(f"{OP}: {len(ids)} sample ids for {size} samples")
         # A batch that is missing as a whole goes in as it is, and so comes out as without a cache.
         part = x if len(which) == size else tree.take(x, torch.from_numpy(which))
-        outputs, latents = ask(self._teacher, part, len(which), latents=self.settings.latents)
+        outputs, latents = ask(self._teacher, part, len(which), self._logits_of, latents=self.settings.latents)
         layout, tensors = self.settings.fields(outputs, latents, len(which))
         return layout, layout.pack(tensors)
 
@@ -420,6 +428,7 @@ def _reopened(
     folder: Path, fingerprint: Fingerprint | None, teacher: bytes | None, stayed: str, options: dict[str, Any]
 ) -> TeacherCache:
     made = TeacherCache.__new__(TeacherCache)
-    made._start(folder, unpacked(teacher), fingerprint, **options)
-    made._stayed = stayed
+    asked, logits_of = unpacked(teacher) or (None, None)
+    made._start(folder, asked, fingerprint, **options)
+    made._logits_of, made._stayed = logits_of, stayed
     return made

@@ -15,6 +15,8 @@ from tgt_fast.cache.identity import Identity
 from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels.options import TAILS, TEMPERATURES
 from tgt_fast.ops import _checks
+from tgt_fast.teacher import Teacher
+from tgt_fast.teacher.returned import LogitsOf, check_logits_of
 
 DTYPES: Final = ("float64", "float32", "bfloat16", "float16")
 _SHOWN: Final = 3  # names in a message
@@ -54,6 +56,7 @@ def teacher_fingerprint(
     dtype: torch.dtype | None = None,
     transforms: Sequence[Callable[..., Any]] = (),
     version: str | None = None,
+    logits_of: LogitsOf = None,
 ) -> Fingerprint:
     """SHA-256 over a teacher's weights and code and over the settings under which its outputs are stored.
 
@@ -83,6 +86,7 @@ def teacher_fingerprint(
         transforms: what data goes through before it reaches the teacher.
         version: a name for all code, in the place of sources; the weights are still looked at. Without a teacher it is
             the name of everything.
+        logits_of: where the logits are in what a module or callable returns; see :class:`~tgt_fast.TeacherCache`.
 
     Returns:
         A :class:`Fingerprint`, a string. Equal on every machine and in every process; where a function has no source,
@@ -108,10 +112,15 @@ def teacher_fingerprint(
         raise ArgumentError(f"{op}: a teacher must be callable, got {type(teacher).__name__}")
     if version is not None and not isinstance(version, str):
         raise ArgumentError(f"{op}: version must be a string, got {version!r}")
+    check_logits_of(op, logits_of)
+    if logits_of is not None and (teacher is None or isinstance(teacher, Teacher)):
+        raise ArgumentError(f"{op}: logits_of is of a module or callable; a Teacher has its own, Teacher(logits_of=)")
     parts = checked_settings(op, k=k, temperature=temperature, tail=tail, latents=latents, dtype=dtype)
     identity = Identity(latents=latents)
     if teacher is not None:
         identity.add("teacher", teacher)
+    if logits_of is not None:
+        identity.add("logits_of", logits_of)
     identity.add("transforms", as_transforms(op, transforms))
     parts["weights"] = identity.weights
     parts["code"] = identity.code if version is None else None

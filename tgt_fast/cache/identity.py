@@ -183,6 +183,8 @@ class Identity:
         yield "labeler", teacher.labeler
         yield "labeler_transform", teacher.labeler_transform
         yield "modules", teacher.hidden_modules
+        if teacher.logits_of is not None:
+            yield "logits_of", teacher.logits_of
         if self._latents:
             yield "encoder", teacher.encoder
         kind = type(teacher)

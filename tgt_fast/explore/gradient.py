@@ -16,7 +16,7 @@ from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.explore.draws import over_coordinates
 from tgt_fast.explore.guard import left_as_found, unwrapped
 from tgt_fast.explore.options import SamplerOptions
-from tgt_fast.explore.student import logits_of, refuse_labeler
+from tgt_fast.explore.student import refuse_labeler, student_logits
 from tgt_fast.ops.distill import distillation_loss
 from tgt_fast.ops.latent import ascend_latents
 from tgt_fast.teacher import Latents, Teacher, tree
@@ -128,7 +128,7 @@ def _slope_traced(
 def _disagreement(teacher: Teacher, student: Student, latents: Latents, key: Key, options: SamplerOptions) -> Tensor:
     x = teacher.decode(latents, relaxed=True, key=key)
     theirs = teacher.label(x)
-    ours = logits_of("LatentSampler", student, teacher.student_view(x))
+    ours = student_logits("LatentSampler", student, teacher.student_view(x), options.logits_of)
     ours = checked_logits(ours, latents.z.shape[0], "student")
     if ours.shape[-1] != theirs.shape[-1]:
         raise ShapeError(f"LatentSampler: the student has {ours.shape[-1]} classes, the labeler {theirs.shape[-1]}")

@@ -11,6 +11,7 @@ from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels.options import DIVERGENCES, MAX_REPLICA, STEP_NORMS
 from tgt_fast.kernels.select import BACKENDS
 from tgt_fast.ops import _checks
+from tgt_fast.teacher.returned import LogitsOf, check_logits_of
 
 MODES: Final = ("prior", "random", "gradient", "persistent")
 UNITS: Final = ("std", "absolute")
@@ -44,6 +45,7 @@ class SamplerOptions:
     backend: str = "auto"
     record_disagreement: bool = False
     repeats: str = "distinct"
+    logits_of: LogitsOf = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -71,6 +73,7 @@ class SamplerOptions:
             object.__setattr__(self, name, checked_integer(name, getattr(self, name), 1, most))
         if self.divergence == "jsd" and not 0 < self.beta < 1:
             raise ArgumentError(f"{_OP}: jsd needs 0 < beta < 1, got {self.beta!r}; see forward_kl and reverse_kl")
+        check_logits_of(_OP, self.logits_of)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -149,6 +152,7 @@ class Adjustable:
     backend = option("backend")
     record_disagreement = option("record_disagreement")
     repeats = option("repeats")
+    logits_of = option("logits_of")
 
 
 def checked_integer(name: str, value: object, low: int, high: int) -> int:

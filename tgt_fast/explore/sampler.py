@@ -30,6 +30,7 @@ from tgt_fast.ops._checks import flag, not_recorded
 from tgt_fast.ops.counts import counting_group
 from tgt_fast.teacher import Latents, Teacher, tree
 from tgt_fast.teacher.key import Key
+from tgt_fast.teacher.returned import LogitsOf
 
 
 class LatentSampler(Adjustable):
@@ -97,6 +98,7 @@ class LatentSampler(Adjustable):
             replayed as a CUDA graph on a CUDA device. The first call, and the first of another batch size, takes
             seconds. Where the parts cannot be compiled they run as they are; the reason is logged. A student that
             draws random numbers or writes to its buffers in eval mode is left as it was found here, too.
+        logits_of: where the logits are in what the student returns, as for :class:`tgt_fast.TGTObjective` (gradient).
 
     Attributes:
         sigma, step_size, ...: the arguments above. An assignment (``sampler.sigma = 0.0``) is checked and takes effect
@@ -157,12 +159,14 @@ class LatentSampler(Adjustable):
         record_disagreement: bool = False,
         compile: bool = False,
         repeats: str = "distinct",
+        logits_of: LogitsOf = None,
     ) -> None:
         if not isinstance(teacher, Teacher):
             raise ArgumentError(f"LatentSampler: teacher must be a tgt_fast.Teacher, got {type(teacher).__name__}")
         self.options = SamplerOptions(
             mode, sigma, step_size, steps, radius, norm, step_noise, units, anchors, replicas, divergence,
             beta, temperature, restart_probability, bank_size, truncation, backend, record_disagreement, repeats,
+            logits_of,
         )  # fmt: skip
         if mode == "prior" and teacher.prior is None:
             raise ArgumentError(
@@ -207,6 +211,7 @@ class LatentSampler(Adjustable):
         sample_ids: Tensor | None = None,
         step: int | Tensor | None = None,
         occurrence: Tensor | None = None,
+        logits_of: LogitsOf = None,
     ) -> Synthetic:
         """Explore from a batch.
 
@@ -224,6 +229,7 @@ class LatentSampler(Adjustable):
             occurrence: [B] integers >= 0, which copy of its id each row is (``repeats="distinct"``), where calls
                 of one step, or processes, may hold copies of one example; by default counted within the call, in
                 the order of its rows. :meth:`tgt_fast.TGTObjective.occurrences` counts over calls.
+            logits_of: in the place of the sampler's own, in this call.
 
         Returns:
             :class:`Synthetic` of replicas * B examples; detached, except in persistent mode.
@@ -240,6 +246,7 @@ class LatentSampler(Adjustable):
             raise ArgumentError("LatentSampler: persistent mode keeps one chain an example: pass sample_ids=")
         where = tree.batch_size(x), tree.first_device(x)
         key = self._counters.key(*where, sample_ids, step, occurrence, self.options)
+        options = self.options if logits_of is None else dataclasses.replace(self.options, logits_of=logits_of)
         drawn = self._drawn(key) if self.options.anchors == "balanced" else None
         with named_range(f"explore ({self.mode})"):
             if self.mode == "persistent":
@@ -247,7 +254,7 @@ class LatentSampler(Adjustable):
                 made = decoded(self.teacher, latents, key, self.options.replicas, relaxed=True)
                 logits = self.teacher.label(made)
             else:
-                latents = tree.concat(self._explored(x, student, key, drawn))
+                latents = tree.concat(self._explored(x, student, key, drawn, options))
                 made, logits = self._examples(self.teacher, latents, key, self.options.replicas)
         self._counters.advance(key.ids.shape[0], ids=sample_ids is None, step=step is None)
         ids = key.ids.repeat(self.options.replicas)
@@ -348,9 +355,10 @@ class LatentSampler(Adjustable):
         counters.stride = checked.stride
         self.scale, self._bank, self._pool = checked.scale, checked.bank, checked.pool
 
-    def _explored(self, x: Any, student: Callable[..., Any] | None, key: Key, drawn: Anchors | None) -> list[Latents]:
+    def _explored(
+        self, x: Any, student: Callable[..., Any] | None, key: Key, drawn: Anchors | None, options: SamplerOptions
+    ) -> list[Latents]:
         """The latents of each replica."""
-        options = self.options
         keys = [key.of_replica(replica) for replica in range(options.replicas)]
         if self.mode == "prior":
             return [prior_latents(self.teacher, x, k, options) for k in keys]

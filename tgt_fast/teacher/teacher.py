@@ -16,6 +16,7 @@ from tgt_fast.teacher import tree
 from tgt_fast.teacher.key import Key
 from tgt_fast.teacher.latents import Latents
 from tgt_fast.teacher.parts import modules_of
+from tgt_fast.teacher.returned import LogitsOf, call, check_logits_of, data_in, latents_in, logits_in
 
 Inputs: TypeAlias = Any  # a tensor, or a pytree of tensors that share the batch dimension
 Prior: TypeAlias = "str | tuple[int, ...] | Callable[[Tensor], Tensor | Latents] | None"
@@ -33,13 +34,15 @@ class Teacher(nn.Module):
     All inputs live in one *data space*: what the loader gives, the encoder takes and the decoder makes.
 
     Args:
-        encoder: data -> latents, a floating-point [B, ...] tensor or a :class:`Latents` (with a mask).
+        encoder: data -> latents, a floating-point [B, ...] tensor or a :class:`Latents` (with a mask). Of an
+            autoencoder of diffusers (``vae.encode``) the posterior's mode is taken.
         decoder: latents -> data with the same B. It is called with the tensor z, or with the whole
             ``Latents`` where they carry a mask. If it has a parameter named ``relaxed`` it is told whether a
             differentiable output is wanted (decoders of discrete data); any other decoder is taken to be
             differentiable as it is. If it has a parameter named ``key`` it is given what its random choices are
-            keyed by (a :class:`tgt_fast.teacher.Key`: seed, sample ids, step, replica).
-        labeler: ``labeler_transform(data)`` -> logits [B, ..., C].
+            keyed by (a :class:`tgt_fast.teacher.Key`: seed, sample ids, step, replica). Of an output object of
+            diffusers (``vae.decode``) the ``sample`` is taken.
+        labeler: ``labeler_transform(data)`` -> logits [B, ..., C], or a tuple, dict or output object that holds them.
         prior: None; "normal" (z ~ N(0, I) in the shape of the encoder's latents); a shape such as (16,) (the
             same, and no encoder call is needed to learn the shape); or a callable that turns normal noise in
             the shape of the encoder's latents into latents.
@@ -47,6 +50,11 @@ class Teacher(nn.Module):
         student_transform: data -> what the student expects; applied by :meth:`student_view`. Deterministic.
         max_batch: run encoder, decoder and labeler on at most so many examples at a time; None: all at once.
         modules: modules that the callables use and that are not found in them, to be frozen and moved too.
+        logits_of: where the logits are in what the labeler returns: a name, an index, or a function of it. By default
+            what is named ``logits``, or the first floating-point tensor of at least two dimensions.
+
+    Data that is a dict, or another mapping, goes into a model of transformers or peft as keywords, and so it does into
+    any callable with several parameters that names its keys; one with a single parameter gets the dict.
 
     Each part is any callable: a module, a method, a ``functools.partial``, a function such as
     ``lambda x: hf(**x).logits``, or an object that can be called. The modules that it computes with are found, frozen
@@ -79,6 +87,7 @@ class Teacher(nn.Module):
         student_transform: Callable[..., Any] | None = None,
         max_batch: int | None = None,
         modules: Sequence[nn.Module] = (),
+        logits_of: LogitsOf = None,
     ) -> None:
         super().__init__()
         # In a plain dict, because nn.Module registers what is assigned to an attribute.
@@ -91,6 +100,7 @@ class Teacher(nn.Module):
         if max_batch is not None and (not isinstance(max_batch, int) or max_batch < 1):
             raise ArgumentError(f"Teacher: max_batch must be a positive integer or None, got {max_batch!r}")
         self.max_batch = max_batch
+        self.logits_of = check_logits_of("Teacher", logits_of)
         self._decoder_takes_relaxed = _has_parameter(decoder, "relaxed")
         self.decoder_takes_key = _has_parameter(decoder, "key")
         if not isinstance(modules, Iterable) or not all(isinstance(module, nn.Module) for module in modules):
@@ -196,7 +206,7 @@ class Teacher(nn.Module):
             return tree.concat([self._encode(piece) for piece in tree.chunks(x, self.max_batch)])
 
     def _encode(self, x: Inputs) -> Latents:
-        return _as_latents(self.encoder(x), tree.batch_size(x), "encoder")
+        return _as_latents(latents_in(call(self.encoder, x)), tree.batch_size(x), "encoder")
 
     def decode(self, latents: Latents | Tensor, relaxed: bool = False, key: Key | None = None) -> Inputs:
         """``Dec(z)``, differentiable in z.
@@ -230,7 +240,7 @@ class Teacher(nn.Module):
         options: dict[str, Any] = {"relaxed": relaxed} if self._decoder_takes_relaxed else {}
         if self.decoder_takes_key:
             options["key"] = key
-        x = self.decoder(latents.z if latents.mask is None else latents, **options)
+        x = data_in(self.decoder(latents.z if latents.mask is None else latents, **options))
         _same_batch("decoder", latents.z.shape[0], tree.batch_size(x, "decoder's output"))
         return x
 
@@ -255,8 +265,8 @@ class Teacher(nn.Module):
 
     def _label(self, x: Inputs) -> Tensor:
         transform = self._parts["labeler_transform"]
-        logits = self.labeler(x if transform is None else transform(x))
-        return checked_logits(logits, tree.batch_size(x), "labeler")
+        made = call(self.labeler, x if transform is None else transform(x))
+        return checked_logits(logits_in("labeler", made, self.logits_of), tree.batch_size(x), "labeler")
 
     forward = label
 
@@ -303,9 +313,7 @@ def checked_logits(logits: Any, batch: int, who: str) -> Tensor:
     """The logits, if they are a floating-point tensor [batch, ..., C]."""
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         found = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise DTypeError(
-            f"{who}: expected a floating-point tensor of logits, got {found}; wrap it to return the logits"
-        )
+        raise DTypeError(f"{who}: expected a floating-point tensor of logits, got {found}")
     if logits.ndim < 2:
         raise ShapeError(f"{who}: logits must be [batch, ..., classes], got {tuple(logits.shape)}")
     _same_batch(who, batch, logits.shape[0])

@@ -80,7 +80,7 @@ def check_extras(autocast: Any, ema: Any, callbacks: Any) -> None:
         raise ArgumentError(f"fit: callbacks must be a list of functions f(event, run), got {callbacks!r:.200}")
 
 
-def check_parties(student: Any, objective: Any) -> None:
+def check_parties(student: Any, objective: Any, asked: Mapping[str, Any]) -> None:
     """That the one can be trained, and the other be called as :class:`Objective` says."""
     if not isinstance(student, nn.Module):
         raise ArgumentError(f"fit: the student must be a torch.nn.Module, got {type(student).__name__}")
@@ -92,11 +92,11 @@ def check_parties(student: Any, objective: Any) -> None:
     except (TypeError, ValueError):  # a built-in without one
         return
     try:
-        signature.bind(student, None, None, sample_ids=None, step=0)
+        signature.bind(student, None, None, sample_ids=None, step=0, **asked)
     except TypeError as error:
         raise ArgumentError(
             f"fit: {getattr(objective, '__qualname__', name)} is no objective: it cannot be called with student, x, "
-            f"y, sample_ids= and step= ({error}); {_OBJECTIVE}"
+            f"y, {''.join(f'{name}=, ' for name in asked)}sample_ids= and step= ({error}); {_OBJECTIVE}"
         ) from None
 
 

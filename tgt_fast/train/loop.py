@@ -22,6 +22,7 @@ from tgt_fast.explore.student import refuse_labeler
 from tgt_fast.ops import _checks
 from tgt_fast.teacher import Teacher
 from tgt_fast.teacher.batches import Columns, check_loader
+from tgt_fast.teacher.returned import LogitsOf, check_logits_of
 from tgt_fast.teacher.sharing import refuse_shared
 from tgt_fast.train import checkpoint
 from tgt_fast.train.checks import check_extras, check_options, check_parties, check_tools
@@ -68,6 +69,7 @@ def fit(
     ema: float | None = None,
     callbacks: Sequence[Callback] = (),
     log: str | os.PathLike[str] | None = None,
+    logits_of: LogitsOf = None,
 ) -> FitResult:
     """Train ``student`` for ``steps`` optimizer steps on ``objective``, over ``loader`` as often as it takes.
 
@@ -96,7 +98,7 @@ def fit(
     ``checkpoint_dir`` of its own keeps to itself.
 
     Args:
-        student: the module to train, inputs -> logits. Batches are moved to its device.
+        student: the module to train, inputs -> logits, or what holds them. Batches are moved to its device.
         objective: a :class:`TGTObjective`, or another :class:`Objective`.
         loader: a DataLoader, or anything that can be iterated over again, of batches ``(ids, x, y)``,
             ``(x, y)`` or ``x``; ids (B,) int64, y (B, ...) int64 or None. For others see ``columns``. It may shuffle
@@ -140,6 +142,8 @@ def fit(
             settings, about a thousand with the means of loss and parts, one a record of the history and one for how it
             ended. A kill costs what was not written yet. A run that begins anew in it, or goes on, is added to what is
             there. ``tgt-fast report runs/1`` makes a page of it, also while it runs.
+        logits_of: passed to the objective, which is a :class:`TGTObjective` or takes it: where the logits are in what
+            the student returns, in the place of its own ``logits_of``.
 
     Returns:
         A :class:`FitResult`.
@@ -166,7 +170,8 @@ def fit(
     3
     """
     check_options(steps, accumulate, clip_grad_norm, eval_every, mode, checkpoint_every)
-    check_parties(student, objective)
+    asked = {} if logits_of is None else {"logits_of": check_logits_of("fit", logits_of)}
+    check_parties(student, objective, asked)
     check_tools(optimizer, scheduler, seed, monitor, evaluate)
     check_extras(autocast, ema, callbacks)
     check_loader("fit", loader)
@@ -189,7 +194,8 @@ def fit(
         take_whole_weights(unwrapped(student))
         stream = BatchStream(loader)
         told = stack.enter_context(closing(RunLog(log, first=only_bar())))
-        run = Run(student, objective, stream, parts, optimizer, scheduler, parallel, autocast=autocast, ema=ema)
+        tools = optimizer, scheduler, parallel
+        run = Run(student, objective, stream, parts, *tools, autocast=autocast, ema=ema, asked=asked)
         stack.enter_context(turn("fit", seeded=seed is not None))
         if seed is not None:
             stack.enter_context(isolated_rng(seed))

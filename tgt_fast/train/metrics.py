@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from tgt_fast._bars import batches
 from tgt_fast.errors import ArgumentError, DeviceError, ShapeError
 from tgt_fast.explore.processes import of_all_processes
-from tgt_fast.explore.student import logits_of
+from tgt_fast.explore.student import student_logits
 from tgt_fast.ops import _checks
 from tgt_fast.ops.counts import counting_group
 from tgt_fast.teacher.batches import Columns, check_loader, split_batches
 from tgt_fast.teacher.modes import eval_mode
+from tgt_fast.teacher.returned import LogitsOf, check_logits_of
 from tgt_fast.train.data import module_device, to_device
 from tgt_fast.train.processes import evaluating_group
 
@@ -133,11 +134,12 @@ def evaluate(
     columns: Sequence[Any] | None = None,
     group: Any = None,
     progress: bool | None = None,
+    logits_of: LogitsOf = None,
 ) -> dict[str, float]:
     """Measure a student on a loader, in eval mode; its train/eval flags are afterwards as they were.
 
     Args:
-        student: inputs -> logits (B, C).
+        student: inputs -> logits (B, ..., C), or what holds them; see ``logits_of``.
         teacher: a ``Teacher``, whose ``student_view`` prepares the student's input, or None.
         loader: gives ``(x, y)``, ``(ids, x, y)`` or, for a comparison with the teacher alone, ``x``.
         class_counts: the training examples of each class; adds the accuracies on :func:`class_thirds`.
@@ -148,6 +150,7 @@ def evaluate(
             several processes, those.
         progress: show a bar; None: on a terminal, where it takes longer than a second, unless a run that shows none
             evaluates.
+        logits_of: where the logits are in what the student returns, as for :class:`tgt_fast.TGTObjective`.
 
     Returns:
         ``accuracy`` (a fraction; NaN without labels); with ``class_counts`` also ``head``, ``middle`` and
@@ -157,12 +160,13 @@ def evaluate(
         ArgumentError: the loader gave no batch or batches that can be read in more than one way, or ``class_counts``
             does not fit.
         ShapeError: student, teacher and labels do not fit together.
-        DTypeError: the student returned something else than a tensor of logits.
+        DTypeError: there are no logits in what the student returned.
     """
     if not isinstance(student, nn.Module):
         raise ArgumentError(f"evaluate: the student must be a torch.nn.Module, got {type(student).__name__}")
     if teacher is not None and not (hasattr(teacher, "student_view") and hasattr(teacher, "label")):
         raise ArgumentError(f"evaluate: the teacher must be a tgt_fast.Teacher or None, got {type(teacher).__name__}")
+    check_logits_of("evaluate", logits_of)
     device = module_device(student)
     parts = Columns("evaluate", columns)
     check_loader("evaluate", loader)
@@ -175,7 +179,8 @@ def evaluate(
             made = split_batches(loader, parts, padding=together is None)
             for (_, x, y), kept in batches(made, loader, "evaluate", progress):
                 x, y = to_device((x, y), device)
-                logits = logits_of("evaluate", student, x if teacher is None else teacher.student_view(x))
+                view = x if teacher is None else teacher.student_view(x)
+                logits = student_logits("evaluate", student, view, logits_of)
                 sums.add(logits, y, None if teacher is None else teacher.label(x), kept)
         return sums.on_the_host()
 

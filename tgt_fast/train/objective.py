@@ -12,7 +12,7 @@ from torch import Tensor
 from tgt_fast._ranges import named_range
 from tgt_fast.errors import ArgumentError
 from tgt_fast.explore.repeats import occurrences_over
-from tgt_fast.explore.student import logits_of, refuse_labeler
+from tgt_fast.explore.student import refuse_labeler, student_logits
 from tgt_fast.kernels.late import is_on
 from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.losses.distill import DistillationLoss
@@ -21,6 +21,7 @@ from tgt_fast.ops.counts import counting_group, over_processes, weight_of_rows
 from tgt_fast.ops.distill import distillation_loss
 from tgt_fast.teacher import Teacher, tree
 from tgt_fast.teacher.batches import Batch, checked_batches
+from tgt_fast.teacher.returned import LogitsOf, check_logits_of
 from tgt_fast.teacher.sharing import warn_of_shared
 
 if TYPE_CHECKING:
@@ -64,9 +65,15 @@ class TGTObjective:
             in one ``all_reduce`` a call: what DistributedDataParallel and FSDP2 average is then the gradient of the one
             R(f) of all processes, and the mean of their losses is R(f). By default that of ``loss``. :func:`fit` sets
             "world" by itself.
+        logits_of: where the logits are in what the student returns, also when the sampler asks it: a name (an attribute
+            or key), an index, or a function of what it returned. By default a tensor is them; of a tuple, dict or
+            output object, what is named ``logits``, or the first floating-point tensor of at least two dimensions.
 
-    ``teacher``, ``sampler``, ``loss``, its settings, ``synthetic_weight`` and ``count_group`` are attributes that can
-    be changed between calls; the next call goes by what they are then.
+    A batch x that is a dict goes into a student of transformers or peft as keywords, and so it does into any with
+    several parameters that names its keys; one with a single parameter gets the dict.
+
+    ``teacher``, ``sampler``, ``loss``, its settings, ``synthetic_weight``, ``count_group`` and ``logits_of`` are
+    attributes that can be changed between calls; the next call goes by what they are then.
 
     Raises:
         ArgumentError: a teacher that is no :class:`Teacher`, a loss with another reduction or with ``return_stats``, a
@@ -92,12 +99,14 @@ class TGTObjective:
         loss: DistillationLoss | None = None,
         synthetic_weight: float = 1.0,
         count_group: Any = None,
+        logits_of: LogitsOf = None,
     ) -> None:
         self.teacher = teacher
         self.sampler = sampler
         self.loss = DistillationLoss(temperature=2.0, hard_weight=1.0) if loss is None else loss
         self.synthetic_weight = synthetic_weight
         self.count_group = count_group
+        self.logits_of = logits_of
         self._met: int | None = None  # the student that was last looked at
         self._options()
         self._group()
@@ -118,6 +127,7 @@ class TGTObjective:
             raise ArgumentError(
                 f"TGTObjective: the loss must have reduction='mean' and return_stats=False, got {self.loss}"
             )
+        check_logits_of("TGTObjective", self.logits_of)
         _checks.number("TGTObjective", "synthetic_weight", self.synthetic_weight, 0, sys.float_info.max, late=True)
         if self.sampler is not None and not is_on(options.soft_weight):
             raise ArgumentError(
@@ -127,7 +137,7 @@ class TGTObjective:
 
     def __call__(
         self,
-        student: Callable[[Any], Tensor],
+        student: Callable[..., Any],
         x: Any,
         y: Tensor | None = None,
         *,
@@ -137,11 +147,12 @@ class TGTObjective:
         normalizer: float | Tensor | None = None,
         synthetic_normalizer: float | Tensor | None = None,
         occurrence: Tensor | None = None,
+        logits_of: LogitsOf = None,
     ) -> ObjectiveOutput:
         """The loss on one batch; its ``backward()`` is yours to call.
 
         Args:
-            student: inputs -> logits (n, ..., C), the teacher's C.
+            student: inputs -> logits (n, ..., C), the teacher's C, or what holds them; see ``logits_of``.
             x: n real examples in data space, a tensor or a pytree of tensors.
             y: (n, ...) int64 labels, or None: the soft terms alone. The loss's ``ignore_index`` drops a real
                 row from both its terms, ``unlabeled_index`` from the hard one.
@@ -154,6 +165,7 @@ class TGTObjective:
             synthetic_normalizer: likewise replaces m, the number of synthetic rows.
             occurrence: (n,) int64, for the sampler: which copy of its id each row is, where calls of one step hold
                 copies of one example; see :meth:`occurrences`.
+            logits_of: in the place of the objective's own, in this call.
 
         Returns:
             ``{"loss", "parts": {"hard", "soft", "synthetic"}}``, 0-d; the parts are detached and add up to
@@ -161,7 +173,7 @@ class TGTObjective:
 
         Raises:
             ShapeError: student, teacher and labels do not fit together. Errors of the sampler are passed on.
-            DTypeError: the student returned something else than a tensor of logits.
+            DTypeError: there are no logits in what the student returned.
             ArgumentError: the student is the teacher's labeler.
         """
         options = self._options()
@@ -170,19 +182,21 @@ class TGTObjective:
             if id(student) != self._met:
                 warn_of_shared("TGTObjective", self.teacher, student, stacklevel=3)
                 self._met = id(student)
+        logits_of = self.logits_of if logits_of is None else check_logits_of("TGTObjective", logits_of)
         with torch.no_grad():
             teacher_logits = self.teacher.label(x)
         with named_range("student"):
-            logits = logits_of("TGTObjective", student, self.teacher.student_view(x))
+            logits = student_logits("TGTObjective", student, self.teacher.student_view(x), logits_of)
         group = self._group()
         real = None
         if group is None:  # at once, which may give the logits' memory back
             with named_range("loss"):
                 real = self._real(options, logits, teacher_logits, y, sample_weight, normalizer)
-        made = self._explored(student, x, sample_ids, step, occurrence)
+        made = self._explored(student, x, sample_ids, step, {"occurrence": occurrence, "logits_of": logits_of})
         if made is not None:
             with named_range("student (synthetic)"):
-                synthetic_logits = logits_of("TGTObjective", student, self.teacher.student_view(made.x))
+                view = self.teacher.student_view(made.x)
+                synthetic_logits = student_logits("TGTObjective", student, view, logits_of)
         if real is None:
             drawn = None if made is None else synthetic_logits
             counts = self._counts(options, group, logits, y, sample_weight, drawn, normalizer, synthetic_normalizer)
@@ -205,12 +219,12 @@ class TGTObjective:
         return counting_group("TGTObjective", getattr(self.loss, "count_group", None) if own is None else own)
 
     def _explored(
-        self, student: Callable[[Any], Tensor], x: Any, sample_ids: Tensor | None, step: Any, occurrence: Tensor | None
+        self, student: Callable[..., Any], x: Any, sample_ids: Tensor | None, step: Any, options: dict[str, Any]
     ) -> Synthetic | None:
         if self.sampler is None or not is_on(self.synthetic_weight):
             return None
-        copies = {} if occurrence is None else {"occurrence": occurrence}
-        return self.sampler(x, student=student, sample_ids=sample_ids, step=step, **copies)
+        given = {name: value for name, value in options.items() if value is not None}
+        return self.sampler(x, student=student, sample_ids=sample_ids, step=step, **given)
 
     def _counts(
         self, options: DistillOptions, group: Any, logits: Tensor, y: Tensor | None, sample_weight: Tensor | None,

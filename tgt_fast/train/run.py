@@ -50,7 +50,7 @@ class Objective(Protocol):
         *,
         sample_ids: Tensor | None,
         step: int,
-        **normalizers: Any,  # and occurrence
+        **normalizers: Any,  # and occurrence, and logits_of where fit was given it
     ) -> Mapping[str, Any]:
         """``{"loss": 0-d}`` and, if wanted, ``"parts"``: detached 0-d tensors, averaged in the history."""
         ...
@@ -109,10 +109,12 @@ class Run:
         *,
         autocast: torch.dtype | None = None,
         ema: float | None = None,
+        asked: Mapping[str, Any] | None = None,
     ) -> None:
         self.student, self.objective, self.stream, self.columns = student, objective, stream, columns
         self.model, self.parallel = unwrapped(student), parallel
         self.autocast = autocast
+        self.asked = dict(asked or {})  # of the objective, at each call
         self.average = None if ema is None else Average(self.model, ema)
         self.optimizer, self.scheduler = optimizer, scheduler
         self.device = module_device(student)
@@ -124,10 +126,10 @@ class Run:
     def step(self, accumulate: int, clip_grad_norm: float | None) -> None:
         batches = [self._take() for _ in range(accumulate)]
         self.last = {}
-        normalizers: dict[str, Any] = {}
+        normalizers: dict[str, Any] = dict(self.asked)
         if accumulate > 1:
             real, synthetic = self.objective.normalizers(batches)  # type: ignore[attr-defined]
-            normalizers = {"normalizer": real, "synthetic_normalizer": synthetic}
+            normalizers |= {"normalizer": real, "synthetic_normalizer": synthetic}
         for place, ((ids, x, y), copies) in enumerate(zip(batches, self._copies(batches), strict=True)):
             more = normalizers if copies is None else {**normalizers, "occurrence": copies}
             with self.parallel.averaging(place + 1 == len(batches)):
