@@ -15,8 +15,11 @@ from torch import Tensor
 
 from tgt_fast._opening import as_path
 from tgt_fast._versions import versions
-from tgt_fast.errors import ArgumentError
-from tgt_fast.train.files import make_writable, reported, standard_json
+from tgt_fast.errors import ArgumentError, CheckpointError
+from tgt_fast.explore import LatentSampler
+from tgt_fast.train.files import make_writable, replace_file, reported, standard_json
+from tgt_fast.train.probe import EXAMPLES, probe
+from tgt_fast.train.probe import NAME as EXPLORATION
 
 if TYPE_CHECKING:
     from tgt_fast.train.run import Run
@@ -25,6 +28,7 @@ NAME: Final = "log.jsonl"
 _LINES: Final = 1000  # of a run's steps, about
 _SAFE: Final = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _SECONDS: Final = 30.0  # between lines of slow steps
+_SHARE: Final = 20.0  # times as long as a look at the sampler took it is left alone
 
 
 class Means:
@@ -88,6 +92,7 @@ class RunLog:
         if self.written:
             self._means, self._every = Means(run), max(1, total // _LINES)
             self._due = run.result.steps + 1  # the first step is logged
+            self._total, self._looked, run.kept = total, -1e9, EXAMPLES
             self._line("start", run, total_steps=total, settings=settings, versions=versions())
         try:
             yield
@@ -112,6 +117,7 @@ class RunLog:
     def recorded(self, run: Run) -> None:
         if self.written:
             self._line("record", run, values=run.result.history[-1])
+            self._look(run)
 
     def close(self) -> None:
         if self._file is not None:
@@ -123,6 +129,24 @@ class RunLog:
         if values:
             self._line("steps", run, values={**values, "lr": float(run.optimizer.param_groups[0]["lr"])})
         self._due = run.result.steps - run.result.steps % self._every + self._every
+
+    def _look(self, run: Run) -> None:
+        """Look at what the sampler makes, for the report, as often as it takes next to nothing of the run's time."""
+        sampler = getattr(run.objective, "sampler", None)
+        if not isinstance(sampler, LatentSampler) or run.sample is None or run.parallel.sharded or self.folder is None:
+            return  # the shards of a student answer only where all processes ask
+        begun = time.monotonic()
+        if begun < self._looked and run.result.steps < self._total:
+            return
+        logits_of = run.asked.get("logits_of", getattr(run.objective, "logits_of", None))
+        found = probe(sampler, run.model, run.sample, getattr(run.objective, "loss", None), logits_of)
+        text = json.dumps(standard_json({"step": run.result.steps, **found}), allow_nan=False)
+        try:
+            replace_file(self.folder / EXPLORATION, lambda file: file.write(text.encode()))
+        except CheckpointError as error:
+            warnings.warn(f"fit: {error}", stacklevel=4)
+        now = time.monotonic()
+        self._looked = now + _SHARE * (now - begun)
 
     def _line(self, event: str, run: Run, **more: Any) -> None:
         if self._file is None:

@@ -140,8 +140,9 @@ def fit(
             they were; what they raise ends it.
         log: a folder, such as "runs/1", to whose ``log.jsonl`` the first process adds a line of JSON for the run's
             settings, about a thousand with the means of loss and parts, one a record of the history and one for how it
-            ended. A kill costs what was not written yet. A run that begins anew in it, or goes on, is added to what is
-            there. ``tgt-fast report runs/1`` makes a page of it, also while it runs.
+            ended; ``exploration.json`` beside it is what the sampler last made of some examples. A kill costs what was
+            not written yet. A run that begins anew in it, or goes on, is added to what is there. ``tgt-fast report
+            runs/1`` makes a page of it, also while it runs.
         logits_of: passed to the objective, which is a :class:`TGTObjective` or takes it: where the logits are in what
             the student returns, in the place of its own ``logits_of``.
 

@@ -20,6 +20,7 @@ from tgt_fast._ranges import named_range
 from tgt_fast._rng import isolated_rng
 from tgt_fast.errors import ArgumentError, CheckpointError
 from tgt_fast.explore.processes import saved_by_all
+from tgt_fast.teacher import tree
 from tgt_fast.teacher.batches import Batch, Columns
 from tgt_fast.teacher.modes import eval_mode
 from tgt_fast.train import checkpoint
@@ -121,6 +122,8 @@ class Run:
         self.result = FitResult()
         self.sums: dict[str, Tensor] = {}  # of the loss and its parts since the last record; no step waits for them
         self.summed = 0  # steps in the sums
+        self.kept = 0  # examples of the first batch that ``sample`` keeps
+        self.sample: Batch | None = None
         self.last: dict[str, Tensor] = {}  # the loss and its parts of the last step
 
     def step(self, accumulate: int, clip_grad_norm: float | None) -> None:
@@ -167,6 +170,8 @@ class Run:
 
     def _take(self) -> Batch:
         batch: Batch = to_device(self.columns.split(self.stream.take()), self.device)
+        if self.kept and self.sample is None:
+            self.sample = tree.map_batched(lambda leaf: leaf[: self.kept].clone(), batch)
         return batch
 
     def _add(self, terms: Mapping[str, Tensor]) -> None:

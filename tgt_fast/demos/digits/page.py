@@ -23,6 +23,7 @@ from tgt_fast.demos.pages import (
 from tgt_fast.report import Page, plots
 from tgt_fast.report.numbers import mean
 from tgt_fast.report.plots import Bar, Series, Tile
+from tgt_fast.train.diagnostics import MEANING
 
 COLORS = {
     "one-hot": "#a3adb8",
@@ -190,11 +191,7 @@ def _exploration(page: Page, result: DemoResult) -> None:
 
 def _diagnostics(page: Page, result: DemoResult) -> None:
     page.section("Diagnostics")
-    page.text(
-        "The theory's bound on the student's excess risk grows with the reconstruction error, with the Wasserstein "
-        "distance between real and synthetic images, with the variance of the loss on synthetic images, and with the "
-        "labeler's own error. All of it can be measured. The loss is that of the student of plain distillation."
-    )
+    page.text(f"{MEANING} The loss is that of the student of plain distillation.")
     names = [row.source for row in result.diagnostics[0].sources]
 
     def values(name: str, field: str) -> list[float]:
