@@ -43,7 +43,8 @@ def probe(
 
     Args:
         batch: real examples, the first of which are shown.
-        loss: a :class:`DistillationLoss`, whose soft term is measured; in the place of any other the divergence that the sampler climbs.
+        loss: a :class:`DistillationLoss`, whose soft term is measured; in the place of any other the divergence that
+            the sampler climbs.
         logits_of: where they are in what the student returns; by default as the sampler has it.
     """
     if logits_of is not None:
