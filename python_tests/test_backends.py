@@ -28,7 +28,9 @@ def run_python(code: str, **environment: str) -> str:
 
 def test_importing_loads_no_core_no_triton_and_no_framework() -> None:
     heavy = "'tgt_fast._core', 'triton', 'sklearn', 'matplotlib', 'rich', 'transformers', 'diffusers', 'timm'"
-    code = f"import sys, torch; old = set(sys.modules); import tgt_fast; print({{{heavy}}} & (set(sys.modules) - old))"
+    heavy += ", 'accelerate', 'lightning'"
+    ours = "import tgt_fast, tgt_fast.integrations.transformers"
+    code = f"import sys, torch; old = set(sys.modules); {ours}; print({{{heavy}}} & (set(sys.modules) - old))"
     assert run_python(code) == "set()"
 
 

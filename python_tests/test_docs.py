@@ -34,7 +34,11 @@ def test_the_readmes_python_runs_in_order() -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name: str) -> None:
-    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    if name.startswith("tgt_fast.integrations."):
+        module = pytest.importorskip(name, exc_type=ImportError)  # needs the framework
+    else:
+        module = importlib.import_module(name)
+    result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     assert result.failed == 0
 
 

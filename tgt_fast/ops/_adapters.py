@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Final
 
 import torch
@@ -14,12 +17,23 @@ from tgt_fast.kernels.plain import PLAIN
 from tgt_fast.ops._readable import has_memory
 
 _SEARCHES: Final = 16  # a process; a head whose memory moves at each step is then no longer looked for
+_seen_to: ContextVar[bool] = ContextVar("_seen_to", default=False)
 _looked_for: set[tuple[int, tuple[int, ...]]] = set()
+
+
+@contextmanager
+def adapters_seen_to() -> Iterator[None]:
+    """Inside, whoever calls a loss knows the layers that its heads are of: none is looked for."""
+    token = _seen_to.set(True)
+    try:
+        yield
+    finally:
+        _seen_to.reset(token)
 
 
 def with_adapters(layer: nn.Module | None, weight: Tensor) -> Tensor:
     """The weight that the layer multiplies by: with what its active adapters add, if they can say it."""
-    if layer is None or not _is_adapted(layer) or not hasattr(layer, "get_delta_weight"):
+    if layer is None or not is_adapted(layer) or not hasattr(layer, "get_delta_weight"):
         return weight
     for name in _active(layer):
         weight = weight + layer.get_delta_weight(name).to(weight)  # type: ignore[operator]
@@ -32,7 +46,7 @@ def warn_of_adapters(op: str, student: Tensor, teacher: Tensor | None) -> None:
     Looked for once a head, through all objects, and only where PEFT is in use. A teacher's adapters are spoken of where
     none is trained: the base weight of a model whose adapters are is its teacher in self-distillation.
     """
-    if _layer_type() is None or torch.compiler.is_compiling():
+    if _layer_type() is None or torch.compiler.is_compiling() or _seen_to.get():
         return
     for name, weight in (("student_weight", student), ("teacher_weight", teacher)):
         if weight is None or type(weight) not in PLAIN or not has_memory(weight):  # inside torch.func none has
@@ -62,7 +76,8 @@ def _layer_type() -> type | None:
     return getattr(module, "BaseTunerLayer", None)
 
 
-def _is_adapted(layer: Any) -> bool:
+def is_adapted(layer: Any) -> bool:
+    """Whether it is a layer of PEFT round another one."""
     # By the classes it is made of: isinstance() asks some objects, and they may answer by importing things.
     return _layer_type() in type(layer).__mro__
 
@@ -79,7 +94,7 @@ def _layers_on(weight: Tensor) -> list[Any]:
     """The linear layers with adapters whose base has this weight, or the memory of it."""
     found = []
     for thing in gc.get_objects():
-        if not _is_adapted(thing):
+        if not is_adapted(thing):
             continue
         base = thing.get_base_layer()
         own = getattr(base, "weight", None)
