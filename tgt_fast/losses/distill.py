@@ -24,7 +24,8 @@ class DistillationLoss(Settings, nn.Module):
 
     Args:
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing, ignore_index,
-        unlabeled_index, reduction, count_group, inplace, return_stats, backend: see :func:`tgt_fast.distillation_loss`.
+        unlabeled_index, reduction, count_group, vocab_group, vocab_offsets, inplace, return_stats, backend: see
+        :func:`tgt_fast.distillation_loss`.
 
     >>> import tgt_fast as tgt
     >>> tgt.DistillationLoss(temperature=2.0, hard_weight=1.0)
@@ -48,6 +49,8 @@ class DistillationLoss(Settings, nn.Module):
         unlabeled_index: int = -1,
         reduction: str = "mean",
         count_group: Any = None,
+        vocab_group: Any = None,
+        vocab_offsets: Any = None,
         inplace: bool = False,
         return_stats: bool = False,
         backend: str = "auto",
@@ -60,6 +63,8 @@ class DistillationLoss(Settings, nn.Module):
         self._begin(dict(zip(OPTIONS, values, strict=True)))
         self.count_group = count_group
         counting_group(OP, count_group)  # refused here, if it is none
+        self.vocab_group, self.vocab_offsets = vocab_group, vocab_offsets
+        counting_group(OP, vocab_group, "vocab_group")
         self.inplace = inplace
         self.return_stats = return_stats
         self.backend = backend
@@ -102,8 +107,8 @@ class DistillationLoss(Settings, nn.Module):
     ) -> Tensor | tuple[Tensor, DistillStats]:  # fmt: skip
         return distillation_loss(
             student_logits, teacher_logits, target, sample_weight=sample_weight, normalizer=normalizer,
-            count_group=self.count_group, inplace=self.inplace, return_stats=self.return_stats,
-            backend=self.backend, **keywords,
+            count_group=self.count_group, vocab_group=self.vocab_group, vocab_offsets=self.vocab_offsets,
+            inplace=self.inplace, return_stats=self.return_stats, backend=self.backend, **keywords,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -115,8 +120,9 @@ class DistillationLoss(Settings, nn.Module):
             if value != usual:
                 shown.append(f"{name}={value!r}")
         shown += [f"{name}=True" for name in ("inplace", "return_stats") if getattr(self, name)]
-        if self.count_group is not None:
-            shown.append(f"count_group={self.count_group!r}")
+        for name in ("count_group", "vocab_group", "vocab_offsets"):
+            if getattr(self, name) is not None:
+                shown.append(f"{name}={getattr(self, name)!r}")
         if self.backend != "auto":
             shown.append(f"backend={self.backend!r}")
         return ", ".join(shown)

@@ -1,0 +1,151 @@
+"""``vocab_group``: logits whose classes are spread over processes have the loss and the gradients of all classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from numerics import assert_close, assert_matches_truth, magnitude, relative_error, truth
+from process_kit import Raised, all_made, in_processes, needs_processes
+from torch import Tensor
+from vocab_kit import CLASSES, OFFSETS, ROWS, Case, cases, evaluated, joined, part_of
+
+import tgt_fast as tgt
+from tgt_fast.errors import ArgumentError
+from tgt_fast.ops.vocab_parallel import shards
+
+worlds = pytest.mark.parametrize("world", [2, 4])
+PLAIN = Case("forward_kl", "smoothed", (2.0, 2.0), "plain", (torch.float32, torch.float32), "mean", False)
+
+
+@needs_processes
+@worlds
+def test_loss_and_gradients_are_those_of_all_classes(world: int, tmp_path: Path) -> None:
+    every = cases()
+
+    def work(rank: int) -> Any:
+        made = []
+        for case in every:
+            student, teacher, target, weight = case.inputs()
+            sides = part_of(student, rank, world), part_of(teacher, rank, world)
+            made.append(evaluated(case, *sides, target, weight, vocab_group="world"))
+        return made
+
+    found = all_made(in_processes(world, tmp_path, work))
+    for case, *parts in zip(every, *found, strict=True):
+        result = joined(parts)
+        student, teacher, target, weight = case.inputs()
+        options = dict(case.options)
+        expected = truth(student, teacher, target, sample_weight=weight, **options)
+        ts, tt = case.temperatures
+        hard = case.terms != "soft"
+        assert_matches_truth(
+            result, expected, student, teacher, divergence=case.divergence, temperature=ts, teacher_temperature=tt,
+            hard=hard,
+        )  # fmt: skip
+        loss, d_student, d_teacher, stats = evaluated(case, student, teacher, target, weight)
+        bar = 1e-5 * max(1.0, magnitude(student / ts, teacher / tt) / 10)
+        for name, out, own in zip(result.stats._fields, result.stats, stats, strict=True):  # type: ignore[union-attr]
+            assert_close(name, out.double(), own.double(), bar=bar, floor=1e-2 * ROWS**0.5)
+        if case.dtypes == (torch.float32, torch.float32) and case.kind != "far":
+            assert_close("loss", result.loss, loss, bar=bar, floor=1e-2)
+            for out, own in ((result.d_student, d_student), (result.d_teacher, d_teacher)):
+                assert out is not None
+                usable = own.isfinite()
+                out, own = torch.where(usable, out, 0.0), torch.where(usable, own, 0.0)
+                assert relative_error(out, own, 1e-2) < 2e-5, case
+
+
+@needs_processes
+@worlds
+def test_a_call(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What travels; the same bits again; in place; backward twice; in float16; what is refused."""
+    student, teacher, target, _ = PLAIN.inputs()
+    offsets = OFFSETS[world]
+
+    def work(rank: int) -> Any:
+        sent: list[int] = []
+        original = shards.reduced
+
+        def counted(numbers: Tensor, operation: str, groups: tuple[str, ...]) -> Tensor:
+            sent.append(numbers.numel() // ROWS)
+            return original(numbers, operation, groups)
+
+        monkeypatch.setattr(shards, "reduced", counted)
+        s, t = part_of(student, rank, world), part_of(teacher, rank, world)
+
+        def loss_of(leaf: Tensor, **options: Any) -> Tensor:
+            given = {**PLAIN.options, "vocab_group": torch.distributed.group.WORLD, **options}
+            return tgt.distillation_loss(leaf, t, target, **given)
+
+        travels = {}
+        for divergence in ("forward_kl", "jsd"):
+            sent.clear()
+            loss_of(s.clone().requires_grad_(), divergence=divergence).backward()
+            travels[divergence] = list(sent)
+
+        leaf = s.clone().requires_grad_()
+        first, second = loss_of(leaf), loss_of(leaf, vocab_offsets=offsets)
+        (grad,) = torch.autograd.grad(first, leaf, retain_graph=True)
+        (again,) = torch.autograd.grad(first, leaf)
+        (other,) = torch.autograd.grad(second * 3, leaf)
+        assert torch.equal(first, second)
+        assert torch.equal(grad * 3, other)
+        torch.testing.assert_close(grad, again)
+
+        leaf = s.clone().requires_grad_()
+        mine = leaf * 1.0
+        loss_of(mine, inplace=True).backward()
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad, grad)
+
+        module = tgt.DistillationLoss(vocab_group="world", vocab_offsets=offsets, **PLAIN.options)
+        assert torch.equal(module(s, t, target), first)
+        with torch.no_grad():
+            assert torch.equal(loss_of(s), first.detach())
+        messages = []
+        for options in (
+            {"backend": "reference"}, {"vocab_offsets": (0, 3)}, {"vocab_offsets": (1, *offsets[1:])},
+            {"vocab_offsets": list(range(world + 1))}, {"count_group": "nobody"},
+        ):  # fmt: skip
+            with pytest.raises((ValueError, RuntimeError)) as raised:
+                loss_of(s, **options)
+            messages.append(f"{type(raised.value).__name__}: {raised.value}")
+        return travels, messages
+
+    for travels, messages in all_made(in_processes(world, tmp_path, work)):
+        assert travels == {"forward_kl": [7, 8], "jsd": [7, 8, 2]}
+        assert messages[0].startswith("BackendError: distill: backend 'reference' has all classes of a row in one")
+        assert f"must hold {world + 1} numbers for {world} processes" in messages[1]
+        assert "must begin with 0 and not fall" in messages[2]
+        assert "by vocab_offsets process" in messages[3]
+        assert "count_group must be None" in messages[4]
+
+
+@needs_processes
+def test_a_bad_label_is_refused_in_every_process(tmp_path: Path) -> None:
+    student, teacher, target, _ = PLAIN.inputs()
+    target[3] = CLASSES
+
+    def work(rank: int) -> Any:
+        return tgt.distillation_loss(
+            part_of(student, rank, 2), part_of(teacher, rank, 2), target, hard_weight=1.0, vocab_group="world"
+        )
+
+    for made in in_processes(2, tmp_path, work):
+        assert isinstance(made, Raised)
+        assert f"target[3] = {CLASSES} is not in [0, {CLASSES})" in made.text
+
+
+def test_one_process_has_all_classes() -> None:
+    student, teacher, target, _ = PLAIN.inputs()
+    loss = tgt.distillation_loss(student, teacher, target, **PLAIN.options)
+    own = {"vocab_group": "world", "vocab_offsets": (0, CLASSES)}
+    assert torch.equal(tgt.distillation_loss(student, teacher, target, **own, **PLAIN.options), loss)
+    with pytest.raises(ArgumentError, match="vocab_group must be None, 'world' or a process group, got 3"):
+        tgt.distillation_loss(student, teacher, vocab_group=3)
+    with pytest.raises(ArgumentError, match="vocab_offsets say which classes a process of vocab_group has"):
+        tgt.distillation_loss(student, teacher, vocab_offsets=(0, CLASSES))
+    assert "vocab_group='world'" in repr(tgt.DistillationLoss(vocab_group="world"))

@@ -1,0 +1,100 @@
+"""The soft-label loss on logits of which each process has some classes: arguments, and the way to the kernels."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from torch import Tensor
+
+from tgt_fast.errors import ArgumentError, BackendError, ShapeError
+from tgt_fast.kernels import select
+from tgt_fast.kernels.calls import Direct, DistillCall
+from tgt_fast.kernels.late import is_on
+from tgt_fast.kernels.options import DistillOptions, DistillStats
+from tgt_fast.ops import _checks
+from tgt_fast.ops._distill_arguments import OP, as_mask, check_classes, check_inplace, check_rows, flat_labels
+from tgt_fast.ops._distill_op import dense_rows, tensors_of, with_graph
+from tgt_fast.ops._row_checks import check_row_values
+from tgt_fast.ops.counts import divisor_over
+from tgt_fast.ops.library import graph_wanted
+from tgt_fast.ops.topk import TeacherTopK
+from tgt_fast.ops.vocab_parallel.kernel import Sharded
+from tgt_fast.ops.vocab_parallel.shards import Shards, local_target
+
+SERVED: Final = ("native",)  # the backends whose row states are merged
+
+
+def distillation_loss(
+    shards: Shards, student_logits: Tensor, teacher: Tensor | TeacherTopK, target: Tensor | None,
+    options: DistillOptions, sample_weight: Tensor | None, normalizer: float | Tensor | None, count_group: Any,
+    inplace: bool, return_stats: bool, backend: str,
+) -> Tensor | tuple[Tensor, DistillStats]:  # fmt: skip
+    """The loss of all classes, of those that this process has."""
+    if isinstance(teacher, TeacherTopK):
+        raise ArgumentError(f"{OP}: a top-k record is not taken with vocab_group; pass the teacher's logits")
+    _check(shards, student_logits, teacher, target, sample_weight, normalizer, options)
+    shape = student_logits.shape
+    if sample_weight is not None:
+        sample_weight = sample_weight.reshape(-1)
+    if target is not None:
+        target, options = labels(OP, shards, target, sample_weight, options)
+    normalizer = divisor_over(OP, count_group, normalizer, student_logits, target, sample_weight, shape[-1], options)
+    student, given = dense_rows(student_logits), dense_rows(teacher)
+    if inplace and student.numel():
+        check_inplace(student_logits, student)
+    inputs = (options, student, given, target, sample_weight, normalizer)
+    kernel = Sharded(Direct(select.kernel("distill", chosen(backend, tensors_of(student, given)))), shards)
+    if graph_wanted(student, given):
+        loss, rows = with_graph(kernel, *inputs, return_stats, inplace)
+    else:
+        loss, rows, *_ = kernel.forward(DistillCall(*inputs, want_stats=return_stats))
+    if options.reduction == "none":
+        loss = loss.reshape(shape[:-1])
+    if rows is None:
+        return loss
+    return loss, DistillStats(*(value.reshape(shape[:-1]) for value in DistillStats.from_rows(rows)))
+
+
+def labels(
+    op: str, shards: Shards, target: Tensor, sample_weight: Tensor | None, options: DistillOptions
+) -> tuple[Tensor, DistillOptions]:
+    """Global labels as those of this process, and the options that they are read by."""
+    target = flat_labels(target)
+    if not is_on(options.hard_weight):
+        return as_mask(op, shards.classes, target, sample_weight, options)
+    if _checks.on_plain_cpu(target):
+        check_row_values(op, shards.classes, target, sample_weight, options)
+    return local_target(target, options, shards), options._replace(ignore_index=-100, unlabeled_index=-1)
+
+
+def chosen(backend: str, tensors: list[Tensor], op: str = "distill") -> str:
+    """The backend that runs the rows of this process.
+
+    Raises:
+        BackendError: one whose row states are not merged.
+    """
+    name = select.choose(op, backend, tensors)
+    if name not in SERVED:
+        raise BackendError(
+            f"{op}: backend {name!r} has all classes of a row in one process; with vocab_group, or for DTensors that "
+            f"are sharded on classes, pass one of {SERVED}"
+        )
+    return name
+
+
+def _check(
+    shards: Shards, student: Tensor, teacher: Tensor, target: Tensor | None, sample_weight: Tensor | None,
+    normalizer: float | Tensor | None, options: DistillOptions,
+) -> None:  # fmt: skip
+    _checks.floating(OP, "student_logits", student)
+    _checks.floating(OP, "teacher_logits", teacher)
+    if not student.dim() or student.shape != teacher.shape:
+        raise ShapeError(
+            f"{OP}: student_logits {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)} differ: with "
+            "vocab_group each process passes the same classes of both"
+        )
+    if not shards.classes:
+        raise ShapeError(f"{OP}: the processes of vocab_group have no class between them")
+    check_classes(OP, "student_logits", shards.classes, options)
+    _checks.same_device(OP, "student_logits", student, "teacher_logits", teacher)
+    check_rows(OP, "student_logits", student, target, sample_weight, normalizer, options)

@@ -1,0 +1,76 @@
+"""The statistics of rows whose classes are spread over processes, merged from those of each."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from tgt_fast.kernels.calls import DistillCall
+from tgt_fast.kernels.options import DistillOptions
+from tgt_fast.ops.vocab_parallel import merging, opening
+from tgt_fast.ops.vocab_parallel.opening import OPENED, STUDENT_MAX, TEACHER_MAX, has
+from tgt_fast.ops.vocab_parallel.shards import Shards
+
+_FIELDS: Final = 3  # of the kernel's: both entropies, and whether both sides have their largest logit at one place
+
+
+def _plain(options: DistillOptions) -> DistillOptions:
+    return options._replace(
+        divergence="forward_kl", soft_weight=1.0, hard_weight=0.0, label_smoothing=0.0, reduction="none"
+    )
+
+
+def opened(kernel: Any, call: DistillCall) -> Tensor:
+    """A process's own part.  -> [N, OPENED + 3] float64"""
+    call = call._replace(
+        options=_plain(call.options), divisor=None, want_d_student=False, want_d_teacher=False, inplace=False,
+        want_row_state=False,
+    )  # fmt: skip
+    state = opening.opened(kernel, call._replace(want_stats=False))
+    made = state.new_zeros((state.shape[0], OPENED + _FIELDS))
+    made[:, :OPENED] = state
+    if call.student.shape[1]:
+        stats = kernel.forward(call._replace(want_stats=True)).stats
+        made[:, OPENED:] = stats[[0, 1, 3]].t()
+    return made
+
+
+def merged(own: Tensor, shards: Shards, divisor: float | Tensor | None, options: DistillOptions) -> Tensor:
+    """The fields of DistillStats.  -> [6, N] float64"""
+    state, fields, plain = own[:, :OPENED], own[:, OPENED:], _plain(options)
+    maxima = shards.largest(merging.maxima_of(state))
+    parts = merging.parts_of(state, maxima, plain)
+    # The process that holds the first of the largest logits, by its first class.
+    first = torch.full_like(maxima[:, :2], float(-shards.start))
+    owned = state[:, [STUDENT_MAX, TEACHER_MAX]] == maxima[:, :2]
+    if not shards.width:
+        owned = torch.zeros_like(owned)
+    firsts = shards.largest(torch.where(owned, first, -math.inf))
+    mine = (owned & (firsts == first)).all(dim=1)
+    log_q = merging.log_of(state[:, opening.STUDENT_SUM], state[:, STUDENT_MAX] - maxima[:, 0], options.temperature)
+    log_p = merging.log_of(
+        state[:, opening.TEACHER_SUM], state[:, TEACHER_MAX] - maxima[:, 1], options.teacher_temperature
+    )
+    entropies = (
+        merging.weighed(parts.student, fields[:, 0] - log_q), merging.weighed(parts.teacher, fields[:, 1] - log_p)
+    )  # fmt: skip
+    agree = (mine & (fields[:, 2] != 0)).to(torch.float64)
+    sums = shards.total(torch.stack([parts.student, parts.teacher, parts.x, *entropies, agree], dim=1))
+    q, p, x, of_student, of_teacher, agree = sums.unbind(1)
+    bad_student = (maxima[:, 2] > 0) | (maxima[:, 0] == -math.inf)
+    bad_teacher = (maxima[:, 3] > 0) | (maxima[:, 1] == -math.inf)
+    bad = bad_student | bad_teacher
+    kl = (x / p - (p.log() - q.log())).clamp_min(0.0).masked_fill(maxima[:, 4] > 0, math.inf)
+    values = torch.stack([
+        (of_student / q + q.log()).clamp_min(0.0).masked_fill(bad_student, math.nan),
+        (of_teacher / p + p.log()).clamp_min(0.0).masked_fill(bad_teacher, math.nan),
+        kl.masked_fill(bad, math.nan),
+        agree.masked_fill(bad, 0.0),
+        (maxima[:, 0] / options.temperature + q.log()).masked_fill(bad_student, math.nan),
+        (maxima[:, 1] / options.teacher_temperature + p.log()).masked_fill(bad_teacher, math.nan),
+    ])  # fmt: skip
+    counted = ~has(state, opening.DROPPED)
+    return torch.where(counted & (merging.divisor_of(state, divisor, options) != 0), values, 0.0)
