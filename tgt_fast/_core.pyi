@@ -4,7 +4,7 @@ from typing import Any
 
 Matrix = tuple[int, int, int]  # pointer, row stride in elements, dtype code (csrc/common/dtype.h)
 # pointer to ids, their row stride, entries a row, log-probabilities, tail, form
-Record = tuple[int, int, int, Matrix, Matrix, int]
+TopK = tuple[int, int, int, Matrix, Matrix, int]
 Factor = tuple[float, int]  # a number, or a pointer to one a sample
 Noise = tuple[int, int, int, int, int]  # seed, pointer to ids, step, replica, op
 Filter = tuple[float, int, float, float]  # temperature, k or 0, p or 1, logarithm of the least ratio to the largest
@@ -13,7 +13,6 @@ ROW_STATE: int
 BAD_TARGET: int
 BAD_WEIGHT: int
 BAD_ID: int
-SPARSE_ROW_STATE: int
 
 class DistillOptions:
     divergence: int
@@ -65,12 +64,12 @@ def distill_backward(
     threads: int,
 ) -> None: ...
 def distill_scale(rows: int, classes: int, grad: Matrix, factors: int, per_row: bool, threads: int) -> None: ...
-def sparse_forward(
+def topk_forward(
     options: DistillOptions,
     rows: int,
     classes: int,
     student: Matrix,
-    record: Record,
+    topk: TopK,
     target: int,
     weight: int,
     normalizer: float,
@@ -80,12 +79,12 @@ def sparse_forward(
     state: int,
     threads: int,
 ) -> tuple[int, int]: ...
-def sparse_backward(
+def topk_backward(
     options: DistillOptions,
     rows: int,
     classes: int,
     student: Matrix,
-    record: Record,
+    topk: TopK,
     target: int,
     state: int,
     upstream: int,

@@ -6,8 +6,8 @@
 
 #include "../common/distill.h"
 #include "../common/latent.h"
-#include "../common/sparse.h"
 #include "../common/tokens.h"
+#include "../common/topk.h"
 
 namespace tgt::bind {
 
@@ -24,9 +24,9 @@ inline Matrix matrix(const MatrixTuple& from) {
 }
 
 // (pointer to ids, their row stride, entries a row, log-probabilities, tail or zeros, its form)
-using RecordTuple = std::tuple<uintptr_t, int64_t, int64_t, MatrixTuple, MatrixTuple, int>;
+using TopKTuple = std::tuple<uintptr_t, int64_t, int64_t, MatrixTuple, MatrixTuple, int>;
 
-inline Record record(const RecordTuple& from) {
+inline TopK topk_of(const TopKTuple& from) {
   return {pointer<int64_t>(std::get<0>(from)), std::get<1>(from),         std::get<2>(from),
           matrix(std::get<3>(from)),           matrix(std::get<4>(from)), static_cast<TailForm>(std::get<5>(from))};
 }

@@ -22,13 +22,12 @@ inline DistillCall distill_call(const DistillOptions& options, int64_t rows, int
   return call;
 }
 
-inline SparseCall sparse_call(const DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
-                              const RecordTuple& from, uintptr_t target, uintptr_t state,
-                              const MatrixTuple& d_student) {
-  SparseCall call;
+inline TopKCall topk_call(const DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
+                          const TopKTuple& from, uintptr_t target, uintptr_t state, const MatrixTuple& d_student) {
+  TopKCall call;
   call.base = distill_call(options, rows, classes, student, {}, target, 0, d_student, {});
-  call.record = record(from);
-  call.state = pointer<SparseState>(state);
+  call.topk = topk_of(from);
+  call.state = pointer<TopKState>(state);
   return call;
 }
 

@@ -48,23 +48,23 @@ void distill_scale(int64_t rows, int64_t classes, const MatrixTuple& grad, uintp
   expect_success(cuda::distill_scale(rows, classes, matrix(grad), pointer<void>(factors), per_row, stream_of(stream)));
 }
 
-void sparse_forward(const DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
-                    const RecordTuple& from, uintptr_t target, uintptr_t weight, uintptr_t normalizer,
-                    double host_normalizer, uintptr_t workspace, uintptr_t row_loss, uintptr_t loss,
-                    const MatrixTuple& d_student, uintptr_t state, const PlanTuple& plan, uintptr_t stream) {
-  SparseCall call = sparse_call(options, rows, classes, student, from, target, state, d_student);
+void topk_forward(const DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
+                  const TopKTuple& from, uintptr_t target, uintptr_t weight, uintptr_t normalizer,
+                  double host_normalizer, uintptr_t workspace, uintptr_t row_loss, uintptr_t loss,
+                  const MatrixTuple& d_student, uintptr_t state, const PlanTuple& plan, uintptr_t stream) {
+  TopKCall call = topk_call(options, rows, classes, student, from, target, state, d_student);
   add_rows(call.base, weight, row_loss);
   const cuda::Plan how{static_cast<cuda::Path>(std::get<0>(plan)), std::get<1>(plan), std::get<2>(plan)};
-  expect_success(cuda::sparse_forward(call, pointer<double>(normalizer), host_normalizer, pointer<double>(workspace),
-                                      pointer<void>(loss), how, stream_of(stream)));
+  expect_success(cuda::topk_forward(call, pointer<double>(normalizer), host_normalizer, pointer<double>(workspace),
+                                    pointer<void>(loss), how, stream_of(stream)));
 }
 
-void sparse_backward(const DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
-                     const RecordTuple& from, uintptr_t target, uintptr_t state, uintptr_t upstream,
-                     bool upstream_per_row, const MatrixTuple& d_student, uintptr_t stream) {
-  SparseCall call = sparse_call(options, rows, classes, student, from, target, state, d_student);
+void topk_backward(const DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
+                   const TopKTuple& from, uintptr_t target, uintptr_t state, uintptr_t upstream, bool upstream_per_row,
+                   const MatrixTuple& d_student, uintptr_t stream) {
+  TopKCall call = topk_call(options, rows, classes, student, from, target, state, d_student);
   add_upstream(call.base, upstream, upstream_per_row);
-  expect_success(cuda::sparse_backward(call, stream_of(stream)));
+  expect_success(cuda::topk_backward(call, stream_of(stream)));
 }
 
 // Seed and step as numbers, and as addresses of device integers that replace them, or 0.
@@ -116,8 +116,8 @@ void add_cuda(py::module_& m) {
   m.def("cuda_distill_forward", &distill_forward, release);
   m.def("cuda_distill_backward", &distill_backward, release);
   m.def("cuda_distill_scale", &distill_scale, release);
-  m.def("cuda_sparse_forward", &sparse_forward, release);
-  m.def("cuda_sparse_backward", &sparse_backward, release);
+  m.def("cuda_topk_forward", &topk_forward, release);
+  m.def("cuda_topk_backward", &topk_backward, release);
   m.def("cuda_latent_perturb", &perturb, release);
   m.def("cuda_latent_ascend", &ascend, release);
   m.def("cuda_tokens_sample", &sample, release);

@@ -7,9 +7,9 @@
 #include "../cpu/distill.h"
 #include "../cpu/isa.h"
 #include "../cpu/latent.h"
-#include "../cpu/sparse.h"
 #include "../cpu/thread_pool.h"
 #include "../cpu/tokens.h"
+#include "../cpu/topk.h"
 #include "arguments.h"
 #include "calls.h"
 #include "options.h"
@@ -33,8 +33,8 @@ using tgt::bind::noise;
 using tgt::bind::NoiseTuple;
 using tgt::bind::perturb_call;
 using tgt::bind::pointer;
-using tgt::bind::RecordTuple;
-using tgt::bind::sparse_call;
+using tgt::bind::topk_call;
+using tgt::bind::TopKTuple;
 
 std::tuple<int, int64_t> distill_forward(const tgt::DistillOptions& options, int64_t rows, int64_t classes,
                                          const MatrixTuple& student, const MatrixTuple& teacher, uintptr_t target,
@@ -61,22 +61,22 @@ void distill_scale(int64_t rows, int64_t classes, const MatrixTuple& grad, uintp
   tgt::cpu::distill_scale({rows, classes, matrix(grad), pointer<void>(factors), per_row}, threads);
 }
 
-std::tuple<int, int64_t> sparse_forward(const tgt::DistillOptions& options, int64_t rows, int64_t classes,
-                                        const MatrixTuple& student, const RecordTuple& record, uintptr_t target,
-                                        uintptr_t weight, double normalizer, uintptr_t row_loss, uintptr_t loss,
-                                        const MatrixTuple& d_student, uintptr_t state, int threads) {
-  tgt::SparseCall call = sparse_call(options, rows, classes, student, record, target, state, d_student);
+std::tuple<int, int64_t> topk_forward(const tgt::DistillOptions& options, int64_t rows, int64_t classes,
+                                      const MatrixTuple& student, const TopKTuple& topk, uintptr_t target,
+                                      uintptr_t weight, double normalizer, uintptr_t row_loss, uintptr_t loss,
+                                      const MatrixTuple& d_student, uintptr_t state, int threads) {
+  tgt::TopKCall call = topk_call(options, rows, classes, student, topk, target, state, d_student);
   add_rows(call.base, weight, row_loss);
-  const tgt::StatusAt status = tgt::cpu::sparse_forward(call, normalizer, pointer<void>(loss), threads);
+  const tgt::StatusAt status = tgt::cpu::topk_forward(call, normalizer, pointer<void>(loss), threads);
   return {static_cast<int>(status.status), status.row};
 }
 
-void sparse_backward(const tgt::DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
-                     const RecordTuple& record, uintptr_t target, uintptr_t state, uintptr_t upstream,
-                     bool upstream_per_row, const MatrixTuple& d_student, int threads) {
-  tgt::SparseCall call = sparse_call(options, rows, classes, student, record, target, state, d_student);
+void topk_backward(const tgt::DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
+                   const TopKTuple& topk, uintptr_t target, uintptr_t state, uintptr_t upstream, bool upstream_per_row,
+                   const MatrixTuple& d_student, int threads) {
+  tgt::TopKCall call = topk_call(options, rows, classes, student, topk, target, state, d_student);
   add_upstream(call.base, upstream, upstream_per_row);
-  tgt::cpu::sparse_backward(call, threads);
+  tgt::cpu::topk_backward(call, threads);
 }
 
 void perturb(int64_t samples, int64_t size, int type, uintptr_t z, uintptr_t out, const FactorTuple& sigma,
@@ -159,7 +159,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   tgt::cpu::watch_forks();
   m.def("avoid_openmp", &tgt::cpu::avoid_openmp);
   m.attr("ROW_STATE") = tgt::kRowState;
-  m.attr("SPARSE_ROW_STATE") = tgt::kSparseState;
   m.attr("BAD_ID") = static_cast<int>(tgt::Status::kBadId);
   m.attr("BAD_TARGET") = static_cast<int>(tgt::Status::kBadTarget);
   m.attr("BAD_WEIGHT") = static_cast<int>(tgt::Status::kBadWeight);
@@ -175,8 +174,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("distill_forward", &distill_forward, release);
   m.def("distill_backward", &distill_backward, release);
   m.def("distill_scale", &distill_scale, release);
-  m.def("sparse_forward", &sparse_forward, release);
-  m.def("sparse_backward", &sparse_backward, release);
+  m.def("topk_forward", &topk_forward, release);
+  m.def("topk_backward", &topk_backward, release);
   m.def("latent_perturb", &perturb, release);
   m.def("latent_ascend", &ascend, release);
   m.def("tokens_sample", &sample, release);

@@ -17,7 +17,7 @@ struct RowState {
   double coefficient;  // weight of the row in the reduced loss
   double finite;       // number of classes whose student logit is not -inf
   double flags;        // RowFlag bits
-  double spare[2];     // as many as a record's row has: all kernels are given the same room
+  double spare[2];     // as many as a top-k row has: all kernels are given the same room
 };
 constexpr int kRowState = sizeof(RowState) / sizeof(double);
 

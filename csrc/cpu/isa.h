@@ -3,8 +3,8 @@
 
 #include "../common/distill.h"
 #include "../common/latent.h"
-#include "../common/sparse.h"
 #include "../common/tokens.h"
+#include "../common/topk.h"
 
 namespace tgt::cpu {
 
@@ -15,8 +15,8 @@ struct Kernels {
   void (*distill_backward)(const DistillCall&, int64_t begin, int64_t end);
   void (*perturb)(const PerturbCall&, int64_t begin, int64_t end);
   void (*ascend)(const AscendCall&, int64_t begin, int64_t end);
-  void (*sparse_forward)(const SparseCall&, int64_t begin, int64_t end);
-  void (*sparse_backward)(const SparseCall&, int64_t begin, int64_t end);
+  void (*topk_forward)(const TopKCall&, int64_t begin, int64_t end);
+  void (*topk_backward)(const TopKCall&, int64_t begin, int64_t end);
   void (*sample)(const SampleCall&, int64_t begin, int64_t end);
   void (*soft_forward)(const SoftCall&, int64_t begin, int64_t end);
   void (*soft_backward)(const SoftCall&, int64_t begin, int64_t end);

@@ -11,15 +11,15 @@ void distill_forward_rows(const DistillCall& call, int64_t begin, int64_t end);
 void distill_backward_rows(const DistillCall& call, int64_t begin, int64_t end);
 void perturb_rows(const PerturbCall& call, int64_t begin, int64_t end);
 void ascend_rows(const AscendCall& call, int64_t begin, int64_t end);
-void sparse_forward_rows(const SparseCall& call, int64_t begin, int64_t end);
-void sparse_backward_rows(const SparseCall& call, int64_t begin, int64_t end);
+void topk_forward_rows(const TopKCall& call, int64_t begin, int64_t end);
+void topk_backward_rows(const TopKCall& call, int64_t begin, int64_t end);
 void sample_rows(const SampleCall& call, int64_t begin, int64_t end);
 void soft_forward_rows(const SoftCall& call, int64_t begin, int64_t end);
 void soft_backward_rows(const SoftCall& call, int64_t begin, int64_t end);
 
 extern const cpu::Kernels kKernels;
 const cpu::Kernels kKernels = {TGT_NAME(TGT_ISA), distill_forward_rows, distill_backward_rows, perturb_rows,
-                               ascend_rows,       sparse_forward_rows,  sparse_backward_rows,  sample_rows,
+                               ascend_rows,       topk_forward_rows,    topk_backward_rows,    sample_rows,
                                soft_forward_rows, soft_backward_rows};
 
 }  // namespace TGT_ISA

@@ -3,8 +3,8 @@
 
 #include "../common/distill.h"
 #include "../common/latent.h"
-#include "../common/sparse.h"
 #include "../common/tokens.h"
+#include "../common/topk.h"
 
 #if defined(TGT_EMULATED_GPU)
 #include "../emulator/gpu.h"
@@ -37,9 +37,9 @@ Failure distill_backward(const DistillCall& call, cudaStream_t stream);
 Failure distill_scale(int64_t rows, int64_t classes, const Matrix& grad, const void* factor, bool factor_per_row,
                       cudaStream_t stream);
 
-Failure sparse_forward(const SparseCall& call, const double* normalizer, double host_normalizer, double* workspace,
-                       void* loss, Plan plan, cudaStream_t stream);
-Failure sparse_backward(const SparseCall& call, cudaStream_t stream);
+Failure topk_forward(const TopKCall& call, const double* normalizer, double host_normalizer, double* workspace,
+                     void* loss, Plan plan, cudaStream_t stream);
+Failure topk_backward(const TopKCall& call, cudaStream_t stream);
 
 // Integers that live on the device replace those of the key: a replayed graph sees them advance.
 struct DeviceKey {

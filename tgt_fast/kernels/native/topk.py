@@ -1,4 +1,4 @@
-"""The loss against a top-k record, in the compiled core: csrc/cpu/sparse.cpp, and csrc/cuda/sparse.cu on a device.
+"""The loss against a top-k record, in the compiled core: csrc/cpu/topk.cpp, and csrc/cuda/topk.cu on a device.
 
 On a device nothing waits for it.
 """
@@ -65,13 +65,13 @@ def forward(call: DistillCall, out: Outputs, *, plan: tuple[int, int, bool] = AU
         on_device, host_divisor = divisor(call.divisor)
         workspace = student.new_empty(1, dtype=torch.float64)
         with engine.current(student) as stream:
-            engine.core.cuda_sparse_forward(
+            engine.core.cuda_topk_forward(
                 core_options(engine.core, options), rows, classes, matrix(student), _packed(record), pointer(target),
                 pointer(weight), pointer(on_device), host_divisor, pointer(workspace), *written, plan, stream,
             )  # fmt: skip
         return
     compiled = core()
-    status, row = compiled.sparse_forward(
+    status, row = compiled.topk_forward(
         core_options(compiled, options), rows, classes, matrix(student), _packed(record), pointer(target),
         pointer(weight), -1.0 if call.divisor is None else float(call.divisor), *written, threads(),
     )  # fmt: skip
@@ -93,7 +93,7 @@ def backward(call: DistillCall, row_state: Tensor, d_loss: Tensor, grads: Gradie
     )  # fmt: skip
     engine = cuda.engine(student)
     if engine is None:
-        core().sparse_backward(core_options(core(), call.options), *given, threads())
+        core().topk_backward(core_options(core(), call.options), *given, threads())
         return
     with engine.current(student) as stream:
-        engine.core.cuda_sparse_backward(core_options(engine.core, call.options), *given, stream)
+        engine.core.cuda_topk_backward(core_options(engine.core, call.options), *given, stream)

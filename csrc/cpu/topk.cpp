@@ -1,5 +1,5 @@
-// The loss against a top-k record on a CPU: checks what needs the data, shares the rows among threads, reduces.
-#include "sparse.h"
+// The loss against a top-k teacher on a CPU: checks what needs the data, shares the rows among threads, reduces.
+#include "topk.h"
 
 #include <vector>
 
@@ -12,16 +12,16 @@ namespace tgt::cpu {
 namespace {
 
 // The first row that lists a class out of range, or one class twice.
-StatusAt check_ids(const SparseCall& call) {
-  const Record& record = call.record;
+StatusAt check_ids(const TopKCall& call) {
+  const TopK& topk = call.topk;
   std::vector<uint64_t> seen((call.base.classes + 63) / 64);  // a bit a class, cleared again after each row
   for (int64_t i = 0; i < call.base.rows; ++i) {
     if (!counts(call.base, i)) continue;
-    const int64_t* ids = record.ids + i * record.id_stride;
+    const int64_t* ids = topk.ids + i * topk.id_stride;
     const auto padding = [&](int64_t j) {
-      return read_element(record.log_probs.row(i), record.log_probs.type, j) == -HUGE_VAL;
+      return read_element(topk.log_probs.row(i), topk.log_probs.type, j) == -HUGE_VAL;
     };
-    for (int64_t j = 0; j < record.entries; ++j) {
+    for (int64_t j = 0; j < topk.entries; ++j) {
       if (padding(j)) continue;
       if (ids[j] < 0 || ids[j] >= call.base.classes) return {Status::kBadId, i};
       uint64_t& word = seen[ids[j] / 64];
@@ -29,7 +29,7 @@ StatusAt check_ids(const SparseCall& call) {
       if (word & bit) return {Status::kBadId, i};
       word |= bit;
     }
-    for (int64_t j = 0; j < record.entries; ++j) {
+    for (int64_t j = 0; j < topk.entries; ++j) {
       if (ids[j] >= 0 && ids[j] < call.base.classes) seen[ids[j] / 64] = 0;
     }
   }
@@ -38,7 +38,7 @@ StatusAt check_ids(const SparseCall& call) {
 
 }  // namespace
 
-StatusAt sparse_forward(SparseCall call, double normalizer, void* loss, int threads) {
+StatusAt topk_forward(TopKCall call, double normalizer, void* loss, int threads) {
   DistillCall& base = call.base;
   StatusAt status = check_rows(base);
   if (status.status == Status::kOk && base.options.soft_weight != 0) status = check_ids(call);
@@ -48,18 +48,18 @@ StatusAt sparse_forward(SparseCall call, double normalizer, void* loss, int thre
   parallel_for(
       base.rows, row_grain(base.classes), threads,
       [](void* context, int64_t begin, int64_t end) {
-        kernels().sparse_forward(*static_cast<const SparseCall*>(context), begin, end);
+        kernels().topk_forward(*static_cast<const TopKCall*>(context), begin, end);
       },
       &call);
   if (reduction != Reduction::kNone) call.wide() ? reduce<double>(base, loss) : reduce<float>(base, loss);
   return {};
 }
 
-void sparse_backward(SparseCall call, int threads) {
+void topk_backward(TopKCall call, int threads) {
   parallel_for(
       call.base.rows, row_grain(call.base.classes), threads,
       [](void* context, int64_t begin, int64_t end) {
-        kernels().sparse_backward(*static_cast<const SparseCall*>(context), begin, end);
+        kernels().topk_backward(*static_cast<const TopKCall*>(context), begin, end);
       },
       &call);
 }

@@ -1,17 +1,17 @@
-// The kernels of the loss against a top-k record.
+// The kernels of the loss against a top-k teacher.
 //
-//   sparse_fwd_kernel          a block or a cluster a row; the student's row is copied to shared memory and read there
-//   sparse_fwd_stream_kernel   a block a row; the row is read again for its sums and for its gradient
-//   sparse_bwd_kernel          a block a row; the gradient from a row state
+//   topk_fwd_kernel          a block or a cluster a row; the student's row is copied to shared memory and read there
+//   topk_fwd_stream_kernel   a block a row; the row is read again for its sums and for its gradient
+//   topk_bwd_kernel          a block a row; the gradient from a row state
 #pragma once
 
-#include "sparse_row.h"
+#include "topk_row.h"
 
 namespace tgt::cuda {
 inline namespace TGT_ISA {
 
 template <int kTypes>
-struct SparseOnChip {
+struct TopKOnChip {
   unsigned char* student;  // shared memory
   int64_t first, count;    // vectors of the row that are here
   DType type_;
@@ -32,9 +32,9 @@ struct SparseOnChip {
   }
 };
 
-// Takes the thread's listed classes out of vectors [begin, end) of what is on the chip.
+// Takes the thread's top-k classes out of vectors [begin, end) of what is on the chip.
 template <int kTypes>
-TGT_DEVICE void take_listed(const SparseOnChip<kTypes>& row, const Own<float>& own, int64_t begin, int64_t end) {
+TGT_DEVICE void take_topk(const TopKOnChip<kTypes>& row, const Own<float>& own, int64_t begin, int64_t end) {
   own.each([&](int64_t id, double, double) {
     const int64_t at = id - row.first * kVector;
     if (at >= begin * kVector && at < end * kVector) row.take(at);
@@ -42,7 +42,7 @@ TGT_DEVICE void take_listed(const SparseOnChip<kTypes>& row, const Own<float>& o
 }
 
 template <int kTypes>
-TGT_DEVICE void scan_tail(const SparseOnChip<kTypes>& row, int begin, int end, int step, TailMaximum<float>& most) {
+TGT_DEVICE void scan_tail(const TopKOnChip<kTypes>& row, int begin, int end, int step, TailMaximum<float>& most) {
 #if defined(TGT_PACKED_EXTREMES)
   if constexpr (kTypes == kBothBFloat16) {  // by pairs; a NaN wins
     uint32_t largest = 0xff80ff80u;
@@ -64,14 +64,14 @@ TGT_DEVICE void scan_tail(const SparseOnChip<kTypes>& row, int begin, int end, i
 }
 
 template <int kTypes>
-__global__ void TGT_BOUNDS(kSparseThreads, 2)
-    sparse_fwd_kernel(const TGT_GRID_CONSTANT SparseDeviceCall d, const TGT_GRID_CONSTANT int bulk) {
+__global__ void TGT_BOUNDS(kTopKThreads, 2)
+    topk_fwd_kernel(const TGT_GRID_CONSTANT TopKDeviceCall d, const TGT_GRID_CONSTANT int bulk) {
   const DistillCall& call = d.base.call;
   const BlockTeam team;
   const int64_t i = block_in_grid() / team.ranks;
 
   // The share of this block: vectors [first, first + count) of the row.
-  SparseOnChip<kTypes> row;
+  TopKOnChip<kTypes> row;
   row.type_ = call.student.type;
   const int64_t vectors = (call.classes + kVector - 1) / kVector, room = d.base.vectors_per_block;
   row.first = int64_t(team.rank) * room;
@@ -80,7 +80,7 @@ __global__ void TGT_BOUNDS(kSparseThreads, 2)
   const int count = static_cast<int>(row.count);
   const RowHead head = open_row(d.base, i);
   if (head.flags & kDropped) {
-    SparseState state{};
+    TopKState state{};
     state.flags = kDropped;
     end_without_gradient(d, team, i, state, 0, row.first, row.count, 0.0f);
     return;
@@ -88,7 +88,7 @@ __global__ void TGT_BOUNDS(kSparseThreads, 2)
   team.begin();
 
   uint64_t* barriers = reinterpret_cast<uint64_t*>(shared_memory() + kTeamBytes);
-  row.student = shared_memory() + kSparseBytes + entry_bytes(d);
+  row.student = shared_memory() + kTopKBytes + entry_bytes(d);
   const int bytes = static_cast<int>(element_size(row.type()));
   const char* student = call.student.row(i) + row.first * kVector * bytes;
   const int64_t rest = call.classes - row.first * kVector;
@@ -120,29 +120,29 @@ __global__ void TGT_BOUNDS(kSparseThreads, 2)
 #if defined(TGT_BULK_COPIES)
     if (bulk) copy_wait(barriers + c);
 #endif
-    take_listed(row, own, begin, end);
+    take_topk(row, own, begin, end);
     block_barrier();
     scan_tail(row, begin + team.thread, end, team.size, most);
   }
-  finish_sparse_row(d, team, row, i, head, own, most);
+  finish_topk_row(d, team, row, i, head, own, most);
 }
 
-// A row in global memory. Which classes are listed: a byte a vector in shared memory, where there is room for that. A
-// byte is written and read by one thread, the one that has the vector.
+// A row in global memory. Which classes are among the top k: a byte a vector in shared memory, where there is room for
+// that. A byte is written and read by one thread, the one that has the vector.
 template <class Real>
-struct SparseStream {
-  const SparseDeviceCall* d;
+struct TopKStream {
+  const TopKDeviceCall* d;
   unsigned char* map;
   int64_t i;
   int64_t first, count;
 
   TGT_DEVICE DType gradient_type(const DistillCall& call) const { return call.d_student.type; }
-  TGT_DEVICE unsigned listed_in(int64_t k) const {
+  TGT_DEVICE unsigned topk_in(int64_t k) const {
     unsigned bits = 0;
-    const Record& record = d->record;
-    for (int64_t j = 0; j < record.entries; ++j) {
-      const int64_t id = record.ids[i * record.id_stride + j];
-      if (id >= k * kVector && id < (k + 1) * kVector && is_listed(record, i, j, d->base.call.classes)) {
+    const TopK& topk = d->topk;
+    for (int64_t j = 0; j < topk.entries; ++j) {
+      const int64_t id = topk.ids[i * topk.id_stride + j];
+      if (id >= k * kVector && id < (k + 1) * kVector && in_topk(topk, i, j, d->base.call.classes)) {
         bits |= 1u << (id % kVector);
       }
     }
@@ -150,22 +150,22 @@ struct SparseStream {
   }
   template <class Team>
   TGT_DEVICE void open(const Team& team) {
-    const Record& record = d->record;
+    const TopK& topk = d->topk;
     const bool soft = d->base.call.options.soft_weight != 0;
     if (!soft || !d->map) return;
-    map = shared_memory() + kSparseBytes + entry_bytes(*d);
+    map = shared_memory() + kTopKBytes + entry_bytes(*d);
     for (int64_t k = team.thread; k < count; k += team.size) map[k] = 0;
-    for (int64_t j = 0; j < record.entries; ++j) {
-      const int64_t id = record.ids[i * record.id_stride + j], k = id / kVector;
+    for (int64_t j = 0; j < topk.entries; ++j) {
+      const int64_t id = topk.ids[i * topk.id_stride + j], k = id / kVector;
       if (id < 0 || k % team.size != team.thread) continue;
-      if (is_listed(record, i, j, d->base.call.classes)) map[k] |= 1u << (id % kVector);
+      if (in_topk(topk, i, j, d->base.call.classes)) map[k] |= 1u << (id % kVector);
     }
   }
   TGT_DEVICE Eight<Real> load(int64_t k) const {
     const DistillCall& call = d->base.call;
     Eight<Real> s = load_padded(call.student.row(i), call.student.type, k * kVector, call.classes,
                                 d->base.student_aligned, minus_infinity<Real>());
-    const unsigned bits = map ? map[k] : call.options.soft_weight != 0 ? listed_in(k) : 0;
+    const unsigned bits = map ? map[k] : call.options.soft_weight != 0 ? topk_in(k) : 0;
     TGT_UNROLL
     for (int j = 0; j < kVector; ++j) s.v[j] = bits >> j & 1 ? minus_infinity<Real>() : s.v[j];
     return s;
@@ -173,57 +173,56 @@ struct SparseStream {
 };
 
 template <class Real, class Team>
-TGT_DEVICE SparseStream<Real> sparse_stream(const SparseDeviceCall& d, const Team& team, int64_t i) {
-  SparseStream<Real> row{&d, nullptr, i, 0, (d.base.call.classes + kVector - 1) / kVector};
+TGT_DEVICE TopKStream<Real> topk_stream(const TopKDeviceCall& d, const Team& team, int64_t i) {
+  TopKStream<Real> row{&d, nullptr, i, 0, (d.base.call.classes + kVector - 1) / kVector};
   row.open(team);
   return row;
 }
 
 template <class Real>
-__global__ void TGT_BOUNDS(kSparseStreamThreads, 1)
-    sparse_fwd_stream_kernel(const TGT_GRID_CONSTANT SparseDeviceCall d) {
+__global__ void TGT_BOUNDS(kTopKStreamThreads, 1) topk_fwd_stream_kernel(const TGT_GRID_CONSTANT TopKDeviceCall d) {
   const DistillCall& call = d.base.call;
   const BlockTeam team;
   const int64_t i = block_in_grid();
   const RowHead head = open_row(d.base, i);
   if (head.flags & kDropped) {
-    SparseState state{};
+    TopKState state{};
     state.flags = kDropped;
     end_without_gradient(d, team, i, state, 0, 0, (call.classes + kVector - 1) / kVector, Real(0));
     return;
   }
-  const SparseStream<Real> row = sparse_stream<Real>(d, team, i);
+  const TopKStream<Real> row = topk_stream<Real>(d, team, i);
   const Own<Real> own(d, team, i, 0, call.classes);
   TailMaximum<Real> most;
   for (int64_t k = team.thread; k < row.count; k += team.size) most.add(row.load(k));
-  finish_sparse_row(d, team, row, i, head, own, most);
+  finish_topk_row(d, team, row, i, head, own, most);
 }
 
 template <class Real>
-__global__ void TGT_BOUNDS(kSparseStreamThreads, 1) sparse_bwd_kernel(const TGT_GRID_CONSTANT SparseDeviceCall d) {
+__global__ void TGT_BOUNDS(kTopKStreamThreads, 1) topk_bwd_kernel(const TGT_GRID_CONSTANT TopKDeviceCall d) {
   const DistillCall& call = d.base.call;
   const BlockTeam team;
   const int64_t i = block_in_grid();
-  const SparseState state = d.state[i];
+  const TopKState state = d.state[i];
   const int flags = state.coefficient == 0 ? int(kDropped) : static_cast<int>(state.flags);
   if (flags & (kDropped | kInvalid)) {
     fill_gradients(d.base, team, i, 0, (call.classes + kVector - 1) / kVector, flags & kDropped ? Real(0) : Real(NAN));
     return;
   }
-  const SparseStream<Real> row = sparse_stream<Real>(d, team, i);
+  const TopKStream<Real> row = topk_stream<Real>(d, team, i);
   const Own<Real> own(d, team, i, 0, call.classes);
   if (team.thread == 0) {
-    SparseShared<Real>& shared = row_in_shared<Real>();
+    TopKShared<Real>& shared = row_in_shared<Real>();
     const double upstream = static_cast<const Real*>(call.upstream)[call.upstream_per_row ? i : 0];
     shared.state = state;
-    with_sparse_divergence(call.options, [&](auto divergence) {
+    with_topk_divergence(call.options, [&](auto divergence) {
       shared.factors =
-          sparse_factors<decltype(divergence), Real>(state, call.options, d.record.form, tail_log_prob(d, i), upstream);
+          topk_factors<decltype(divergence), Real>(state, call.options, d.topk.form, tail_log_prob(d, i), upstream);
     });
   }
   team.barrier();
-  with_sparse_divergence(
-      call.options, [&](auto divergence) { write_sparse_gradient<decltype(divergence), Real>(d, team, row, i, own); });
+  with_topk_divergence(call.options,
+                       [&](auto divergence) { write_topk_gradient<decltype(divergence), Real>(d, team, row, i, own); });
 }
 
 }  // namespace TGT_ISA

@@ -1,6 +1,6 @@
-// The loss against a teacher's top-k record: its call, what is kept of a row, and the mathematics of a row.
+// The loss against a top-k teacher: its call, what is kept of a row, and the mathematics of a row.
 //
-// The classes of a row are those that the record lists and the others, its tail. The tail is summed relative to its own
+// The classes of a row are the top k of its teacher and the others, its tail. The tail is summed relative to its own
 // maximum, so that it is exact however little of the row it is. With kBucket the divergence is that of k + 1 classes,
 // of which the tail is one; its gradient reaches a class of the tail by the class's share of it.
 #pragma once
@@ -15,7 +15,7 @@ namespace tgt {
 enum class TailForm : int { kBucket, kRenormalize, kUniform };
 
 // Entries of -inf are padding.
-struct Record {
+struct TopK {
   const int64_t* ids = nullptr;  // [rows, entries]
   int64_t id_stride = 0;
   int64_t entries = 0;
@@ -25,29 +25,29 @@ struct Record {
 };
 
 // A row as backward needs it, in double; logits are raw ones. The coefficient lies where a RowState has it.
-struct SparseState {
+struct TopKState {
   double tail_max;     // of the logits of the tail
   double tail_sum;     // sum exp((s - tail_max) / T) over the tail, 0 if it is empty
   double tail_finite;  // number of its classes whose logit is not -inf
   double peak;         // of all logits
   double student_lse;  // log-sum-exp of (s - peak) / T over what the soft term sees
-  double teacher_lse;  // log-sum-exp of the record
+  double teacher_lse;  // log-sum-exp of the top k
   double hard_lse;     // log-sum-exp of s - peak over all classes
   double coefficient;
   double x, y;    // the divergence's normalised sums
   double finite;  // number of all classes whose logit is not -inf
   double flags;
 };
-constexpr int kSparseState = sizeof(SparseState) / sizeof(double);
-static_assert(kSparseState == kRowState, "one size");
-static_assert(offsetof(SparseState, coefficient) == offsetof(RowState, coefficient), "found at one place");
+constexpr int kTopKState = sizeof(TopKState) / sizeof(double);
+static_assert(kTopKState == kRowState, "one size");
+static_assert(offsetof(TopKState, coefficient) == offsetof(RowState, coefficient), "found at one place");
 
-struct SparseCall {
+struct TopKCall {
   DistillCall base;  // its teacher, teacher's gradient, state and statistics are not set
-  Record record;
-  SparseState* state = nullptr;  // [rows]
+  TopK topk;
+  TopKState* state = nullptr;  // [rows]
 
-  TGT_HD bool wide() const { return base.student.type == DType::kFloat64 || record.log_probs.type == DType::kFloat64; }
+  TGT_HD bool wide() const { return base.student.type == DType::kFloat64 || topk.log_probs.type == DType::kFloat64; }
 };
 
 inline namespace TGT_ISA {
@@ -74,8 +74,8 @@ struct TailSums {
   }
 };
 
-// Sums over the listed classes, relative to maxima that are known.
-struct ListedSums {
+// Sums over the top-k classes, relative to maxima that are known.
+struct TopKSums {
   double student_max = -HUGE_VAL;  // of their logits
   double teacher_max = -HUGE_VAL;  // of their log-probabilities
   double student = 0;              // sum exp((s - student_max) / T)
@@ -108,35 +108,34 @@ struct TailClass {
   }
 };
 
-TGT_HD TailClass tail_class(const SparseState& row, const DistillOptions& options, double tail_log_prob) {
+TGT_HD TailClass tail_class(const TopKState& row, const DistillOptions& options, double tail_log_prob) {
   return {tail_log_prob - row.teacher_lse,
           row.tail_sum > 0 ? (row.tail_max - row.peak) / options.temperature + log(row.tail_sum) - row.student_lse
                            : -HUGE_VAL};
 }
 
 // Everything of the state that follows from the sums but x, y, coefficient and flags.
-TGT_HD void settle_sparse(SparseState& row, const TailSums& tail, const ListedSums& listed, double tail_log_prob,
-                          const DistillOptions& options, TailForm form) {
+TGT_HD void settle_topk(TopKState& row, const TailSums& tail, const TopKSums& topk, double tail_log_prob,
+                        const DistillOptions& options, TailForm form) {
   const double inverse_t = 1 / options.temperature;
   row.tail_max = tail.max == -HUGE_VAL ? 0 : tail.max;
   row.tail_sum = tail.sum;
   row.tail_finite = tail.finite;
-  row.finite = tail.finite + listed.finite;
-  row.peak = tail.max > listed.student_max ? tail.max : listed.student_max;
+  row.finite = tail.finite + topk.finite;
+  row.peak = tail.max > topk.student_max ? tail.max : topk.student_max;
   const double of_tail = tail.sum > 0 ? (tail.max - row.peak) * inverse_t + log(tail.sum) : -HUGE_VAL;
-  const double of_listed =
-      listed.student > 0 ? (listed.student_max - row.peak) * inverse_t + log(listed.student) : -HUGE_VAL;
+  const double of_topk = topk.student > 0 ? (topk.student_max - row.peak) * inverse_t + log(topk.student) : -HUGE_VAL;
   const bool restricted = form == TailForm::kRenormalize;
-  row.student_lse = restricted ? of_listed : log_add_exp(of_tail, of_listed);
-  const double of_teacher = listed.teacher > 0 ? listed.teacher_max + log(listed.teacher) : -HUGE_VAL;
+  row.student_lse = restricted ? of_topk : log_add_exp(of_tail, of_topk);
+  const double of_teacher = topk.teacher > 0 ? topk.teacher_max + log(topk.teacher) : -HUGE_VAL;
   row.teacher_lse = restricted ? of_teacher : log_add_exp(of_teacher, tail_log_prob);
   row.hard_lse = log_add_exp(tail.hard > 0 ? tail.max - row.peak + log(tail.hard) : -HUGE_VAL,
-                             listed.hard > 0 ? listed.student_max - row.peak + log(listed.hard) : -HUGE_VAL);
+                             topk.hard > 0 ? topk.student_max - row.peak + log(topk.hard) : -HUGE_VAL);
 }
 
-// A listed class after normalisation. V: double, or lanes of it.
+// A top-k class after normalisation. V: double, or lanes of it.
 template <class V>
-TGT_HD Class<V> listed_class(V s, V a, const SparseState& row, double inverse_t) {
+TGT_HD Class<V> topk_class(V s, V a, const TopKState& row, double inverse_t) {
   Class<V> c;
   c.a = bounded_below(a - row.teacher_lse);
   c.b = bounded_below((s - row.peak) * inverse_t - row.student_lse);
@@ -146,18 +145,18 @@ TGT_HD Class<V> listed_class(V s, V a, const SparseState& row, double inverse_t)
 }
 
 template <class D>
-TGT_HD bool soft_is_infinite(const TailClass& tail, TailForm form, bool listed_missing) {
+TGT_HD bool soft_is_infinite(const TailClass& tail, TailForm form, bool topk_missing) {
   if (std::is_same<D, Jsd>::value || std::is_same<D, NoDivergence>::value) return false;
   const bool both = form != TailForm::kRenormalize;
   if (std::is_same<D, ReverseKl>::value) return both && tail.teacher_is_empty() && !tail.student_is_empty();
-  return listed_missing || (both && tail.student_is_empty() && !tail.teacher_is_empty());
+  return topk_missing || (both && tail.student_is_empty() && !tail.teacher_is_empty());
 }
 
 // Whether the classes of the tail are told apart: the teacher's share of it is spread over them.
-TGT_HD bool spread(const SparseState& row, TailForm form) { return form == TailForm::kUniform && row.tail_sum > 0; }
+TGT_HD bool spread(const TopKState& row, TailForm form) { return form == TailForm::kUniform && row.tail_sum > 0; }
 
 // log(q / p) of the largest class of a spread tail, and bounds within which what is added to it stays finite.
-TGT_HD double log_ratio_of(const SparseState& row, const TailClass& tail) {
+TGT_HD double log_ratio_of(const TopKState& row, const TailClass& tail) {
   return tail.b - log(row.tail_sum) - bounded_below(tail.a - log(row.tail_finite));
 }
 template <class Real>
@@ -178,7 +177,7 @@ TGT_HD Real centre_of(Real log_ratio, const Mixture<Real>& mixture) {
 // What the tail adds to x, y. Where it is spread, a divergence of the buckets and one within them add up; jsd alone
 // does not fall apart like that: to its sums over the tail a pass over its classes adds what they are besides a centre.
 template <class D>
-TGT_HD void add_tail(const TailClass& tail, const TailSums& sums, const SparseState& row, TailForm form,
+TGT_HD void add_tail(const TailClass& tail, const TailSums& sums, const TopKState& row, TailForm form,
                      const DistillOptions& options, double& x, double& y) {
   if (form == TailForm::kRenormalize || std::is_same<D, NoDivergence>::value) return;
   const Class<double> c = tail.bounded();
@@ -198,10 +197,10 @@ TGT_HD void add_tail(const TailClass& tail, const TailSums& sums, const SparseSt
 
 // The unweighted loss of a row whose sums are complete. of_label: the label's logit.
 template <class D>
-TGT_HD double sparse_row_loss(SparseState& row, const TailClass& tail, const TailSums& sums, const ListedSums& listed,
-                              TailForm form, const DistillOptions& options, double of_label) {
+TGT_HD double topk_row_loss(TopKState& row, const TailClass& tail, const TailSums& sums, const TopKSums& topk,
+                            TailForm form, const DistillOptions& options, double of_label) {
   double loss = 0;
-  if (soft_is_infinite<D>(tail, form, listed.missing)) {
+  if (soft_is_infinite<D>(tail, form, topk.missing)) {
     row.flags += kInfiniteSoft;
     row.x = row.y = 0;
     loss = HUGE_VAL;
@@ -216,7 +215,7 @@ TGT_HD double sparse_row_loss(SparseState& row, const TailClass& tail, const Tai
   if (smoothing > 0) {
     double linear = 0;
     if (sums.finite > 0) linear += sums.linear + sums.finite * (sums.max - row.peak);
-    if (listed.finite > 0) linear += listed.linear + listed.finite * (listed.student_max - row.peak);
+    if (topk.finite > 0) linear += topk.linear + topk.finite * (topk.student_max - row.peak);
     hard -= smoothing / row.finite * linear;
   }
   if (of_label == -HUGE_VAL && smoothing < 1) {
@@ -228,7 +227,7 @@ TGT_HD double sparse_row_loss(SparseState& row, const TailClass& tail, const Tai
 
 // What turns a row's classes into gradients.
 template <class Real>
-struct SparseFactors {
+struct TopKFactors {
   Real tail_max, inverse_t;
   Real soft;                        // of exp((s - tail_max) / T), unless the tail is spread
   Real hard;                        // of exp(s - tail_max)
@@ -240,17 +239,17 @@ struct SparseFactors {
   Real log_ratio;                   // log(q / p) = (s - tail_max) / T + log_ratio; for reverse_kl less y
   Real centre;                      // for jsd: what log(q / m) and y are less
   Real x, y, factor;                // of d_student
-  double soft_factor, hard_factor;  // of a listed class
+  double soft_factor, hard_factor;  // of a top-k class
 };
 
 template <class D, class Real>
-TGT_HD SparseFactors<Real> sparse_factors(const SparseState& row, const DistillOptions& options, TailForm form,
-                                          double tail_log_prob, double upstream) {
+TGT_HD TopKFactors<Real> topk_factors(const TopKState& row, const DistillOptions& options, TailForm form,
+                                      double tail_log_prob, double upstream) {
   const int flags = static_cast<int>(row.flags);
   const bool hard = (flags & kHard) && !(flags & kInfiniteHard);
   const bool soft = !(flags & kInfiniteSoft) && !std::is_same<D, NoDivergence>::value;
   const double smoothing = options.label_smoothing;
-  SparseFactors<Real> f{};
+  TopKFactors<Real> f{};
   f.soft_factor = soft ? upstream * row.coefficient * options.soft_weight * options.temperature : 0;
   f.hard_factor = hard ? upstream * row.coefficient * options.hard_weight : 0;
   f.tail_max = Real(row.tail_max);
@@ -287,11 +286,10 @@ TGT_HD SparseFactors<Real> sparse_factors(const SparseState& row, const DistillO
   return f;
 }
 
-// The gradient of a listed class, without what the label loses.
+// The gradient of a top-k class, without what the label loses.
 template <class D, class V, class Real>
-TGT_HD V listed_gradient(V s, V a, const SparseState& row, const DistillOptions& options,
-                         const SparseFactors<Real>& f) {
-  const Class<V> c = listed_class(s, a, row, 1 / options.temperature);
+TGT_HD V topk_gradient(V s, V a, const TopKState& row, const DistillOptions& options, const TopKFactors<Real>& f) {
+  const Class<V> c = topk_class(s, a, row, 1 / options.temperature);
   const Mixture<double> mixture{options.beta, 1 - options.beta};
   const V soft = D::d_student(c, mixture, row.x, row.y) * f.soft_factor;
   if (f.hard_factor == 0) return soft;
@@ -312,7 +310,7 @@ TGT_HD void add_spread_class(const Class<V>& c, Real centre, const Mixture<Real>
 // The gradient of a class of a spread tail. V: Real, or lanes of it; e = exp((s - tail_max) / T), b its argument. No
 // divergence asks for more than log q - log p.
 template <class D, class V, class Real>
-TGT_HD V spread_gradient(V s, V b, V e, const SparseFactors<Real>& f, const Mixture<Real>& mixture) {
+TGT_HD V spread_gradient(V s, V b, V e, const TopKFactors<Real>& f, const Mixture<Real>& mixture) {
   Class<V> c;
   c.a = V{};
   c.b = b + f.log_ratio;

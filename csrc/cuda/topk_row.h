@@ -1,25 +1,25 @@
-// One row of the loss against a top-k record on a device: its listed classes, its tail, its gradient.
+// One row of the loss against a top-k teacher on a device: its top-k classes, its tail, its gradient.
 //
-// The threads of a row share its vectors of eight classes, and besides each has some entries of the record. A source
-// gives the vectors with -inf in the places of listed classes: that is the tail. The gradient of all classes is written
-// as if they were tail; then each thread writes that of its listed classes over it. What happens once a row is done by
+// The threads of a row share its vectors of eight classes, and besides each has some entries of the top k. A source
+// gives the vectors with -inf in the places of top-k classes: that is the tail. The gradient of all classes is written
+// as if they were tail; then each thread writes that of its top-k classes over it. What happens once a row is done by
 // one thread of a block, in double, and handed round through shared memory.
 #pragma once
 
-#include "sparse_entries.h"
+#include "topk_entries.h"
 
 namespace tgt::cuda {
 
 inline namespace TGT_ISA {
 
-struct SparseExtremes {
-  double tail = -HUGE_VAL, listed = -HUGE_VAL;  // logits
-  double teacher = -HUGE_VAL;                   // log-probabilities of listed classes
+struct TopKExtremes {
+  double tail = -HUGE_VAL, topk = -HUGE_VAL;  // logits
+  double teacher = -HUGE_VAL;                 // log-probabilities of top-k classes
   int unusual = 0, padding = 0;
 };
-struct MergeSparseExtremes {
-  TGT_DEVICE SparseExtremes operator()(const SparseExtremes& a, const SparseExtremes& b) const {
-    return {larger(a.tail, b.tail), larger(a.listed, b.listed), larger(a.teacher, b.teacher), a.unusual | b.unusual, 0};
+struct MergeTopKExtremes {
+  TGT_DEVICE TopKExtremes operator()(const TopKExtremes& a, const TopKExtremes& b) const {
+    return {larger(a.tail, b.tail), larger(a.topk, b.topk), larger(a.teacher, b.teacher), a.unusual | b.unusual, 0};
   }
 };
 
@@ -41,23 +41,29 @@ struct TailMaximum {
 // Sums over the row. linear (times kTiny), entropy and the numbers of finite classes are those that smoothed labels and
 // a spread tail ask for; hard is over all classes, relative to the peak.
 template <class Real>
-struct alignas(8) SparseSums {
+struct alignas(8) TopKRowSums {
   Real tail = 0, linear = 0, entropy = 0, hard = 0;
-  double listed = 0, listed_linear = 0, teacher = 0;
-  int tail_finite = 0, listed_finite = 0;
+  double topk = 0, topk_linear = 0, teacher = 0;
+  int tail_finite = 0, topk_finite = 0;
 
   template <class Other>
-  TGT_DEVICE SparseSums<Other> as() const {
-    return {Other(tail),   Other(linear), Other(entropy), Other(hard),  listed,
-            listed_linear, teacher,       tail_finite,    listed_finite};
+  TGT_DEVICE TopKRowSums<Other> as() const {
+    return {Other(tail), Other(linear), Other(entropy), Other(hard), topk,
+            topk_linear, teacher,       tail_finite,    topk_finite};
   }
 };
 template <class Real>
-struct AddSparseSums {
-  TGT_DEVICE SparseSums<Real> operator()(const SparseSums<Real>& a, const SparseSums<Real>& b) const {
-    return {a.tail + b.tail,       a.linear + b.linear,           a.entropy + b.entropy,
-            a.hard + b.hard,       a.listed + b.listed,           a.listed_linear + b.listed_linear,
-            a.teacher + b.teacher, a.tail_finite + b.tail_finite, a.listed_finite + b.listed_finite};
+struct AddTopKRowSums {
+  TGT_DEVICE TopKRowSums<Real> operator()(const TopKRowSums<Real>& a, const TopKRowSums<Real>& b) const {
+    return {a.tail + b.tail,
+            a.linear + b.linear,
+            a.entropy + b.entropy,
+            a.hard + b.hard,
+            a.topk + b.topk,
+            a.topk_linear + b.topk_linear,
+            a.teacher + b.teacher,
+            a.tail_finite + b.tail_finite,
+            a.topk_finite + b.topk_finite};
   }
 };
 
@@ -85,14 +91,14 @@ TGT_DEVICE TailScale<Real> tail_scale(const DistillOptions& options, double tail
           exponent_of<Real>(options.temperature)};
 }
 
-// The gradient of the row: all of a source's vectors as tail, then the thread's listed classes.
+// The gradient of the row: all of a source's vectors as tail, then the thread's top-k classes.
 template <class D, class Real, class Team, class Source>
-TGT_DEVICE void write_sparse_gradient(const SparseDeviceCall& d, const Team& team, const Source& source, int64_t i,
-                                      const Own<Real>& own) {
+TGT_DEVICE void write_topk_gradient(const TopKDeviceCall& d, const Team& team, const Source& source, int64_t i,
+                                    const Own<Real>& own) {
   const DistillCall& call = d.base.call;
   const DistillOptions& options = call.options;
-  const SparseShared<Real>& shared = row_in_shared<Real>();
-  const SparseFactors<Real> f = shared.factors;
+  const TopKShared<Real>& shared = row_in_shared<Real>();
+  const TopKFactors<Real> f = shared.factors;
   const TailScale<Real> scale = tail_scale<Real>(options, shared.state.tail_max, shared.state.peak);
   const Mixture<Real> mixture{Real(options.beta), Real(1 - options.beta)};
   const bool hard = f.hard_factor != 0, same = options.temperature == 1;
@@ -130,15 +136,15 @@ TGT_DEVICE void write_sparse_gradient(const SparseDeviceCall& d, const Team& tea
   }
   team.barrier();
   own.each([&](int64_t id, double s, double a) {
-    double grad = listed_gradient<D>(s, a, shared.state, options, f);
+    double grad = topk_gradient<D>(s, a, shared.state, options, f);
     if (id == label) grad -= f.hard_factor * (1 - options.label_smoothing);
     store_one(row, type, id, Real(grad));
   });
 }
 
 template <class Real, class Team>
-TGT_DEVICE void end_without_gradient(const SparseDeviceCall& d, const Team& team, int64_t i, SparseState state,
-                                     double loss, int64_t first, int64_t count, Real fill_with) {
+TGT_DEVICE void end_without_gradient(const TopKDeviceCall& d, const Team& team, int64_t i, TopKState state, double loss,
+                                     int64_t first, int64_t count, Real fill_with) {
   if (team.leads()) {
     static_cast<Real*>(d.base.call.row_loss)[i] = Real(loss);
     if (d.state) d.state[i] = state;
@@ -146,21 +152,20 @@ TGT_DEVICE void end_without_gradient(const SparseDeviceCall& d, const Team& team
   fill_gradients(d.base, team, i, first, count, fill_with);
 }
 
-// The thread's share of x, y, of listed classes and, for jsd, of a spread tail.
+// The thread's share of x, y, of top-k classes and, for jsd, of a spread tail.
 template <class D, class Real, class Team, class Source>
-TGT_DEVICE Pair divergence_sums(const SparseDeviceCall& d, const Team& team, const Source& source,
-                                const Own<Real>& own) {
+TGT_DEVICE Pair divergence_sums(const TopKDeviceCall& d, const Team& team, const Source& source, const Own<Real>& own) {
   const DistillOptions& options = d.base.call.options;
-  const SparseShared<Real>& shared = row_in_shared<Real>();
+  const TopKShared<Real>& shared = row_in_shared<Real>();
   Pair sum;
   const Mixture<double> mixture{options.beta, 1 - options.beta};
   own.each([&](int64_t, double s, double a) {
-    D::add(listed_class(s, a, shared.state, 1 / options.temperature), mixture, sum.x, sum.y);
+    D::add(topk_class(s, a, shared.state, 1 / options.temperature), mixture, sum.x, sum.y);
   });
   if constexpr (std::is_same<D, Jsd>::value) {
-    if (!spread(shared.state, d.record.form)) return sum;
+    if (!spread(shared.state, d.topk.form)) return sum;
     const TailScale<Real> scale = tail_scale<Real>(options, shared.state.tail_max, shared.state.peak);
-    const SparseFactors<Real> f = shared.factors;
+    const TopKFactors<Real> f = shared.factors;
     const Mixture<Real> narrow_mixture{Real(options.beta), Real(1 - options.beta)};
     const Real centre = centre_of<false>(f.log_ratio, narrow_mixture);
     Real x = 0, y = 0;
@@ -184,48 +189,48 @@ TGT_DEVICE Pair divergence_sums(const SparseDeviceCall& d, const Team& team, con
 
 // Everything that follows the maxima of the tail.
 template <class Real, class Team, class Source>
-TGT_DEVICE void finish_sparse_row(const SparseDeviceCall& d, const Team& team, const Source& source, int64_t i,
-                                  const RowHead& head, const Own<Real>& own, const TailMaximum<Real>& most) {
+TGT_DEVICE void finish_topk_row(const TopKDeviceCall& d, const Team& team, const Source& source, int64_t i,
+                                const RowHead& head, const Own<Real>& own, const TailMaximum<Real>& most) {
   const DistillCall& call = d.base.call;
   const DistillOptions& options = call.options;
-  const TailForm form = d.record.form;
+  const TailForm form = d.topk.form;
   const bool soft = options.soft_weight != 0, restricted = soft && form == TailForm::kRenormalize;
   const double of_tail = tail_log_prob(d, i);
-  SparseShared<Real>& shared = row_in_shared<Real>();
+  TopKShared<Real>& shared = row_in_shared<Real>();
   // Before the first reduction: after it another block may write a gradient over it.
   if (team.thread == 0 && (head.flags & kHard)) {
     shared.of_label = load_one<double>(call.student.row(i), call.student.type, head.label);
   }
 
-  SparseExtremes mine;
+  TopKExtremes mine;
   mine.tail = most.most;
   mine.unusual = most.number ? 0 : kNotANumber;
   own.each([&](int64_t, double s, double a) {
-    mine.listed = larger(s, mine.listed);
+    mine.topk = larger(s, mine.topk);
     mine.teacher = larger(a, mine.teacher);
     mine.unusual |= s == -HUGE_VAL ? kStudentOnly : 0;
     mine.unusual |= !(s < HUGE_VAL) || !(a < HUGE_VAL) ? kNotANumber : 0;
   });
-  const SparseExtremes extremes = merge_all(team, mine, 0, MergeSparseExtremes());
+  const TopKExtremes extremes = merge_all(team, mine, 0, MergeTopKExtremes());
   bool valid = !(extremes.unusual & kNotANumber);
-  valid &= extremes.listed > -HUGE_VAL || (!restricted && extremes.tail > -HUGE_VAL);
+  valid &= extremes.topk > -HUGE_VAL || (!restricted && extremes.tail > -HUGE_VAL);
   valid &= !soft || (of_tail < HUGE_VAL && (extremes.teacher > -HUGE_VAL || of_tail > -HUGE_VAL));
   if (!valid) {
     const bool counts = head.coefficient != 0;  // a divisor of 0 leaves no gradient, not even NaN
-    SparseState state{};
+    TopKState state{};
     state.coefficient = head.coefficient;
     state.flags = counts ? head.flags | kInvalid : kDropped;
     end_without_gradient(d, team, i, state, NAN, source.first, source.count, counts ? Real(NAN) : Real(0));
     return;
   }
 
-  const double peak = larger(extremes.tail, extremes.listed);
+  const double peak = larger(extremes.tail, extremes.topk);
   const double tail_max = extremes.tail == -HUGE_VAL ? 0 : extremes.tail;
-  const double listed_max = extremes.listed == -HUGE_VAL ? 0 : extremes.listed;
+  const double topk_max = extremes.topk == -HUGE_VAL ? 0 : extremes.topk;
   const TailScale<Real> scale = tail_scale<Real>(options, tail_max, peak);
   const bool hard = head.flags & kHard, same = options.temperature == 1;
   const bool full = (hard && options.label_smoothing > 0) || (soft && form == TailForm::kUniform);
-  SparseSums<Real> sums;
+  TopKRowSums<Real> sums;
   for (int64_t k = team.thread; k < source.count; k += team.size) {
     const Eight<Real> s = source.load(k);
     TGT_UNROLL
@@ -246,14 +251,14 @@ TGT_DEVICE void finish_sparse_row(const SparseDeviceCall& d, const Team& team, c
   }
   own.each([&](int64_t, double s, double a) {
     sums.teacher += exp_nonpositive(bounded_below(a - extremes.teacher));
-    sums.listed += exp_nonpositive(bounded_below((s - listed_max) / options.temperature));
+    sums.topk += exp_nonpositive(bounded_below((s - topk_max) / options.temperature));
     sums.hard += Real(exp_nonpositive(bounded_below(s - peak)));
     if (s == -HUGE_VAL) return;
-    sums.listed_linear += s - listed_max;
-    sums.listed_finite += 1;
+    sums.topk_linear += s - topk_max;
+    sums.topk_finite += 1;
   });
-  const SparseSums<Real> of_warp = merge_lanes<kWarp / 2>(sums, AddSparseSums<Real>());
-  const SparseSums<double> all = team.merge_warps(of_warp.template as<double>(), 1, AddSparseSums<double>());
+  const TopKRowSums<Real> of_warp = merge_lanes<kWarp / 2>(sums, AddTopKRowSums<Real>());
+  const TopKRowSums<double> all = team.merge_warps(of_warp.template as<double>(), 1, AddTopKRowSums<double>());
 
   if (team.thread == 0) {
     TailSums& tail = shared.tail;
@@ -263,45 +268,45 @@ TGT_DEVICE void finish_sparse_row(const SparseDeviceCall& d, const Team& team, c
     tail.linear = all.linear / kTiny;
     tail.entropy = all.entropy;
     tail.finite = all.tail_finite;
-    ListedSums& listed = shared.listed;
-    listed.student_max = extremes.listed;
-    listed.teacher_max = extremes.teacher;
-    listed.student = all.listed;
-    listed.hard = 0;
-    listed.teacher = all.teacher;
-    listed.linear = all.listed_linear;
-    listed.finite = all.listed_finite;
-    listed.missing = extremes.unusual & kStudentOnly;
-    SparseState& state = shared.state;
+    TopKSums& topk = shared.topk;
+    topk.student_max = extremes.topk;
+    topk.teacher_max = extremes.teacher;
+    topk.student = all.topk;
+    topk.hard = 0;
+    topk.teacher = all.teacher;
+    topk.linear = all.topk_linear;
+    topk.finite = all.topk_finite;
+    topk.missing = extremes.unusual & kStudentOnly;
+    TopKState& state = shared.state;
     state.flags = head.flags;
     state.coefficient = head.coefficient;
     state.x = state.y = 0;
-    settle_sparse(state, tail, listed, of_tail, options, form);
+    settle_topk(state, tail, topk, of_tail, options, form);
     state.hard_lse = log_or_nothing(all.hard + (same && all.tail > 0 ? all.tail * exp(tail_max - peak) : 0));
     if (form == TailForm::kUniform) {  // jsd reads them before its sums are known
-      with_sparse_divergence(options, [&](auto divergence) {
-        shared.factors = sparse_factors<decltype(divergence), Real>(state, options, form, of_tail, 1);
+      with_topk_divergence(options, [&](auto divergence) {
+        shared.factors = topk_factors<decltype(divergence), Real>(state, options, form, of_tail, 1);
       });
     }
   }
   team.barrier();
 
-  Pair sum = with_sparse_divergence(
+  Pair sum = with_topk_divergence(
       options, [&](auto divergence) { return divergence_sums<decltype(divergence), Real>(d, team, source, own); });
   sum = merge_all(team, sum, 2, AddPairs());
   if (team.thread == 0) {
-    with_sparse_divergence(options, [&](auto divergence) {
+    with_topk_divergence(options, [&](auto divergence) {
       using D = decltype(divergence);
-      SparseState& state = shared.state;
+      TopKState& state = shared.state;
       const double rest_log_prob = tail_log_prob(d, i);
       const TailClass rest = tail_class(state, options, rest_log_prob);
       double x = sum.x, y = sum.y;
       add_tail<D>(rest, shared.tail, state, form, options, x, y);
       state.x = x;
       state.y = y;
-      const double loss = sparse_row_loss<D>(state, rest, shared.tail, shared.listed, form, options, shared.of_label);
+      const double loss = topk_row_loss<D>(state, rest, shared.tail, shared.topk, form, options, shared.of_label);
       if (state.coefficient == 0) state.flags = kDropped;  // a divisor of 0
-      shared.factors = sparse_factors<D, Real>(state, options, form, rest_log_prob, 1);
+      shared.factors = topk_factors<D, Real>(state, options, form, rest_log_prob, 1);
       if (team.leads()) {
         static_cast<Real*>(call.row_loss)[i] = Real(head.coefficient * loss);
         if (d.state) d.state[i] = state;
@@ -314,8 +319,8 @@ TGT_DEVICE void finish_sparse_row(const SparseDeviceCall& d, const Team& team, c
     return;
   }
   team.barrier();
-  with_sparse_divergence(
-      options, [&](auto divergence) { write_sparse_gradient<decltype(divergence), Real>(d, team, source, i, own); });
+  with_topk_divergence(
+      options, [&](auto divergence) { write_topk_gradient<decltype(divergence), Real>(d, team, source, i, own); });
 }
 
 }  // namespace TGT_ISA

@@ -1,18 +1,18 @@
-// The loss against a top-k record on a device: which kernels a call takes, in which order.
+// The loss against a top-k teacher on a device: which kernels a call takes, in which order.
 #include "api.h"
 #include "chip.h"
 #include "reduce.h"
-#include "sparse_kernels.h"
+#include "topk_kernels.h"
 
 namespace tgt::cuda {
 namespace {
 
-SparseDeviceCall device_call(const SparseCall& call) {
-  SparseDeviceCall d;
+TopKDeviceCall device_call(const TopKCall& call) {
+  TopKDeviceCall d;
   d.base.call = call.base;
   d.base.student_aligned = aligned_rows(call.base.student);
   d.base.d_student_aligned = aligned_rows(call.base.d_student);
-  d.record = call.record;
+  d.topk = call.topk;
   d.state = call.state;
   return d;
 }
@@ -25,26 +25,26 @@ int threads_for(int64_t vectors, int most) {  // as many as find a vector
 
 cudaError_t chip(int& major, int& shared_bytes) {
   Chip found;
-  const cudaError_t error = find_chip(reinterpret_cast<const void*>(sparse_bwd_kernel<float>), found);
+  const cudaError_t error = find_chip(reinterpret_cast<const void*>(topk_bwd_kernel<float>), found);
   major = found.major;
   shared_bytes = found.shared_bytes;
   return error;
 }
 
 template <class Kernel>
-cudaError_t launch_stream(Kernel kernel, SparseDeviceCall d, int shared_limit, cudaStream_t stream) {
+cudaError_t launch_stream(Kernel kernel, TopKDeviceCall d, int shared_limit, cudaStream_t stream) {
   const int64_t vectors = (d.base.call.classes + kVector - 1) / kVector;
-  const int64_t without = kSparseBytes + entry_bytes(d), bytes = without + (vectors + 15) / 16 * 16;
+  const int64_t without = kTopKBytes + entry_bytes(d), bytes = without + (vectors + 15) / 16 * 16;
   d.map = bytes <= shared_limit;
-  return launch(kernel, d.base.call.rows, threads_for(vectors, kSparseStreamThreads),
+  return launch(kernel, d.base.call.rows, threads_for(vectors, kTopKStreamThreads),
                 static_cast<int>(d.map ? bytes : without), 1, stream, d);
 }
 
-cudaError_t forward_rows(SparseDeviceCall d, bool wide, const Plan& plan, cudaStream_t stream) {
+cudaError_t forward_rows(TopKDeviceCall d, bool wide, const Plan& plan, cudaStream_t stream) {
   int major = 0, limit = 0;
   const cudaError_t error = chip(major, limit);
   if (error != cudaSuccess) return error;
-  if (wide) return launch_stream(sparse_fwd_stream_kernel<double>, d, limit, stream);
+  if (wide) return launch_stream(topk_fwd_stream_kernel<double>, d, limit, stream);
   const DistillCall& call = d.base.call;
   const int64_t vectors = (call.classes + kVector - 1) / kVector;
   const int64_t a_vector = kVector * element_size(call.student.type);
@@ -54,41 +54,41 @@ cudaError_t forward_rows(SparseDeviceCall d, bool wide, const Plan& plan, cudaSt
     for (int cluster = 1; cluster <= (major >= 9 ? kMostBlocks : 1) && plan.path != Path::kStream; cluster *= 2) {
       if (plan.cluster > cluster) continue;
       const int64_t share = (vectors + cluster - 1) / cluster;
-      const int64_t bytes = kSparseBytes + entry_bytes(d) + share * a_vector;
+      const int64_t bytes = kTopKBytes + entry_bytes(d) + share * a_vector;
       if (bytes > room) continue;
       d.base.vectors_per_block = share;
       const auto kernel =
-          call.student.type == DType::kBFloat16 ? sparse_fwd_kernel<kBothBFloat16> : sparse_fwd_kernel<kAnyTypes>;
-      return launch(kernel, call.rows * cluster, threads_for(vectors, kSparseThreads), static_cast<int>(bytes), cluster,
+          call.student.type == DType::kBFloat16 ? topk_fwd_kernel<kBothBFloat16> : topk_fwd_kernel<kAnyTypes>;
+      return launch(kernel, call.rows * cluster, threads_for(vectors, kTopKThreads), static_cast<int>(bytes), cluster,
                     stream, d, bulk ? 1 : 0);
     }
   }
-  return launch_stream(sparse_fwd_stream_kernel<float>, d, limit, stream);
+  return launch_stream(topk_fwd_stream_kernel<float>, d, limit, stream);
 }
 
 }  // namespace
 
-Failure sparse_forward(const SparseCall& call, const double* normalizer, double host_normalizer, double* workspace,
-                       void* loss, Plan plan, cudaStream_t stream) {
-  SparseDeviceCall d = device_call(call);
+Failure topk_forward(const TopKCall& call, const double* normalizer, double host_normalizer, double* workspace,
+                     void* loss, Plan plan, cudaStream_t stream) {
+  TopKDeviceCall d = device_call(call);
   const Failure uncounted = choose_divisor(d.base, normalizer, host_normalizer, workspace, stream);
   if (uncounted.error != cudaSuccess) return uncounted;
   if (call.base.rows > 0) {
     const cudaError_t error = forward_rows(d, call.wide(), plan, stream);
-    if (error != cudaSuccess) return {error, "sparse_fwd_kernel"};
+    if (error != cudaSuccess) return {error, "topk_fwd_kernel"};
   }
   return reduce_rows(d.base, call.wide(), loss, stream);
 }
 
-Failure sparse_backward(const SparseCall& call, cudaStream_t stream) {
+Failure topk_backward(const TopKCall& call, cudaStream_t stream) {
   if (call.base.rows == 0) return {};
   int major = 0, limit = 0;
   cudaError_t error = chip(major, limit);
   if (error == cudaSuccess) {
-    error = call.wide() ? launch_stream(sparse_bwd_kernel<double>, device_call(call), limit, stream)
-                        : launch_stream(sparse_bwd_kernel<float>, device_call(call), limit, stream);
+    error = call.wide() ? launch_stream(topk_bwd_kernel<double>, device_call(call), limit, stream)
+                        : launch_stream(topk_bwd_kernel<float>, device_call(call), limit, stream);
   }
-  return {error, "sparse_bwd_kernel"};
+  return {error, "topk_bwd_kernel"};
 }
 
 }  // namespace tgt::cuda

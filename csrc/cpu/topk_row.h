@@ -1,7 +1,7 @@
-// The classes that a row's record lists, as the CPU's kernels take them: block by block, in double.
+// The top-k classes of a row, as the CPU's kernels take them: block by block, in double.
 #pragma once
 
-#include "../common/sparse.h"
+#include "../common/topk.h"
 #include "distill_row.h"
 #include "scratch.h"
 
@@ -11,13 +11,13 @@ inline namespace TGT_ISA {
 using VD = Lanes<double>::Vector;
 constexpr int kDoubles = Lanes<double>::kCount;
 
-// The listed classes of a row, by blocks; padded with classes that are on neither side.
-class Listed {
+// The top-k classes of a row, by blocks; padded with classes that are on neither side.
+class TopKRow {
  public:
-  Listed(const SparseCall& call)
+  TopKRow(const TopKCall& call)
       : starts_(call.base.classes / kBlock + 2),
-        ids_(call.record.entries),
-        s_((call.record.entries / kDoubles + 1) * kDoubles),
+        ids_(call.topk.entries),
+        s_((call.topk.entries / kDoubles + 1) * kDoubles),
         a_(s_.size()),
         gradient_(s_.size()) {
     clear();
@@ -25,35 +25,34 @@ class Listed {
     gradient_.fill(0);
   }
 
-  // The record's row i; false when it is no distribution.
-  bool read(const SparseCall& call, int64_t i) {
-    const Record& record = call.record;
-    const int64_t* ids = record.ids + i * record.id_stride;
-    const char* log_probs = record.log_probs.row(i);
-    const auto listed = [&](int64_t j) {
-      return read_element(log_probs, record.log_probs.type, j) != -HUGE_VAL && ids[j] >= 0 &&
-             ids[j] < call.base.classes;
+  // Row i; false when it is no distribution.
+  bool read(const TopKCall& call, int64_t i) {
+    const TopK& topk = call.topk;
+    const int64_t* ids = topk.ids + i * topk.id_stride;
+    const char* log_probs = topk.log_probs.row(i);
+    const auto counts = [&](int64_t j) {
+      return read_element(log_probs, topk.log_probs.type, j) != -HUGE_VAL && ids[j] >= 0 && ids[j] < call.base.classes;
     };
     starts_.fill(0);
-    for (int64_t j = 0; j < record.entries; ++j) {
-      if (listed(j)) ++starts_[ids[j] / kBlock + 1];
+    for (int64_t j = 0; j < topk.entries; ++j) {
+      if (counts(j)) ++starts_[ids[j] / kBlock + 1];
     }
     for (int64_t b = 1; b < starts_.size(); ++b) starts_[b] += starts_[b - 1];
     count_ = starts_[starts_.size() - 1];
     s_.fill(-HUGE_VAL);
     a_.fill(-HUGE_VAL);
     bool valid = true;
-    for (int64_t j = 0; j < record.entries; ++j) {
-      if (!listed(j)) continue;
+    for (int64_t j = 0; j < topk.entries; ++j) {
+      if (!counts(j)) continue;
       const int64_t at = starts_[ids[j] / kBlock]++;
       ids_[at] = ids[j];
-      a_[at] = read_element(log_probs, record.log_probs.type, j);
+      a_[at] = read_element(log_probs, topk.log_probs.type, j);
       valid &= a_[at] < HUGE_VAL;
     }
     for (int64_t b = starts_.size() - 1; b > 0; --b) starts_[b] = starts_[b - 1];
     starts_[0] = 0;
-    tail_log_prob = record.tail_log_prob && record.form != TailForm::kRenormalize
-                        ? read_element(record.tail_log_prob.row(i), record.tail_log_prob.type, 0)
+    tail_log_prob = topk.tail_log_prob && topk.form != TailForm::kRenormalize
+                        ? read_element(topk.tail_log_prob.row(i), topk.tail_log_prob.type, 0)
                         : -HUGE_VAL;
     return valid && tail_log_prob < HUGE_VAL && (count_ > 0 || tail_log_prob > -HUGE_VAL);
   }
@@ -94,8 +93,8 @@ class Listed {
     return true;
   }
 
-  ListedSums sums(const DistillOptions& options) const {
-    ListedSums sums;
+  TopKSums sums(const DistillOptions& options) const {
+    TopKSums sums;
     for (int64_t e = 0; e < count_; ++e) {
       sums.student_max = larger(s_[e], sums.student_max);
       sums.teacher_max = larger(a_[e], sums.teacher_max);
@@ -122,17 +121,17 @@ class Listed {
   }
 
   template <class D>
-  void add(const SparseState& row, const DistillOptions& options, double& x, double& y) const {
+  void add(const TopKState& row, const DistillOptions& options, double& x, double& y) const {
     const Mixture<double> mixture = mixture_of<double>(options);
     VD of_x{}, of_y{};
-    each([&](VD s, VD a, int64_t) { D::add(listed_class(s, a, row, 1 / options.temperature), mixture, of_x, of_y); });
+    each([&](VD s, VD a, int64_t) { D::add(topk_class(s, a, row, 1 / options.temperature), mixture, of_x, of_y); });
     x += sum_lanes(of_x);
     y += sum_lanes(of_y);
   }
 
   template <class D, class Real>
-  void make_gradient(const SparseState& row, const DistillOptions& options, const SparseFactors<Real>& factors) {
-    each([&](VD s, VD a, int64_t e) { store(gradient_.data() + e, listed_gradient<D>(s, a, row, options, factors)); });
+  void make_gradient(const TopKState& row, const DistillOptions& options, const TopKFactors<Real>& factors) {
+    each([&](VD s, VD a, int64_t e) { store(gradient_.data() + e, topk_gradient<D>(s, a, row, options, factors)); });
   }
 
   double tail_log_prob = -HUGE_VAL;

@@ -1,25 +1,25 @@
-// The kernels of the loss against a top-k record, compiled once per instruction set.
+// The kernels of the loss against a top-k teacher, compiled once per instruction set.
 //
-// A student's row is read block by block into the first-level cache, where the listed classes are taken out and the
+// A student's row is read block by block into the first-level cache, where the top-k classes are taken out and the
 // tail is summed online: one read of memory. The gradient reads the row once more, from the second-level cache. What
-// concerns the k listed classes is done in double.
-#include "sparse_listed.h"
+// concerns those classes is done in double.
+#include "topk_row.h"
 
 namespace tgt {
 inline namespace TGT_ISA {
 namespace {
 
-// Calls body(tail, count) for every block of a row without its listed classes.
+// Calls body(tail, count) for every block of a row without its top-k classes.
 template <class Real, class Body>
-void each_tail_block(const Matrix& student, int64_t i, int64_t classes, Listed& listed, Body body) {
+void each_tail_block(const Matrix& student, int64_t i, int64_t classes, TopKRow& topk, Body body) {
   alignas(64) Real buffer[kBlock];
   for (int64_t at = 0; at < classes; at += kBlock) {
     const int count = int(classes - at < kBlock ? classes - at : kBlock);
     const Real* from = read_block(student.row(i), student.type, at, count, buffer);
-    if (listed.any_in(at)) {
+    if (topk.any_in(at)) {
       if (from != buffer) memcpy(buffer, from, count * sizeof(Real));
       from = buffer;
-      listed.take(buffer, at);
+      topk.take(buffer, at);
     }
     body(from, count);
   }
@@ -102,7 +102,7 @@ void fill(const Matrix& matrix, int64_t i, int64_t classes, Real value) {
 
 // The gradient of a block as if all of it were tail.
 template <class Real, class D, HardPower power>
-void tail_gradient(const Real* s, int count, const SparseFactors<Real>& f, const Mixture<Real>& mixture, Real* to) {
+void tail_gradient(const Real* s, int count, const TopKFactors<Real>& f, const Mixture<Real>& mixture, Real* to) {
   using V = typename Lanes<Real>::Vector;
   if (power == kNoHard && !f.spread && f.soft == 0) {
     for (int j = 0; j < count; ++j) to[j] = 0;
@@ -132,16 +132,16 @@ void tail_gradient(const Real* s, int count, const SparseFactors<Real>& f, const
   }
 }
 
-// The gradient of a row from its logits, its listed classes (with their logits) and its state.
+// The gradient of a row from its logits, its top-k classes (with their logits) and its state.
 template <class Real, class D, HardPower power>
-void gradient_row(const SparseCall& call, int64_t i, Listed& listed, const SparseState& state, double upstream) {
+void gradient_row(const TopKCall& call, int64_t i, TopKRow& topk, const TopKState& state, double upstream) {
   const DistillCall& base = call.base;
   const Matrix& grad = base.d_student;
   const int flags = int(state.flags);
   if (flags & (kDropped | kInvalid)) return fill<Real>(grad, i, base.classes, flags & kDropped ? Real(0) : Real(NAN));
-  const SparseFactors<Real> factors =
-      sparse_factors<D, Real>(state, base.options, call.record.form, listed.tail_log_prob, upstream);
-  listed.make_gradient<D>(state, base.options, factors);
+  const TopKFactors<Real> factors =
+      topk_factors<D, Real>(state, base.options, call.topk.form, topk.tail_log_prob, upstream);
+  topk.make_gradient<D>(state, base.options, factors);
   const Mixture<Real> mixture = mixture_of<Real>(base.options);
   const int64_t label = factors.hard_factor != 0 ? base.target[i] : -1;
   alignas(64) Real logits[kBlock];
@@ -151,7 +151,7 @@ void gradient_row(const SparseCall& call, int64_t i, Listed& listed, const Spars
     const Real* s = read_block(base.student.row(i), base.student.type, at, count, logits);
     Real* to = write_block(grad.row(i), grad.type, at, buffer);
     tail_gradient<Real, D, power>(s, count, factors, mixture, to);
-    listed.put_gradient(to, at);
+    topk.put_gradient(to, at);
     if (label >= at && label < at + count) to[label - at] -= factors.label;
     if (to == buffer) finish_block(to, grad.row(i), grad.type, at, count);
   }
@@ -159,14 +159,13 @@ void gradient_row(const SparseCall& call, int64_t i, Listed& listed, const Spars
 
 // Adds the classes of a spread tail, one by one, to the sums x, y of jsd.
 template <class Real>
-void add_spread(const SparseCall& call, int64_t i, Listed& listed, SparseState& state) {
+void add_spread(const TopKCall& call, int64_t i, TopKRow& topk, TopKState& state) {
   using V = typename Lanes<Real>::Vector;
   const DistillCall& base = call.base;
-  const SparseFactors<Real> f =
-      sparse_factors<Jsd, Real>(state, base.options, call.record.form, listed.tail_log_prob, 1);
+  const TopKFactors<Real> f = topk_factors<Jsd, Real>(state, base.options, call.topk.form, topk.tail_log_prob, 1);
   const Mixture<Real> mixture = mixture_of<Real>(base.options);
   const Real centre = centre_of<false>(f.log_ratio, mixture);
-  each_tail_block<Real>(base.student, i, base.classes, listed, [&](const Real* s, int count) {
+  each_tail_block<Real>(base.student, i, base.classes, topk, [&](const Real* s, int count) {
     V x{}, y{};
     each_of(s, count, [&](V sv, int, int) {
       const V b = bounded_below((sv - f.tail_max) * f.inverse_t);
@@ -184,21 +183,21 @@ void add_spread(const SparseCall& call, int64_t i, Listed& listed, SparseState& 
 
 // The unweighted loss of a row that counts; fills the state but for its coefficient.
 template <class Real, class D, HardPower power>
-double forward_row(const SparseCall& call, int64_t i, int64_t label, Listed& listed, SparseState& state) {
+double forward_row(const TopKCall& call, int64_t i, int64_t label, TopKRow& topk, TopKState& state) {
   const DistillCall& base = call.base;
   const DistillOptions& options = base.options;
-  const TailForm form = call.record.form;
+  const TailForm form = call.topk.form;
   bool valid = true;
   if (std::is_same<D, NoDivergence>::value) {
-    listed.clear();
+    topk.clear();
   } else {
-    valid = listed.read(call, i);
+    valid = topk.read(call, i);
   }
   const double of_label = int(state.flags) & kHard ? read_element(base.student.row(i), base.student.type, label) : 0;
   const bool full = options.label_smoothing > 0 || form == TailForm::kUniform;
   const double inverse_t = 1 / options.temperature;
   TailSums tail;
-  each_tail_block<Real>(base.student, i, base.classes, listed, [&](const Real* s, int count) {
+  each_tail_block<Real>(base.student, i, base.classes, topk, [&](const Real* s, int count) {
     double most;
     valid = valid && block_maximum(s, count, most);
     if (!valid) return;
@@ -206,83 +205,83 @@ double forward_row(const SparseCall& call, int64_t i, int64_t label, Listed& lis
     full ? sum_tail<Real, power, true>(s, count, Real(inverse_t), tail)
          : sum_tail<Real, power, false>(s, count, Real(inverse_t), tail);
   });
-  const ListedSums sums = listed.sums(options);
+  const TopKSums sums = topk.sums(options);
   const bool none = form == TailForm::kRenormalize && !std::is_same<D, NoDivergence>::value;
-  valid = valid && listed.numbers();
+  valid = valid && topk.numbers();
   valid = valid && (sums.student_max > -HUGE_VAL || (!none && tail.max > -HUGE_VAL));
   if (!valid) {
     state.flags += kInvalid;
     return NAN;
   }
-  settle_sparse(state, tail, sums, listed.tail_log_prob, options, form);
-  const TailClass rest = tail_class(state, options, listed.tail_log_prob);
+  settle_topk(state, tail, sums, topk.tail_log_prob, options, form);
+  const TailClass rest = tail_class(state, options, topk.tail_log_prob);
   if constexpr (!std::is_same<D, NoDivergence>::value) {
     if (!soft_is_infinite<D>(rest, form, sums.missing)) {
-      listed.add<D>(state, options, state.x, state.y);
+      topk.add<D>(state, options, state.x, state.y);
       add_tail<D>(rest, tail, state, form, options, state.x, state.y);
-      if (std::is_same<D, Jsd>::value && spread(state, form)) add_spread<Real>(call, i, listed, state);
+      if (std::is_same<D, Jsd>::value && spread(state, form)) add_spread<Real>(call, i, topk, state);
     }
   }
-  return sparse_row_loss<D>(state, rest, tail, sums, form, options, of_label);
+  return topk_row_loss<D>(state, rest, tail, sums, form, options, of_label);
 }
 
 template <class Real, class D, HardPower power>
-void forward_rows(const SparseCall& call, int64_t begin, int64_t end) {
+void forward_rows(const TopKCall& call, int64_t begin, int64_t end) {
   const DistillCall& base = call.base;
   const DistillOptions& options = base.options;
-  Listed listed(call);
+  TopKRow topk(call);
   for (int64_t i = begin; i < end; ++i) {
     const double weight = base.weight ? base.weight[i] : 1;
     const int64_t label = base.target ? base.target[i] : options.unlabeled_index;
-    SparseState state{};
+    TopKState state{};
     const bool dropped = weight == 0 || (base.target && label == options.ignore_index);
     const bool labelled = base.target && label != options.unlabeled_index;
     state.flags = dropped ? kDropped : labelled ? kHard : 0;
     state.coefficient = base.divisor == 0 ? 0 : weight / base.divisor;
     double loss = 0;
-    if (!dropped) loss = state.coefficient * forward_row<Real, D, power>(call, i, label, listed, state);
+    if (!dropped) loss = state.coefficient * forward_row<Real, D, power>(call, i, label, topk, state);
     static_cast<Real*>(base.row_loss)[i] = Real(loss);
     if (base.d_student) {
       if (state.coefficient == 0) state.flags = kDropped;  // a divisor of 0
-      gradient_row<Real, D, power>(call, i, listed, state, 1);
+      gradient_row<Real, D, power>(call, i, topk, state, 1);
     }
     if (call.state) call.state[i] = state;
   }
 }
 
 template <class Real, class D, HardPower power>
-void backward_rows(const SparseCall& call, int64_t begin, int64_t end) {
+void backward_rows(const TopKCall& call, int64_t begin, int64_t end) {
   const DistillCall& base = call.base;
   const Real* upstream = static_cast<const Real*>(base.upstream);
-  Listed listed(call);
+  TopKRow topk(call);
   for (int64_t i = begin; i < end; ++i) {
-    SparseState state = call.state[i];
+    TopKState state = call.state[i];
     if (state.coefficient == 0) state.flags = kDropped;
     if (std::is_same<D, NoDivergence>::value || int(state.flags) & (kDropped | kInvalid)) {
-      listed.clear();
+      topk.clear();
     } else {
-      listed.read(call, i);
-      listed.gather(base.student.row(i), base.student.type);
+      topk.read(call, i);
+      topk.gather(base.student.row(i), base.student.type);
     }
-    gradient_row<Real, D, power>(call, i, listed, state, upstream[base.upstream_per_row ? i : 0]);
+    gradient_row<Real, D, power>(call, i, topk, state, upstream[base.upstream_per_row ? i : 0]);
   }
 }
 
 struct Forward {
   template <class Real, class D, HardPower power>
-  static void run(const SparseCall& call, int64_t begin, int64_t end) {
+  static void run(const TopKCall& call, int64_t begin, int64_t end) {
     forward_rows<Real, D, power>(call, begin, end);
   }
 };
 struct Backward {
   template <class Real, class D, HardPower power>
-  static void run(const SparseCall& call, int64_t begin, int64_t end) {
+  static void run(const TopKCall& call, int64_t begin, int64_t end) {
     backward_rows<Real, D, power>(call, begin, end);
   }
 };
 
 template <class Direction, class Real, class D>
-void by_hard_power(const SparseCall& call, int64_t begin, int64_t end) {
+void by_hard_power(const TopKCall& call, int64_t begin, int64_t end) {
   if (!call.base.target) return Direction::template run<Real, D, kNoHard>(call, begin, end);
   if constexpr (sizeof(Real) == 4) {  // double is for checking, not for speed
     const double t = call.base.options.temperature;
@@ -294,7 +293,7 @@ void by_hard_power(const SparseCall& call, int64_t begin, int64_t end) {
 }
 
 template <class Direction, class Real>
-void by_divergence(const SparseCall& call, int64_t begin, int64_t end) {
+void by_divergence(const TopKCall& call, int64_t begin, int64_t end) {
   if (call.base.options.soft_weight == 0) {
     return by_hard_power<Direction, Real, NoDivergence>(call, begin, end);
   }
@@ -314,11 +313,11 @@ void by_divergence(const SparseCall& call, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void sparse_forward_rows(const SparseCall& call, int64_t begin, int64_t end) {
+void topk_forward_rows(const TopKCall& call, int64_t begin, int64_t end) {
   call.wide() ? by_divergence<Forward, double>(call, begin, end) : by_divergence<Forward, float>(call, begin, end);
 }
 
-void sparse_backward_rows(const SparseCall& call, int64_t begin, int64_t end) {
+void topk_backward_rows(const TopKCall& call, int64_t begin, int64_t end) {
   call.wide() ? by_divergence<Backward, double>(call, begin, end) : by_divergence<Backward, float>(call, begin, end);
 }
 
