@@ -228,9 +228,9 @@ def _linear(make: _Maker, backend: str, tails: tuple[str, ...]) -> Iterator[Samp
 
     def call(
         t: LinearTensors, heads: LinearOptions = padded, options: DistillOptions = both, stats: bool = False,
-        divide_by: tuple[Tensor | None, float | None] = (None, None),
+        divisor: tuple[Tensor | None, float | None] = (None, None),
     ) -> Sample:  # fmt: skip
-        args = (*t, *divide_by, *heads, *options, stats, backend)
+        args = (*t, *divisor, *heads, *options, stats, backend)
         return linear.linear_distillation_loss, args, {}
 
     some = [tuple(i in wanted for i in range(DIFFERENTIABLE)) for wanted in ((), (0,), (3,), (0, 1), (1, 2, 4, 5))]
@@ -266,8 +266,8 @@ def _linear(make: _Maker, backend: str, tails: tuple[str, ...]) -> Iterator[Samp
         )  # fmt: skip
         queries = queries._replace(target=queries.own_class)
         yield call(queries, both_scaled, DistillOptions(hard_weight=1.0, reduction=reduction), stats=True)
-    for divide_by in ((make.uniform(1).reshape(()), None), (None, 7.0)):
-        yield call(tensors(4), divide_by=divide_by)
+    for divisor in ((make.uniform(1).reshape(()), None), (None, 7.0)):
+        yield call(tensors(4), divisor=divisor)
     scales = torch.tensor([20.0, 10.0], dtype=torch.float64)
     yield call(tensors(4), LinearOptions(memory_budget=1, scales=scales), _late(both))
     for wanted in [*some, (True,) * DIFFERENTIABLE]:

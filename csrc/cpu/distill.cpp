@@ -28,11 +28,11 @@ void scale_rows(const ScaleCall& call, int64_t begin, int64_t end) {
 
 }  // namespace
 
-StatusAt distill_forward(DistillCall call, double normalizer, void* loss, int threads) {
+StatusAt distill_forward(DistillCall call, double divisor, void* loss, int threads) {
   const StatusAt status = check_rows(call);
   if (status.status != Status::kOk) return status;
   const auto reduction = static_cast<Reduction>(call.options.reduction);
-  if (reduction == Reduction::kMean) call.divisor = normalizer >= 0 ? normalizer : counted(call);
+  if (reduction == Reduction::kMean) call.divisor = divisor >= 0 ? divisor : counted(call);
   parallel_for(
       call.rows, row_grain(call.classes), threads,
       [](void* context, int64_t begin, int64_t end) {

@@ -4,9 +4,9 @@
 
 namespace tgt::cpu {
 
-// Row losses, their reduction, and the gradients, statistics and row states whose pointers are set. `normalizer`
+// Row losses, their reduction, and the gradients, statistics and row states whose pointers are set. `divisor`
 // replaces the divisor of the mean; below 0: none given. On an error nothing is written.
-StatusAt distill_forward(DistillCall call, double normalizer, void* loss, int threads);
+StatusAt distill_forward(DistillCall call, double divisor, void* loss, int threads);
 
 // The gradients from the logits, the row states and the upstream gradient.
 void distill_backward(DistillCall call, int threads);

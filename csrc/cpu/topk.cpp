@@ -38,13 +38,13 @@ StatusAt check_ids(const TopKCall& call) {
 
 }  // namespace
 
-StatusAt topk_forward(TopKCall call, double normalizer, void* loss, int threads) {
+StatusAt topk_forward(TopKCall call, double divisor, void* loss, int threads) {
   DistillCall& base = call.base;
   StatusAt status = check_rows(base);
   if (status.status == Status::kOk && base.options.soft_weight != 0) status = check_ids(call);
   if (status.status != Status::kOk) return status;
   const auto reduction = static_cast<Reduction>(base.options.reduction);
-  if (reduction == Reduction::kMean) base.divisor = normalizer >= 0 ? normalizer : counted(base);
+  if (reduction == Reduction::kMean) base.divisor = divisor >= 0 ? divisor : counted(base);
   parallel_for(
       base.rows, row_grain(base.classes), threads,
       [](void* context, int64_t begin, int64_t end) {

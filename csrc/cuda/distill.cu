@@ -77,10 +77,10 @@ cudaError_t launch_distill_scale(int64_t rows, int64_t classes, const Matrix& gr
 
 }  // namespace
 
-Failure distill_forward(const DistillCall& call, const double* normalizer, double host_normalizer, double* workspace,
+Failure distill_forward(const DistillCall& call, const double* divisor_at, double divisor, double* workspace,
                         void* loss, Plan plan, cudaStream_t stream) {
   DeviceCall d = device_call(call);
-  const Failure uncounted = choose_divisor(d, normalizer, host_normalizer, workspace, stream);
+  const Failure uncounted = choose_divisor(d, divisor_at, divisor, workspace, stream);
   if (uncounted.error != cudaSuccess) return uncounted;
   if (call.rows > 0 && call.stats) {  // before the logits are overwritten in place
     const cudaError_t error =

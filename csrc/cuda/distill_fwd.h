@@ -31,7 +31,7 @@ TGT_DEVICE RowHead open_row(const DeviceCall& d, int64_t i) {
       !(head.weight > 0 && head.weight < HUGE_VAL) || (call.target && head.label == call.options.ignore_index);
   dropped |= labelled && (head.label < 0 || head.label >= call.classes);
   head.flags = dropped ? kDropped : labelled ? kHard : 0;
-  const double divisor = d.divisor ? *d.divisor : call.divisor;
+  const double divisor = d.divisor_at ? *d.divisor_at : call.divisor;
   head.coefficient = divisor == 0 || dropped ? 0 : head.weight / divisor;
   return head;
 }

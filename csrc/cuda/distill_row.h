@@ -28,7 +28,7 @@ namespace tgt::cuda {
 // A call as the kernels read it. Every pointer is to memory of the device.
 struct DeviceCall {
   DistillCall call;
-  const double* divisor = nullptr;                        // of the mean, when it is known to the device alone
+  const double* divisor_at = nullptr;                     // of the mean, when it is known to the device alone
   double unit = 1;                                        // of log-probabilities in nats, see units_of
   int64_t vectors_per_block = 0;                          // of a row, with clusters
   bool student_aligned = false, teacher_aligned = false;  // rows start at multiples of 16 bytes

@@ -45,25 +45,25 @@ namespace {
 template <class Real>
 cudaError_t launch_distill_reduce(const DeviceCall& d, void* loss, cudaStream_t stream) {
   return launch(distill_reduce_kernel<Real>, 1, kReduceThreads, kTeamBytes, 1, stream,
-                static_cast<const Real*>(d.call.row_loss), d.call.rows, d.divisor, d.call.divisor,
+                static_cast<const Real*>(d.call.row_loss), d.call.rows, d.divisor_at, d.call.divisor,
                 static_cast<Real*>(loss));
 }
 
 }  // namespace
 
-Failure choose_divisor(DeviceCall& d, const double* normalizer, double host_normalizer, double* workspace,
+Failure choose_divisor(DeviceCall& d, const double* divisor_at, double divisor, double* workspace,
                        cudaStream_t stream) {
   if (static_cast<Reduction>(d.call.options.reduction) != Reduction::kMean) return {};
-  if (normalizer) {
-    d.divisor = normalizer;
-  } else if (host_normalizer >= 0) {
-    d.call.divisor = host_normalizer;
+  if (divisor_at) {
+    d.divisor_at = divisor_at;
+  } else if (divisor >= 0) {
+    d.call.divisor = divisor;
   } else if (!d.call.weight && !d.call.target) {
     d.call.divisor = static_cast<double>(d.call.rows);
   } else {
     const cudaError_t error = launch(distill_count_kernel, 1, kReduceThreads, kTeamBytes, 1, stream, d, workspace);
     if (error != cudaSuccess) return {error, "distill_count_kernel"};
-    d.divisor = workspace;
+    d.divisor_at = workspace;
   }
   return {};
 }

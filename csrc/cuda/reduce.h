@@ -7,8 +7,7 @@
 namespace tgt::cuda {
 
 // Sets the call's divisor from what `distill_forward` is given (api.h), or has it counted into the workspace.
-Failure choose_divisor(DeviceCall& d, const double* normalizer, double host_normalizer, double* workspace,
-                       cudaStream_t stream);
+Failure choose_divisor(DeviceCall& d, const double* divisor_at, double divisor, double* workspace, cudaStream_t stream);
 
 // The loss from the weighted losses of the rows; with "none" those are the loss.
 Failure reduce_rows(const DeviceCall& d, bool wide, void* loss, cudaStream_t stream);

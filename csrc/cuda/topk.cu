@@ -68,10 +68,10 @@ cudaError_t forward_rows(TopKDeviceCall d, bool wide, const Plan& plan, cudaStre
 
 }  // namespace
 
-Failure topk_forward(const TopKCall& call, const double* normalizer, double host_normalizer, double* workspace,
-                     void* loss, Plan plan, cudaStream_t stream) {
+Failure topk_forward(const TopKCall& call, const double* divisor_at, double divisor, double* workspace, void* loss,
+                     Plan plan, cudaStream_t stream) {
   TopKDeviceCall d = device_call(call);
-  const Failure uncounted = choose_divisor(d.base, normalizer, host_normalizer, workspace, stream);
+  const Failure uncounted = choose_divisor(d.base, divisor_at, divisor, workspace, stream);
   if (uncounted.error != cudaSuccess) return uncounted;
   if (call.base.rows > 0) {
     const cudaError_t error = forward_rows(d, call.wide(), plan, stream);

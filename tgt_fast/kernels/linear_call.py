@@ -28,10 +28,10 @@ def topk_of(t: LinearTensors, heads: LinearOptions) -> TopK | None:
 
 
 def row_weights(
-    t: LinearTensors, target: Tensor | None, classes: int, normalizer: float | Tensor | None, options: DistillOptions
+    t: LinearTensors, target: Tensor | None, classes: int, divisor: float | Tensor | None, options: DistillOptions
 ) -> Tensor | None:
     """The weight of each row in the sum, 0 for rows that are dropped; None: all count alike.  -> [N] float64"""
-    if target is None and t.sample_weight is None and normalizer is None:
+    if target is None and t.sample_weight is None and divisor is None:
         return None
     weight = torch.ones(t.student_hidden.shape[0], dtype=torch.float64, device=t.student_hidden.device)
     if t.sample_weight is not None:
@@ -40,7 +40,7 @@ def row_weights(
     if target is not None:
         named = ((target >= 0) & (target < classes)) | (target == options.unlabeled_index)
         weight = torch.where(named & (target != options.ignore_index), weight, 0.0)
-    return weight if normalizer is None else weight * (normalizer != 0)
+    return weight if divisor is None else weight * (divisor != 0)
 
 
 def result_dtype(tensors: LinearTensors) -> torch.dtype:

@@ -42,7 +42,7 @@ def overlaps(device: torch.device) -> bool:
 def forward(
     kernel: Direct,
     tensors: LinearTensors,
-    normalizer: float | Tensor | None,
+    divisor: float | Tensor | None,
     heads: LinearOptions,
     options: DistillOptions,
     *,
@@ -53,9 +53,8 @@ def forward(
     """Row losses, their reduction and the wanted gradients."""
     vocabulary = vocabulary_of(tensors, heads)
     target, weight = vocabulary.without_missing(tensors.target, options.ignore_index), tensors.sample_weight
-    weights = row_weights(tensors, target, vocabulary.classes, normalizer, options)
-    divisor = normalizer
-    if options.reduction == "mean" and normalizer is None:  # that of all rows, not of a chunk's
+    weights = row_weights(tensors, target, vocabulary.classes, divisor, options)
+    if options.reduction == "mean" and divisor is None:  # that of all rows, not of a chunk's
         divisor = float(tensors.student_hidden.shape[0]) if weights is None else weights.sum()
     job = _Job(tensors, vocabulary, None if weights is None else weights != 0, heads, wanted)
     if upstream is not None:
@@ -89,7 +88,7 @@ def forward(
 def backward(
     kernel: Direct,
     tensors: LinearTensors,
-    normalizer: float | Tensor | None,
+    divisor: float | Tensor | None,
     d_loss: Tensor,  # 0-d, or [N]
     heads: LinearOptions,
     options: DistillOptions,
@@ -97,7 +96,7 @@ def backward(
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """The gradients anew, with the upstream gradient applied to those of the logits, before any rounding."""
-    return forward(kernel, tensors, normalizer, heads, options, wanted=wanted, upstream=d_loss).grads
+    return forward(kernel, tensors, divisor, heads, options, wanted=wanted, upstream=d_loss).grads
 
 
 class _Chunk(NamedTuple):

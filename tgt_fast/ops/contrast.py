@@ -215,20 +215,20 @@ def contrastive_distillation_loss(
         t.student_q, t.student_d, None, t.teacher_q, t.teacher_d, None, t.positives, t.sample_weight,
         class_ids=t.passage_ids, own_class=None if t.passage_ids is None else t.positives,
     )  # fmt: skip
-    normalizer = divisor_over(
+    divisor = divisor_over(
         OP, count_group, normalizer, t.student_q, t.positives, t.sample_weight, t.student_d.shape[0], options
     )
     if backend != "reference" and seen_by_dispatcher(*tensors):
-        loss, stats = run_dispatched(tensors, normalizer, heads, options, return_stats, backend)
+        loss, stats = run_dispatched(tensors, divisor, heads, options, return_stats, backend)
         return loss if stats is None else (loss, stats)
     select.choose("contrast", backend, t[:4])  # a backend that refuses does so by this op's name
     if all_at_once(tensors, backend):
         with without_autocast():
             loss, stats = reference_contrast.contrastive_distillation_loss(
-                *t, normalizer, temperatures, options, return_stats
+                *t, divisor, temperatures, options, return_stats
             )
     else:
-        loss, stats = run_in_chunks(tensors, normalizer, heads, options, return_stats, backend)
+        loss, stats = run_in_chunks(tensors, divisor, heads, options, return_stats, backend)
     return loss if stats is None else (loss, stats)
 
 

@@ -64,16 +64,16 @@ def over_processes(group: Any, *mine: Tensor) -> tuple[Tensor, ...]:
 
 
 def divisor_over(
-    op: str, count_group: Any, normalizer: Any, student: Tensor, target: Tensor | None, sample_weight: Tensor | None,
+    op: str, count_group: Any, divisor: Any, student: Tensor, target: Tensor | None, sample_weight: Tensor | None,
     classes: int, options: DistillOptions,
 ) -> Any:  # fmt: skip
-    """The normalizer of a loss: what was given, else that of the group's rows, else None. ``student`` is [..., any]."""
+    """The divisor of a mean: what was given, else that of the group's rows, else None. ``student`` is [..., any]."""
     if count_group is None:
-        return normalizer
+        return divisor
     group = counting_group(op, count_group)
     if options.reduction != "mean":
         raise ArgumentError(f"{op}: count_group counts the divisor of 'mean', but reduction is {options.reduction!r}")
-    if group is None or normalizer is not None:
-        return normalizer
+    if group is None or divisor is not None:
+        return divisor
     mine = weight_of_rows(student.shape[:-1], student.device, target, sample_weight, classes, options)
     return over_processes(group, mine)[0]

@@ -263,14 +263,14 @@ def distillation_loss(
         target = flat_labels(target)
         if not is_on(options.hard_weight):
             target, options = as_mask(OP, shape[-1], target, sample_weight, options)
-    normalizer = divisor_over(OP, count_group, normalizer, student_logits, target, sample_weight, shape[-1], options)
+    divisor = divisor_over(OP, count_group, normalizer, student_logits, target, sample_weight, shape[-1], options)
 
     if backend != "reference" and seen_by_dispatcher(student_logits, of_teacher, rest, target, sample_weight):
         # inplace is a permission: whoever traces plans the memory.
         student = student_logits.reshape(-1, shape[-1])
         if record is None:
             teacher = teacher.reshape(-1, shape[-1])
-        divisor = beside(normalizer, student_logits)
+        divisor = beside(divisor, student_logits)
         call = DistillCall(packed(options), student, teacher, target, sample_weight, divisor)
         loss, rows = _distill_op.distillation_loss(*packed_call(call), return_stats, backend)
         stats = DistillStats.from_rows(rows) if return_stats else None
@@ -285,7 +285,7 @@ def distillation_loss(
             check_entries(OP, teacher, target, sample_weight, options)
             warn_where_small(OP, record, teacher, target, sample_weight, options, stacklevel=3)
             form, chosen = select.TOPK, select.choose(select.TOPK, backend, tensors_of(student, teacher))
-        inputs = (options, student, teacher, target, sample_weight, normalizer)
+        inputs = (options, student, teacher, target, sample_weight, divisor)
         if chosen == "reference":
             loss, stats = _run_reference(DistillCall(*inputs, want_stats=return_stats))
         else:

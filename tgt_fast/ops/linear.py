@@ -296,21 +296,22 @@ def linear_distillation_loss(
         classes = student_weight.shape[0] if vocab_size is None else vocab_size
         mask, options = as_mask(OP, classes, tensors.target, tensors.sample_weight, options)
         tensors = tensors._replace(target=mask)
+    divisor = normalizer
     if count_group is not None:
         shared = vocabulary_of(tensors, heads)
         named = shared.without_missing(tensors.target, options.ignore_index)
-        normalizer = divisor_over(
+        divisor = divisor_over(
             OP, count_group, normalizer, tensors.student_hidden, named, tensors.sample_weight, shared.classes, options
         )
     if backend != "reference" and seen_by_dispatcher(*tensors):
-        loss, stats = run_dispatched(tensors, normalizer, heads, options, return_stats, backend)
+        loss, stats = run_dispatched(tensors, divisor, heads, options, return_stats, backend)
     else:
         check_values(tensors, heads, options)
         entries = topk_of(tensors, heads)
         if record is not None and entries is not None:
             warn_where_small(OP, record, entries, tensors.target, tensors.sample_weight, options, stacklevel=3)
         run = _run_reference if all_at_once(tensors, backend) else run_in_chunks
-        loss, stats = run(tensors, normalizer, heads, options, return_stats, backend)
+        loss, stats = run(tensors, divisor, heads, options, return_stats, backend)
 
     if reduction == "none":
         loss = loss.reshape(shape)
@@ -338,34 +339,34 @@ def all_at_once(tensors: LinearTensors, backend: str) -> bool:
 
 
 def _run_reference(
-    tensors: LinearTensors, normalizer: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
+    tensors: LinearTensors, divisor: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
     want_stats: bool, backend: str,
 ) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
     """Plain PyTorch, which anything can differentiate and transform."""
     with without_autocast():
-        return reference_linear.linear_distillation_loss(tensors, normalizer, heads, options, want_stats)
+        return reference_linear.linear_distillation_loss(tensors, divisor, heads, options, want_stats)
 
 
 def run_dispatched(
-    tensors: LinearTensors, normalizer: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
+    tensors: LinearTensors, divisor: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
     want_stats: bool, backend: str,
 ) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
     """The dispatcher's door to the driver."""
-    divisor = beside(normalizer, tensors.student_hidden)
+    divisor = beside(divisor, tensors.student_hidden)
     inputs = packed_call(tensors, divisor, packed_heads(heads), packed(options))
     loss, rows = linear_distillation_loss_op(*inputs, want_stats, backend)
     return loss, DistillStats.from_rows(rows) if want_stats else None
 
 
 def run_in_chunks(
-    tensors: LinearTensors, normalizer: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
+    tensors: LinearTensors, divisor: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
     want_stats: bool, backend: str,
 ) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
     """The direct door to the driver."""
     kernel = Direct(chosen(backend, tensors), tensors)
     if graph_wanted(*tensors[:DIFFERENTIABLE]):
-        loss, rows = Linear.apply(normalizer, Call(heads, options, kernel, want_stats), *tensors)
+        loss, rows = Linear.apply(divisor, Call(heads, options, kernel, want_stats), *tensors)
     else:
-        out = kernel.forward(tensors, normalizer, heads, options, want_stats=want_stats)
+        out = kernel.forward(tensors, divisor, heads, options, want_stats=want_stats)
         loss, rows = out.loss, out.stats
     return loss, None if rows is None else DistillStats.from_rows(rows)

@@ -20,7 +20,7 @@ from tgt_fast.kernels.calls import (
     upstream,
 )
 from tgt_fast.kernels.native import core, cuda
-from tgt_fast.kernels.native.distill_calls import core_options, divisor, matrix, pointer
+from tgt_fast.kernels.native.distill_calls import core_options, matrix, pointer, split_divisor
 from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.kernels.row_checks import bad_target, bad_weight
 
@@ -39,12 +39,12 @@ def forward(call: DistillCall, out: Outputs, *, plan: tuple[int, int, bool] = AU
     )  # fmt: skip
     engine = cuda.engine(student)
     if engine is not None:
-        on_device, host_divisor = divisor(call.divisor)
+        divisor_at, divisor = split_divisor(call.divisor)
         workspace = student.new_empty(1, dtype=torch.float64)
         with engine.current(student) as stream:
             engine.core.cuda_distill_forward(
                 core_options(engine.core, options), rows, classes, matrix(student), matrix(teacher), pointer(target),
-                pointer(weight), pointer(on_device), host_divisor, pointer(workspace), *written, plan, stream,
+                pointer(weight), pointer(divisor_at), divisor, pointer(workspace), *written, plan, stream,
             )  # fmt: skip
         return
     compiled = core()

@@ -26,11 +26,11 @@ def core_options(core: Any, options: DistillOptions) -> Any:
     return made
 
 
-def divisor(normalizer: float | Tensor | None) -> tuple[Tensor | None, float]:
-    """A normalizer on the device, and as a number: -1 where it is to be read there, or what counts to be counted."""
-    if isinstance(normalizer, Tensor):
-        return normalizer.detach().to(torch.float64), -1.0
-    return None, -1.0 if normalizer is None else float(normalizer)
+def split_divisor(divisor: float | Tensor | None) -> tuple[Tensor | None, float]:
+    """A divisor on the device, and as a number: -1 where it is to be read there, or what counts to be counted."""
+    if isinstance(divisor, Tensor):
+        return divisor.detach().to(torch.float64), -1.0
+    return None, -1.0 if divisor is None else float(divisor)
 
 
 def pointer(tensor: Tensor | None) -> int:

@@ -23,7 +23,7 @@ from tgt_fast.kernels.calls import (
 )
 from tgt_fast.kernels.native import DTYPES, core, cuda
 from tgt_fast.kernels.native.distill import AUTO_PLAN, refuse_row, scale_
-from tgt_fast.kernels.native.distill_calls import core_options, divisor, matrix, pointer
+from tgt_fast.kernels.native.distill_calls import core_options, matrix, pointer, split_divisor
 from tgt_fast.kernels.options import TAILS, TopK
 from tgt_fast.kernels.row_checks import bad_id, find_bad_id
 
@@ -62,12 +62,12 @@ def forward(call: DistillCall, out: Outputs, *, plan: tuple[int, int, bool] = AU
                 f"{OP}: on a device a row may list up to {MOST_ENTRIES} classes, the record lists "
                 f"{record.ids.shape[1]}; pass fewer, or the teacher's logits"
             )
-        on_device, host_divisor = divisor(call.divisor)
+        divisor_at, divisor = split_divisor(call.divisor)
         workspace = student.new_empty(1, dtype=torch.float64)
         with engine.current(student) as stream:
             engine.core.cuda_topk_forward(
                 core_options(engine.core, options), rows, classes, matrix(student), _packed(record), pointer(target),
-                pointer(weight), pointer(on_device), host_divisor, pointer(workspace), *written, plan, stream,
+                pointer(weight), pointer(divisor_at), divisor, pointer(workspace), *written, plan, stream,
             )  # fmt: skip
         return
     compiled = core()

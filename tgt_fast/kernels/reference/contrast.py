@@ -23,14 +23,14 @@ def contrastive_distillation_loss(
     positives: Tensor | None,  # [N] int64
     passage_ids: Tensor | None,  # [M] int64
     sample_weight: Tensor | None,  # [N]
-    normalizer: float | Tensor | None,
+    divisor: float | Tensor | None,
     temperatures: tuple[float, float],  # the student's and the teacher's
     options: DistillOptions,  # whose temperatures are 1: the scores are divided already
     want_stats: bool = False,
 ) -> tuple[Tensor, DistillStats | None]:
     """The loss, 0-d or [N], in float32 (float64 if an input is), and the statistics of each row if wanted."""
     t = LinearTensors(student_q, student_d, None, teacher_q, teacher_d, None, positives, sample_weight)
-    weights = row_weights(t, positives, student_d.shape[0], normalizer, options)
+    weights = row_weights(t, positives, student_d.shape[0], divisor, options)
     if weights is not None:  # a gradient of 0 times what a dropped row holds would be NaN in a passage, if that is NaN
         student_q, teacher_q = (torch.where((weights != 0)[:, None], q, 0.0) for q in (student_q, teacher_q))
     student, teacher = (
@@ -41,7 +41,7 @@ def contrastive_distillation_loss(
         copies = same_as_own(passage_ids, positives)
         student, teacher = student.masked_fill(copies, -math.inf), teacher.masked_fill(copies, -math.inf)
     loss, stats = distill.distillation_loss(
-        student, teacher, positives, sample_weight, normalizer, options, want_stats=want_stats
+        student, teacher, positives, sample_weight, divisor, options, want_stats=want_stats
     )
     dtype = result_dtype(t)
     if stats is not None:

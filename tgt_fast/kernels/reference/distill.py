@@ -176,7 +176,7 @@ def _statistics(student: Tensor, teacher: Tensor, counted: Tensor, options: Dist
 
 
 def _counts(
-    student: Tensor, target: Tensor | None, sample_weight: Tensor | None, normalizer: float | Tensor | None,
+    student: Tensor, target: Tensor | None, sample_weight: Tensor | None, given: float | Tensor | None,
     options: DistillOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Which rows count and which of them have a label, [N] bool; their weights, [N]; the divisor of "mean", 0-d."""
@@ -192,8 +192,8 @@ def _counts(
     if sample_weight is not None:
         weight = sample_weight.detach().to(torch.float64)
         counted = counted & (weight != 0)
-    if normalizer is not None:
-        divisor = torch.as_tensor(normalizer, dtype=torch.float64, device=student.device).detach()
+    if given is not None:
+        divisor = torch.as_tensor(given, dtype=torch.float64, device=student.device).detach()
         counted = counted & (divisor != 0)
     else:
         divisor = torch.where(counted, weight, 0.0).sum()
@@ -205,14 +205,14 @@ def distillation_loss(
     teacher: Tensor,  # [N, C] fp64 | fp32 | bf16 | fp16
     target: Tensor | None,  # [N] int64
     sample_weight: Tensor | None,  # [N]
-    normalizer: float | Tensor | None,  # a number or a 0-d tensor
+    divisor: float | Tensor | None,  # a number or a 0-d tensor
     options: DistillOptions,
     want_stats: bool = False,
 ) -> tuple[Tensor, DistillStats | None]:
     """soft_weight * Ts^2 * D(softmax(teacher/Tt), softmax(student/Ts)) + hard_weight * CE(student, target).
 
     A row counts unless its target is ``ignore_index`` (or no class at all), its weight is 0, or the
-    normalizer is 0; a target of ``unlabeled_index`` drops only the hard term. Rows that do not count give 0
+    divisor is 0; a target of ``unlabeled_index`` drops only the hard term. Rows that do not count give 0
     and pass no gradient.
 
     Returns:
@@ -220,7 +220,7 @@ def distillation_loss(
     """
     result_dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     s, t = student.to(torch.float64), teacher.to(torch.float64)
-    counted, labeled, weight, divisor = _counts(s, target, sample_weight, normalizer, options)
+    counted, labeled, weight, divisor = _counts(s, target, sample_weight, divisor, options)
 
     undefined = _is_undefined(s)
     if is_on(options.soft_weight):

@@ -32,14 +32,14 @@ def logits(
 
 
 def linear_distillation_loss(
-    tensors: LinearTensors, normalizer: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
+    tensors: LinearTensors, divisor: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
     want_stats: bool = False,
 ) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
     """The loss, 0-d or [N], in float32 (float64 if an input is), and the statistics of each row if wanted."""
     t = tensors
     vocabulary = vocabulary_of(tensors, heads)
     target = vocabulary.without_missing(t.target, options.ignore_index)
-    weights = row_weights(t, target, vocabulary.classes, normalizer, options)
+    weights = row_weights(t, target, vocabulary.classes, divisor, options)
     student_hidden, teacher = t.student_hidden, t.teacher
     if weights is not None:  # a gradient of 0 times what a dropped row holds would be NaN in a weight, if that is NaN
         counted = (weights != 0)[:, None]
@@ -49,12 +49,12 @@ def linear_distillation_loss(
     if record is not None:
         student = vocabulary.align_student(student)
         record = vocabulary.align_record(record)
-        loss = topk.distillation_loss(student, record, target, t.sample_weight, normalizer, options)
+        loss = topk.distillation_loss(student, record, target, t.sample_weight, divisor, options)
         return loss.to(result_dtype(tensors)), None
     teacher = logits(teacher, t.teacher_weight, t.teacher_bias, heads.teacher_scale, heads.teacher_softcap)
     student, teacher = vocabulary.align(student, teacher)
     loss, stats = distill.distillation_loss(
-        student, teacher, target, t.sample_weight, normalizer, options, want_stats=want_stats
+        student, teacher, target, t.sample_weight, divisor, options, want_stats=want_stats
     )
     dtype = result_dtype(tensors)
     if stats is not None:

@@ -93,7 +93,7 @@ def distillation_loss(
     record: TopK,
     target: Tensor | None,  # [N] int64
     sample_weight: Tensor | None,  # [N]
-    normalizer: float | Tensor | None,  # a number or a 0-d tensor
+    divisor: float | Tensor | None,  # a number or a 0-d tensor
     options: DistillOptions,
 ) -> Tensor:
     """soft_weight * T^2 * D(record, softmax(student/T)) + hard_weight * CE(student, target).
@@ -105,7 +105,7 @@ def distillation_loss(
     """
     wide = torch.float64 in (student.dtype, record.log_probs.dtype)
     s = student.to(torch.float64)
-    counted, labeled, weight, divisor = distill._counts(s, target, sample_weight, normalizer, options)
+    counted, labeled, weight, divisor = distill._counts(s, target, sample_weight, divisor, options)
     undefined = distill._is_undefined(s)
     if is_on(options.soft_weight):
         entries = _entries(record, s.shape[1])
