@@ -98,7 +98,7 @@ void sample(int64_t rows, int64_t classes, int64_t positions, const MatrixTuple&
   tgt::cpu::sample(tgt::bind::sample_call(rows, classes, positions, logits, filter, key, tokens), threads);
 }
 
-tgt::SoftCall soft_call(int64_t first, int64_t rows, int64_t classes, int64_t positions, bool wide,
+tgt::SoftCall soft_call(int64_t first, int64_t rows, int64_t classes, int64_t positions, bool is_fp64,
                         const MatrixTuple& logits, double tau, bool gumbel, const NoiseTuple& key, uintptr_t largest,
                         uintptr_t sum, uintptr_t weights) {
   tgt::SoftCall call;
@@ -106,7 +106,7 @@ tgt::SoftCall soft_call(int64_t first, int64_t rows, int64_t classes, int64_t po
   call.rows = rows;
   call.classes = classes;
   call.positions = positions;
-  call.wide = wide;
+  call.is_fp64 = is_fp64;
   call.logits = matrix(logits);
   call.tau = tau;
   call.gumbel = gumbel;
@@ -117,20 +117,20 @@ tgt::SoftCall soft_call(int64_t first, int64_t rows, int64_t classes, int64_t po
   return call;
 }
 
-void soft_forward(int64_t first, int64_t rows, int64_t classes, int64_t positions, bool wide, const MatrixTuple& logits,
-                  double tau, bool gumbel, const NoiseTuple& key, uintptr_t largest, uintptr_t sum, uintptr_t weights,
-                  uintptr_t chosen, int threads) {
+void soft_forward(int64_t first, int64_t rows, int64_t classes, int64_t positions, bool is_fp64,
+                  const MatrixTuple& logits, double tau, bool gumbel, const NoiseTuple& key, uintptr_t largest,
+                  uintptr_t sum, uintptr_t weights, uintptr_t chosen, int threads) {
   tgt::SoftCall call =
-      soft_call(first, rows, classes, positions, wide, logits, tau, gumbel, key, largest, sum, weights);
+      soft_call(first, rows, classes, positions, is_fp64, logits, tau, gumbel, key, largest, sum, weights);
   call.chosen = pointer<int64_t>(chosen);
   tgt::cpu::soft_forward(call, threads);
 }
 
-void soft_backward(int64_t first, int64_t rows, int64_t classes, int64_t positions, bool wide,
+void soft_backward(int64_t first, int64_t rows, int64_t classes, int64_t positions, bool is_fp64,
                    const MatrixTuple& logits, double tau, bool gumbel, const NoiseTuple& key, uintptr_t largest,
                    uintptr_t sum, uintptr_t weights, uintptr_t slope, const MatrixTuple& d_logits, int threads) {
   tgt::SoftCall call =
-      soft_call(first, rows, classes, positions, wide, logits, tau, gumbel, key, largest, sum, weights);
+      soft_call(first, rows, classes, positions, is_fp64, logits, tau, gumbel, key, largest, sum, weights);
   call.slope = pointer<void>(slope);
   call.d_logits = matrix(d_logits);
   tgt::cpu::soft_backward(call, threads);

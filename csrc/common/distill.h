@@ -48,7 +48,7 @@ struct DistillCall {
   const void* upstream = nullptr;  // backward: [1] or [rows]
   bool upstream_per_row = false;
 
-  TGT_HD bool wide() const { return student.type == DType::kFloat64 || teacher.type == DType::kFloat64; }
+  TGT_HD bool is_fp64() const { return student.type == DType::kFloat64 || teacher.type == DType::kFloat64; }
 };
 
 enum class Status : int { kOk = 0, kBadTarget = 1, kBadWeight = 2, kBadId = 3 };

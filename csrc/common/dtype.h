@@ -34,19 +34,19 @@ TGT_HD To bit_cast(const From& from) {
 // The conversions select between values and never branch, so that a loop over them becomes vector code.
 
 template <class Real>
-TGT_HD Real widen(float x) {
+TGT_HD Real cast(float x) {
   return x;
 }
 template <class Real>
-TGT_HD Real widen(double x) {
+TGT_HD Real cast(double x) {
   return static_cast<Real>(x);
 }
 template <class Real>
-TGT_HD Real widen(BFloat16 x) {
+TGT_HD Real cast(BFloat16 x) {
   return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
 }
 template <class Real>
-TGT_HD Real widen(Float16 x) {
+TGT_HD Real cast(Float16 x) {
   // Exponent and mantissa shifted into place, then an exact multiplication by 2^112 rebiases the exponent and
   // normalises subnormals; infinities and NaNs get their exponent by hand.
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
@@ -56,22 +56,22 @@ TGT_HD Real widen(Float16 x) {
 }
 
 template <class To>
-TGT_HD To narrow(double x) {
+TGT_HD To cast(double x) {
   return static_cast<To>(x);
 }
 template <class To>
-TGT_HD To narrow(float x) {
+TGT_HD To cast(float x) {
   return static_cast<To>(x);
 }
 // Round to nearest, ties to even; NaN stays a quiet NaN.
 template <>
-TGT_HD BFloat16 narrow<BFloat16>(float x) {
+TGT_HD BFloat16 cast<BFloat16>(float x) {
   const uint32_t word = bit_cast<uint32_t>(x);
   const uint32_t rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
   return {static_cast<uint16_t>((word & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
 }
 template <>
-TGT_HD Float16 narrow<Float16>(float x) {
+TGT_HD Float16 cast<Float16>(float x) {
   const uint32_t word = bit_cast<uint32_t>(x);
   const uint32_t magnitude = word & 0x7fffffffu;
   // Adding 0.5 lines a subnormal half up with the last bits of the float's mantissa, and rounds it to nearest even.
@@ -84,12 +84,12 @@ TGT_HD Float16 narrow<Float16>(float x) {
 // A double goes through float: no op mixes a float64 input with 16-bit arithmetic, so that double rounding is the
 // rounding of a float64 result that a float32 kernel would have made.
 template <>
-TGT_HD BFloat16 narrow<BFloat16>(double x) {
-  return narrow<BFloat16>(static_cast<float>(x));
+TGT_HD BFloat16 cast<BFloat16>(double x) {
+  return cast<BFloat16>(static_cast<float>(x));
 }
 template <>
-TGT_HD Float16 narrow<Float16>(double x) {
-  return narrow<Float16>(static_cast<float>(x));
+TGT_HD Float16 cast<Float16>(double x) {
+  return cast<Float16>(static_cast<float>(x));
 }
 
 }  // namespace TGT_ISA

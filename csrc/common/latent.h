@@ -28,7 +28,7 @@ struct PerturbCall {
   NoiseKey noise;
   double sphere_radius = 0;  // 0: no sphere; below 0: the norm of z
 
-  bool wide() const { return type == DType::kFloat64; }
+  bool is_fp64() const { return type == DType::kFloat64; }
 };
 
 // radius / norm as a power of 2, which rounds nothing, times a factor near the radius: the quotient itself may leave
@@ -77,7 +77,7 @@ struct AscendCall {
   RadiusNorm radius_norm = RadiusNorm::kL2;
   NoiseKey noise;
 
-  bool wide() const {
+  bool is_fp64() const {
     return z_type == DType::kFloat64 || grad_type == DType::kFloat64 || (anchor && anchor_type == DType::kFloat64);
   }
 };

@@ -27,7 +27,7 @@ enum RowFlag : int {
   kInfiniteSoft = 4,   // the soft term is +inf and has no gradient
   kHard = 8,           // the row has a hard term
   kInfiniteHard = 16,  // the hard term is +inf and has no gradient
-  kWide = 32           // differences of its logits leave the range of float: it is taken in double
+  kInDouble = 32       // differences of its logits leave the range of float: it is taken in double
 };
 
 inline namespace TGT_ISA {

@@ -28,7 +28,7 @@ struct SoftCall {
   int64_t rows = 0;
   int64_t classes = 0;
   int64_t positions = 1;
-  bool wide = false;  // arithmetic in double: an input is double
+  bool is_fp64 = false;  // arithmetic in double: an input is double
   Matrix logits;
   double tau = 1;
   bool gumbel = false;

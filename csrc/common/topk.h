@@ -47,7 +47,7 @@ struct TopKCall {
   TopK topk;
   TopKState* state = nullptr;  // [rows]
 
-  TGT_HD bool wide() const { return base.student.type == DType::kFloat64 || topk.log_probs.type == DType::kFloat64; }
+  TGT_HD bool is_fp64() const { return base.student.type == DType::kFloat64 || topk.log_probs.type == DType::kFloat64; }
 };
 
 inline namespace TGT_ISA {

@@ -10,14 +10,14 @@ inline namespace TGT_ISA {
 constexpr int kBlock = 2048;
 
 template <class Real, class Stored>
-inline void widen_block(const void* from, Real* to, int count) {
+inline void cast_from(const void* from, Real* to, int count) {
   const Stored* elements = static_cast<const Stored*>(from);
-  for (int i = 0; i < count; ++i) to[i] = widen<Real>(elements[i]);
+  for (int i = 0; i < count; ++i) to[i] = cast<Real>(elements[i]);
 }
 template <class Real, class Stored>
-inline void narrow_block(const Real* from, void* to, int count) {
+inline void cast_to(const Real* from, void* to, int count) {
   Stored* elements = static_cast<Stored*>(to);
-  for (int i = 0; i < count; ++i) elements[i] = narrow<Stored>(from[i]);
+  for (int i = 0; i < count; ++i) elements[i] = cast<Stored>(from[i]);
 }
 
 template <class Real>
@@ -30,16 +30,16 @@ inline const Real* read_block(const char* row, DType type, int64_t at, int count
   if (type == kTypeOf<Real>) return reinterpret_cast<const Real*>(from);
   switch (type) {
     case DType::kFloat32:
-      widen_block<Real, float>(from, buffer, count);
+      cast_from<Real, float>(from, buffer, count);
       break;
     case DType::kFloat64:
-      widen_block<Real, double>(from, buffer, count);
+      cast_from<Real, double>(from, buffer, count);
       break;
     case DType::kBFloat16:
-      widen_block<Real, BFloat16>(from, buffer, count);
+      cast_from<Real, BFloat16>(from, buffer, count);
       break;
     case DType::kFloat16:
-      widen_block<Real, Float16>(from, buffer, count);
+      cast_from<Real, Float16>(from, buffer, count);
       break;
   }
   return buffer;
@@ -55,15 +55,15 @@ inline void finish_block(const Real* values, char* row, DType type, int64_t at, 
   char* to = row + at * element_size(type);
   switch (type) {
     case DType::kFloat32:
-      if (sizeof(Real) == 8) narrow_block<Real, float>(values, to, count);
+      if (sizeof(Real) == 8) cast_to<Real, float>(values, to, count);
       break;
     case DType::kFloat64:
       break;
     case DType::kBFloat16:
-      narrow_block<Real, BFloat16>(values, to, count);
+      cast_to<Real, BFloat16>(values, to, count);
       break;
     case DType::kFloat16:
-      narrow_block<Real, Float16>(values, to, count);
+      cast_to<Real, Float16>(values, to, count);
       break;
   }
 }

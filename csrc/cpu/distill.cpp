@@ -22,7 +22,7 @@ void scale_rows(const ScaleCall& call, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const Real factor = factors[call.factor_per_row ? i : 0];
     Stored* row = reinterpret_cast<Stored*>(call.grad.row(i));
-    for (int64_t j = 0; j < call.classes; ++j) row[j] = narrow<Stored>(Real(widen<Real>(row[j]) * factor));
+    for (int64_t j = 0; j < call.classes; ++j) row[j] = cast<Stored>(Real(cast<Real>(row[j]) * factor));
   }
 }
 
@@ -39,7 +39,7 @@ StatusAt distill_forward(DistillCall call, double divisor, void* loss, int threa
         kernels().distill_forward(*static_cast<const DistillCall*>(context), begin, end);
       },
       &call);
-  if (reduction != Reduction::kNone) call.wide() ? reduce<double>(call, loss) : reduce<float>(call, loss);
+  if (reduction != Reduction::kNone) call.is_fp64() ? reduce<double>(call, loss) : reduce<float>(call, loss);
   return {};
 }
 
@@ -53,7 +53,7 @@ void distill_backward(DistillCall call, int threads) {
 }
 
 void distill_scale(ScaleCall call, int threads) {
-  const bool wide = call.grad.type == DType::kFloat64;
+  const bool is_fp64 = call.grad.type == DType::kFloat64;
   const int64_t factors = call.factor_per_row ? call.rows : 1;
   if (wide ? all_ones<double>(call.factor, factors) : all_ones<float>(call.factor, factors)) return;
   parallel_for(

@@ -100,7 +100,7 @@ struct Unusual {
   bool student_only = false;   // somewhere the student is -inf and the teacher is not
   bool teacher_only = false;
   bool invalid = false;  // NaN or +inf
-  bool wide = false;     // a difference of logits that counts may have left the range of Real
+  bool far = false;      // a difference of logits that counts may have left the range of Real
 };
 
 // What a logit is multiplied by to leave the range where its differences, divided by the temperatures, might.
@@ -135,7 +135,7 @@ void inspect(const Real* s, const Real* t, int count, double student_max, double
     unusual.teacher_only |= teacher_masked && !student_masked;
     unusual.invalid |= !(s[j] < Real(HUGE_VAL)) || !(t[j] < Real(HUGE_VAL));
     if constexpr (D::kShiftedSums && sizeof(Real) == 4) {
-      unusual.wide |= counts_far<D>(s[j], t[j], student_max, teacher_max, reach, options);
+      unusual.far |= counts_far<D>(s[j], t[j], student_max, teacher_max, reach, options);
     }
   }
 }

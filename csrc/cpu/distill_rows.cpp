@@ -174,7 +174,7 @@ bool pair_statistics(const Row<Real>& logits, RowOptions options, double* values
   forward_row<Real, ForwardKl, kNoHard>(logits, options, -1, state, unusual, logs);
   if (unusual.invalid) return false;
   if constexpr (sizeof(Real) == 4) {
-    if (unusual.wide || beyond(state)) return pair_statistics<double>(in_double(logits), options, values);
+    if (unusual.far || beyond(state)) return pair_statistics<double>(in_double(logits), options, values);
   }
   const RowConstants<Real> row = settled<Real>(state, logs, options);
   logits.each_block([&](const Real* s, const Real* t, int64_t, int count) {
@@ -223,20 +223,20 @@ void statistics_row(const DistillCall& call, int64_t i, bool counts) {
 
 // A row once more, in double.
 template <class D, HardPower power>
-__attribute__((noinline)) double wide_forward_row(const DistillCall& call, int64_t i, int64_t label, RowState& state) {
-  RowState wide{};
+__attribute__((noinline)) double fp64_forward_row(const DistillCall& call, int64_t i, int64_t label, RowState& state) {
+  RowState fp64{};
   Unusual unusual;
   Logarithms logs;
-  wide.flags = kWide | (int(state.flags) & (kDropped | kHard));
-  wide.coefficient = state.coefficient;
+  fp64.flags = kInDouble | (int(state.flags) & (kDropped | kHard));
+  fp64.coefficient = state.coefficient;
   constexpr HardPower kPower = power == kNoHard ? kNoHard : kOwn;
   const double loss =
-      forward_row<double, D, kPower>(row_at<double>(call, i), RowOptions(call.options), label, wide, unusual, logs);
-  state = wide;
+      forward_row<double, D, kPower>(row_at<double>(call, i), RowOptions(call.options), label, fp64, unusual, logs);
+  state = fp64;
   return loss;
 }
 template <class D, HardPower power>
-__attribute__((noinline)) void wide_gradient_row(const DistillCall& call, int64_t i, const RowState& state,
+__attribute__((noinline)) void fp64_gradient_row(const DistillCall& call, int64_t i, const RowState& state,
                                                  double upstream) {
   constexpr HardPower kPower = power == kNoHard ? kNoHard : kOwn;
   const Logarithms logs = logarithms_of<D>(state.student_sum, state.teacher_sum);
@@ -245,7 +245,7 @@ __attribute__((noinline)) void wide_gradient_row(const DistillCall& call, int64_
 template <class Real, class D, HardPower power>
 void any_gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, const RowState& state,
                       const RowOptions& options, const Logarithms& logs, double upstream) {
-  if (sizeof(Real) == 4 && int(state.flags) & kWide) return wide_gradient_row<D, power>(call, i, state, upstream);
+  if (sizeof(Real) == 4 && int(state.flags) & kInDouble) return fp64_gradient_row<D, power>(call, i, state, upstream);
   gradient_row<Real, D, power>(call, logits, i, state, options, logs, upstream);
 }
 
@@ -267,7 +267,7 @@ void forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
       Unusual unusual;
       loss = forward_row<Real, D, power>(logits, options, label, state, unusual, logs);
       if constexpr (sizeof(Real) == 4) {
-        if (unusual.wide || beyond(state)) loss = wide_forward_row<D, power>(call, i, label, state);
+        if (unusual.far || beyond(state)) loss = fp64_forward_row<D, power>(call, i, label, state);
       }
       loss *= state.coefficient;
     }
@@ -347,11 +347,11 @@ void by_divergence(const DistillCall& call, int64_t begin, int64_t end) {
 }  // namespace
 
 void distill_forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
-  call.wide() ? by_divergence<Forward, double>(call, begin, end) : by_divergence<Forward, float>(call, begin, end);
+  call.is_fp64() ? by_divergence<Forward, double>(call, begin, end) : by_divergence<Forward, float>(call, begin, end);
 }
 
 void distill_backward_rows(const DistillCall& call, int64_t begin, int64_t end) {
-  call.wide() ? by_divergence<Backward, double>(call, begin, end) : by_divergence<Backward, float>(call, begin, end);
+  call.is_fp64() ? by_divergence<Backward, double>(call, begin, end) : by_divergence<Backward, float>(call, begin, end);
 }
 
 }  // namespace TGT_ISA

@@ -68,7 +68,7 @@ double sum_of_squares(const Real* values, int count) {
 
 // The same where float squares overflow or vanish.
 template <class Real>
-double sum_of_squares_wide(const Real* values, int count) {
+double sum_of_squares_fp64(const Real* values, int count) {
   double sum = 0;
   for (int j = 0; j < count; ++j) sum += static_cast<double>(values[j]) * values[j];
   return sum;
@@ -77,7 +77,7 @@ double sum_of_squares_wide(const Real* values, int count) {
 template <class Real>
 double careful_sum_of_squares(const Real* values, int count) {
   const double sum = sum_of_squares(values, count);
-  return sizeof(Real) == 8 || (sum > 1e-20 && sum < 1e30) ? sum : sum_of_squares_wide(values, count);
+  return sizeof(Real) == 8 || (sum > 1e-20 && sum < 1e30) ? sum : sum_of_squares_fp64(values, count);
 }
 
 template <class Real>
@@ -275,11 +275,11 @@ void ascend(const AscendCall& call, int64_t begin, int64_t end) {
 }  // namespace
 
 void perturb_rows(const PerturbCall& call, int64_t begin, int64_t end) {
-  call.wide() ? perturb<double>(call, begin, end) : perturb<float>(call, begin, end);
+  call.is_fp64() ? perturb<double>(call, begin, end) : perturb<float>(call, begin, end);
 }
 
 void ascend_rows(const AscendCall& call, int64_t begin, int64_t end) {
-  call.wide() ? ascend<double>(call, begin, end) : ascend<float>(call, begin, end);
+  call.is_fp64() ? ascend<double>(call, begin, end) : ascend<float>(call, begin, end);
 }
 
 }  // namespace TGT_ISA

@@ -186,14 +186,14 @@ class Row {
 
   // The weights of tokens [at, at + count), 0 of those that are not kept; their sum.
   double weights(int64_t at, int count, double* to) const {
-    constexpr int kWide = Lanes<double>::kCount;
+    constexpr int kLanes = Lanes<double>::kCount;
     const VDouble largest = splat<VDouble>(largest_), temperature = splat<VDouble>(call_.temperature);
     const VDouble border = splat<VDouble>(border_.value);
     VDouble sum{};
-    for (int j = 0; j < count; j += kWide) {
-      const int here = count - j < kWide ? count - j : kWide;
-      double values[kWide];
-      for (int i = 0; i < kWide; ++i) values[i] = i < here ? double(values_[at + j + i]) : -HUGE_VAL;
+    for (int j = 0; j < count; j += kLanes) {
+      const int here = count - j < kLanes ? count - j : kLanes;
+      double values[kLanes];
+      for (int i = 0; i < kLanes; ++i) values[i] = i < here ? double(values_[at + j + i]) : -HUGE_VAL;
       const VDouble x = load(values);
       const auto kept = x > border;
       const unsigned equal = lane_bits(x == border);

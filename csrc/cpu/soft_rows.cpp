@@ -173,10 +173,10 @@ void soft(const SoftCall& call, int64_t begin, int64_t end, bool forward) {
 }  // namespace
 
 void soft_forward_rows(const SoftCall& call, int64_t begin, int64_t end) {
-  call.wide ? soft<double>(call, begin, end, true) : soft<float>(call, begin, end, true);
+  call.is_fp64 ? soft<double>(call, begin, end, true) : soft<float>(call, begin, end, true);
 }
 void soft_backward_rows(const SoftCall& call, int64_t begin, int64_t end) {
-  call.wide ? soft<double>(call, begin, end, false) : soft<float>(call, begin, end, false);
+  call.is_fp64 ? soft<double>(call, begin, end, false) : soft<float>(call, begin, end, false);
 }
 
 }  // namespace TGT_ISA

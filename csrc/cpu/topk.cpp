@@ -51,7 +51,7 @@ StatusAt topk_forward(TopKCall call, double divisor, void* loss, int threads) {
         kernels().topk_forward(*static_cast<const TopKCall*>(context), begin, end);
       },
       &call);
-  if (reduction != Reduction::kNone) call.wide() ? reduce<double>(base, loss) : reduce<float>(base, loss);
+  if (reduction != Reduction::kNone) call.is_fp64() ? reduce<double>(base, loss) : reduce<float>(base, loss);
   return {};
 }
 

@@ -314,11 +314,11 @@ void by_divergence(const TopKCall& call, int64_t begin, int64_t end) {
 }  // namespace
 
 void topk_forward_rows(const TopKCall& call, int64_t begin, int64_t end) {
-  call.wide() ? by_divergence<Forward, double>(call, begin, end) : by_divergence<Forward, float>(call, begin, end);
+  call.is_fp64() ? by_divergence<Forward, double>(call, begin, end) : by_divergence<Forward, float>(call, begin, end);
 }
 
 void topk_backward_rows(const TopKCall& call, int64_t begin, int64_t end) {
-  call.wide() ? by_divergence<Backward, double>(call, begin, end) : by_divergence<Backward, float>(call, begin, end);
+  call.is_fp64() ? by_divergence<Backward, double>(call, begin, end) : by_divergence<Backward, float>(call, begin, end);
 }
 
 }  // namespace TGT_ISA

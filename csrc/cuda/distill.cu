@@ -31,7 +31,7 @@ struct Layout {
 
 Layout layout_of(const DistillCall& call, const Plan& plan, const Chip& chip) {
   Layout layout;
-  if (call.wide() || plan.path == Path::kStream) return layout;
+  if (call.is_fp64() || plan.path == Path::kStream) return layout;
   const int64_t vectors = (call.classes + kVector - 1) / kVector;
   const DType other = call.options.soft_weight == 0 ? call.student.type : call.teacher.type;
   const int64_t a_vector = kVector * (element_size(call.student.type) + element_size(other));
@@ -60,7 +60,7 @@ cudaError_t forward_rows(DeviceCall d, const Plan& plan, cudaStream_t stream) {
   const bool bulk = plan.bulk && chip.major >= 9 && d.student_aligned && d.teacher_aligned;
   return with_divergence(d.call.options, [&](auto divergence) {
     using D = decltype(divergence);
-    if (d.call.wide()) return launch_distill_fwd_stream<double, D>(d, stream);
+    if (d.call.is_fp64()) return launch_distill_fwd_stream<double, D>(d, stream);
     if (layout.path == Path::kStream) return launch_distill_fwd_stream<float, D>(d, stream);
     return launch_distill_fwd<D>(d, layout.path, layout.cluster, bulk, layout.shared_bytes, stream);
   });
@@ -84,15 +84,15 @@ Failure distill_forward(const DistillCall& call, const double* divisor_at, doubl
   if (uncounted.error != cudaSuccess) return uncounted;
   if (call.rows > 0 && call.stats) {  // before the logits are overwritten in place
     const cudaError_t error =
-        call.wide() ? launch(distill_stats_kernel<double>, call.rows, kStatsThreads, kTeamBytes, 1, stream, d)
-                    : launch(distill_stats_kernel<float>, call.rows, kStatsThreads, kTeamBytes, 1, stream, d);
+        call.is_fp64() ? launch(distill_stats_kernel<double>, call.rows, kStatsThreads, kTeamBytes, 1, stream, d)
+                       : launch(distill_stats_kernel<float>, call.rows, kStatsThreads, kTeamBytes, 1, stream, d);
     if (error != cudaSuccess) return {error, "distill_stats_kernel"};
   }
   if (call.rows > 0) {
     const cudaError_t error = forward_rows(d, plan, stream);
     if (error != cudaSuccess) return {error, "distill_fwd_kernel"};
   }
-  return reduce_rows(d, call.wide(), loss, stream);
+  return reduce_rows(d, call.is_fp64(), loss, stream);
 }
 
 Failure distill_backward(const DistillCall& call, cudaStream_t stream) {
@@ -100,7 +100,7 @@ Failure distill_backward(const DistillCall& call, cudaStream_t stream) {
   const DeviceCall d = device_call(call);
   const cudaError_t error = with_divergence(call.options, [&](auto divergence) {
     using D = decltype(divergence);
-    return call.wide() ? launch_distill_bwd<double, D>(d, stream) : launch_distill_bwd<float, D>(d, stream);
+    return call.is_fp64() ? launch_distill_bwd<double, D>(d, stream) : launch_distill_bwd<float, D>(d, stream);
   });
   return {error, "distill_bwd_kernel"};
 }

@@ -246,8 +246,8 @@ __global__ void TGT_BOUNDS(Team::kIsWarp ? kWarpTeamThreads : on_chip_threads(kT
     add_sums<D>(s, t, constants, terms, sums);
   }
   const Sums<double> all = add_all(team, sums, 1);
-  const Extremes<double> wide = {extremes.student, extremes.teacher, extremes.masked, extremes.unusual};
-  finish_row<Real, D>(d, team, row, i, head, all, wide, of_label);
+  const Extremes<double> in_double = {extremes.student, extremes.teacher, extremes.masked, extremes.unusual};
+  finish_row<Real, D>(d, team, row, i, head, all, in_double, of_label);
 }
 
 }  // namespace TGT_ISA

@@ -121,8 +121,8 @@ __global__ void TGT_BOUNDS(kStreamThreads, 1) distill_fwd_stream_kernel(const TG
   const Sums<double> all = {seen.sums.student,  seen.sums.teacher,
                             seen.sums.hard,     seen.plain - finite * (seen.sums.student_max * kTiny),
                             seen.sums.x / unit, seen.sums.y / unit};
-  const Extremes<double> wide = {extremes.student, extremes.teacher, extremes.masked, extremes.unusual};
-  finish_row<Real, D>(d, team, row, i, head, all, wide, of_label);
+  const Extremes<double> in_double = {extremes.student, extremes.teacher, extremes.masked, extremes.unusual};
+  finish_row<Real, D>(d, team, row, i, head, all, in_double, of_label);
 }
 
 // The gradients from the logits and the row states: a block or a cluster a row.

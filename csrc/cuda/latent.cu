@@ -278,14 +278,14 @@ cudaError_t launch_ascend(const AscendCall& call, const DeviceKey& key, cudaStre
 Failure perturb(const PerturbCall& call, const DeviceKey& key, cudaStream_t stream) {
   if (call.samples == 0 || call.size == 0) return {};
   const cudaError_t error =
-      call.wide() ? launch_perturb<double>(call, key, stream) : launch_perturb<float>(call, key, stream);
+      call.is_fp64() ? launch_perturb<double>(call, key, stream) : launch_perturb<float>(call, key, stream);
   return {error, "latent_perturb_kernel"};
 }
 
 Failure ascend(const AscendCall& call, const DeviceKey& key, cudaStream_t stream) {
   if (call.samples == 0 || call.size == 0) return {};
   const cudaError_t error =
-      call.wide() ? launch_ascend<double>(call, key, stream) : launch_ascend<float>(call, key, stream);
+      call.is_fp64() ? launch_ascend<double>(call, key, stream) : launch_ascend<float>(call, key, stream);
   return {error, "latent_ascend_kernel"};
 }
 

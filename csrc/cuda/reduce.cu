@@ -68,10 +68,10 @@ Failure choose_divisor(DeviceCall& d, const double* divisor_at, double divisor, 
   return {};
 }
 
-Failure reduce_rows(const DeviceCall& d, bool wide, void* loss, cudaStream_t stream) {
+Failure reduce_rows(const DeviceCall& d, bool is_fp64, void* loss, cudaStream_t stream) {
   if (static_cast<Reduction>(d.call.options.reduction) == Reduction::kNone) return {};
   const cudaError_t error =
-      wide ? launch_distill_reduce<double>(d, loss, stream) : launch_distill_reduce<float>(d, loss, stream);
+      is_fp64 ? launch_distill_reduce<double>(d, loss, stream) : launch_distill_reduce<float>(d, loss, stream);
   return {error, "distill_reduce_kernel"};
 }
 

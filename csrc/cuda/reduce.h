@@ -10,6 +10,6 @@ namespace tgt::cuda {
 Failure choose_divisor(DeviceCall& d, const double* divisor_at, double divisor, double* workspace, cudaStream_t stream);
 
 // The loss from the weighted losses of the rows; with "none" those are the loss.
-Failure reduce_rows(const DeviceCall& d, bool wide, void* loss, cudaStream_t stream);
+Failure reduce_rows(const DeviceCall& d, bool is_fp64, void* loss, cudaStream_t stream);
 
 }  // namespace tgt::cuda

@@ -40,11 +40,11 @@ cudaError_t launch_stream(Kernel kernel, TopKDeviceCall d, int shared_limit, cud
                 static_cast<int>(d.map ? bytes : without), 1, stream, d);
 }
 
-cudaError_t forward_rows(TopKDeviceCall d, bool wide, const Plan& plan, cudaStream_t stream) {
+cudaError_t forward_rows(TopKDeviceCall d, bool is_fp64, const Plan& plan, cudaStream_t stream) {
   int major = 0, limit = 0;
   const cudaError_t error = chip(major, limit);
   if (error != cudaSuccess) return error;
-  if (wide) return launch_stream(topk_fwd_stream_kernel<double>, d, limit, stream);
+  if (is_fp64) return launch_stream(topk_fwd_stream_kernel<double>, d, limit, stream);
   const DistillCall& call = d.base.call;
   const int64_t vectors = (call.classes + kVector - 1) / kVector;
   const int64_t a_vector = kVector * element_size(call.student.type);
@@ -74,10 +74,10 @@ Failure topk_forward(const TopKCall& call, const double* divisor_at, double divi
   const Failure uncounted = choose_divisor(d.base, divisor_at, divisor, workspace, stream);
   if (uncounted.error != cudaSuccess) return uncounted;
   if (call.base.rows > 0) {
-    const cudaError_t error = forward_rows(d, call.wide(), plan, stream);
+    const cudaError_t error = forward_rows(d, call.is_fp64(), plan, stream);
     if (error != cudaSuccess) return {error, "topk_fwd_kernel"};
   }
-  return reduce_rows(d.base, call.wide(), loss, stream);
+  return reduce_rows(d.base, call.is_fp64(), loss, stream);
 }
 
 Failure topk_backward(const TopKCall& call, cudaStream_t stream) {
@@ -85,8 +85,8 @@ Failure topk_backward(const TopKCall& call, cudaStream_t stream) {
   int major = 0, limit = 0;
   cudaError_t error = chip(major, limit);
   if (error == cudaSuccess) {
-    error = call.wide() ? launch_stream(topk_bwd_kernel<double>, device_call(call), limit, stream)
-                        : launch_stream(topk_bwd_kernel<float>, device_call(call), limit, stream);
+    error = call.is_fp64() ? launch_stream(topk_bwd_kernel<double>, device_call(call), limit, stream)
+                           : launch_stream(topk_bwd_kernel<float>, device_call(call), limit, stream);
   }
   return {error, "topk_bwd_kernel"};
 }

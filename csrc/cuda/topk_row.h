@@ -166,8 +166,8 @@ TGT_DEVICE Pair divergence_sums(const TopKDeviceCall& d, const Team& team, const
     if (!spread(shared.state, d.topk.form)) return sum;
     const TailScale<Real> scale = tail_scale<Real>(options, shared.state.tail_max, shared.state.peak);
     const TopKFactors<Real> f = shared.factors;
-    const Mixture<Real> narrow_mixture{Real(options.beta), Real(1 - options.beta)};
-    const Real centre = centre_of<false>(f.log_ratio, narrow_mixture);
+    const Mixture<Real> real_mixture{Real(options.beta), Real(1 - options.beta)};
+    const Real centre = centre_of<false>(f.log_ratio, real_mixture);
     Real x = 0, y = 0;
     for (int64_t k = team.thread; k < source.count; k += team.size) {
       const Eight<Real> s = source.load(k);
@@ -178,7 +178,7 @@ TGT_DEVICE Pair divergence_sums(const TopKDeviceCall& d, const Team& team, const
         c.b = scale.argument(s.v[j]) + f.log_ratio;
         c.p = s.v[j] == minus_infinity<Real>() ? Real(0) : f.u;
         c.q = scale.share(s.v[j]) * f.share;
-        add_spread_class(c, centre, narrow_mixture, x, y);
+        add_spread_class(c, centre, real_mixture, x, y);
       }
     }
     sum.x += x;

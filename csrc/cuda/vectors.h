@@ -24,8 +24,8 @@ template <class Stored, class Real>
 TGT_DEVICE void unpack_halves(const Bytes16& raw, Real* to) {
   TGT_UNROLL
   for (int i = 0; i < 4; ++i) {
-    to[2 * i] = widen<Real>(Stored{static_cast<uint16_t>(raw.words[i] & 0xffffu)});
-    to[2 * i + 1] = widen<Real>(Stored{static_cast<uint16_t>(raw.words[i] >> 16)});
+    to[2 * i] = cast<Real>(Stored{static_cast<uint16_t>(raw.words[i] & 0xffffu)});
+    to[2 * i + 1] = cast<Real>(Stored{static_cast<uint16_t>(raw.words[i] >> 16)});
   }
 }
 
@@ -67,13 +67,13 @@ template <class Real>
 TGT_DEVICE Real load_one(const char* row, DType type, int64_t at) {
   switch (type) {
     case DType::kFloat32:
-      return widen<Real>(reinterpret_cast<const float*>(row)[at]);
+      return cast<Real>(reinterpret_cast<const float*>(row)[at]);
     case DType::kFloat64:
-      return widen<Real>(reinterpret_cast<const double*>(row)[at]);
+      return cast<Real>(reinterpret_cast<const double*>(row)[at]);
     case DType::kBFloat16:
-      return widen<Real>(reinterpret_cast<const BFloat16*>(row)[at]);
+      return cast<Real>(reinterpret_cast<const BFloat16*>(row)[at]);
     case DType::kFloat16:
-      return widen<Real>(reinterpret_cast<const Float16*>(row)[at]);
+      return cast<Real>(reinterpret_cast<const Float16*>(row)[at]);
   }
   return 0;
 }
@@ -88,10 +88,10 @@ TGT_DEVICE void store_one(char* row, DType type, int64_t at, Real value) {
       reinterpret_cast<double*>(row)[at] = value;
       return;
     case DType::kBFloat16:
-      reinterpret_cast<BFloat16*>(row)[at] = narrow<BFloat16>(value);
+      reinterpret_cast<BFloat16*>(row)[at] = cast<BFloat16>(value);
       return;
     case DType::kFloat16:
-      reinterpret_cast<Float16*>(row)[at] = narrow<Float16>(value);
+      reinterpret_cast<Float16*>(row)[at] = cast<Float16>(value);
       return;
   }
 }
@@ -113,8 +113,8 @@ TGT_DEVICE uint32_t pair_of(float low, float high, DType type) {
 }
 #else
 TGT_DEVICE uint32_t pair_of(float low, float high, DType type) {
-  if (type == DType::kBFloat16) return narrow<BFloat16>(low).bits | uint32_t(narrow<BFloat16>(high).bits) << 16;
-  return narrow<Float16>(low).bits | uint32_t(narrow<Float16>(high).bits) << 16;
+  if (type == DType::kBFloat16) return cast<BFloat16>(low).bits | uint32_t(cast<BFloat16>(high).bits) << 16;
+  return cast<Float16>(low).bits | uint32_t(cast<Float16>(high).bits) << 16;
 }
 #endif
 

@@ -80,9 +80,9 @@ uint32_t by_halves(uint32_t a, uint32_t b, Choose choose) {
   uint32_t result = 0;
   for (int shift : {0, 16}) {
     const Stored x{static_cast<uint16_t>(a >> shift)}, y{static_cast<uint16_t>(b >> shift)};
-    const float fx = widen<float>(x), fy = widen<float>(y);
+    const float fx = cast<float>(x), fy = cast<float>(y);
     const float chosen = fx != fx || fy != fy ? NAN : choose(fx, fy) ? fx : fy;
-    result |= static_cast<uint32_t>(narrow<Stored>(chosen).bits) << shift;
+    result |= static_cast<uint32_t>(cast<Stored>(chosen).bits) << shift;
   }
   return result;
 }
