@@ -45,7 +45,7 @@ def distill_forward(
     loss: int,
     d_student: Matrix,
     d_teacher: Matrix,
-    state: int,
+    row_state: int,
     stats: int,
     threads: int,
 ) -> tuple[int, int]: ...
@@ -56,7 +56,7 @@ def distill_backward(
     student: Matrix,
     teacher: Matrix,
     target: int,
-    state: int,
+    row_state: int,
     upstream: int,
     upstream_per_row: bool,
     d_student: Matrix,
@@ -76,7 +76,7 @@ def topk_forward(
     row_loss: int,
     loss: int,
     d_student: Matrix,
-    state: int,
+    row_state: int,
     threads: int,
 ) -> tuple[int, int]: ...
 def topk_backward(
@@ -86,7 +86,7 @@ def topk_backward(
     student: Matrix,
     topk: TopK,
     target: int,
-    state: int,
+    row_state: int,
     upstream: int,
     upstream_per_row: bool,
     d_student: Matrix,

@@ -8,7 +8,7 @@ namespace tgt::bind {
 // What forward and backward share.
 inline DistillCall distill_call(const DistillOptions& options, int64_t rows, int64_t classes,
                                 const MatrixTuple& student, const MatrixTuple& teacher, uintptr_t target,
-                                uintptr_t state, const MatrixTuple& d_student, const MatrixTuple& d_teacher) {
+                                uintptr_t row_state, const MatrixTuple& d_student, const MatrixTuple& d_teacher) {
   DistillCall call;
   call.options = options;
   call.rows = rows;
@@ -16,18 +16,18 @@ inline DistillCall distill_call(const DistillOptions& options, int64_t rows, int
   call.student = matrix(student);
   call.teacher = matrix(teacher);
   call.target = pointer<int64_t>(target);
-  call.state = pointer<RowState>(state);
+  call.row_state = pointer<RowState>(row_state);
   call.d_student = matrix(d_student);
   call.d_teacher = matrix(d_teacher);
   return call;
 }
 
 inline TopKCall topk_call(const DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
-                          const TopKTuple& from, uintptr_t target, uintptr_t state, const MatrixTuple& d_student) {
+                          const TopKTuple& from, uintptr_t target, uintptr_t row_state, const MatrixTuple& d_student) {
   TopKCall call;
   call.base = distill_call(options, rows, classes, student, {}, target, 0, d_student, {});
   call.topk = topk_of(from);
-  call.state = pointer<TopKState>(state);
+  call.row_state = pointer<TopKState>(row_state);
   return call;
 }
 

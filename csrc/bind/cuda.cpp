@@ -24,9 +24,9 @@ using PlanTuple = std::tuple<int, int, bool>;
 void distill_forward(const DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
                      const MatrixTuple& teacher, uintptr_t target, uintptr_t weight, uintptr_t divisor_at,
                      double divisor, uintptr_t workspace, uintptr_t row_loss, uintptr_t loss,
-                     const MatrixTuple& d_student, const MatrixTuple& d_teacher, uintptr_t state, uintptr_t stats,
+                     const MatrixTuple& d_student, const MatrixTuple& d_teacher, uintptr_t row_state, uintptr_t stats,
                      const PlanTuple& plan, uintptr_t stream) {
-  DistillCall call = distill_call(options, rows, classes, student, teacher, target, state, d_student, d_teacher);
+  DistillCall call = distill_call(options, rows, classes, student, teacher, target, row_state, d_student, d_teacher);
   add_rows(call, weight, row_loss);
   call.stats = pointer<void>(stats);
   const cuda::Plan how{static_cast<cuda::Path>(std::get<0>(plan)), std::get<1>(plan), std::get<2>(plan)};
@@ -35,10 +35,10 @@ void distill_forward(const DistillOptions& options, int64_t rows, int64_t classe
 }
 
 void distill_backward(const DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
-                      const MatrixTuple& teacher, uintptr_t target, uintptr_t state, uintptr_t upstream,
+                      const MatrixTuple& teacher, uintptr_t target, uintptr_t row_state, uintptr_t upstream,
                       bool upstream_per_row, const MatrixTuple& d_student, const MatrixTuple& d_teacher,
                       uintptr_t stream) {
-  DistillCall call = distill_call(options, rows, classes, student, teacher, target, state, d_student, d_teacher);
+  DistillCall call = distill_call(options, rows, classes, student, teacher, target, row_state, d_student, d_teacher);
   add_upstream(call, upstream, upstream_per_row);
   expect_success(cuda::distill_backward(call, stream_of(stream)));
 }
@@ -51,8 +51,8 @@ void distill_scale(int64_t rows, int64_t classes, const MatrixTuple& grad, uintp
 void topk_forward(const DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
                   const TopKTuple& from, uintptr_t target, uintptr_t weight, uintptr_t divisor_at, double divisor,
                   uintptr_t workspace, uintptr_t row_loss, uintptr_t loss, const MatrixTuple& d_student,
-                  uintptr_t state, const PlanTuple& plan, uintptr_t stream) {
-  TopKCall call = topk_call(options, rows, classes, student, from, target, state, d_student);
+                  uintptr_t row_state, const PlanTuple& plan, uintptr_t stream) {
+  TopKCall call = topk_call(options, rows, classes, student, from, target, row_state, d_student);
   add_rows(call.base, weight, row_loss);
   const cuda::Plan how{static_cast<cuda::Path>(std::get<0>(plan)), std::get<1>(plan), std::get<2>(plan)};
   expect_success(cuda::topk_forward(call, pointer<double>(divisor_at), divisor, pointer<double>(workspace),
@@ -60,9 +60,9 @@ void topk_forward(const DistillOptions& options, int64_t rows, int64_t classes, 
 }
 
 void topk_backward(const DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
-                   const TopKTuple& from, uintptr_t target, uintptr_t state, uintptr_t upstream, bool upstream_per_row,
-                   const MatrixTuple& d_student, uintptr_t stream) {
-  TopKCall call = topk_call(options, rows, classes, student, from, target, state, d_student);
+                   const TopKTuple& from, uintptr_t target, uintptr_t row_state, uintptr_t upstream,
+                   bool upstream_per_row, const MatrixTuple& d_student, uintptr_t stream) {
+  TopKCall call = topk_call(options, rows, classes, student, from, target, row_state, d_student);
   add_upstream(call.base, upstream, upstream_per_row);
   expect_success(cuda::topk_backward(call, stream_of(stream)));
 }

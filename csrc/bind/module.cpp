@@ -39,9 +39,10 @@ using tgt::bind::TopKTuple;
 std::tuple<int, int64_t> distill_forward(const tgt::DistillOptions& options, int64_t rows, int64_t classes,
                                          const MatrixTuple& student, const MatrixTuple& teacher, uintptr_t target,
                                          uintptr_t weight, double divisor, uintptr_t row_loss, uintptr_t loss,
-                                         const MatrixTuple& d_student, const MatrixTuple& d_teacher, uintptr_t state,
-                                         uintptr_t stats, int threads) {
-  tgt::DistillCall call = distill_call(options, rows, classes, student, teacher, target, state, d_student, d_teacher);
+                                         const MatrixTuple& d_student, const MatrixTuple& d_teacher,
+                                         uintptr_t row_state, uintptr_t stats, int threads) {
+  tgt::DistillCall call =
+      distill_call(options, rows, classes, student, teacher, target, row_state, d_student, d_teacher);
   add_rows(call, weight, row_loss);
   call.stats = pointer<void>(stats);
   const tgt::StatusAt status = tgt::cpu::distill_forward(call, divisor, pointer<void>(loss), threads);
@@ -49,9 +50,10 @@ std::tuple<int, int64_t> distill_forward(const tgt::DistillOptions& options, int
 }
 
 void distill_backward(const tgt::DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
-                      const MatrixTuple& teacher, uintptr_t target, uintptr_t state, uintptr_t upstream,
+                      const MatrixTuple& teacher, uintptr_t target, uintptr_t row_state, uintptr_t upstream,
                       bool upstream_per_row, const MatrixTuple& d_student, const MatrixTuple& d_teacher, int threads) {
-  tgt::DistillCall call = distill_call(options, rows, classes, student, teacher, target, state, d_student, d_teacher);
+  tgt::DistillCall call =
+      distill_call(options, rows, classes, student, teacher, target, row_state, d_student, d_teacher);
   add_upstream(call, upstream, upstream_per_row);
   tgt::cpu::distill_backward(call, threads);
 }
@@ -64,17 +66,17 @@ void distill_scale(int64_t rows, int64_t classes, const MatrixTuple& grad, uintp
 std::tuple<int, int64_t> topk_forward(const tgt::DistillOptions& options, int64_t rows, int64_t classes,
                                       const MatrixTuple& student, const TopKTuple& topk, uintptr_t target,
                                       uintptr_t weight, double divisor, uintptr_t row_loss, uintptr_t loss,
-                                      const MatrixTuple& d_student, uintptr_t state, int threads) {
-  tgt::TopKCall call = topk_call(options, rows, classes, student, topk, target, state, d_student);
+                                      const MatrixTuple& d_student, uintptr_t row_state, int threads) {
+  tgt::TopKCall call = topk_call(options, rows, classes, student, topk, target, row_state, d_student);
   add_rows(call.base, weight, row_loss);
   const tgt::StatusAt status = tgt::cpu::topk_forward(call, divisor, pointer<void>(loss), threads);
   return {static_cast<int>(status.status), status.row};
 }
 
 void topk_backward(const tgt::DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
-                   const TopKTuple& topk, uintptr_t target, uintptr_t state, uintptr_t upstream, bool upstream_per_row,
-                   const MatrixTuple& d_student, int threads) {
-  tgt::TopKCall call = topk_call(options, rows, classes, student, topk, target, state, d_student);
+                   const TopKTuple& topk, uintptr_t target, uintptr_t row_state, uintptr_t upstream,
+                   bool upstream_per_row, const MatrixTuple& d_student, int threads) {
+  tgt::TopKCall call = topk_call(options, rows, classes, student, topk, target, row_state, d_student);
   add_upstream(call.base, upstream, upstream_per_row);
   tgt::cpu::topk_backward(call, threads);
 }

@@ -43,7 +43,7 @@ struct DistillCall {
   void* row_loss = nullptr;         // [rows], weighted, not divided
   Matrix d_student;
   Matrix d_teacher;
-  RowState* state = nullptr;       // [rows], written by forward and read by backward
+  RowState* row_state = nullptr;   // [rows], written by forward and read by backward
   void* stats = nullptr;           // [6, rows] in the order of the names in Python
   const void* upstream = nullptr;  // backward: [1] or [rows]
   bool upstream_per_row = false;

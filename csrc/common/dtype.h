@@ -33,20 +33,20 @@ TGT_HD To bit_cast(const From& from) {
 
 // The conversions select between values and never branch, so that a loop over them becomes vector code.
 
-template <class Real>
-TGT_HD Real cast(float x) {
-  return x;
+template <class To>
+TGT_HD To cast(float x) {
+  return static_cast<To>(x);
 }
-template <class Real>
-TGT_HD Real cast(double x) {
-  return static_cast<Real>(x);
+template <class To>
+TGT_HD To cast(double x) {
+  return static_cast<To>(x);
 }
-template <class Real>
-TGT_HD Real cast(BFloat16 x) {
+template <class To>
+TGT_HD To cast(BFloat16 x) {
   return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
 }
-template <class Real>
-TGT_HD Real cast(Float16 x) {
+template <class To>
+TGT_HD To cast(Float16 x) {
   // Exponent and mantissa shifted into place, then an exact multiplication by 2^112 rebiases the exponent and
   // normalises subnormals; infinities and NaNs get their exponent by hand.
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
@@ -55,14 +55,6 @@ TGT_HD Real cast(Float16 x) {
   return bit_cast<float>(value | ((x.bits & 0x8000u) << 16));
 }
 
-template <class To>
-TGT_HD To cast(double x) {
-  return static_cast<To>(x);
-}
-template <class To>
-TGT_HD To cast(float x) {
-  return static_cast<To>(x);
-}
 // Round to nearest, ties to even; NaN stays a quiet NaN.
 template <>
 TGT_HD BFloat16 cast<BFloat16>(float x) {

@@ -45,7 +45,7 @@ static_assert(offsetof(TopKState, coefficient) == offsetof(RowState, coefficient
 struct TopKCall {
   DistillCall base;  // its teacher, teacher's gradient, state and statistics are not set
   TopK topk;
-  TopKState* state = nullptr;  // [rows]
+  TopKState* row_state = nullptr;  // [rows]
 
   TGT_HD bool is_fp64() const { return base.student.type == DType::kFloat64 || topk.log_probs.type == DType::kFloat64; }
 };

@@ -55,7 +55,7 @@ void distill_backward(DistillCall call, int threads) {
 void distill_scale(ScaleCall call, int threads) {
   const bool is_fp64 = call.grad.type == DType::kFloat64;
   const int64_t factors = call.factor_per_row ? call.rows : 1;
-  if (wide ? all_ones<double>(call.factor, factors) : all_ones<float>(call.factor, factors)) return;
+  if (is_fp64 ? all_ones<double>(call.factor, factors) : all_ones<float>(call.factor, factors)) return;
   parallel_for(
       call.rows, row_grain(call.classes), threads,
       [](void* context, int64_t begin, int64_t end) {

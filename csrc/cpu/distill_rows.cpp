@@ -279,7 +279,7 @@ void forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
       if (state.coefficient == 0) state.flags = kDropped;  // a divisor of 0
       any_gradient_row<Real, D, power>(call, logits, i, state, options, logs, 1);
     }
-    if (call.state) call.state[i] = state;
+    if (call.row_state) call.row_state[i] = state;
   }
 }
 
@@ -288,7 +288,7 @@ void backward_rows(const DistillCall& call, int64_t begin, int64_t end) {
   const Real* upstream = static_cast<const Real*>(call.upstream);
   const RowOptions options(call.options);
   for (int64_t i = begin; i < end; ++i) {
-    RowState state = call.state[i];
+    RowState state = call.row_state[i];
     if (state.coefficient == 0) state.flags = kDropped;
     const Logarithms logs = logarithms_of<D>(state.student_sum, state.teacher_sum);
     any_gradient_row<Real, D, power>(call, row_at<Real>(call, i), i, state, options, logs,

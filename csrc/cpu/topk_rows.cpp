@@ -245,7 +245,7 @@ void forward_rows(const TopKCall& call, int64_t begin, int64_t end) {
       if (state.coefficient == 0) state.flags = kDropped;  // a divisor of 0
       gradient_row<Real, D, power>(call, i, topk, state, 1);
     }
-    if (call.state) call.state[i] = state;
+    if (call.row_state) call.row_state[i] = state;
   }
 }
 
@@ -255,7 +255,7 @@ void backward_rows(const TopKCall& call, int64_t begin, int64_t end) {
   const Real* upstream = static_cast<const Real*>(base.upstream);
   TopKRow topk(call);
   for (int64_t i = begin; i < end; ++i) {
-    TopKState state = call.state[i];
+    TopKState state = call.row_state[i];
     if (state.coefficient == 0) state.flags = kDropped;
     if (std::is_same<D, NoDivergence>::value || int(state.flags) & (kDropped | kInvalid)) {
       topk.clear();

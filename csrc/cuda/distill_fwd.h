@@ -83,7 +83,7 @@ TGT_DEVICE void fill_gradients(const DeviceCall& d, const Team& team, int64_t i,
 template <class Real>
 TGT_DEVICE void write_row(const DistillCall& call, int64_t i, double loss, const RowState& state) {
   static_cast<Real*>(call.row_loss)[i] = Real(loss);
-  if (call.state) call.state[i] = state;
+  if (call.row_state) call.row_state[i] = state;
 }
 
 template <class Real, class Team>

@@ -137,7 +137,7 @@ __global__ void TGT_BOUNDS(kBackwardThreads, 2) distill_bwd_kernel(const TGT_GRI
   row.first = int64_t(team.rank) * d.vectors_per_block;
   const int64_t left = row.count - row.first;
   row.count = left < 0 ? 0 : left < d.vectors_per_block ? left : d.vectors_per_block;
-  const RowState state = call.state[i];
+  const RowState state = call.row_state[i];
   const int flags = state.coefficient == 0 ? int(kDropped) : static_cast<int>(state.flags);
   if (flags & (kDropped | kInvalid)) {
     fill_gradients(d, team, i, row.first, row.count, flags & kDropped ? Real(0) : Real(NAN));

@@ -13,7 +13,7 @@ TopKDeviceCall device_call(const TopKCall& call) {
   d.base.student_aligned = aligned_rows(call.base.student);
   d.base.d_student_aligned = aligned_rows(call.base.d_student);
   d.topk = call.topk;
-  d.state = call.state;
+  d.row_state = call.row_state;
   return d;
 }
 

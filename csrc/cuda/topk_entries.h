@@ -10,7 +10,7 @@ namespace tgt::cuda {
 struct TopKDeviceCall {
   DeviceCall base;
   TopK topk;
-  TopKState* state = nullptr;
+  TopKState* row_state = nullptr;
   bool map = false;  // shared memory has room for a bit a class
 };
 

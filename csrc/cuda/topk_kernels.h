@@ -203,7 +203,7 @@ __global__ void TGT_BOUNDS(kTopKStreamThreads, 1) topk_bwd_kernel(const TGT_GRID
   const DistillCall& call = d.base.call;
   const BlockTeam team;
   const int64_t i = block_in_grid();
-  const TopKState state = d.state[i];
+  const TopKState state = d.row_state[i];
   const int flags = state.coefficient == 0 ? int(kDropped) : static_cast<int>(state.flags);
   if (flags & (kDropped | kInvalid)) {
     fill_gradients(d.base, team, i, 0, (call.classes + kVector - 1) / kVector, flags & kDropped ? Real(0) : Real(NAN));

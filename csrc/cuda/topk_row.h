@@ -147,7 +147,7 @@ TGT_DEVICE void end_without_gradient(const TopKDeviceCall& d, const Team& team, 
                                      int64_t first, int64_t count, Real fill_with) {
   if (team.leads()) {
     static_cast<Real*>(d.base.call.row_loss)[i] = Real(loss);
-    if (d.state) d.state[i] = state;
+    if (d.row_state) d.row_state[i] = state;
   }
   fill_gradients(d.base, team, i, first, count, fill_with);
 }
@@ -309,7 +309,7 @@ TGT_DEVICE void finish_topk_row(const TopKDeviceCall& d, const Team& team, const
       shared.factors = topk_factors<D, Real>(state, options, form, rest_log_prob, 1);
       if (team.leads()) {
         static_cast<Real*>(call.row_loss)[i] = Real(head.coefficient * loss);
-        if (d.state) d.state[i] = state;
+        if (d.row_state) d.row_state[i] = state;
       }
     });
   }
