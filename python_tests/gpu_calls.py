@@ -46,7 +46,7 @@ def native_calls() -> dict[str, Call]:
         made[f"native latent: {size}"] = functools.partial(_latents, size=size, backend="native")
     # rows on the chip, of one block and of clusters, and rows that are streamed
     for dtype, size in ((torch.float32, 603), (torch.bfloat16, 150_000), (torch.float64, 603)):
-        made[f"native sparse: {size} {dtype}"] = functools.partial(_record, dtype=dtype, size=size)
+        made[f"native topk: {size} {dtype}"] = functools.partial(_topk, dtype=dtype, size=size)
     for dtype in (torch.bfloat16, torch.float64):  # in float and in double; the second draws among equal logits
         made[f"native tokens: {dtype}"] = functools.partial(_tokens, dtype=dtype)
     return made
@@ -145,7 +145,7 @@ def _latents(device: torch.device, *, size: int, backend: str) -> list[Tensor]:
     return out
 
 
-def _record(device: torch.device, *, dtype: torch.dtype, size: int) -> list[Tensor]:
+def _topk(device: torch.device, *, dtype: torch.dtype, size: int) -> list[Tensor]:
     out: list[Tensor] = []
     leaf = logits(2, size, 0, dtype=dtype).to(device).requires_grad_()
     teacher = logits(2, size, 1, dtype=dtype).to(device)

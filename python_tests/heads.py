@@ -31,7 +31,7 @@ class Heads:
     teacher: tuple[float, float | None] = (1.0, None)
     target: Tensor | None = None
     vocabulary: dict[str, Any] = field(default_factory=dict)
-    record: TeacherTopK | None = None  # in the place of the teacher's tensors
+    topk: TeacherTopK | None = None  # in the place of the teacher's tensors
 
     @property
     def present(self) -> list[str]:
@@ -77,7 +77,7 @@ def heads(
     return Heads(tensors, target=target, **options)
 
 
-def recorded(
+def topk_case(
     rows: int | tuple[int, ...] = 7, classes: tuple[int, int] = (23, 23), *, k: int = 5, tail: str = "bucket",
     temperature: float = 1.0, dtype: torch.dtype = torch.float32, log_probs: torch.dtype | None = None, **options: Any,
 ) -> Heads:  # fmt: skip
@@ -85,12 +85,12 @@ def recorded(
     case = heads(rows, classes, (8, 6), dtypes=(dtype, torch.float64), given=True, **options)
     logits = case.tensors["teacher_hidden"]
     assert logits is not None
-    record = tgt.topk_teacher(logits.to(torch.float64 if dtype == torch.float64 else torch.float32), k, temperature)
-    rest = record.rest()
+    topk = tgt.topk_teacher(logits.to(torch.float64 if dtype == torch.float64 else torch.float32), k, temperature)
+    rest = topk.rest()
     assert rest is not None
     if log_probs is not None:
-        record = replace(record, log_probs=record.log_probs.to(log_probs), tail_log_prob=rest.to(log_probs))
-    case.record = replace(record, tail=tail)
+        topk = replace(topk, log_probs=topk.log_probs.to(log_probs), tail_log_prob=rest.to(log_probs))
+    case.topk = replace(topk, tail=tail)
     case.tensors["teacher_hidden"] = None
     return case
 
@@ -105,8 +105,8 @@ def run(
         for name, tensor in case.tensors.items()
     }
     arguments: dict[str, Any] = dict(leaves)
-    if case.record is not None:
-        arguments["teacher_logits"] = case.record
+    if case.topk is not None:
+        arguments["teacher_logits"] = case.topk
     elif leaves["teacher_weight"] is None:
         arguments = {**leaves, "teacher_logits": leaves["teacher_hidden"], "teacher_hidden": None}
     out = tgt.linear_distillation_loss(target=case.target, **arguments, **case.options(), **options)  # type: ignore[arg-type, misc]
@@ -128,7 +128,7 @@ def truth(
     teacher = t["teacher_hidden"]
     if t["teacher_weight"] is not None:
         teacher = _logits(teacher, t["teacher_weight"], t["teacher_bias"], *case.teacher)
-    teacher_classes = teacher.shape[-1] if case.record is None else case.record.num_classes
+    teacher_classes = teacher.shape[-1] if case.topk is None else case.topk.num_classes
     student_ids, teacher_ids = shared_ids(case, student.shape[-1], teacher_classes)
     student = student[..., student_ids]
     target = case.target
@@ -140,9 +140,9 @@ def truth(
     weight, normalizer = options.pop("sample_weight", None), options.pop("normalizer", None)
     weight = None if weight is None else weight.reshape(-1)
     student, stats = student.reshape(-1, student.shape[-1]), None
-    if case.record is not None:
+    if case.topk is not None:
         loss: Any = tgt.distillation_loss(
-            student, _cut(case.record, teacher_ids), target, sample_weight=weight, normalizer=normalizer,
+            student, _cut(case.topk, teacher_ids), target, sample_weight=weight, normalizer=normalizer,
             backend="reference", **options,
         )  # fmt: skip
     else:
@@ -156,17 +156,17 @@ def truth(
     return _differentiate(loss, {name: t[name] for name in wanted}, upstream, stats)
 
 
-def _cut(record: TeacherTopK, kept: list[int]) -> TeacherTopK:
+def _cut(topk: TeacherTopK, kept: list[int]) -> TeacherTopK:
     """The record in float64, over the classes that are kept, entry by entry; its rows in one dimension."""
     place = {own: new for new, own in enumerate(kept)}
-    ids, log_probs = record.ids.reshape(-1, record.k).clone(), record.log_probs.reshape(-1, record.k).double().clone()
+    ids, log_probs = topk.ids.reshape(-1, topk.k).clone(), topk.log_probs.reshape(-1, topk.k).double().clone()
     for entry in itertools.product(*map(range, ids.shape)):
         new = place.get(int(ids[entry]))
         ids[entry] = 0 if new is None else new
         log_probs[entry] = -math.inf if new is None else log_probs[entry]
-    rest = record.rest()
+    rest = topk.rest()
     rest = None if rest is None else rest.double().reshape(-1)
-    return TeacherTopK(ids, log_probs, rest, record.temperature, len(kept), record.tail)
+    return TeacherTopK(ids, log_probs, rest, topk.temperature, len(kept), topk.tail)
 
 
 def shared_ids(case: Heads, student_classes: int, teacher_classes: int) -> tuple[list[int], list[int]]:
@@ -212,7 +212,7 @@ def largest_logit(case: Heads, temperature: float) -> float:
 def assert_matches(case: Heads, found: Outcome, expected: Outcome, *, temperature: float = 1.0, per_row: float) -> None:
     """Loss and gradients within the bars of their dtypes. ``per_row``: the upstream gradient that a row sees."""
     present = [x for x in case.tensors.values() if x is not None]
-    present += [] if case.record is None else [case.record.log_probs]
+    present += [] if case.topk is None else [case.topk.log_probs]
     wide = any(x.dtype == torch.float64 for x in present)
     loss_dtype = torch.float64 if wide else torch.float32
     assert found.loss.dtype == loss_dtype

@@ -133,7 +133,7 @@ def test_what_the_end_of_the_stage_cuts_short_has_not_hung(
 def gpu_tests(request: pytest.FixtureRequest) -> list[str]:
     """Their names, where all of the tests are collected."""
     found = [item.nodeid for item in request.session.items if item.get_closest_marker("gpu")]
-    files = ("cuda", "cuda_kernels", "triton_gpu", "latent", "sparse", "tokens")
+    files = ("cuda", "cuda_kernels", "triton_gpu", "latent", "topk", "tokens")
     if not all(any(f"test_{name}.py" in test for test in found) for name in files):
         pytest.skip("needs all tests to be collected")
     return found

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from heads import BUDGETS, THREE_ROWS, check, heads, recorded, run
+from heads import BUDGETS, THREE_ROWS, check, heads, run, topk_case
 
 import tgt_fast as tgt
 from tgt_fast.errors import ArgumentError
@@ -121,7 +121,7 @@ SOUND: dict[str, tuple[tuple[int, int], dict[str, Any], tuple[str, ...]]] = {
 def test_vocabularies_of_a_record(way: str, name: str, tail: str, softcap: float | None) -> None:
     """As if the classes that are left out were cut out of the head and of the record."""
     classes, vocabulary, _ = SOUND[name]
-    case = recorded(classes=classes, k=9, tail=tail, student=(1.0, softcap), vocabulary=vocabulary, labeled=True)
+    case = topk_case(classes=classes, k=9, tail=tail, student=(1.0, softcap), vocabulary=vocabulary, labeled=True)
     case.target = torch.tensor([0, 1, 3, -1, -100, 4, 1])
     for divergence in ("forward_kl", "jsd"):
         found = check(case, backend=way, divergence=divergence, hard_weight=0.5, memory_budget=THREE_ROWS)
@@ -132,9 +132,9 @@ def test_vocabularies_of_a_record(way: str, name: str, tail: str, softcap: float
 def test_no_phantom_mass_with_a_record(way: str, name: str) -> None:
     """A class that one side lacks must not share in the other's mass, as a logit of 0 for padding would."""
     classes, vocabulary, tails = SOUND[name]
-    case = recorded(classes=classes, k=9, tail=tails[0], vocabulary=vocabulary)
+    case = topk_case(classes=classes, k=9, tail=tails[0], vocabulary=vocabulary)
     found = run(case, backend=way)
-    assert case.record is not None
+    assert case.topk is not None
     ids = vocabulary.get("vocab_map", torch.arange(vocabulary.get("vocab_size", 23)))
     keep = torch.zeros(classes[0], dtype=torch.bool)
     keep[ids[ids >= 0].long()] = True
@@ -149,15 +149,15 @@ def test_no_phantom_mass_with_a_record(way: str, name: str) -> None:
 @pytest.mark.parametrize("tail", ["bucket", "uniform"])
 def test_a_tail_over_classes_that_are_not_shared_is_refused(way: str, name: str, tail: str) -> None:
     classes, vocabulary, _ = SOUND[name]
-    case = recorded(classes=classes, tail=tail, vocabulary=vocabulary)
+    case = topk_case(classes=classes, tail=tail, vocabulary=vocabulary)
     with pytest.raises(ArgumentError, match=r"^linear_distillation_loss: .*its tail does not say.*renormalize"):
         run(case, backend=way)
 
 
 def test_a_row_none_of_whose_entries_is_shared_is_no_distribution(way: str) -> None:
-    case = recorded(2, (23, 16), k=1, tail="renormalize", vocabulary={"vocab_map": MAP})
-    assert case.record is not None
-    case.record.ids[:, 0] = torch.tensor([1, 0])
+    case = topk_case(2, (23, 16), k=1, tail="renormalize", vocabulary={"vocab_map": MAP})
+    assert case.topk is not None
+    case.topk.ids[:, 0] = torch.tensor([1, 0])
     loss = run(case, backend=way, reduction="none").loss
     assert loss.isnan().tolist() == [True, False]
 
@@ -166,14 +166,14 @@ def test_ids_out_of_range_are_dropped_where_they_are_not_looked_at(
     native: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a device: beside a map, an id must not lead out of it."""
-    case = recorded(4, (23, 16), tail="renormalize", vocabulary={"vocab_map": MAP})
-    assert case.record is not None
-    case.record.ids[1, 2], case.record.ids[2, 0] = 10**9, -5
+    case = topk_case(4, (23, 16), tail="renormalize", vocabulary={"vocab_map": MAP})
+    assert case.topk is not None
+    case.topk.ids[1, 2], case.topk.ids[2, 0] = 10**9, -5
     for backend in (native, "reference"):
         with pytest.raises(ArgumentError, match=r"ids\[1, 2\] = 1000000000 is not in \[0, 16\)"):
             run(case, backend=backend)
     monkeypatch.setattr("tgt_fast.ops._linear_arguments.check_ids", lambda *_: None)
     found = run(case, backend=native, reduction="none")
-    case.record.log_probs[1, 2] = case.record.log_probs[2, 0] = -math.inf
-    case.record.ids[1, 2] = case.record.ids[2, 0] = 0
+    case.topk.log_probs[1, 2] = case.topk.log_probs[2, 0] = -math.inf
+    case.topk.ids[1, 2] = case.topk.ids[2, 0] = 0
     torch.testing.assert_close(found.loss, run(case, backend=native, reduction="none").loss)

@@ -27,7 +27,7 @@ def module(**options: Any) -> Tensor:
     return tgt.DistillationLoss(**options)(S, T, target)
 
 
-def sparse(**options: Any) -> Tensor:
+def topk(**options: Any) -> Tensor:
     return tgt.distillation_loss(S, tgt.topk_teacher(T, 1), **options)
 
 
@@ -35,7 +35,7 @@ def linear(**options: Any) -> Tensor:
     return tgt.linear_distillation_loss(HIDDEN, HEAD, HIDDEN, HEAD, **options)
 
 
-def linear_record(**options: Any) -> Tensor:
+def linear_topk(**options: Any) -> Tensor:
     return tgt.linear_distillation_loss(HIDDEN, HEAD, teacher_logits=tgt.topk_teacher(T, 1), **options)
 
 
@@ -48,7 +48,7 @@ def linear_mapped(**options: Any) -> Tensor:
     return tgt.linear_distillation_loss(HIDDEN, torch.ones(4, 3), HIDDEN, HEAD, vocab_map=mapped, **options)
 
 
-LOSSES = [dense, module, sparse, linear, linear_record, linear_shared, linear_mapped]
+LOSSES = [dense, module, topk, linear, linear_topk, linear_shared, linear_mapped]
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)

@@ -17,7 +17,7 @@ LIMIT = 15.0  # seconds a call; Triton's compiler takes most of them
 TESTS = (
     ("native distill", ("test_distill", "test_cuda_kernels.py", "test_cuda.py", "test_linear", "test_one_class")),
     ("native latent", ("test_latent", "latents", "ascend", "noise")),
-    ("native sparse", ("test_sparse", "test_linear_record")),
+    ("native topk", ("test_topk", "test_linear_topk")),
     ("native tokens", ("test_tokens.py",)),
     ("triton distill", ("gpu_the_loss", "gpu_a_reduction", "gpu_a_gradient", "gpu_rows", "to_the_31_logits[")),
     ("triton latent", ("test_on_a_gpu_latents", "gpu_more_than_two_to_the_31_latents")),

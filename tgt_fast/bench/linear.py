@@ -252,13 +252,13 @@ class RecordWork(LinearWork):
 
     def __init__(self, spec: Spec, device: torch.device) -> None:
         super().__init__(spec, device)
-        self.record = self._recorded()
+        self.topk = self._topk_teacher()
         self.operands = (self.hidden, self.weight)
 
     def ours(self, backend: str) -> Call:
         return self._step(
             lambda hidden, weight, target: tgt.linear_distillation_loss(
-                hidden, weight, teacher_logits=self.record, target=target, divergence=self.spec.divergence,
+                hidden, weight, teacher_logits=self.topk, target=target, divergence=self.spec.divergence,
                 temperature=TEMPERATURE, hard_weight=1.0, backend=backend,
             )
         )  # fmt: skip
@@ -266,10 +266,10 @@ class RecordWork(LinearWork):
     def rival(self, name: str) -> Call:
         loss = linear_rivals.loss_of_record(name, self.spec.divergence, TEMPERATURE)
         loss = rivals.compiled(loss) if name == rivals.COMPILE else loss
-        record = (self.record.ids, self.record.log_probs, self.record.tail_log_prob)
+        record = (self.topk.ids, self.topk.log_probs, self.topk.tail_log_prob)
         return self._step(lambda hidden, weight, target: loss(hidden, weight, *record, target))
 
-    def _recorded(self) -> tgt.TeacherTopK:
+    def _topk_teacher(self) -> tgt.TeacherTopK:
         step = max(1, _PIECE // self.spec.classes)
         with torch.no_grad():
             head = self.teacher_weight.float().T
@@ -283,4 +283,4 @@ class RecordWork(LinearWork):
         return tgt.TeacherTopK(ids, log_probs, rest, TEMPERATURE, self.spec.classes)
 
     def _teacher_of(self, at: slice, teacher: Tensor, teacher_weight: Tensor) -> Any:
-        return self.record[at]
+        return self.topk[at]

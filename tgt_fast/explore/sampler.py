@@ -26,7 +26,7 @@ from tgt_fast.explore.processes import of_all_processes, warn_of_foreign_chains,
 from tgt_fast.explore.state import SamplerState, checked_state
 from tgt_fast.explore.synthetic import Synthetic
 from tgt_fast.kernels.options import MAX_SAMPLE_ID
-from tgt_fast.ops._checks import flag, not_recorded
+from tgt_fast.ops._checks import flag, refuse_tracing
 from tgt_fast.ops.counts import counting_group
 from tgt_fast.teacher import Latents, Teacher, tree
 from tgt_fast.teacher.key import Key
@@ -240,7 +240,7 @@ class LatentSampler(Adjustable):
             ShapeError: a decoder that changes the batch size, a student whose class count is not the
                 labeler's.
         """
-        not_recorded("LatentSampler")
+        refuse_tracing("LatentSampler")
         self.teacher.check_data(x)
         if sample_ids is None and self.mode == "persistent":
             raise ArgumentError("LatentSampler: persistent mode keeps one chain an example: pass sample_ids=")

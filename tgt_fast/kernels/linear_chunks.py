@@ -17,7 +17,7 @@ from torch import Tensor
 from tgt_fast.kernels import memory
 from tgt_fast.kernels.calls import Direct, DistillCall, Outputs
 from tgt_fast.kernels.linear_call import result_dtype, row_weights, same_as_own, topk_of, vocabulary_of
-from tgt_fast.kernels.linear_heads import Given, Head, Mapped, Recorded
+from tgt_fast.kernels.linear_heads import Given, Head, Mapped, TopKTeacher
 from tgt_fast.kernels.options import (
     DIFFERENTIABLE,
     DistillOptions,
@@ -125,10 +125,10 @@ class _Job:
             t.student_hidden, t.student_weight, t.student_bias, heads.student_scale, heads.student_softcap,
             vocabulary.classes, counted, self.dtype, wanted[:3], self._empty, self._budget,
         )  # fmt: skip
-        self._teacher: Head | Given | Mapped | Recorded
-        record = topk_of(t, heads)
-        if record is not None:
-            self._teacher = Recorded(record, vocabulary)
+        self._teacher: Head | Given | Mapped | TopKTeacher
+        topk = topk_of(t, heads)
+        if topk is not None:
+            self._teacher = TopKTeacher(topk, vocabulary)
         elif t.teacher_weight is None:
             self._teacher = Given(t.teacher, vocabulary.teacher_classes, wanted[3])
         else:
@@ -138,7 +138,8 @@ class _Job:
             )  # fmt: skip
         self._own_teacher = t.teacher_weight is not None or vocabulary.source is not None
         source, back, unused = vocabulary.source, vocabulary.back, vocabulary.unused
-        if not isinstance(self._teacher, Recorded) and source is not None and back is not None and unused is not None:
+        if topk is None and source is not None and back is not None and unused is not None:
+            assert not isinstance(self._teacher, TopKTeacher)
             self._teacher = Mapped(self._teacher, source, back, unused)
         self.wanted_logits = (self._student.wanted, self._teacher.wanted)
         # A softcap's derivative is made from the logits, so the gradient goes elsewhere.

@@ -77,25 +77,25 @@ class Given:
         return self._d_logits, None, None
 
 
-class Recorded:
+class TopKTeacher:
     """A teacher whose top-k record is at hand: a chunk is its rows, by the classes of the loss. No gradient."""
 
     wanted = False
     narrow = False
 
-    def __init__(self, record: TopK, vocabulary: Vocabulary) -> None:
-        self._record = record
+    def __init__(self, topk: TopK, vocabulary: Vocabulary) -> None:
+        self._topk = topk
         self._vocabulary = vocabulary
 
     def bytes_a_row(self, width: int) -> int:
-        return self._record.ids.shape[1] * (self._record.ids.itemsize + self._record.log_probs.itemsize)
+        return self._topk.ids.shape[1] * (self._topk.ids.itemsize + self._topk.log_probs.itemsize)
 
     def allocate(self, rows: int, slots: int, empty: Empty) -> None:
         return None
 
     def logits(self, at: slice, slot: int) -> TopK:
-        ids, log_probs, tail, form = self._record
-        return self._vocabulary.align_record(TopK(ids[at], log_probs[at], None if tail is None else tail[at], form))
+        ids, log_probs, tail, form = self._topk
+        return self._vocabulary.align_topk(TopK(ids[at], log_probs[at], None if tail is None else tail[at], form))
 
     def expect(self, coefficient: Tensor, bound: float) -> None:
         return None

@@ -26,16 +26,16 @@ def find_bad_id(ids: Tensor, log_probs: Tensor, classes: int, counted: Tensor | 
 
     [N, k] int64, [N, k], [N] bool (the rows that are looked at)
     """
-    listed = log_probs != -math.inf
+    named = log_probs != -math.inf
     if counted is not None:
-        listed = listed & counted[:, None]
-    bad = listed & ((ids < 0) | (ids >= classes))
+        named = named & counted[:, None]
+    bad = named & ((ids < 0) | (ids >= classes))
     # Padding gets ids of its own, which repeat nothing.
-    places = torch.where(listed, ids, -1 - torch.arange(ids.shape[1], device=ids.device))
+    places = torch.where(named, ids, -1 - torch.arange(ids.shape[1], device=ids.device))
     in_order, order = places.sort(dim=-1, stable=True)
     repeats = torch.zeros_like(bad)
     repeats[:, 1:] = in_order[:, 1:] == in_order[:, :-1]
-    bad = bad | (torch.zeros_like(bad).scatter(1, order, repeats) & listed)
+    bad = bad | (torch.zeros_like(bad).scatter(1, order, repeats) & named)
     if not bool(bad.any()):
         return None
     row, entry = bad.nonzero()[0].tolist()

@@ -39,12 +39,12 @@ class Vocabulary(NamedTuple):
         student = student[..., : self.classes]
         return student if self.missing is None else student.masked_fill(self.missing, -math.inf)
 
-    def align_record(self, record: TopK) -> TopK:
+    def align_topk(self, topk: TopK) -> TopK:
         """The record by the classes of the loss. An entry whose class does not exist is padding.  [N, k]
 
         Its tail stays as it is: the mass of such classes must not be in it.
         """
-        ids = record.ids
+        ids = topk.ids
         there = (ids >= 0) & (ids < self.teacher_classes)
         ids = torch.where(there, ids, 0)
         if self.back is not None and self.unused is not None:
@@ -52,7 +52,7 @@ class Vocabulary(NamedTuple):
             ids = self.back[ids]
         if self.missing is not None:
             there = there & ~self.missing[ids]
-        return record._replace(ids=ids, log_probs=record.log_probs.masked_fill(~there, -math.inf))
+        return topk._replace(ids=ids, log_probs=topk.log_probs.masked_fill(~there, -math.inf))
 
     def without_missing(self, target: Tensor | None, ignore_index: int) -> Tensor | None:
         """The target, where it does not name a class that does not exist: such a row is dropped.  [N] -> [N]"""

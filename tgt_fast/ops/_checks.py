@@ -16,7 +16,7 @@ from tgt_fast.ops._readable import has_memory, readable
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def not_recorded(op: str) -> None:
+def refuse_tracing(op: str) -> None:
     """BackendError inside ``torch.jit.trace``: it sees none of the compiled kernels, and keeps numbers for formulas."""
     if torch._C._get_tracing_state() is not None:
         raise BackendError(

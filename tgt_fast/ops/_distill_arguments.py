@@ -105,27 +105,27 @@ def check_tensors(
 
 
 def check_topk(
-    student: Tensor, record: TeacherTopK, target: Tensor | None, sample_weight: Tensor | None,
+    student: Tensor, topk: TeacherTopK, target: Tensor | None, sample_weight: Tensor | None,
     normalizer: float | Tensor | None, options: DistillOptions, want_stats: bool,
 ) -> None:  # fmt: skip
     """The same where a record stands in the place of the teacher's logits."""
     if want_stats:
         raise ArgumentError(f"{OP}: return_stats=True needs the teacher's logits, got a top-k record")
     _checks.floating(OP, "student_logits", student)
-    check_options(OP, record, options)
-    if student.shape[-1:] != (record.num_classes,):
+    check_options(OP, topk, options)
+    if student.shape[-1:] != (topk.num_classes,):
         found = student.shape[-1] if student.dim() else "no"
         raise ShapeError(
-            f"{OP}: student_logits have {found} classes, the record's ids point into {record.num_classes}; "
+            f"{OP}: student_logits have {found} classes, the record's ids point into {topk.num_classes}; "
             "select or map the classes that both share, or pad the student's logits with -inf"
         )
-    check_classes(OP, "student_logits", record.num_classes, options)
-    if student.shape[:-1] != record.shape:
+    check_classes(OP, "student_logits", topk.num_classes, options)
+    if student.shape[:-1] != topk.shape:
         raise ShapeError(
-            f"{OP}: student_logits {tuple(student.shape)} and the record's rows {tuple(record.shape)} do not match"
+            f"{OP}: student_logits {tuple(student.shape)} and the record's rows {tuple(topk.shape)} do not match"
         )
-    _checks.same_device(OP, "student_logits", student, "the record", record.log_probs)
-    _checks.real(OP, "log_probs", record.log_probs)
+    _checks.same_device(OP, "student_logits", student, "the record", topk.log_probs)
+    _checks.real(OP, "log_probs", topk.log_probs)
     check_rows(OP, "student_logits", student, target, sample_weight, normalizer, options)
 
 

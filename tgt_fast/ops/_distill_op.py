@@ -140,13 +140,13 @@ def _again(ctx: Any, d_loss: Tensor) -> Gradients:
 
 def packed_call(call: DistillCall) -> tuple[Any, ...]:
     """A call's inputs in the order of the schemas."""
-    record: tuple[Any, ...] = (None, None, None)
+    topk: tuple[Any, ...] = (None, None, None)
     teacher = call.teacher
     if isinstance(teacher, TopK):
         ids, teacher, *rest = teacher
-        record = (ids, *rest)
+        topk = (ids, *rest)
     return (
-        call.student, teacher, call.target, call.sample_weight, *record, *library.split(call.divisor), *call.options
+        call.student, teacher, call.target, call.sample_weight, *topk, *library.split(call.divisor), *call.options
     )  # fmt: skip
 
 

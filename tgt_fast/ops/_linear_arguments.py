@@ -28,7 +28,7 @@ _NOT_SHARED = (
 
 def make_heads(
     student_scale: float, student_softcap: float | None, teacher_scale: float, teacher_softcap: float | None,
-    vocab_size: int | None, memory_budget: int | None, record: TeacherTopK | None = None,
+    vocab_size: int | None, memory_budget: int | None, topk: TeacherTopK | None = None,
 ) -> LinearOptions:  # fmt: skip
     def positive(name: str, value: float) -> float:
         return _checks.number(OP, name, value, 0, LARGE, open_low=True)
@@ -43,8 +43,8 @@ def make_heads(
         teacher_softcap=None if teacher_softcap is None else positive("teacher_softcap", teacher_softcap),
         vocab_size=None if vocab_size is None else _checks.integer(OP, "vocab_size", vocab_size, 1, 2**62),
         memory_budget=None if memory_budget is None else _checks.integer(OP, "memory_budget", memory_budget, 1, 2**62),
-        tail_mode=None if record is None else record.tail,
-        topk_classes=None if record is None else record.num_classes,
+        tail_mode=None if topk is None else topk.tail,
+        topk_classes=None if topk is None else topk.num_classes,
     )
 
 
@@ -73,14 +73,14 @@ def check_teacher(
         raise ArgumentError(f"{OP}: teacher_logits are taken as they are, but {', '.join(extra)} is given too")
 
 
-def check_record(record: TeacherTopK, heads: LinearOptions, options: DistillOptions, want_stats: bool) -> None:
+def check_topk(topk: TeacherTopK, heads: LinearOptions, options: DistillOptions, want_stats: bool) -> None:
     """That a loss of these options can be taken of the record, whose rows are not looked at."""
     if want_stats:
         raise ArgumentError(f"{OP}: return_stats=True needs the teacher's logits, got a top-k record")
-    check_options(OP, record, options)
-    if record.tail != "renormalize" and heads.vocab_size is not None and record.num_classes > heads.vocab_size:
+    check_options(OP, topk, options)
+    if topk.tail != "renormalize" and heads.vocab_size is not None and topk.num_classes > heads.vocab_size:
         raise ArgumentError(
-            f"{OP}: the record was taken over {record.num_classes} classes, of which vocab_size={heads.vocab_size} are "
+            f"{OP}: the record was taken over {topk.num_classes} classes, of which vocab_size={heads.vocab_size} are "
             f"shared, and {_NOT_SHARED}"
         )
 
@@ -90,8 +90,8 @@ def check_tensors(
 ) -> None:
     """``t`` as the caller gave it: hidden states (..., H), targets and weights (...)."""
     linear = t.teacher_weight is not None
-    recorded = heads.topk_classes is not None
-    teacher_name = "teacher_hidden" if linear else "the record's log_probs" if recorded else "teacher_logits"
+    is_topk = heads.topk_classes is not None
+    teacher_name = "teacher_hidden" if linear else "the record's log_probs" if is_topk else "teacher_logits"
     named = (
         ("student_hidden", t.student_hidden),
         ("student_weight", t.student_weight),
@@ -117,7 +117,7 @@ def check_tensors(
             f"{OP}: student_hidden {tuple(t.student_hidden.shape)} and {teacher_name} {tuple(t.teacher.shape)} differ "
             "in their rows"
         )
-    names = "student_weight", "teacher_weight" if linear else "the record" if recorded else "teacher_logits"
+    names = "student_weight", "teacher_weight" if linear else "the record" if is_topk else "teacher_logits"
     counts = t.student_weight.shape[0], teacher_classes
     shared = check_vocabulary(OP, names, counts, t.student_hidden, heads.vocab_size, t.vocab_map, t.vocab_mask)
     check_classes(OP, "both sides together", min(shared, *counts), options)
@@ -145,11 +145,11 @@ def check_values(t: LinearTensors, heads: LinearOptions, options: DistillOptions
     mapped = t.vocab_map is not None or t.vocab_mask is not None
     if t.target is not None and mapped:
         check_labels_exist(OP, t.target, vocabulary_of(t, heads).missing, t.student_hidden, options)
-    record = topk_of(t, heads)
-    if record is not None and heads.topk_classes is not None:
-        check_ids(OP, record, heads.topk_classes, t.target, t.sample_weight, options)
-        check_entries(OP, record, t.target, t.sample_weight, options)
-        if mapped and record.tail_mode != "renormalize":
+    topk = topk_of(t, heads)
+    if topk is not None and heads.topk_classes is not None:
+        check_ids(OP, topk, heads.topk_classes, t.target, t.sample_weight, options)
+        check_entries(OP, topk, t.target, t.sample_weight, options)
+        if mapped and topk.tail_mode != "renormalize":
             _check_tail(vocabulary_of(t, heads), heads.topk_classes)
 
 

@@ -142,8 +142,8 @@ def _unpacked(arguments: tuple[Any, ...]) -> tuple[_Inputs, list[Any]]:
     """And back, where an op runs, with what follows in the schema."""
     values = iter(arguments)
 
-    def taken(record: Any) -> Any:
-        return record(*itertools.islice(values, len(record._fields)))
+    def taken(kind: Any) -> Any:
+        return kind(*itertools.islice(values, len(kind._fields)))
 
     t, divisor, number = taken(LinearTensors), next(values), next(values)
     heads, options = taken(LinearOptions), taken(DistillOptions)

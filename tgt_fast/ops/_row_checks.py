@@ -40,22 +40,22 @@ def check_row_values(
 
 
 def check_ids(
-    op: str, record: TopK, classes: int, target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions
+    op: str, topk: TopK, classes: int, target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions
 ) -> None:
     """That the rows that count list classes that exist, each once."""
     if options.soft_weight == 0:
         return
-    found = find_bad_id(record.ids, record.log_probs, classes, counted_rows(target, sample_weight, options))
+    found = find_bad_id(topk.ids, topk.log_probs, classes, counted_rows(target, sample_weight, options))
     if found is not None:
-        raise ArgumentError(bad_id(op, record.ids, *found, classes))
+        raise ArgumentError(bad_id(op, topk.ids, *found, classes))
 
 
 def check_entries(
-    op: str, record: TopK, target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions
+    op: str, topk: TopK, target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions
 ) -> None:
     """On a CPU: that the rows that count hold log-probabilities."""
-    if options.soft_weight > 0 and _checks.on_plain_cpu(record.log_probs):
-        check_log_probs(op, record.log_probs, counted_rows(target, sample_weight, options))
+    if options.soft_weight > 0 and _checks.on_plain_cpu(topk.log_probs):
+        check_log_probs(op, topk.log_probs, counted_rows(target, sample_weight, options))
 
 
 def counted_rows(target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions) -> Tensor | None:
@@ -85,9 +85,9 @@ def check_log_probs(op: str, log_probs: Tensor, counted: Tensor | None) -> None:
     if not bool(bad.any()):
         return
     row = int(bad.nonzero()[0])
-    listed = wide[bad]
-    listed = listed[listed > -math.inf]
-    if bool(((listed >= 0) & (listed <= 1)).all()):
+    given = wide[bad]
+    given = given[given > -math.inf]
+    if bool(((given >= 0) & (given <= 1)).all()):
         found = "they seem to be probabilities: pass their log()"
     else:
         found = f"are they logits? Pass log_softmax(logits / temperature) of all classes at the listed ids; {_REMEDY}"

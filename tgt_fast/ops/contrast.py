@@ -189,7 +189,7 @@ def contrastive_distillation_loss(
     >>> round(loss.item(), 4), d.grad.shape
     (0.3408, torch.Size([4, 3]))
     """
-    _checks.not_recorded(OP)
+    _checks.refuse_tracing(OP)
     gather, return_stats = _checks.flag(OP, "gather", gather), _checks.flag(OP, "return_stats", return_stats)
     temperatures = make_temperatures(temperature, teacher_temperature)
     options = make_options(

@@ -231,7 +231,7 @@ def distillation_loss(
     >>> round(loss.item(), 4)
     0.6606
     """
-    _checks.not_recorded(OP)
+    _checks.refuse_tracing(OP)
     inplace, return_stats = _checks.flag(OP, "inplace", inplace), _checks.flag(OP, "return_stats", return_stats)
     options = make_options(
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing,
@@ -245,16 +245,16 @@ def distillation_loss(
                 shards, student_logits, teacher, target, options, sample_weight, normalizer, count_group, inplace,
                 return_stats, backend,
             )  # fmt: skip
-    record = rest = None
+    topk = rest = None
     if isinstance(teacher, TeacherTopK):
-        record = teacher
-        check_topk(student_logits, record, target, sample_weight, normalizer, options, return_stats)
-        teacher = rows_of(record)
+        topk = teacher
+        check_topk(student_logits, topk, target, sample_weight, normalizer, options, return_stats)
+        teacher = rows_of(topk)
         rest = teacher.tail_log_prob
-        check_where_asked(record)
+        check_where_asked(topk)
     else:
         check_tensors(student_logits, teacher, target, sample_weight, normalizer, options)
-    of_teacher = teacher if record is None else teacher.log_probs
+    of_teacher = teacher if topk is None else teacher.log_probs
     shape = student_logits.shape
     loss: Tensor
     if sample_weight is not None:
@@ -268,7 +268,7 @@ def distillation_loss(
     if backend != "reference" and seen_by_dispatcher(student_logits, of_teacher, rest, target, sample_weight):
         # inplace is a permission: whoever traces plans the memory.
         student = student_logits.reshape(-1, shape[-1])
-        if record is None:
+        if topk is None:
             teacher = teacher.reshape(-1, shape[-1])
         divisor = beside(divisor, student_logits)
         call = DistillCall(packed(options), student, teacher, target, sample_weight, divisor)
@@ -278,12 +278,12 @@ def distillation_loss(
         student = dense_rows(student_logits)
         if inplace:
             check_inplace(student_logits, student)
-        if record is None:
+        if topk is None:
             teacher = dense_rows(teacher)
             form, chosen = "distill", select.choose("distill", backend, (student, teacher))
         else:
             check_entries(OP, teacher, target, sample_weight, options)
-            warn_where_small(OP, record, teacher, target, sample_weight, options, stacklevel=3)
+            warn_where_small(OP, topk, teacher, target, sample_weight, options, stacklevel=3)
             form, chosen = select.TOPK, select.choose(select.TOPK, backend, tensors_of(student, teacher))
         inputs = (options, student, teacher, target, sample_weight, divisor)
         if chosen == "reference":

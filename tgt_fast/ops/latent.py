@@ -73,7 +73,7 @@ def perturb_latents(
     True
     """
     name = "perturb_latents"
-    _checks.not_recorded(name)
+    _checks.refuse_tracing(name)
     _check_latents(name, z)
     per_sample, per_coordinate = _factors(name, "sigma", sigma, z)
     stream = _STREAMS[_checks.choice(name, "op", op, tuple(_STREAMS))]
@@ -159,7 +159,7 @@ def ascend_latents(
     tensor([[3., 4.]])
     """
     name = "ascend_latents"
-    _checks.not_recorded(name)
+    _checks.refuse_tracing(name)
     _check_latents(name, z)
     for other_name, other in (("grad", grad), *(() if anchor is None else (("anchor", anchor),))):
         _checks.floating(name, other_name, other)

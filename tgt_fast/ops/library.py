@@ -53,11 +53,11 @@ def split(value: float | Tensor | None, number: float | None = None) -> tuple[Te
     return (value, number) if isinstance(value, Tensor) else (None, value)
 
 
-def schema_of(record: type) -> str:
-    """The fields of a NamedTuple as arguments of a schema, so that ``*record`` passes them."""
+def schema_of(fields: type) -> str:
+    """The fields of a NamedTuple as arguments of a schema, so that ``*call`` passes them."""
     kinds = {str: "str", float: "float", int: "int", bool: "bool", Tensor: "Tensor"}
     arguments = []
-    for name, hint in get_type_hints(record).items():
+    for name, hint in get_type_hints(fields).items():
         options = get_args(hint) or (hint,)
         kind = kinds[next(option for option in options if option in kinds)]
         arguments.append(f"{kind}{'?' if type(None) in options else ''} {name}")

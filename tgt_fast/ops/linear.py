@@ -18,9 +18,9 @@ from tgt_fast.ops._adapters import warn_of_adapters
 from tgt_fast.ops._distill_arguments import as_mask, flat_labels, make_options, packed
 from tgt_fast.ops._linear_arguments import (
     OP,
-    check_record,
     check_teacher,
     check_tensors,
+    check_topk,
     check_values,
     make_heads,
     warn_of_trained_teacher,
@@ -256,21 +256,21 @@ def linear_distillation_loss(
     >>> round(loss.item(), 4), weight.grad.shape
     (0.078, torch.Size([4, 3]))
     """
-    _checks.not_recorded(OP)
+    _checks.refuse_tracing(OP)
     return_stats = _checks.flag(OP, "return_stats", return_stats)
     options = make_options(
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing,
         ignore_index, unlabeled_index, reduction, OP,
     )  # fmt: skip
-    record = teacher_logits if isinstance(teacher_logits, TeacherTopK) else None
+    topk = teacher_logits if isinstance(teacher_logits, TeacherTopK) else None
     heads = make_heads(
-        student_scale, student_softcap, teacher_scale, teacher_softcap, vocab_size, memory_budget, record
+        student_scale, student_softcap, teacher_scale, teacher_softcap, vocab_size, memory_budget, topk
     )  # fmt: skip
     check_teacher(teacher_hidden, teacher_weight, teacher_bias, teacher_logits, heads)
     teacher, ids, rest = teacher_hidden if teacher_logits is None else teacher_logits, None, None
-    if record is not None:
-        check_record(record, heads, options, return_stats)  # before its tensors are read
-        teacher, ids, rest = record.log_probs.detach(), record.ids, record.rest()
+    if topk is not None:
+        check_topk(topk, heads, options, return_stats)  # before its tensors are read
+        teacher, ids, rest = topk.log_probs.detach(), topk.ids, topk.rest()
     student_weight, student_bias = whole_head(student_hidden, student_weight, student_bias)
     teacher_weight, teacher_bias = whole_head(teacher_hidden, teacher_weight, teacher_bias)
     given = LinearTensors(
@@ -280,8 +280,8 @@ def linear_distillation_loss(
     check_tensors(given, normalizer, heads, options)
     warn_of_trained_teacher(teacher_weight, teacher_bias)
     warn_of_adapters(OP, student_weight, teacher_weight)
-    if record is not None:
-        check_where_asked(record)
+    if topk is not None:
+        check_where_asked(topk)
     shape = student_hidden.shape[:-1]
     loss: Tensor
     tensors = given._replace(
@@ -308,8 +308,8 @@ def linear_distillation_loss(
     else:
         check_values(tensors, heads, options)
         entries = topk_of(tensors, heads)
-        if record is not None and entries is not None:
-            warn_where_small(OP, record, entries, tensors.target, tensors.sample_weight, options, stacklevel=3)
+        if topk is not None and entries is not None:
+            warn_where_small(OP, topk, entries, tensors.target, tensors.sample_weight, options, stacklevel=3)
         run = _run_reference if all_at_once(tensors, backend) else run_in_chunks
         loss, stats = run(tensors, divisor, heads, options, return_stats, backend)
 

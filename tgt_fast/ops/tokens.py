@@ -75,7 +75,7 @@ def sample_tokens(
     True
     """
     name = "sample_tokens"
-    _checks.not_recorded(name)
+    _checks.refuse_tracing(name)
     samples = _check_logits(name, logits)
     options = sample_options(name, logits.shape[-1], temperature, top_k, top_p, min_p)
     key = noise_key(name, "logits", logits, samples, seed, sample_ids, step, replica)
@@ -140,7 +140,7 @@ def soft_embedding(
     tensor([[0., 1.]])
     """
     name = "soft_embedding"
-    _checks.not_recorded(name)
+    _checks.refuse_tracing(name)
     samples = _check_logits(name, logits)
     _checks.floating(name, "table", table)
     if table.dim() != 2 or table.shape[0] != logits.shape[-1]:

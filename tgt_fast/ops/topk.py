@@ -160,42 +160,42 @@ class TeacherTopK:
         if self.tail_log_prob is not None:
             return self.tail_log_prob
         log_probs = self.log_probs.detach()
-        listed = log_probs.to(torch.float64).logsumexp(-1)
-        rest = (-listed.clamp(max=-torch.finfo(log_probs.dtype).eps).expm1()).log()
+        of_topk = log_probs.to(torch.float64).logsumexp(-1)
+        rest = (-of_topk.clamp(max=-torch.finfo(log_probs.dtype).eps).expm1()).log()
         everything = (log_probs > -math.inf).sum(-1) == self.num_classes
-        rest = torch.where(everything | (listed == -math.inf), -math.inf, rest)
-        rest = torch.where(listed.isnan(), math.nan, rest)
+        rest = torch.where(everything | (of_topk == -math.inf), -math.inf, rest)
+        rest = torch.where(of_topk.isnan(), math.nan, rest)
         return rest.to(torch.float64 if log_probs.dtype == torch.float64 else torch.float32)
 
 
-def rows_of(record: TeacherTopK) -> TopK:
+def rows_of(topk: TeacherTopK) -> TopK:
     """A record's rows one after the other, as the kernels take them."""
-    rest = record.rest()
+    rest = topk.rest()
     return TopK(
-        record.ids.reshape(-1, record.k).to(torch.int64), record.log_probs.reshape(-1, record.k),
-        None if rest is None else rest.reshape(-1), record.tail,
+        topk.ids.reshape(-1, topk.k).to(torch.int64), topk.log_probs.reshape(-1, topk.k),
+        None if rest is None else rest.reshape(-1), topk.tail,
     )  # fmt: skip
 
 
-def check_options(op: str, record: TeacherTopK, options: DistillOptions) -> None:
+def check_options(op: str, topk: TeacherTopK, options: DistillOptions) -> None:
     """That a loss of these options can be taken of the record, whose tensors may have been freed since it was made."""
-    all_readable(op, ids=record.ids, log_probs=record.log_probs, tail_log_prob=record.tail_log_prob)
+    all_readable(op, ids=topk.ids, log_probs=topk.log_probs, tail_log_prob=topk.tail_log_prob)
     if options.divergence not in TOPK_DIVERGENCES:
         raise ArgumentError(
             f"{op}: divergence must be one of {TOPK_DIVERGENCES} with a top-k record, got {options.divergence!r}"
         )
     for name in ("temperature", "teacher_temperature"):
-        if isinstance(getattr(options, name), Tensor) or isinstance(record.temperature, Tensor):
+        if isinstance(getattr(options, name), Tensor) or isinstance(topk.temperature, Tensor):
             raise ArgumentError(
                 f"{op}: {name} is a tensor, which cannot be compared with the record's while compiling; pass a number"
             )
-        if getattr(options, name) != record.temperature:
+        if getattr(options, name) != topk.temperature:
             raise ArgumentError(
-                f"{op}: {name} is {getattr(options, name):g}, but the record was taken at {record.temperature:g}, and "
-                f"a record cannot be brought to another temperature; pass temperature={record.temperature:g}, or take "
+                f"{op}: {name} is {getattr(options, name):g}, but the record was taken at {topk.temperature:g}, and "
+                f"a record cannot be brought to another temperature; pass temperature={topk.temperature:g}, or take "
                 "a new record from the teacher's logits"
             )
-    alone = record.k == 1 and record.tail == "renormalize" and record.num_classes > 1
+    alone = topk.k == 1 and topk.tail == "renormalize" and topk.num_classes > 1
     if alone and is_on(options.soft_weight) and not torch.compiler.is_compiling():
         warnings.warn(
             f"{op}: the record lists one class a row and tail='renormalize' leaves out the others, so the soft term is "
@@ -205,24 +205,24 @@ def check_options(op: str, record: TeacherTopK, options: DistillOptions) -> None
 
 
 def warn_where_small(
-    op: str, record: TeacherTopK, listed: TopK, target: Tensor | None, sample_weight: Tensor | None,
+    op: str, topk: TeacherTopK, rows: TopK, target: Tensor | None, sample_weight: Tensor | None,
     options: DistillOptions, *, stacklevel: int,
 ) -> None:  # fmt: skip
     """On a CPU, of a record whose tail was derived: say so where its entries are too small to be the likeliest."""
-    derived = record.tail_log_prob is None and record.tail != "renormalize" and record.k < record.num_classes
-    if derived and options.soft_weight > 0 and _checks.on_plain_cpu(listed.log_probs):
+    derived = topk.tail_log_prob is None and topk.tail != "renormalize" and topk.k < topk.num_classes
+    if derived and options.soft_weight > 0 and _checks.on_plain_cpu(rows.log_probs):
         counted = counted_rows(target, sample_weight, options)
-        warn_of_small_log_probs(op, listed.log_probs, record.num_classes, counted, stacklevel=stacklevel + 1)
+        warn_of_small_log_probs(op, rows.log_probs, topk.num_classes, counted, stacklevel=stacklevel + 1)
 
 
-def check_where_asked(record: TeacherTopK) -> None:
+def check_where_asked(topk: TeacherTopK) -> None:
     """Looks at the ids, also on a device, where the environment asks for it."""
     if os.environ.get(CHECK_VARIABLE, "") not in ("", "0") and not torch.compiler.is_compiling():
-        record.check()
+        topk.check()
 
 
-def _tensors(record: TeacherTopK) -> list[Tensor | None]:
-    return [record.ids, record.log_probs, record.tail_log_prob]
+def _tensors(topk: TeacherTopK) -> list[Tensor | None]:
+    return [topk.ids, topk.log_probs, topk.tail_log_prob]
 
 
 def _with_tensors(like: TeacherTopK, tensors: Any) -> TeacherTopK:
@@ -231,22 +231,22 @@ def _with_tensors(like: TeacherTopK, tensors: Any) -> TeacherTopK:
 
 
 def _rebuild(tensors: Any, context: Any) -> TeacherTopK:
-    record = object.__new__(TeacherTopK)
+    topk = object.__new__(TeacherTopK)
     names = ("ids", "log_probs", "tail_log_prob", "temperature", "num_classes", "tail")
     for name, value in zip(names, (*tensors, *context), strict=True):
-        object.__setattr__(record, name, value)
-    return record
+        object.__setattr__(topk, name, value)
+    return topk
 
 
-def _flatten(record: TeacherTopK) -> tuple[list[Any], Any]:
-    return _tensors(record), (record.temperature, record.num_classes, record.tail)
+def _flatten(topk: TeacherTopK) -> tuple[list[Any], Any]:
+    return _tensors(topk), (topk.temperature, topk.num_classes, topk.tail)
 
 
 pytree.register_pytree_node(
     TeacherTopK, _flatten, _rebuild, serialized_type_name="tgt_fast.TeacherTopK",
-    flatten_with_keys_fn=lambda record: (
-        list(zip(map(pytree.GetAttrKey, ("ids", "log_probs", "tail_log_prob")), _tensors(record), strict=True)),
-        (record.temperature, record.num_classes, record.tail),
+    flatten_with_keys_fn=lambda topk: (
+        list(zip(map(pytree.GetAttrKey, ("ids", "log_probs", "tail_log_prob")), _tensors(topk), strict=True)),
+        (topk.temperature, topk.num_classes, topk.tail),
     ),
 )  # fmt: skip
 
@@ -284,7 +284,7 @@ def topk_teacher(
     (1, -28.6867)
     """
     op = "topk_teacher"
-    _checks.not_recorded(op)
+    _checks.refuse_tracing(op)
     _checks.floating(op, "logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ShapeError(f"{op}: logits must be (..., C) with C >= 1, got {tuple(logits.shape)}")

@@ -45,11 +45,11 @@ def linear_distillation_loss(
         counted = (weights != 0)[:, None]
         student_hidden, teacher = torch.where(counted, student_hidden, 0.0), torch.where(counted, teacher, 0.0)
     student = logits(student_hidden, t.student_weight, t.student_bias, heads.student_scale, heads.student_softcap)
-    record = topk_of(tensors, heads)
-    if record is not None:
+    entries = topk_of(tensors, heads)
+    if entries is not None:
         student = vocabulary.align_student(student)
-        record = vocabulary.align_record(record)
-        loss = topk.distillation_loss(student, record, target, t.sample_weight, divisor, options)
+        entries = vocabulary.align_topk(entries)
+        loss = topk.distillation_loss(student, entries, target, t.sample_weight, divisor, options)
         return loss.to(result_dtype(tensors)), None
     teacher = logits(teacher, t.teacher_weight, t.teacher_bias, heads.teacher_scale, heads.teacher_softcap)
     student, teacher = vocabulary.align(student, teacher)

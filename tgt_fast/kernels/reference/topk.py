@@ -33,25 +33,25 @@ class _Entries(NamedTuple):
     log: Tensor  # [N, k]
     kept: Tensor  # [N, k] bool: neither padding, nor out of range, nor a repetition
     tail: Tensor  # [N]
-    listed: Tensor  # [N, C] bool
+    in_topk: Tensor  # [N, C] bool
 
 
-def _entries(record: TopK, classes: int) -> _Entries:
-    log = record.log_probs.detach().to(torch.float64)
-    ids = record.ids
+def _entries(topk: TopK, classes: int) -> _Entries:
+    log = topk.log_probs.detach().to(torch.float64)
+    ids = topk.ids
     kept = (log != -math.inf) & (ids >= 0) & (ids < classes)
     places = torch.where(kept, ids, classes)
     in_order, order = places.sort(dim=-1, stable=True)
     repeats = torch.zeros_like(kept)
     repeats[:, 1:] = in_order[:, 1:] == in_order[:, :-1]
     kept = kept & ~torch.zeros_like(kept).scatter(1, order, repeats)  # the first of several counts
-    if record.tail_log_prob is None:
+    if topk.tail_log_prob is None:
         tail = log.new_full((log.shape[0],), -math.inf)
     else:
-        tail = record.tail_log_prob.detach().to(torch.float64)
-    listed = torch.zeros(ids.shape[0], classes + 1, dtype=torch.bool, device=ids.device)
-    listed = listed.scatter(1, torch.where(kept, ids, classes), True)[:, :classes]
-    return _Entries(torch.where(kept, ids, 0), torch.where(kept, log, -math.inf), kept, tail, listed)
+        tail = topk.tail_log_prob.detach().to(torch.float64)
+    in_topk = torch.zeros(ids.shape[0], classes + 1, dtype=torch.bool, device=ids.device)
+    in_topk = in_topk.scatter(1, torch.where(kept, ids, classes), True)[:, :classes]
+    return _Entries(torch.where(kept, ids, 0), torch.where(kept, log, -math.inf), kept, tail, in_topk)
 
 
 def _is_undefined(entries: _Entries) -> Tensor:
@@ -71,14 +71,14 @@ def _log_sum_exp(logits: Tensor, exists: Tensor) -> Tensor:
 def _dense_pair(student: Tensor, entries: _Entries, options: DistillOptions, tail_mode: str) -> tuple[Tensor, Tensor]:
     """Rows of tempered logits that say the same, of the student and of the teacher.  [N, C] -> 2 x [N, any]"""
     tempered = student / options.temperature
-    of_listed = torch.where(entries.kept, tempered.gather(1, entries.ids), -math.inf)
+    of_topk = torch.where(entries.kept, tempered.gather(1, entries.ids), -math.inf)
     if tail_mode == "renormalize":
-        return of_listed, entries.log
+        return of_topk, entries.log
     rest = entries.tail[:, None]
-    others = (student > -math.inf) & ~entries.listed
+    others = (student > -math.inf) & ~entries.in_topk
     if tail_mode == "bucket":
         of_others = _log_sum_exp(torch.where(others, tempered, 0.0), others)
-        return torch.cat([of_listed, of_others], -1), torch.cat([entries.log, rest], -1)
+        return torch.cat([of_topk, of_others], -1), torch.cat([entries.log, rest], -1)
     count = others.sum(dim=-1, keepdim=True)
     each = torch.where(others, rest - count.to(torch.float64).clamp_min(1.0).log(), -math.inf)
     teacher = torch.cat([each, torch.zeros_like(rest)], -1)
@@ -90,7 +90,7 @@ def _dense_pair(student: Tensor, entries: _Entries, options: DistillOptions, tai
 
 def distillation_loss(
     student: Tensor,  # [N, C] fp64 | fp32 | bf16 | fp16
-    record: TopK,
+    topk: TopK,
     target: Tensor | None,  # [N] int64
     sample_weight: Tensor | None,  # [N]
     divisor: float | Tensor | None,  # a number or a 0-d tensor
@@ -103,20 +103,20 @@ def distillation_loss(
     Returns:
         The loss, 0-d or [N], in float32 (float64 if an input is).
     """
-    wide = torch.float64 in (student.dtype, record.log_probs.dtype)
+    wide = torch.float64 in (student.dtype, topk.log_probs.dtype)
     s = student.to(torch.float64)
     counted, labeled, weight, divisor = distill._counts(s, target, sample_weight, divisor, options)
     undefined = distill._is_undefined(s)
     if is_on(options.soft_weight):
-        entries = _entries(record, s.shape[1])
+        entries = _entries(topk, s.shape[1])
         undefined = undefined | _is_undefined(entries)
-        if record.tail_mode == "renormalize":  # there the student must be a distribution, too
+        if topk.tail_mode == "renormalize":  # there the student must be a distribution, too
             undefined = undefined | (~entries.kept | (s.gather(1, entries.ids) == -math.inf)).all(dim=-1)
     undefined = undefined & counted
     defined = counted & ~undefined
     loss = distill._not_a_number(undefined, s)
     if is_on(options.soft_weight):
-        q, p = _dense_pair(distill._select(defined, s), entries, options, record.tail_mode)
+        q, p = _dense_pair(distill._select(defined, s), entries, options, topk.tail_mode)
         tempered = options._replace(temperature=1.0, teacher_temperature=1.0)
         soft = options.soft_weight * options.temperature**2
         loss = loss + soft * distill._soft_term(q, distill._select(defined, p), defined, tempered)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from emulated_gpu import tensors_on_an_emulated_gpu
 from numerics import logits
-from sparse_kit import INF, dtypes, loss_and_gradient, peaked, tails
+from topk_kit import INF, dtypes, loss_and_gradient, peaked, tails
 from torch.utils import _pytree as pytree
 
 import tgt_fast as tgt
@@ -25,13 +25,13 @@ from tgt_fast.ops import topk
 
 def test_a_record_of_logits_is_their_log_softmax() -> None:
     t = logits((2, 3), 40, 0, dtype=torch.float64)
-    record = tgt.topk_teacher(t, 7, 2.0)
+    topk = tgt.topk_teacher(t, 7, 2.0)
     full = (t / 2.0).log_softmax(-1)
-    torch.testing.assert_close(record.log_probs, full.gather(-1, record.ids))
-    others = full.scatter(-1, record.ids, -INF)
-    torch.testing.assert_close(record.tail_log_prob, others.logsumexp(-1))
-    assert (full.topk(7).indices == record.ids).all()
-    assert (record.shape, record.k, record.num_classes, len(record)) == ((2, 3), 7, 40, 2)
+    torch.testing.assert_close(topk.log_probs, full.gather(-1, topk.ids))
+    others = full.scatter(-1, topk.ids, -INF)
+    torch.testing.assert_close(topk.tail_log_prob, others.logsumexp(-1))
+    assert (full.topk(7).indices == topk.ids).all()
+    assert (topk.shape, topk.k, topk.num_classes, len(topk)) == ((2, 3), 7, 40, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -52,32 +52,32 @@ def test_rows_in_pieces_are_the_rows_and_the_logits_stay(dtype: torch.dtype, mon
 def test_a_tail_that_float32_could_not_hold_beside_the_largest() -> None:
     """exp(-150) is nothing beside 1, and a log-sum-exp relative to the largest of all would say -inf."""
     t = torch.tensor([[0.0, -150.0, -151.0, -INF]])
-    record = tgt.topk_teacher(t, 1)
-    assert record.tail_log_prob is not None
-    torch.testing.assert_close(record.tail_log_prob, torch.tensor([-150 + math.log1p(math.exp(-1))]))
+    topk = tgt.topk_teacher(t, 1)
+    assert topk.tail_log_prob is not None
+    torch.testing.assert_close(topk.tail_log_prob, torch.tensor([-150 + math.log1p(math.exp(-1))]))
     assert tgt.topk_teacher(t, 3).tail_log_prob.item() == -INF  # type: ignore[union-attr]
 
 
 @dtypes
 def test_the_tail_of_a_sure_teacher_keeps_its_digits(dtype: torch.dtype) -> None:
     t = peaked(8, 1000, 40.0, 0).to(dtype)
-    record = tgt.topk_teacher(t, 4, 1.0)
+    topk = tgt.topk_teacher(t, 4, 1.0)
     full = t.double().log_softmax(-1)
-    expected = full.scatter(-1, record.ids, -INF).logsumexp(-1)
+    expected = full.scatter(-1, topk.ids, -INF).logsumexp(-1)
     assert expected.max() < -15  # one minus the listed mass would be rounding, or 0
-    assert record.tail_log_prob is not None
-    torch.testing.assert_close(record.tail_log_prob.double(), expected, rtol=1e-6, atol=1e-5)
+    assert topk.tail_log_prob is not None
+    torch.testing.assert_close(topk.tail_log_prob.double(), expected, rtol=1e-6, atol=1e-5)
 
 
 def test_rows_that_are_short_or_no_distribution() -> None:
     t = logits(5, 6, 0)
     t[1, 1:] = -INF
     t[2], t[3, 2], t[4, 0] = -INF, math.nan, INF
-    record = tgt.topk_teacher(t, 3)
-    assert record.log_probs[1].tolist() == [0.0, -INF, -INF]
-    assert record.tail_log_prob is not None
-    assert record.tail_log_prob[1] == -INF
-    assert record.log_probs[2:].isnan().any(-1).all()
+    topk = tgt.topk_teacher(t, 3)
+    assert topk.log_probs[1].tolist() == [0.0, -INF, -INF]
+    assert topk.tail_log_prob is not None
+    assert topk.tail_log_prob[1] == -INF
+    assert topk.log_probs[2:].isnan().any(-1).all()
     everything = tgt.topk_teacher(t[:1], 6)
     assert everything.tail_log_prob is not None
     assert everything.tail_log_prob.tolist() == [-INF]
@@ -86,8 +86,8 @@ def test_rows_that_are_short_or_no_distribution() -> None:
 def test_a_record_from_elsewhere_derives_its_tail() -> None:
     ids = torch.tensor([[0, 1], [2, 3], [4, 5]])
     log_probs = torch.tensor([[0.5, 0.25], [0.6, 0.4], [1.0, 1e-3]]).log()  # the last two are all, or over
-    record = TeacherTopK(ids, log_probs, None, 1.0, 10)
-    rest = record.rest()
+    topk = TeacherTopK(ids, log_probs, None, 1.0, 10)
+    rest = topk.rest()
     assert rest is not None
     assert rest[0].item() == pytest.approx(math.log(0.25), rel=1e-5)
     assert rest[1:].isfinite().all()
@@ -95,7 +95,7 @@ def test_a_record_from_elsewhere_derives_its_tail() -> None:
     assert TeacherTopK(ids[:1], log_probs[:1], None, 1.0, 2).rest().item() == -INF  # type: ignore[union-attr]
     assert TeacherTopK(ids, log_probs, None, 1.0, 10, "renormalize").rest() is None
     for divergence in TOPK_DIVERGENCES:
-        loss = tgt.distillation_loss(logits(3, 10, 0), record, divergence=divergence)
+        loss = tgt.distillation_loss(logits(3, 10, 0), topk, divergence=divergence)
         assert loss.isfinite()
         assert loss > 0
 
@@ -104,51 +104,51 @@ def test_a_record_from_elsewhere_derives_its_tail() -> None:
 
 
 def test_a_record_is_a_tree_of_rows() -> None:
-    record = tgt.topk_teacher(logits((4, 3), 30, 1), 5, 2.0)
-    part = record[1:3]
+    topk = tgt.topk_teacher(logits((4, 3), 30, 1), 5, 2.0)
+    part = topk[1:3]
     assert (part.shape, part.temperature, part.num_classes) == ((2, 3), 2.0, 30)
-    assert torch.equal(part.ids, record.ids[1:3])
-    assert record[torch.tensor([True, False, True, False])].shape == (2, 3)
-    assert record[0, 1].shape == ()
+    assert torch.equal(part.ids, topk.ids[1:3])
+    assert topk[torch.tensor([True, False, True, False])].shape == (2, 3)
+    assert topk[0, 1].shape == ()
     with pytest.raises(ShapeError, match="selects rows"):
-        record[..., :2]
+        topk[..., :2]
     with pytest.raises(dataclasses.FrozenInstanceError):
-        record.tail = "uniform"  # type: ignore[misc]
-    assert record.to("meta").device.type == "meta"
-    leaves, spec = pytree.tree_flatten(record)
+        topk.tail = "uniform"  # type: ignore[misc]
+    assert topk.to("meta").device.type == "meta"
+    leaves, spec = pytree.tree_flatten(topk)
     assert [leaf.shape for leaf in leaves] == [(4, 3, 5), (4, 3, 5), (4, 3)]
     again = pytree.tree_unflatten(leaves, spec)
     assert isinstance(again, TeacherTopK)
     assert again.tail == "bucket"
-    doubled = pytree.tree_map(lambda x: x + x, {"a": record})["a"]
-    assert torch.equal(doubled.ids, 2 * record.ids)
+    doubled = pytree.tree_map(lambda x: x + x, {"a": topk})["a"]
+    assert torch.equal(doubled.ids, 2 * topk.ids)
 
 
 # What is refused
 
 
 def test_a_record_cannot_be_brought_to_another_temperature() -> None:
-    student, record = logits(2, 9, 0), tgt.topk_teacher(logits(2, 9, 1), 3, 2.0)
+    student, topk = logits(2, 9, 0), tgt.topk_teacher(logits(2, 9, 1), 3, 2.0)
     with pytest.raises(ArgumentError, match=r"temperature is 1, but the record was taken at 2.*cannot be brought"):
-        tgt.distillation_loss(student, record)
+        tgt.distillation_loss(student, topk)
     with pytest.raises(ArgumentError, match=r"teacher_temperature is 3, but the record was taken at 2"):
-        tgt.distillation_loss(student, record, temperature=2.0, teacher_temperature=3.0)
+        tgt.distillation_loss(student, topk, temperature=2.0, teacher_temperature=3.0)
 
 
 def test_arguments() -> None:
-    student, record = logits(2, 9, 0), tgt.topk_teacher(logits(2, 9, 1), 3)
+    student, topk = logits(2, 9, 0), tgt.topk_teacher(logits(2, 9, 1), 3)
     for divergence in ("symmetric", "tvd", "mse"):
         with pytest.raises(ArgumentError, match=f"with a top-k record, got '{divergence}'"):
-            tgt.distillation_loss(student, record, divergence=divergence)
+            tgt.distillation_loss(student, topk, divergence=divergence)
     with pytest.raises(ArgumentError, match="return_stats"):
-        tgt.distillation_loss(student, record, return_stats=True)
+        tgt.distillation_loss(student, topk, return_stats=True)
     with pytest.raises(ShapeError, match=r"student_logits have 8 classes, the record's ids point into 9"):
-        tgt.distillation_loss(student[:, :8], record)
+        tgt.distillation_loss(student[:, :8], topk)
     with pytest.raises(ShapeError, match=r"student_logits \(1, 9\) and the record's rows \(2,\)"):
-        tgt.distillation_loss(student[:1], record)
+        tgt.distillation_loss(student[:1], topk)
     with pytest.raises(ArgumentError, match="hard_weight is 1 but target is missing"):
-        tgt.distillation_loss(student, record, hard_weight=1.0)
-    ids, log_probs = record.ids, record.log_probs
+        tgt.distillation_loss(student, topk, hard_weight=1.0)
+    ids, log_probs = topk.ids, topk.log_probs
     for error, message, arguments in (
         (DTypeError, "integer class indices", (log_probs, log_probs, None, 1.0, 9)),
         (DTypeError, "log_probs must be float64", (ids, ids, None, 1.0, 9)),
@@ -167,27 +167,27 @@ def test_arguments() -> None:
 
 
 def broken(kind: str) -> tuple[TeacherTopK, str]:
-    record = tgt.topk_teacher(logits(5, 70, 1), 4)
+    topk = tgt.topk_teacher(logits(5, 70, 1), 4)
     if kind == "twice":
-        record.ids[3, 2] = record.ids[3, 0]
-        return record, rf"ids\[3, 2\] = {int(record.ids[3, 0])} is listed twice in its row"
+        topk.ids[3, 2] = topk.ids[3, 0]
+        return topk, rf"ids\[3, 2\] = {int(topk.ids[3, 0])} is listed twice in its row"
     value = {"low": -1, "high": 70, "far": 1 << 40}[kind]
-    record.ids[3, 2] = value
-    return record, rf"ids\[3, 2\] = {value} is not in \[0, 70\)"
+    topk.ids[3, 2] = value
+    return topk, rf"ids\[3, 2\] = {value} is not in \[0, 70\)"
 
 
 @pytest.mark.parametrize("kind", ["twice", "low", "high", "far"])
 def test_ids_are_checked_on_a_cpu(host_backend: str, kind: str) -> None:
     student = logits(5, 70, 0)
-    record, message = broken(kind)
+    topk, message = broken(kind)
     with pytest.raises(ArgumentError, match=f"distillation_loss: {message}"):
-        tgt.distillation_loss(student, record, backend=host_backend)
+        tgt.distillation_loss(student, topk, backend=host_backend)
     with pytest.raises(ArgumentError, match=f"TeacherTopK: {message}"):
-        record.check()
+        topk.check()
     target = torch.tensor([0, 0, 0, -100, 0])  # a dropped row may hold anything
-    assert tgt.distillation_loss(student, record, target, hard_weight=1.0, backend=host_backend).isfinite()
-    record.log_probs[3, 2] = -INF  # and so may padding
-    assert tgt.distillation_loss(student, record.check(), backend=host_backend).isfinite()
+    assert tgt.distillation_loss(student, topk, target, hard_weight=1.0, backend=host_backend).isfinite()
+    topk.log_probs[3, 2] = -INF  # and so may padding
+    assert tgt.distillation_loss(student, topk.check(), backend=host_backend).isfinite()
 
 
 @tails
@@ -197,24 +197,24 @@ def test_on_a_device_such_an_entry_is_dropped(
 ) -> None:
     for dtype in (torch.float32, torch.float64):
         student = logits(5, 70, 0, dtype=dtype)
-        record, message = broken(kind)
-        record = dataclasses.replace(record, tail=tail)
-        without = dataclasses.replace(record, log_probs=record.log_probs.clone())
+        topk, message = broken(kind)
+        topk = dataclasses.replace(topk, tail=tail)
+        without = dataclasses.replace(topk, log_probs=topk.log_probs.clone())
         without.log_probs[3, 2] = -INF
         with tensors_on_an_emulated_gpu(emulated):
-            out = loss_and_gradient(student, record, divergence="forward_kl", reduction="none")
+            out = loss_and_gradient(student, topk, divergence="forward_kl", reduction="none")
             wanted = loss_and_gradient(student, without, divergence="forward_kl", reduction="none")
             assert all(torch.equal(a, b) for a, b in zip(out, wanted, strict=True))
             monkeypatch.setenv("TGT_FAST_CHECK_RECORDS", "1")
             with pytest.raises(ArgumentError, match=message):
-                tgt.distillation_loss(student, record)
+                tgt.distillation_loss(student, topk)
             monkeypatch.delenv("TGT_FAST_CHECK_RECORDS")
 
 
 # What is no log-probability
 
 
-def listed(values: str, scale: float = 3.0, shift: float = 0.0) -> TeacherTopK:
+def hand_made(values: str, scale: float = 3.0, shift: float = 0.0) -> TeacherTopK:
     """The top 4 of 70 classes, as logits, probabilities or what they should be."""
     t = scale * logits(5, 70, 1) + shift
     ids = t.topk(4).indices
@@ -222,11 +222,11 @@ def listed(values: str, scale: float = 3.0, shift: float = 0.0) -> TeacherTopK:
     return TeacherTopK(ids, made.gather(-1, ids), None, 1.0, 70)
 
 
-def taken(record: TeacherTopK, linear: bool, backend: str, **options: object) -> torch.Tensor:
+def taken(topk: TeacherTopK, linear: bool, backend: str, **options: object) -> torch.Tensor:
     student = logits(5, 70, 0)
     if linear:
-        return tgt.linear_distillation_loss(student, torch.eye(70), teacher_logits=record, backend=backend, **options)  # type: ignore[arg-type, call-overload, no-any-return]
-    return tgt.distillation_loss(student, record, backend=backend, **options)  # type: ignore[arg-type, call-overload, no-any-return]
+        return tgt.linear_distillation_loss(student, torch.eye(70), teacher_logits=topk, backend=backend, **options)  # type: ignore[arg-type, call-overload, no-any-return]
+    return tgt.distillation_loss(student, topk, backend=backend, **options)  # type: ignore[arg-type, call-overload, no-any-return]
 
 
 @tails
@@ -235,17 +235,17 @@ def taken(record: TeacherTopK, linear: bool, backend: str, **options: object) ->
 def test_logits_and_probabilities_in_a_record_are_refused(
     host_backend: str, values: str, linear: bool, tail: str
 ) -> None:
-    record = dataclasses.replace(listed(values), tail=tail)
+    topk = dataclasses.replace(hand_made(values), tail=tail)
     message = (
         "seem to be probabilities: pass their log" if values == "probabilities" else r"are they logits\? Pass log_soft"
     )
     with pytest.raises(ArgumentError, match=rf"log_probs\[0\] = \[.*no log-probabilities.*{message}"):
-        taken(record, linear, host_backend)
+        taken(topk, linear, host_backend)
     with pytest.raises(ArgumentError, match=message):
-        record.check()
+        topk.check()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        right = dataclasses.replace(listed("log-probabilities"), tail=tail)
+        right = dataclasses.replace(hand_made("log-probabilities"), tail=tail)
         assert taken(right.check(), linear, host_backend).isfinite()
         narrow = dataclasses.replace(right, log_probs=right.log_probs.to(torch.bfloat16))
         assert taken(narrow.check(), linear, host_backend).isfinite()
@@ -253,30 +253,30 @@ def test_logits_and_probabilities_in_a_record_are_refused(
 
 @pytest.mark.parametrize("linear", [False, True], ids=["logits", "hidden states"])
 def test_rows_that_do_not_count_may_hold_anything(host_backend: str, linear: bool) -> None:
-    record = listed("log-probabilities")
-    record.log_probs[2] = 0.0  # what a collate function pads with
-    record.log_probs[4, 1] = 7.0
+    topk = hand_made("log-probabilities")
+    topk.log_probs[2] = 0.0  # what a collate function pads with
+    topk.log_probs[4, 1] = 7.0
     counted = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0])
-    loss = taken(record, linear, host_backend, sample_weight=counted)
-    assert torch.equal(loss, taken(listed("log-probabilities"), linear, host_backend, sample_weight=counted))
+    loss = taken(topk, linear, host_backend, sample_weight=counted)
+    assert torch.equal(loss, taken(hand_made("log-probabilities"), linear, host_backend, sample_weight=counted))
     target = torch.where(counted > 0, 0, -100)
-    assert taken(record, linear, host_backend, target=target, hard_weight=1.0).isfinite()
+    assert taken(topk, linear, host_backend, target=target, hard_weight=1.0).isfinite()
     with pytest.raises(ArgumentError, match=r"log_probs\[2\] = \[0, 0, 0, 0\]"):
-        taken(record, linear, host_backend)
-    record.log_probs[:] = math.nan
-    assert taken(record, linear, host_backend).isnan()
+        taken(topk, linear, host_backend)
+    topk.log_probs[:] = math.nan
+    assert taken(topk, linear, host_backend).isnan()
 
 
 @pytest.mark.parametrize("linear", [False, True], ids=["logits", "hidden states"])
 def test_logits_that_are_all_negative_warn(linear: bool) -> None:
     """As those of some language models: their mass is nearly 0, and what a record derives as its tail nearly 1."""
-    record = listed("logits", shift=-60.0)
+    topk = hand_made("logits", shift=-60.0)
     with pytest.warns(UserWarning, match=r"below log\(1 / 70\).*are log_probs logits\?"):
-        taken(record, linear, "auto")
+        taken(topk, linear, "auto")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         taken(
-            dataclasses.replace(record, tail="renormalize"), linear, "auto"
+            dataclasses.replace(topk, tail="renormalize"), linear, "auto"
         )  # the right loss: rows are divided by their sum
         flat = torch.zeros(5, 70, dtype=torch.bfloat16).log_softmax(-1)  # each class its share, rounded
         taken(TeacherTopK(torch.arange(4).expand(5, 4), flat[:, :4], None, 1.0, 70), linear, "auto")
@@ -284,4 +284,4 @@ def test_logits_that_are_all_negative_warn(linear: bool) -> None:
 
 def test_a_compiled_call_looks_at_the_entries_too() -> None:
     with pytest.raises(ArgumentError, match="no log-probabilities"):
-        torch.compile(tgt.distillation_loss, backend="eager", fullgraph=True)(logits(5, 70, 0), listed("logits"))
+        torch.compile(tgt.distillation_loss, backend="eager", fullgraph=True)(logits(5, 70, 0), hand_made("logits"))

@@ -23,46 +23,46 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def loss_and_gradient(
-    student: Tensor, record: TeacherTopK, target: Tensor | None = None, *, upstream: Tensor | None = None,
+    student: Tensor, topk: TeacherTopK, target: Tensor | None = None, *, upstream: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     student = student.detach().requires_grad_()
-    options.setdefault("temperature", record.temperature)
-    loss = tgt.distillation_loss(student, record, target, **options)
+    options.setdefault("temperature", topk.temperature)
+    loss = tgt.distillation_loss(student, topk, target, **options)
     assert isinstance(loss, Tensor)
     grad = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
     return loss.detach(), torch.autograd.grad(loss, student, grad)[0]
 
 
-def in_double(record: TeacherTopK) -> TeacherTopK:
-    tail = record.tail_log_prob
+def in_double(topk: TeacherTopK) -> TeacherTopK:
+    tail = topk.tail_log_prob
     return dataclasses.replace(
-        record, log_probs=record.log_probs.double(), tail_log_prob=None if tail is None else tail.double()
+        topk, log_probs=topk.log_probs.double(), tail_log_prob=None if tail is None else tail.double()
     )
 
 
 def check(
-    student: Tensor, record: TeacherTopK, target: Tensor | None = None, *, per_row: float = 1.0, **options: Any
+    student: Tensor, topk: TeacherTopK, target: Tensor | None = None, *, per_row: float = 1.0, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Loss and gradient within the bars of their dtypes of the float64 truth."""
-    out = loss_and_gradient(student, record, target, **options)
+    out = loss_and_gradient(student, topk, target, **options)
     truth = loss_and_gradient(
-        student.double(), in_double(record), target, **{**options, "backend": "reference"}
+        student.double(), in_double(topk), target, **{**options, "backend": "reference"}
     )  # fmt: skip
-    assert_near(out, truth, student, record, hard=target is not None, divergence=options["divergence"], per_row=per_row)
+    assert_near(out, truth, student, topk, hard=target is not None, divergence=options["divergence"], per_row=per_row)
     return out
 
 
 def assert_near(
-    out: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor], student: Tensor, record: TeacherTopK, *, hard: bool,
+    out: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor], student: Tensor, topk: TeacherTopK, *, hard: bool,
     divergence: str, per_row: float = 1.0,
 ) -> None:  # fmt: skip
-    t = record.temperature
+    t = topk.temperature
     small = floors(divergence, t, t, hard)
     whole = per_row * math.sqrt(max(1, student.shape[:-1].numel()))
-    wide = torch.float64 in (student.dtype, record.log_probs.dtype)
+    wide = torch.float64 in (student.dtype, topk.log_probs.dtype)
     result = torch.float64 if wide else torch.float32
-    largest = magnitude(student / t, record.log_probs, *([student] if hard else []))
+    largest = magnitude(student / t, topk.log_probs, *([student] if hard else []))
     assert out[0].dtype == result
     assert out[1].dtype == student.dtype
     assert_close("loss", out[0], truth[0], bar=arithmetic_bar(result, largest), floor=small.loss * whole)

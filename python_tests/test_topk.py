@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import logits, magnitude, targets
-from sparse_kit import INF, assert_near, check, divergences, dtypes, in_double, loss_and_gradient, peaked, tails
 from strategies import DTYPES, lay_out
+from topk_kit import INF, assert_near, check, divergences, dtypes, in_double, loss_and_gradient, peaked, tails
 from torch import Tensor
 
 import tgt_fast as tgt
@@ -29,10 +29,10 @@ pytestmark = pytest.mark.records
 @tails
 def test_the_reference_has_the_right_gradients(divergence: str, tail: str) -> None:
     student = logits(3, 9, 0, dtype=torch.float64).requires_grad_()
-    record = tgt.topk_teacher(logits(3, 9, 1, dtype=torch.float64), 4, 2.0, tail=tail)
+    topk = tgt.topk_teacher(logits(3, 9, 1, dtype=torch.float64), 4, 2.0, tail=tail)
     assert torch.autograd.gradcheck(
         lambda s: tgt.distillation_loss(
-            s, record, targets(3, 9, 2), divergence=divergence, temperature=2.0, hard_weight=0.5, label_smoothing=0.1,
+            s, topk, targets(3, 9, 2), divergence=divergence, temperature=2.0, hard_weight=0.5, label_smoothing=0.1,
             backend="reference",
         ),
         student,
@@ -41,15 +41,15 @@ def test_the_reference_has_the_right_gradients(divergence: str, tail: str) -> No
 
 def test_the_bucket_form_is_torchs_divergence_of_k_plus_1_classes(backend: str) -> None:
     student, teacher = logits(6, 50, 0), logits(6, 50, 1)
-    record = tgt.topk_teacher(teacher, 8, 2.0)
+    topk = tgt.topk_teacher(teacher, 8, 2.0)
 
     def bucketed(x: Tensor) -> Tensor:
         full = (x / 2.0).log_softmax(-1)
-        rest = full.scatter(-1, record.ids, -INF).logsumexp(-1, keepdim=True)
-        return torch.cat([full.gather(-1, record.ids), rest], -1)
+        rest = full.scatter(-1, topk.ids, -INF).logsumexp(-1, keepdim=True)
+        return torch.cat([full.gather(-1, topk.ids), rest], -1)
 
     expected = 4.0 * F.kl_div(bucketed(student), bucketed(teacher), log_target=True, reduction="batchmean")
-    loss = tgt.distillation_loss(student, record, temperature=2.0, backend=backend)
+    loss = tgt.distillation_loss(student, topk, temperature=2.0, backend=backend)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -61,16 +61,16 @@ def test_the_other_forms_are_dense_losses(backend: str, divergence: str) -> None
     for tail in TAILS:
         every = tgt.distillation_loss(student, tgt.topk_teacher(teacher, 50, 2.0, tail=tail), **options)
         torch.testing.assert_close(every, dense, rtol=1e-5, atol=1e-6)
-    record = tgt.topk_teacher(teacher, 8, 2.0, tail="uniform")
-    assert record.tail_log_prob is not None
-    spread = (record.tail_log_prob - math.log(42.0))[:, None].expand(6, 50).scatter(-1, record.ids, record.log_probs)
+    topk = tgt.topk_teacher(teacher, 8, 2.0, tail="uniform")
+    assert topk.tail_log_prob is not None
+    spread = (topk.tail_log_prob - math.log(42.0))[:, None].expand(6, 50).scatter(-1, topk.ids, topk.log_probs)
     torch.testing.assert_close(
-        tgt.distillation_loss(student, record, **options),
+        tgt.distillation_loss(student, topk, **options),
         tgt.distillation_loss(student, 2.0 * spread, **options), rtol=1e-5, atol=1e-6,
     )  # fmt: skip
     torch.testing.assert_close(
-        tgt.distillation_loss(student, dataclasses.replace(record, tail="renormalize"), **options),
-        tgt.distillation_loss(student.gather(-1, record.ids), 2.0 * record.log_probs, **options), rtol=1e-5, atol=1e-6,
+        tgt.distillation_loss(student, dataclasses.replace(topk, tail="renormalize"), **options),
+        tgt.distillation_loss(student.gather(-1, topk.ids), 2.0 * topk.log_probs, **options), rtol=1e-5, atol=1e-6,
     )  # fmt: skip
 
 
@@ -89,10 +89,10 @@ def test_against_the_truth(backend: str, classes: int, k: int, tail: str, diverg
     options: dict[str, Any] = {"backend": backend, "divergence": divergence, "reduction": "none"}
     teacher = logits(2, classes, 1, dtype=source)
     check(student, tgt.topk_teacher(teacher, k, 3.0, tail=tail), **options)
-    record = tgt.topk_teacher(teacher, k, 2.0, tail=tail)
-    check(student, record, targets(2, classes, 2), hard_weight=0.5, label_smoothing=0.1, beta=0.3, **options)
-    record = tgt.topk_teacher(teacher, k, 1.0, tail=tail)
-    check(student, record, record.ids[:, -1], hard_weight=2.0, **options)
+    topk = tgt.topk_teacher(teacher, k, 2.0, tail=tail)
+    check(student, topk, targets(2, classes, 2), hard_weight=0.5, label_smoothing=0.1, beta=0.3, **options)
+    topk = tgt.topk_teacher(teacher, k, 1.0, tail=tail)
+    check(student, topk, topk.ids[:, -1], hard_weight=2.0, **options)
 
 
 @dtypes
@@ -103,8 +103,8 @@ def test_peaked_rows(backend: str, divergence: str, tail: str, dtype: torch.dtyp
     for ours, theirs in ((0.0, 25.0), (25.0, 0.0), (60.0, 60.0)):
         student, teacher = peaked(4, 70, ours, 0).to(dtype), peaked(4, 70, theirs, 0)
         teacher = teacher.double() if dtype == torch.float64 else teacher
-        record = tgt.topk_teacher(teacher, 8, tail=tail)
-        check(student, record, backend=backend, divergence=divergence, reduction="none")
+        topk = tgt.topk_teacher(teacher, 8, tail=tail)
+        check(student, topk, backend=backend, divergence=divergence, reduction="none")
 
 
 @pytest.mark.parametrize("classes", [40, 1000, 9001])
@@ -113,13 +113,13 @@ def test_a_students_peak_in_the_teachers_tail(backend: str, classes: int) -> Non
     generator = torch.Generator().manual_seed(classes)
     student, teacher = torch.randn(2, 30, classes, generator=generator)
     teacher[:, 7] -= 5  # out of the record
-    record = tgt.topk_teacher(teacher, 8, tail="uniform")
+    topk = tgt.topk_teacher(teacher, 8, tail="uniform")
     options: dict[str, Any] = {"divergence": "jsd", "reduction": "none"}
     for lift in (4, 7, 10, 13, 16, 20, 25):
         peaked_student = student.clone()
         peaked_student[:, 7] += lift
-        _, grad = loss_and_gradient(peaked_student, record, backend=backend, **options)
-        _, truth = loss_and_gradient(peaked_student.double(), in_double(record), backend="reference", **options)
+        _, grad = loss_and_gradient(peaked_student, topk, backend=backend, **options)
+        _, truth = loss_and_gradient(peaked_student.double(), in_double(topk), backend="reference", **options)
         error = (grad.double() - truth).norm(dim=-1) / truth.norm(dim=-1).clamp_min(1e-2)
         assert float(error.max()) < 1e-5, f"{lift}: {float(error.max()):.1e}"
 
@@ -127,32 +127,32 @@ def test_a_students_peak_in_the_teachers_tail(backend: str, classes: int) -> Non
 def test_a_share_of_1e_9_still_teaches(backend: str) -> None:
     """q and p of the tail differ by far less than float32 resolves beside 1, and the gradient knows it."""
     student = peaked(4, 100, 30.0, 0)
-    record = tgt.topk_teacher(student, 8)
-    student.scatter_add_(1, record.ids, torch.full((4, 8), -1.0))  # e times as much in the tail
-    _, grad = loss_and_gradient(student, record, backend=backend, reduction="none")
-    assert record.tail_log_prob is not None
-    wanted = (math.e - 1.0) * record.tail_log_prob.exp()
-    torch.testing.assert_close(grad.scatter(1, record.ids, 0.0).sum(-1), wanted, rtol=1e-4, atol=0.0)
+    topk = tgt.topk_teacher(student, 8)
+    student.scatter_add_(1, topk.ids, torch.full((4, 8), -1.0))  # e times as much in the tail
+    _, grad = loss_and_gradient(student, topk, backend=backend, reduction="none")
+    assert topk.tail_log_prob is not None
+    wanted = (math.e - 1.0) * topk.tail_log_prob.exp()
+    torch.testing.assert_close(grad.scatter(1, topk.ids, 0.0).sum(-1), wanted, rtol=1e-4, atol=0.0)
 
 
 @tails
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_record_of_16_bits_does_no_harm(backend: str, tail: str, dtype: torch.dtype) -> None:
     student = logits(6, 60, 0)
-    record = tgt.topk_teacher(student, 5, tail=tail)
-    assert record.tail_log_prob is not None
-    record = dataclasses.replace(
-        record, log_probs=record.log_probs.to(dtype), tail_log_prob=record.tail_log_prob.to(dtype),
-        ids=record.ids.to(torch.int32),
+    topk = tgt.topk_teacher(student, 5, tail=tail)
+    assert topk.tail_log_prob is not None
+    topk = dataclasses.replace(
+        topk, log_probs=topk.log_probs.to(dtype), tail_log_prob=topk.tail_log_prob.to(dtype),
+        ids=topk.ids.to(torch.int32),
     )  # fmt: skip
     for divergence in TOPK_DIVERGENCES:
-        loss, _ = check(student, record, backend=backend, divergence=divergence, reduction="none")
+        loss, _ = check(student, topk, backend=backend, divergence=divergence, reduction="none")
         assert (loss >= 0).all()
 
 
 def test_the_comparison_fails_for_wrong_results() -> None:
-    student, record = logits(4, 30, 0), tgt.topk_teacher(logits(4, 30, 1), 5)
-    loss, grad = loss_and_gradient(student, record, reduction="none")
+    student, topk = logits(4, 30, 0), tgt.topk_teacher(logits(4, 30, 1), 5)
+    loss, grad = loss_and_gradient(student, topk, reduction="none")
     for wrong in (
         (loss * 0, grad),
         (loss, grad * 0),
@@ -161,7 +161,7 @@ def test_the_comparison_fails_for_wrong_results() -> None:
         (loss, grad.roll(1, 0)),
     ):
         with pytest.raises(AssertionError):
-            assert_near(wrong, (loss, grad), student, record, hard=False, divergence="forward_kl")
+            assert_near(wrong, (loss, grad), student, topk, hard=False, divergence="forward_kl")
 
 
 # Bounds
@@ -187,10 +187,10 @@ def test_bucketing_loses_information_and_never_more(
     if masked:  # padding, on both sides
         teacher[:, classes // 2 + 1 :] = student[:, classes // 2 + 1 :] = -INF
     student, teacher = student.to(dtype), teacher.to(dtype)
-    record = tgt.topk_teacher(teacher, min(k, classes), temperature)
+    topk = tgt.topk_teacher(teacher, min(k, classes), temperature)
     options: dict[str, Any] = {"divergence": divergence, "temperature": temperature, "reduction": "none"}
     for backend in ("reference", native):
-        bucketed = tgt.distillation_loss(student, record, backend=backend, **options)
+        bucketed = tgt.distillation_loss(student, topk, backend=backend, **options)
         dense = tgt.distillation_loss(student.double(), teacher.double(), backend="reference", **options)
         assert (bucketed >= 0).all()
         slack = 1e-5 * max(1.0, magnitude(student, teacher) / temperature / 10) * (dense + 1e-2 * temperature**2)
@@ -200,19 +200,19 @@ def test_bucketing_loses_information_and_never_more(
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 def test_zero_exactly_where_the_buckets_are_equal(backend: str, divergence: str) -> None:
     teacher = logits(6, 40, 0, dtype=torch.float64)
-    record = tgt.topk_teacher(teacher, 5, 2.0)
+    topk = tgt.topk_teacher(teacher, 5, 2.0)
     student = teacher + 7.0  # the same distribution, and then another within the bucket
-    others = teacher.scatter(1, record.ids, INF).isfinite()
+    others = teacher.scatter(1, topk.ids, INF).isfinite()
     shuffled = student.clone()
     for i in range(6):
         shuffled[i, others[i]] = student[i, others[i]].roll(3)
     options: dict[str, Any] = {"backend": backend, "divergence": divergence, "reduction": "none"}
     for same in (student, shuffled):
-        loss, grad = loss_and_gradient(same, record, **options)
+        loss, grad = loss_and_gradient(same, topk, **options)
         assert loss.max() < 1e-13
         assert grad.abs().max() < 1e-13
-    moved = student.scatter_add(1, record.ids[:, :1], torch.full((6, 1), 0.01, dtype=torch.float64))
-    assert (loss_and_gradient(moved, record, **options)[0] > 1e-7).all()
+    moved = student.scatter_add(1, topk.ids[:, :1], torch.full((6, 1), 0.01, dtype=torch.float64))
+    assert (loss_and_gradient(moved, topk, **options)[0] > 1e-7).all()
 
 
 # Masks, rows that are no distribution, rows that do not count
@@ -224,20 +224,20 @@ def test_zero_exactly_where_the_buckets_are_equal(backend: str, divergence: str)
 def test_masks(backend: str, divergence: str, tail: str, dtype: torch.dtype) -> None:
     student, teacher = logits(10, 37, 0, dtype=dtype), logits(10, 37, 1)
     student[1, 30:] = teacher[1, 30:] = -INF  # padding
-    listed = tgt.topk_teacher(teacher, 5).ids
-    student[2, listed[2, 3]] = -INF  # a listed class that the student cannot give
-    others = torch.ones(10, 37, dtype=torch.bool).scatter(1, listed, False)
+    ids = tgt.topk_teacher(teacher, 5).ids
+    student[2, ids[2, 3]] = -INF  # a listed class that the student cannot give
+    others = torch.ones(10, 37, dtype=torch.bool).scatter(1, ids, False)
     student[3, others[3]] = -INF  # the student cannot give the tail
     teacher[4, others[4]] = -INF  # the teacher does not
     student[5, others[5]] = -INF
     teacher[5, others[5]] = -INF  # neither
-    teacher[6, listed[6, 2:]] = -INF
+    teacher[6, ids[6, 2:]] = -INF
     teacher[6, others[6]] = -INF  # two entries and three of padding
     student[7, others[7].nonzero()[0]] = -INF  # one class of the tail
-    student[8, listed[8]] = -INF  # nothing but the tail
-    record = tgt.topk_teacher(teacher, 5, tail=tail)
+    student[8, ids[8]] = -INF  # nothing but the tail
+    topk = tgt.topk_teacher(teacher, 5, tail=tail)
     options: dict[str, Any] = {"backend": backend, "divergence": divergence, "reduction": "none"}
-    loss, grad = check(student, record, **options)
+    loss, grad = check(student, topk, **options)
     assert grad[~grad.isnan()].isfinite().all()
     assert grad[student == -INF][~grad[student == -INF].isnan()].eq(0).all()
     assert grad[loss == INF].eq(0).all()
@@ -248,31 +248,31 @@ def test_masks(backend: str, divergence: str, tail: str, dtype: torch.dtype) -> 
     }[tail][divergence]
     assert loss.isinf().nonzero().flatten().tolist() == infinite
     assert loss.isnan().nonzero().flatten().tolist() == ([8] if tail == "renormalize" else [])
-    check(student, record, targets(10, 37, 3), hard_weight=0.5, label_smoothing=0.1, **options)
+    check(student, topk, targets(10, 37, 3), hard_weight=0.5, label_smoothing=0.1, **options)
 
 
 @tails
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_that_is_no_distribution_is_nan_alone(backend: str, tail: str, dtype: torch.dtype) -> None:
     student, teacher = logits(9, 37, 0, dtype=dtype), logits(9, 37, 1)
-    record = tgt.topk_teacher(teacher, 4, tail=tail)
+    topk = tgt.topk_teacher(teacher, 4, tail=tail)
     target = targets(9, 37, 2)
     options: dict[str, Any] = {"backend": backend, "divergence": "jsd", "reduction": "none", "hard_weight": 0.5}
-    clean = loss_and_gradient(student, record, target, **options)
-    student[1, record.ids[1, 0]], student[2, 36], student[3, 0] = math.nan, math.nan, INF
+    clean = loss_and_gradient(student, topk, target, **options)
+    student[1, topk.ids[1, 0]], student[2, 36], student[3, 0] = math.nan, math.nan, INF
     student[4] = -INF
-    record.log_probs[5, 1], record.log_probs[6, 0] = math.nan, INF
-    record.log_probs[7] = -INF
-    if record.tail_log_prob is not None:
-        record.tail_log_prob[7] = -INF
-    loss, grad = loss_and_gradient(student, record, target, **options)
+    topk.log_probs[5, 1], topk.log_probs[6, 0] = math.nan, INF
+    topk.log_probs[7] = -INF
+    if topk.tail_log_prob is not None:
+        topk.tail_log_prob[7] = -INF
+    loss, grad = loss_and_gradient(student, topk, target, **options)
     bad = torch.tensor([False] + [True] * 7 + [False])
     assert loss[bad].isnan().all()
     assert grad[bad].isnan().all()
     assert torch.equal(loss[~bad], clean[0][~bad])
     assert torch.equal(grad[~bad], clean[1][~bad])
     weight = (~bad).float()  # dropped, whatever they hold
-    loss, grad = loss_and_gradient(student, record, target, sample_weight=weight, **options)
+    loss, grad = loss_and_gradient(student, topk, target, sample_weight=weight, **options)
     assert loss[bad].eq(0).all()
     assert grad[bad].eq(0).all()
 
@@ -280,30 +280,30 @@ def test_a_row_that_is_no_distribution_is_nan_alone(backend: str, tail: str, dty
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_reductions_weights_and_rows_that_do_not_count(backend: str, reduction: str, dtype: torch.dtype) -> None:
-    student, record = logits((2, 3), 20, 0, dtype=dtype), tgt.topk_teacher(logits((2, 3), 20, 1), 4, 2.0)
+    student, topk = logits((2, 3), 20, 0, dtype=dtype), tgt.topk_teacher(logits((2, 3), 20, 1), 4, 2.0)
     target, weight = torch.tensor([[3, -100, -1], [19, 0, 5]]), torch.tensor([[1.0, 1.0, 0.5], [2.0, 0.0, 1.0]])
     options: dict[str, Any] = {
         "backend": backend, "reduction": reduction, "divergence": "forward_kl", "hard_weight": 0.5,
     }  # fmt: skip
     per_row = 1 / 4.5 if reduction == "mean" else 2.0
-    loss, grad = check(student, record, target, sample_weight=weight, per_row=per_row, **options)
+    loss, grad = check(student, topk, target, sample_weight=weight, per_row=per_row, **options)
     assert grad[0, 1].eq(0).all()
     assert grad[1, 1].eq(0).all()
     if reduction == "mean":
         for normalizer in (9.0, torch.tensor(9.0)):
-            halved = check(student, record, target, sample_weight=weight, normalizer=normalizer, per_row=0.2, **options)
+            halved = check(student, topk, target, sample_weight=weight, normalizer=normalizer, per_row=0.2, **options)
             torch.testing.assert_close(halved[0], loss / 2)
-        loss, grad = loss_and_gradient(student, record, target, normalizer=0.0, **options)
+        loss, grad = loss_and_gradient(student, topk, target, normalizer=0.0, **options)
         assert loss == 0
         assert grad.eq(0).all()
     if reduction == "none":
-        check(student, record, target, upstream=torch.rand(2, 3), **options)
+        check(student, topk, target, upstream=torch.rand(2, 3), **options)
 
 
 def test_without_a_soft_term_the_record_is_not_read(backend: str) -> None:
     student, target = logits(4, 30, 0), targets(4, 30, 1)
-    record = TeacherTopK(torch.full((4, 3), 99), torch.full((4, 3), math.nan), None, 1.0, 30)
-    loss, grad = loss_and_gradient(student, record, target, soft_weight=0.0, hard_weight=1.0, backend=backend)
+    topk = TeacherTopK(torch.full((4, 3), 99), torch.full((4, 3), math.nan), None, 1.0, 30)
+    loss, grad = loss_and_gradient(student, topk, target, soft_weight=0.0, hard_weight=1.0, backend=backend)
     leaf = student.clone().requires_grad_()
     expected = F.cross_entropy(leaf, target)
     torch.testing.assert_close(loss, expected.detach())
@@ -311,8 +311,8 @@ def test_without_a_soft_term_the_record_is_not_read(backend: str) -> None:
 
 
 def test_no_rows(backend: str) -> None:
-    record = tgt.topk_teacher(torch.zeros(0, 7), 3)
-    loss, grad = loss_and_gradient(torch.zeros(0, 7), record, backend=backend)
+    topk = tgt.topk_teacher(torch.zeros(0, 7), 3)
+    loss, grad = loss_and_gradient(torch.zeros(0, 7), topk, backend=backend)
     assert loss == 0
     assert grad.shape == (0, 7)
 
@@ -321,6 +321,6 @@ def test_extreme_temperatures(backend: str) -> None:
     student, teacher = logits(6, 200, 0), logits(6, 200, 1)
     for temperature in (0.05, 100.0):
         for tail in TAILS:
-            record = tgt.topk_teacher(teacher, 9, temperature, tail=tail)
+            topk = tgt.topk_teacher(teacher, 9, temperature, tail=tail)
             for divergence in TOPK_DIVERGENCES:
-                check(student, record, backend=backend, divergence=divergence, reduction="none")
+                check(student, topk, backend=backend, divergence=divergence, reduction="none")

@@ -9,10 +9,11 @@ import torch
 from emulated_gpu import tensors_on_an_emulated_gpu
 from kernel_calls import backward, forward
 from numerics import logits
-from sparse_kit import assert_near, in_double, loss_and_gradient
+from topk_kit import assert_near, in_double, loss_and_gradient
 
 import tgt_fast as tgt
-from tgt_fast.kernels.native import cuda, topk
+from tgt_fast.kernels.native import cuda
+from tgt_fast.kernels.native import topk as native_topk
 from tgt_fast.kernels.options import DistillOptions, TopK
 
 PLANS = {
@@ -34,22 +35,22 @@ def test_every_layout(
 ) -> None:
     student, target = logits(3, classes, 0, dtype=dtype), torch.tensor([0, classes // 2, classes - 1])
     for divergence, tail in (("forward_kl", "bucket"), ("jsd", "uniform"), ("reverse_kl", "renormalize")):
-        record = tgt.topk_teacher(logits(3, classes, 1), k, 2.0, tail=tail)
+        topk = tgt.topk_teacher(logits(3, classes, 1), k, 2.0, tail=tail)
         options = DistillOptions(
             divergence, temperature=2.0, teacher_temperature=2.0, hard_weight=0.5, label_smoothing=0.1, reduction="none"
         )
         with tensors_on_an_emulated_gpu(emulated):
             assert cuda.engine(student) is not None
-            teacher = TopK(record.ids, record.log_probs, record.rest(), tail)
+            teacher = TopK(topk.ids, topk.log_probs, topk.rest(), tail)
             wanted = (True, False)
-            out = forward(topk.forward, student, teacher, target, None, None, options, wanted=wanted, plan=plan)
+            out = forward(native_topk.forward, student, teacher, target, None, None, options, wanted=wanted, plan=plan)
             again, _ = backward(
-                topk.backward, student, teacher, target, out.row_state, torch.ones(()), options, wanted=wanted
+                native_topk.backward, student, teacher, target, out.row_state, torch.ones(()), options, wanted=wanted
             )
         truth = loss_and_gradient(
-            student.double(), in_double(record), target, backend="reference", divergence=divergence, hard_weight=0.5,
+            student.double(), in_double(topk), target, backend="reference", divergence=divergence, hard_weight=0.5,
             label_smoothing=0.1, reduction="none",
         )  # fmt: skip
         for grad in (out.d_student, again):
             assert grad is not None
-            assert_near((out.loss, grad), truth, student, record, hard=True, divergence=divergence)
+            assert_near((out.loss, grad), truth, student, topk, hard=True, divergence=divergence)

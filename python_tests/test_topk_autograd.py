@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from numerics import logits, targets
-from sparse_kit import in_double, loss_and_gradient, tails
+from topk_kit import in_double, loss_and_gradient, tails
 from torch import Tensor
 
 import tgt_fast as tgt
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.records
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_backward_runs_as_often_as_it_is_asked(backend: str, dtype: torch.dtype) -> None:
     """A buffer scaled in place and handed out again would give the second caller a gradient scaled twice."""
-    student, record = logits(4, 30, 0, dtype=dtype).requires_grad_(), tgt.topk_teacher(logits(4, 30, 1), 5, 2.0)
-    loss = tgt.distillation_loss(student, record, targets(4, 30, 2), temperature=2.0, hard_weight=1.0, backend=backend)
+    student, topk = logits(4, 30, 0, dtype=dtype).requires_grad_(), tgt.topk_teacher(logits(4, 30, 1), 5, 2.0)
+    loss = tgt.distillation_loss(student, topk, targets(4, 30, 2), temperature=2.0, hard_weight=1.0, backend=backend)
     grads = [torch.autograd.grad(3.0 * loss, student, retain_graph=True)[0] for _ in range(3)]
     torch.testing.assert_close(grads[0], grads[1])
     assert torch.equal(grads[1], grads[2])
@@ -29,17 +29,17 @@ def test_backward_runs_as_often_as_it_is_asked(backend: str, dtype: torch.dtype)
 
 
 def test_a_record_that_changed_before_a_second_backward_is_an_error(native: str) -> None:
-    student, record = logits(4, 30, 0).requires_grad_(), tgt.topk_teacher(logits(4, 30, 1), 5)
-    loss = tgt.distillation_loss(student, record)
+    student, topk = logits(4, 30, 0).requires_grad_(), tgt.topk_teacher(logits(4, 30, 1), 5)
+    loss = tgt.distillation_loss(student, topk)
     torch.autograd.grad(loss, student, retain_graph=True)
-    record.ids[0, 0] = 29
+    topk.ids[0, 0] = 29
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss, student)
 
 
 def test_a_second_derivative_is_refused(native: str) -> None:
-    student, record = logits(4, 30, 0).requires_grad_(), tgt.topk_teacher(logits(4, 30, 1), 5)
-    (grad,) = torch.autograd.grad(tgt.distillation_loss(student, record), student, create_graph=True)
+    student, topk = logits(4, 30, 0).requires_grad_(), tgt.topk_teacher(logits(4, 30, 1), 5)
+    (grad,) = torch.autograd.grad(tgt.distillation_loss(student, topk), student, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
 
@@ -48,14 +48,14 @@ def test_a_second_derivative_is_refused(native: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_in_place(backend: str, dtype: torch.dtype, tail: str) -> None:
     student = logits(4, 5000, 0, dtype=dtype)
-    record = tgt.topk_teacher(logits(4, 5000, 1), 40, tail=tail)
+    topk = tgt.topk_teacher(logits(4, 5000, 1), 40, tail=tail)
     options: dict[str, Any] = {"backend": backend, "divergence": "jsd", "hard_weight": 1.0}
-    loss, grad = loss_and_gradient(student, record, targets(4, 5000, 2), **options)
+    loss, grad = loss_and_gradient(student, topk, targets(4, 5000, 2), **options)
     copy = student.clone()
     leaf = student.clone().requires_grad_()
     logits_of_a_layer = leaf * 1.0
     placed = tgt.distillation_loss(
-        logits_of_a_layer, record, targets(4, 5000, 2), inplace=backend != "reference", **options
+        logits_of_a_layer, topk, targets(4, 5000, 2), inplace=backend != "reference", **options
     )
     assert torch.equal(placed.detach(), loss)
     placed.backward()
@@ -65,34 +65,34 @@ def test_in_place(backend: str, dtype: torch.dtype, tail: str) -> None:
 
 
 def test_float16_gradients_of_many_rows_do_not_underflow(backend: str) -> None:
-    student, record = logits(64, 50, 0, dtype=torch.float16), tgt.topk_teacher(logits(64, 50, 1), 5)
+    student, topk = logits(64, 50, 0, dtype=torch.float16), tgt.topk_teacher(logits(64, 50, 1), 5)
     scale, rows = 2.0**14, 2.0**20
     _, grad = loss_and_gradient(
-        student, record, backend=backend, normalizer=rows, upstream=torch.tensor(scale)
+        student, topk, backend=backend, normalizer=rows, upstream=torch.tensor(scale)
     )  # fmt: skip
-    _, one = loss_and_gradient(student.double(), in_double(record), backend="reference", reduction="sum")
+    _, one = loss_and_gradient(student.double(), in_double(topk), backend="reference", reduction="sum")
     torch.testing.assert_close(grad.double(), one * scale / rows, rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @tails
 def test_both_doors_give_the_same_bits(native: str, dtype: torch.dtype, tail: str) -> None:
-    student, record = logits((3, 2), 57, 0, dtype=dtype), tgt.topk_teacher(logits((3, 2), 57, 1), 6, 2.0, tail=tail)
+    student, topk = logits((3, 2), 57, 0, dtype=dtype), tgt.topk_teacher(logits((3, 2), 57, 1), 6, 2.0, tail=tail)
     target = targets(6, 57, 2).reshape(3, 2)
     options: dict[str, Any] = {"hard_weight": 0.5, "reduction": "none", "upstream": torch.rand(3, 2)}
-    direct = loss_and_gradient(student, record, target, **options)
+    direct = loss_and_gradient(student, topk, target, **options)
     with torch.device("cpu"):  # a function mode sends the call through the dispatcher
-        dispatched = loss_and_gradient(student, record, target, **options)
+        dispatched = loss_and_gradient(student, topk, target, **options)
     assert all(torch.equal(a, b) for a, b in zip(direct, dispatched, strict=True))
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads(native: str) -> None:
-    student, record = logits(64, 4000, 0), tgt.topk_teacher(logits(64, 4000, 1), 32)
+    student, topk = logits(64, 4000, 0), tgt.topk_teacher(logits(64, 4000, 1), 32)
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append(loss_and_gradient(student, record, targets(64, 4000, 2), hard_weight=1.0))
+        results.append(loss_and_gradient(student, topk, targets(64, 4000, 2), hard_weight=1.0))
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -100,7 +100,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(native: str) -> Non
 
 def test_compiled_steps() -> None:
     student, teacher, target = logits(6, 40, 0), logits(6, 40, 1), targets(6, 40, 2)
-    record = tgt.topk_teacher(teacher, 5, 2.0)
+    topk = tgt.topk_teacher(teacher, 5, 2.0)
 
     def given(s: Tensor, r: TeacherTopK, y: Tensor) -> Tensor:
         return tgt.distillation_loss(s * 1.5, r, y, temperature=2.0, hard_weight=0.5)
@@ -108,7 +108,7 @@ def test_compiled_steps() -> None:
     def made(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return given(s, tgt.topk_teacher(t, 5, 2.0), y)
 
-    for function, other in ((given, record), (made, teacher)):
+    for function, other in ((given, topk), (made, teacher)):
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         results = []
         for run in (function, compiled):
@@ -120,8 +120,8 @@ def test_compiled_steps() -> None:
 
 
 def test_the_module_takes_a_record() -> None:
-    student, record, target = logits(4, 30, 0), tgt.topk_teacher(logits(4, 30, 1), 5, 2.0), targets(4, 30, 2)
+    student, topk, target = logits(4, 30, 0), tgt.topk_teacher(logits(4, 30, 1), 5, 2.0), targets(4, 30, 2)
     module = tgt.DistillationLoss(temperature=2.0, hard_weight=1.0)
-    expected = tgt.distillation_loss(student, record, target, temperature=2.0, hard_weight=1.0)
-    assert torch.equal(module(student, record, target), expected)  # type: ignore[arg-type]
-    assert torch.equal(module.soft(student, record), tgt.distillation_loss(student, record, temperature=2.0))  # type: ignore[arg-type]
+    expected = tgt.distillation_loss(student, topk, target, temperature=2.0, hard_weight=1.0)
+    assert torch.equal(module(student, topk, target), expected)  # type: ignore[arg-type]
+    assert torch.equal(module.soft(student, topk), tgt.distillation_loss(student, topk, temperature=2.0))  # type: ignore[arg-type]

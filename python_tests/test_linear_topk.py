@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from heads import STUDENT, THREE_ROWS, assert_matches, check, recorded, run, truth
+from heads import STUDENT, THREE_ROWS, assert_matches, check, run, topk_case, truth
 from strategies import DTYPES
 from test_distill_machine import MIB, child
 from test_registration import Watched
@@ -32,34 +32,34 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("tail", TAILS)
 def test_every_divergence_and_tail(way: str, tail: str, divergence: str, dtype: torch.dtype) -> None:
     """Against all logits in float64: with everything a head can have, then plain and at a temperature."""
-    case = recorded(dtype=dtype, tail=tail, labeled=True, student=(1.5, 9.0))
+    case = topk_case(dtype=dtype, tail=tail, labeled=True, student=(1.5, 9.0))
     options: dict[str, Any] = {"divergence": divergence, "beta": 0.3}
     check(case, backend=way, hard_weight=0.5, label_smoothing=0.1, memory_budget=THREE_ROWS, **options)
-    case = recorded(dtype=dtype, tail=tail, biased=False, temperature=2.0)
+    case = topk_case(dtype=dtype, tail=tail, biased=False, temperature=2.0)
     check(case, backend=way, temperature=2.0, soft_weight=0.7, **options)
 
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("student", [(1.0, None), (2.5, None), (1.0, 3.0), (0.5, 3.0)])
 def test_bias_scale_and_softcap(way: str, student: tuple[float, float | None], biased: bool) -> None:
-    case = recorded((3, 4), biased=biased, student=student, temperature=2.0)
+    case = topk_case((3, 4), biased=biased, student=student, temperature=2.0)
     check(case, backend=way, temperature=2.0, memory_budget=THREE_ROWS)
 
 
 def test_no_option_of_the_student_is_dropped_silently(way: str) -> None:
     """A softcap, a scale or a bias that is passed and not applied trains another model than the one that is saved."""
-    plain = run(recorded(biased=False), backend=way).loss
+    plain = run(topk_case(biased=False), backend=way).loss
     for changed in ({"student": (2.0, None)}, {"student": (1.0, 2.0)}, {"biased": True}):
-        assert not torch.isclose(run(recorded(**{"biased": False, **changed}), backend=way).loss, plain, rtol=1e-3)
+        assert not torch.isclose(run(topk_case(**{"biased": False, **changed}), backend=way).loss, plain, rtol=1e-3)
 
 
 def test_bf16_logits_are_not_rounded(native: str) -> None:
     """Logits in bfloat16 before the softmax cost gradients percents, which no loss curve shows."""
-    case = recorded(64, (300, 300), dtype=torch.bfloat16, k=16, biased=False, student=(4.0, None))
+    case = topk_case(64, (300, 300), dtype=torch.bfloat16, k=16, biased=False, student=(4.0, None))
     found = check(case, backend=native, per_row=1 / 64)
     t = {name: case.tensors[name].requires_grad_() for name in STUDENT[:2]}  # type: ignore[union-attr]
-    assert case.record is not None
-    rounded = tgt.distillation_loss(4.0 * (t["student_hidden"] @ t["student_weight"].T), case.record)
+    assert case.topk is not None
+    rounded = tgt.distillation_loss(4.0 * (t["student_hidden"] @ t["student_weight"].T), case.topk)
     expected = truth(case)
     for name, grad in zip(t, torch.autograd.grad(rounded, list(t.values())), strict=True):
         found.grads[name], kept = grad, found.grads[name]
@@ -70,14 +70,14 @@ def test_bf16_logits_are_not_rounded(native: str) -> None:
 
 @pytest.mark.parametrize("dtypes", [p for p in itertools.product(DTYPES, repeat=2) if p[0] != p[1]], ids=str)
 def test_dtypes_of_head_and_record_may_differ(native: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    case = recorded(dtype=dtypes[0], log_probs=dtypes[1])
-    assert case.record is not None
-    case.record = dataclasses.replace(case.record, ids=case.record.ids.to(torch.int32))
+    case = topk_case(dtype=dtypes[0], log_probs=dtypes[1])
+    assert case.topk is not None
+    case.topk = dataclasses.replace(case.topk, ids=case.topk.ids.to(torch.int32))
     check(case, backend=native, memory_budget=THREE_ROWS)
 
 
 def test_the_comparison_fails_for_wrong_gradients(native: str) -> None:
-    case = recorded(labeled=True)
+    case = topk_case(labeled=True)
     found, expected = run(case, backend=native, hard_weight=1.0), truth(case, hard_weight=1.0)
     wrongs = (torch.zeros_like, lambda x: 1.05 * x, lambda x: x.flip(0))
     for name, wrong in itertools.product(STUDENT, wrongs):
@@ -89,12 +89,12 @@ def test_the_comparison_fails_for_wrong_gradients(native: str) -> None:
 
 def test_it_is_the_loss_on_logits(way: str) -> None:
     """Of a user who has the logits, which float64 makes the same to many digits."""
-    case = recorded((2, 5), dtype=torch.float64, labeled=True, temperature=3.0)
+    case = topk_case((2, 5), dtype=torch.float64, labeled=True, temperature=3.0)
     t = {name: case.tensors[name].requires_grad_() for name in STUDENT}  # type: ignore[union-attr]
     logits = torch.nn.functional.linear(t["student_hidden"], t["student_weight"], t["student_bias"])
     options: dict[str, Any] = {"temperature": 3.0, "hard_weight": 0.5, "divergence": "jsd"}
-    assert case.record is not None
-    dense = tgt.distillation_loss(logits, case.record, case.target, **options)
+    assert case.topk is not None
+    dense = tgt.distillation_loss(logits, case.topk, case.target, **options)
     found = run(case, backend=way, **options)
     torch.testing.assert_close(found.loss, dense.detach())
     torch.testing.assert_close(tuple(found.grads.values()), torch.autograd.grad(dense, list(t.values())))
@@ -102,14 +102,14 @@ def test_it_is_the_loss_on_logits(way: str) -> None:
 
 def test_a_truncated_record_never_gives_a_negative_loss(native: str) -> None:
     """Cut to k classes and not renormalised, a divergence goes negative and a student is paid for what is missing."""
-    case = recorded(64, (60, 60), k=3)
+    case = topk_case(64, (60, 60), k=3)
     for divergence, scale in itertools.product(("forward_kl", "reverse_kl", "jsd"), (0.1, 1.0, 8.0)):
         case.student = (scale, None)
         assert (run(case, backend=native, divergence=divergence, reduction="none", wanted=()).loss >= 0).all()
-    assert case.record is not None
+    assert case.topk is not None
     hidden, weight, bias = (case.tensors[name] for name in STUDENT)
     logits = torch.nn.functional.linear(hidden, weight, bias)  # type: ignore[arg-type]
-    same = dataclasses.replace(case, student=(1.0, None), record=tgt.topk_teacher(logits, 3))
+    same = dataclasses.replace(case, student=(1.0, None), topk=tgt.topk_teacher(logits, 3))
     equal = run(same, backend=native, reduction="none", wanted=()).loss
     assert (equal >= 0).all()
     assert (equal < 1e-5).all()
@@ -120,15 +120,15 @@ def test_a_truncated_record_never_gives_a_negative_loss(native: str) -> None:
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_rows_that_do_not_count_may_hold_anything(way: str, tail: str) -> None:
-    case = recorded(8, labeled=True, tail=tail)
+    case = topk_case(8, labeled=True, tail=tail)
     assert case.target is not None
-    assert case.record is not None
+    assert case.topk is not None
     case.target[4], case.target[5] = -100, -1
     weight = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 1.0, 3.0, 1.0])
     clean = check(case, backend=way, hard_weight=0.5, sample_weight=weight)
     assert case.tensors["student_hidden"] is not None
-    case.tensors["student_hidden"][2], case.record.log_probs[4] = math.nan, math.nan
-    case.record.ids[2], case.record.ids[4] = 99, 3
+    case.tensors["student_hidden"][2], case.topk.log_probs[4] = math.nan, math.nan
+    case.topk.ids[2], case.topk.ids[4] = 99, 3
     for reduction, budget in itertools.product(("mean", "none", "sum"), (1, THREE_ROWS, 1 << 30)):
         found = run(
             case, backend=way, hard_weight=0.5, sample_weight=weight, reduction=reduction, memory_budget=budget
@@ -141,10 +141,10 @@ def test_rows_that_do_not_count_may_hold_anything(way: str, tail: str) -> None:
 
 
 def test_a_row_that_is_no_distribution_leaves_the_others_alone(way: str) -> None:
-    case = recorded(5)
+    case = topk_case(5)
     clean = run(case, backend=way, reduction="none", wanted=("student_hidden",))
-    assert case.record is not None
-    case.record.log_probs[3, 1] = math.nan
+    assert case.topk is not None
+    case.topk.log_probs[3, 1] = math.nan
     found = run(case, backend=way, reduction="none", wanted=("student_hidden",))
     rest = [0, 1, 2, 4]
     assert found.loss[3].isnan()
@@ -157,14 +157,14 @@ def test_a_row_that_is_no_distribution_leaves_the_others_alone(way: str) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_any_upstream_gradient(way: str, upstream: float | Tensor, dtype: torch.dtype) -> None:
     reduction = "none" if isinstance(upstream, Tensor) else "mean"
-    case = recorded(labeled=True, dtype=dtype)
+    case = topk_case(labeled=True, dtype=dtype)
     check(case, backend=way, upstream=upstream, reduction=reduction, hard_weight=1.0, memory_budget=THREE_ROWS)
 
 
 def test_one_batch_of_32_is_4_of_8(way: str) -> None:
-    case = recorded(32, labeled=True)
+    case = topk_case(32, labeled=True)
     assert case.target is not None
-    assert case.record is not None
+    assert case.topk is not None
     assert case.tensors["student_hidden"] is not None
     case.target[torch.tensor([1, 2, 3, 9, 30])] = -100
     whole = run(case, backend=way, hard_weight=0.5)
@@ -173,7 +173,7 @@ def test_one_batch_of_32_is_4_of_8(way: str) -> None:
         rows = slice(start, start + 8)
         part = dataclasses.replace(
             case, tensors={**case.tensors, "student_hidden": case.tensors["student_hidden"][rows]},
-            target=case.target[rows], record=case.record[rows],
+            target=case.target[rows], topk=case.topk[rows],
         )  # fmt: skip
         made = run(part, backend=way, hard_weight=0.5, normalizer=27.0)
         loss += made.loss
@@ -185,7 +185,7 @@ def test_one_batch_of_32_is_4_of_8(way: str) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_no_rows(way: str, reduction: str) -> None:
-    found = run(recorded(0, labeled=True), backend=way, reduction=reduction, hard_weight=1.0)
+    found = run(topk_case(0, labeled=True), backend=way, reduction=reduction, hard_weight=1.0)
     assert found.loss.shape == ((0,) if reduction == "none" else ())
     assert not found.loss.any()
     assert all(not grad.any() for grad in found.grads.values())
@@ -199,13 +199,13 @@ def test_backward_twice_and_inputs_as_they_were(
     backend: str, reduction: str, dtype: torch.dtype, softcap: float | None
 ) -> None:
     """Gradients made in place must not reach what the caller holds, nor be scaled twice over one graph."""
-    case = recorded(dtype=dtype, student=(2.0, softcap))
-    assert case.record is not None
+    case = topk_case(dtype=dtype, student=(2.0, softcap))
+    assert case.topk is not None
     t = {name: case.tensors[name].requires_grad_() for name in STUDENT}  # type: ignore[union-attr]
-    held = {**t, "ids": case.record.ids, "log_probs": case.record.log_probs}
+    held = {**t, "ids": case.topk.ids, "log_probs": case.topk.log_probs}
     before = {name: (tensor.detach().clone(), tensor._version) for name, tensor in held.items()}
     loss = tgt.linear_distillation_loss(
-        **t, teacher_logits=case.record, backend=backend, reduction=reduction, memory_budget=THREE_ROWS,
+        **t, teacher_logits=case.topk, backend=backend, reduction=reduction, memory_budget=THREE_ROWS,
         **case.options(),
     )  # type: ignore[call-overload, misc]  # fmt: skip
     upstream = torch.linspace(0.5, 2.0, loss.numel()).reshape(loss.shape)
@@ -222,12 +222,12 @@ def test_backward_twice_and_inputs_as_they_were(
 
 
 def test_a_second_derivative_needs_the_reference(native: str) -> None:
-    case = recorded(3, (5, 5), k=2, dtype=torch.float64)
+    case = topk_case(3, (5, 5), k=2, dtype=torch.float64)
     t = [case.tensors[name].requires_grad_() for name in STUDENT]  # type: ignore[union-attr]
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor, backend: str = "reference") -> Tensor:
         made: Tensor = tgt.linear_distillation_loss(
-            hidden, weight, student_bias=bias, teacher_logits=case.record, backend=backend
+            hidden, weight, student_bias=bias, teacher_logits=case.topk, backend=backend
         )
         return made
 
@@ -242,7 +242,7 @@ def test_products_of_bf16_on_a_device(native: str, monkeypatch: pytest.MonkeyPat
     """The path of a device, on a CPU, which has not yet run on a GPU."""
     monkeypatch.setattr(linear_heads, "widens", lambda device: True)
     for tail, student in itertools.product(TAILS, ((1.0, None), (1.5, 30.0))):
-        case = recorded(128, (2000, 2000), k=16, dtype=torch.bfloat16, tail=tail, student=student)
+        case = topk_case(128, (2000, 2000), k=16, dtype=torch.bfloat16, tail=tail, student=student)
         for budget in (1 << 18, 1 << 30):
             check(case, backend=native, memory_budget=budget)
 
@@ -253,7 +253,7 @@ def test_products_of_bf16_on_a_device(native: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("tail", TAILS)
 def test_both_doors_give_the_same_bits(native: str, reduction: str, tail: str) -> None:
-    case = recorded((2, 5), (27, 23), labeled=True, tail=tail, vocabulary={"vocab_size": 23})
+    case = topk_case((2, 5), (27, 23), labeled=True, tail=tail, vocabulary={"vocab_size": 23})
     options: dict[str, Any] = {"hard_weight": 1.0, "reduction": reduction, "upstream": 0.5}
     direct = run(case, backend=native, **options)
     with Watched() as watched:
@@ -265,12 +265,12 @@ def test_both_doors_give_the_same_bits(native: str, reduction: str, tail: str) -
 
 def test_compiled_whole_it_is_the_same(native: str) -> None:
     """No graph break, and the same numbers, which no user would notice to be others."""
-    case = recorded((2, 5), labeled=True, temperature=2.0)
-    assert case.record is not None
+    case = topk_case((2, 5), labeled=True, temperature=2.0)
+    assert case.topk is not None
     loss_fn = tgt.LinearDistillationLoss("jsd", temperature=2.0, hard_weight=0.5, student_softcap=5.0)
 
-    def step(hidden: Tensor, weight: Tensor, record: TeacherTopK, target: Tensor) -> Tensor:
-        made: Tensor = loss_fn(hidden, weight, target=target, teacher_logits=record)
+    def step(hidden: Tensor, weight: Tensor, topk: TeacherTopK, target: Tensor) -> Tensor:
+        made: Tensor = loss_fn(hidden, weight, target=target, teacher_logits=topk)
         return made
 
     hidden, weight = case.tensors["student_hidden"], case.tensors["student_weight"]
@@ -279,7 +279,7 @@ def test_compiled_whole_it_is_the_same(native: str) -> None:
     results = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
-        loss = function(*leaves, case.record, case.target)  # type: ignore[arg-type]
+        loss = function(*leaves, case.topk, case.target)  # type: ignore[arg-type]
         results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -294,7 +294,7 @@ def test_chunks_stay_within_their_budget(native: str, monkeypatch: pytest.Monkey
         return made
 
     monkeypatch.setattr(linear_chunks._Job, "_empty", watched)
-    run(recorded(1000, (500, 500)), backend=native, memory_budget=1 << 20, wanted=("student_hidden",))
+    run(topk_case(1000, (500, 500)), backend=native, memory_budget=1 << 20, wanted=("student_hidden",))
     assert 0.9 * (1 << 20) < sum(taken) <= 1 << 20
 
 
@@ -354,25 +354,25 @@ def test_errors_name_both_values(native: str, match: str, error: type[Exception]
     changed = dict(changed)
     ids = torch.arange(2).repeat(changed.pop("rows", 4), 1)
     ids[3, 1] = changed.pop("id", 1)
-    record = TeacherTopK(ids, torch.full(ids.shape, -2.0), None, 2.0, changed.pop("classes", 9))
+    topk = TeacherTopK(ids, torch.full(ids.shape, -2.0), None, 2.0, changed.pop("classes", 9))
     for backend in (native, "reference"):
         with pytest.raises(error, match="^linear_distillation_loss: .*" + match):
             tgt.linear_distillation_loss(
-                torch.zeros(4, 3), torch.zeros(9, 3), **{"temperature": 2.0, "teacher_logits": record, **changed},
+                torch.zeros(4, 3), torch.zeros(9, 3), **{"temperature": 2.0, "teacher_logits": topk, **changed},
                 backend=backend, memory_budget=1,
             )  # fmt: skip
 
 
 def test_a_backend_without_a_kernel_for_records_says_so(interpreted: str) -> None:
     with pytest.raises(BackendError, match="no Triton kernels for top-k records"):
-        run(recorded(), backend=interpreted)
+        run(topk_case(), backend=interpreted)
 
 
 def test_the_module_takes_records() -> None:
-    case = recorded((2, 4), (27, 23), labeled=True, temperature=2.0, vocabulary={"vocab_size": 23})
+    case = topk_case((2, 4), (27, 23), labeled=True, temperature=2.0, vocabulary={"vocab_size": 23})
     module = tgt.LinearDistillationLoss(temperature=2.0, hard_weight=0.5, vocab_size=23)
     t = {name: case.tensors[name] for name in STUDENT}
-    found = module(**t, teacher_logits=case.record, target=case.target)
+    found = module(**t, teacher_logits=case.topk, target=case.target)
     assert torch.equal(found, run(case, temperature=2.0, hard_weight=0.5, wanted=()).loss)
-    soft = module.soft(**t, teacher_logits=case.record)
+    soft = module.soft(**t, teacher_logits=case.topk)
     assert torch.equal(soft, run(dataclasses.replace(case, target=None), temperature=2.0, wanted=()).loss)
