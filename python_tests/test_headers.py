@@ -74,8 +74,8 @@ int main(int argc, char** argv) {
   }
   if (!std::strcmp(argv[1], "widen")) {
     for (uint32_t b = 0; b < 65536; ++b) {
-      const float half = widen<float>(Float16{static_cast<uint16_t>(b)});
-      const float brain = widen<float>(BFloat16{static_cast<uint16_t>(b)});
+      const float half = cast<float>(Float16{static_cast<uint16_t>(b)});
+      const float brain = cast<float>(BFloat16{static_cast<uint16_t>(b)});
       std::fwrite(&half, 4, 1, stdout);
       std::fwrite(&brain, 4, 1, stdout);
     }
@@ -83,8 +83,8 @@ int main(int argc, char** argv) {
   if (!std::strcmp(argv[1], "narrow")) {
     float x;
     while (std::fread(&x, 4, 1, stdin) == 1) {
-      const Float16 half = narrow<Float16>(x);
-      const BFloat16 brain = narrow<BFloat16>(x);
+      const Float16 half = cast<Float16>(x);
+      const BFloat16 brain = cast<BFloat16>(x);
       std::fwrite(&half, 2, 1, stdout);
       std::fwrite(&brain, 2, 1, stdout);
     }
@@ -126,7 +126,7 @@ __global__ void every_header(const float* s, const float* t, BFloat16* grad, flo
   const float g = ForwardKl::d_student(c, m, 0.f, 0.f) + ReverseKl::d_teacher(c, m, 0.f, 0.f) +
                   Jsd::d_student(c, m, 0.f, 0.f) + Tvd::d_teacher(c, m, 0.f, 0.f) +
                   CrossEntropy::d_student(c, m, 0.f, 0.f) + Mse::d_student(c, m, 0.f, 0.f);
-  grad[threadIdx.x] = narrow<BFloat16>(g + static_cast<float>(sums.student));
+  grad[threadIdx.x] = cast<BFloat16>(g + static_cast<float>(sums.student));
   const Block<uint32_t> words = philox4x32(Block<uint32_t>{threadIdx.x, 1, 2, 3}, 4, 5);
   const Pair<float> n = normal_pair<float>(words.x0, words.x1);
   noise[threadIdx.x] = n.first + n.second + truncated_normal(words.x2, 2.0, 0.95);
