@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import random
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +79,7 @@ class Case(NamedTuple):
         return student.to(self.dtypes[0]), teacher.to(self.dtypes[1]), target, weight
 
 
+@functools.cache
 def cases() -> list[Case]:
     """Every two values meet."""
     every = [
@@ -86,6 +89,7 @@ def cases() -> list[Case]:
         )
         if not (row[3] == "far" and row[4][0] == torch.float16)
     ]
+    every = random.Random(1).sample(every, 600)  # enough for any two, and soon looked through
     return [every[at] for at in covering([tuple(map(str, row)) for row in every], [str(row) for row in every])]
 
 

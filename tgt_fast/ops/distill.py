@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from tgt_fast._forks import one_thread_in_forks
+from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels import select
 from tgt_fast.kernels.calls import Direct, DistillCall
 from tgt_fast.kernels.late import beside, is_on
@@ -31,6 +32,8 @@ from tgt_fast.ops.counts import divisor_over
 from tgt_fast.ops.library import graph_wanted, seen_by_dispatcher
 from tgt_fast.ops.topk import TeacherTopK, check_where_asked, rows_of, warn_where_small
 from tgt_fast.ops.vocab_parallel import distill as vocab_parallel
+from tgt_fast.ops.vocab_parallel.dtensor import distillation_loss as of_dtensors
+from tgt_fast.ops.vocab_parallel.dtensor import is_dtensor
 from tgt_fast.ops.vocab_parallel.shards import shards_of
 
 
@@ -216,6 +219,11 @@ def distillation_loss(
     statistics in three of their own; none in backward. Every process makes the same calls. Not with
     ``backend="reference"``.
 
+    **DTensors** on one mesh, each Shard or Replicate along its dimensions: the loss is that of the whole tensors, a
+    replicated DTensor (for ``"none"`` and statistics one that lies as the rows do), and gradients lie as their tensors.
+    Along a dimension of the mesh one side may be whole where the other is sharded: it is cut there, and its gradient is
+    gathered. Beside DTensors a plain tensor is whole in each process.
+
     Raises:
         ShapeError, DTypeError, DeviceError, ArgumentError: before anything runs, with the offending values.
         BackendError: the backend asked for by name cannot run this call.
@@ -238,6 +246,13 @@ def distillation_loss(
         ignore_index, unlabeled_index, reduction,
     )  # fmt: skip
     teacher: Any = teacher_logits
+    if is_dtensor(student_logits) or is_dtensor(teacher):
+        if vocab_group is not None or vocab_offsets is not None:
+            raise ArgumentError(f"{OP}: vocab_group is for plain tensors; DTensors say themselves how they are sharded")
+        return of_dtensors(  # type: ignore[no-any-return]
+            distillation_loss, vocab_parallel.distillation_loss, student_logits, teacher, target, options,
+            sample_weight, normalizer, count_group, inplace, return_stats, backend,
+        )  # fmt: skip
     if vocab_group is not None or vocab_offsets is not None:
         shards = shards_of(OP, vocab_group, vocab_offsets, student_logits.shape[-1] if student_logits.dim() else 0)
         if shards is not None:

@@ -1,0 +1,104 @@
+"""The soft-label loss on DTensors, whatever they are sharded on: that of whole tensors, gradients as inputs lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from process_kit import all_made, in_processes, needs_processes
+from torch import Tensor
+from vocab_kit import Case, evaluated
+
+import tgt_fast as tgt
+
+CASES = (
+    Case("forward_kl", "smoothed", (2.0, 2.0), "masked", (torch.float32, torch.float32), "mean", True),
+    Case("jsd", "hard", (1.0, 1.0), "peaked", (torch.float32, torch.float32), "mean", False),
+    Case("reverse_kl", "soft", (1.0, 2.0), "plain", (torch.float32, torch.float32), "none", True),
+    Case("mse", "hard", (1.0, 1.0), "plain", (torch.bfloat16, torch.float32), "sum", False),
+)
+
+
+def layouts(world: int) -> list[tuple[tuple[int, ...], str, str, str]]:
+    """Meshes, and placements of student, teacher and target along their dimensions: C(lasses), R(ows), W(hole)."""
+    if world == 2:
+        made = [((2,), *one.split()) for one in ("C C W", "C W W", "W C W", "R R R", "R W W", "W R W", "W W R")]
+    else:
+        made = [((2, 2), *one.split()) for one in ("RC RC RW", "CR WR WR", "CC CC WW", "WC RC WW", "RR RW WW")]
+    return made  # type: ignore[return-value]
+
+
+@needs_processes
+@pytest.mark.parametrize("world", [2, 4])
+def test_layouts(world: int, tmp_path: Path) -> None:
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+
+    whole = [evaluated(case, *case.inputs()) for case in CASES]
+
+    def work(rank: int) -> Any:
+        kinds = {"C": Shard(1), "R": Shard(0), "W": Replicate()}
+        for sizes, *words in layouts(world):
+            mesh = init_device_mesh("cpu", sizes)
+            placed = [[kinds[letter] for letter in word] for word in words]
+            for case, (loss, d_student, d_teacher, stats) in list(zip(CASES, whole, strict=True))[: 6 - world]:
+                student, teacher, target, weight = case.inputs()
+                leaves = [distribute_tensor(x, mesh, p).requires_grad_() for x, p in zip((student, teacher), placed)]  # noqa: B905
+                out, own = tgt.distillation_loss(
+                    *leaves, distribute_tensor(target, mesh, placed[2]), sample_weight=weight, return_stats=True,
+                    **case.options,
+                )  # fmt: skip
+                assert isinstance(out, DTensor)
+                if case.reduction != "none":
+                    assert all(p == Replicate() for p in out.placements)
+                    out.backward()
+                else:
+                    out.sum().backward()
+                close(out, loss)
+                for leaf, grad in zip(leaves, (d_student, d_teacher), strict=True):
+                    assert isinstance(leaf.grad, DTensor)
+                    assert leaf.grad.placements == leaf.placements
+                    close(leaf.grad, grad)
+                for mine, theirs in zip(own, stats, strict=True):
+                    close(mine, theirs)
+        return refusals(mesh_of_one_dimension(world))
+
+    for messages in all_made(in_processes(world, tmp_path, work)):
+        assert "classes would have to be gathered" in messages[0]
+        assert "must be Shard or Replicate along each dimension of the mesh, got P" in messages[1]
+        assert "vocab_group is for plain tensors" in messages[2]
+        assert "beside a DTensor a plain tensor is whole in each process" in messages[3]
+        assert "inplace=True needs student_logits that lie as the loss takes them" in messages[4]
+
+
+def mesh_of_one_dimension(world: int) -> Any:
+    from torch.distributed.tensor import init_device_mesh
+
+    return init_device_mesh("cpu", (world,))
+
+
+def close(made: Any, expected: Tensor) -> None:
+    whole = made.full_tensor()
+    whole, expected = whole.double(), expected.double()
+    torch.testing.assert_close(whole, expected, rtol=2e-5, atol=2e-6, equal_nan=True)
+
+
+def refusals(mesh: Any) -> list[str]:
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    logits = torch.zeros(8, 12)
+    rows, classes, whole = (distribute_tensor(logits, mesh, [p]) for p in (Shard(0), Shard(1), Replicate()))
+    partial = DTensor.from_local(logits, mesh, [Partial()], run_check=False)
+    messages = []
+    for call in (
+        lambda: tgt.distillation_loss(rows, classes),
+        lambda: tgt.distillation_loss(partial, classes),
+        lambda: tgt.distillation_loss(classes, classes, vocab_group="world"),
+        lambda: tgt.distillation_loss(classes, logits[:, :3]),
+        lambda: tgt.distillation_loss(whole, classes, inplace=True),
+    ):
+        with pytest.raises((ValueError, RuntimeError)) as raised:
+            call()
+        messages.append(str(raised.value))
+    return messages
