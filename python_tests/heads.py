@@ -213,8 +213,8 @@ def assert_matches(case: Heads, found: Outcome, expected: Outcome, *, temperatur
     """Loss and gradients within the bars of their dtypes. ``per_row``: the upstream gradient that a row sees."""
     present = [x for x in case.tensors.values() if x is not None]
     present += [] if case.topk is None else [case.topk.log_probs]
-    wide = any(x.dtype == torch.float64 for x in present)
-    loss_dtype = torch.float64 if wide else torch.float32
+    is_fp64 = any(x.dtype == torch.float64 for x in present)
+    loss_dtype = torch.float64 if is_fp64 else torch.float32
     assert found.loss.dtype == loss_dtype
     largest = largest_logit(case, temperature)
     assert case.tensors["student_hidden"] is not None

@@ -225,8 +225,8 @@ def assert_matches_truth(
     scaled = [student / temperature, teacher / teacher_temperature]
     largest = magnitude(*scaled, *([student] if hard else []))
     small = floors(divergence, temperature, teacher_temperature, hard)
-    wide = torch.float64 in (student.dtype, teacher.dtype)
-    loss_dtype = torch.float64 if wide else torch.float32
+    is_fp64 = torch.float64 in (student.dtype, teacher.dtype)
+    loss_dtype = torch.float64 if is_fp64 else torch.float32
     if result.loss.dtype != loss_dtype:
         raise AssertionError(f"loss of {result.loss.dtype} instead of {loss_dtype}")
     # The rows' errors are independent: in a vector of row losses and in their sum alike they add up to sqrt(rows).

@@ -114,8 +114,8 @@ def truth(case: Towers, *, upstream: Tensor | float = 1.0) -> Outcome:
 
 def assert_matches(case: Towers, found: Outcome, expected: Outcome, *, per_row: float) -> None:
     """Loss and gradients within the bars of their dtypes. ``per_row``: the upstream gradient that a query sees."""
-    wide = any(x.dtype == torch.float64 for x in case.tensors.values())
-    dtype = torch.float64 if wide else torch.float32
+    is_fp64 = any(x.dtype == torch.float64 for x in case.tensors.values())
+    dtype = torch.float64 if is_fp64 else torch.float32
     t = {name: tensor.double() for name, tensor in case.tensors.items()}
     temperature = case.options["temperature"]
     teacher_temperature = case.options.get("teacher_temperature") or temperature

@@ -38,7 +38,7 @@ def mixed() -> nn.Module:
 
 
 @pytest.mark.parametrize("files", [OURS, OURS | {contextlib.__file__}], ids=["ours", "contextlib"])
-@pytest.mark.parametrize("enter", [modes.eval_mode, guard.left_as_found])
+@pytest.mark.parametrize("enter", [modes.eval_mode, guard.preserve_student])
 def test_a_student_has_its_modes_back(enter: Any, files: set[str | None]) -> None:
     student = mixed()
     flags = [module.training for module in student.modules()]

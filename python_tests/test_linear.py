@@ -122,7 +122,7 @@ def test_products_of_bf16_on_a_device(
 
     Also where weights or hidden states have a mean that the exact gradients nearly cancel.
     """
-    monkeypatch.setattr(linear_heads, "widens", lambda device: True)
+    monkeypatch.setattr(linear_heads, "casts_operands", lambda device: True)
     case = heads(256, (2000, 2000), (128, 128), dtypes=(torch.bfloat16, torch.bfloat16), **options)
     if shifted is not None:
         tensor = case.tensors[shifted]
@@ -133,7 +133,7 @@ def test_products_of_bf16_on_a_device(
 
 
 def test_products_of_bf16_with_weights_and_any_upstream_gradient(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_heads, "widens", lambda device: True)
+    monkeypatch.setattr(linear_heads, "casts_operands", lambda device: True)
     case = heads(64, (300, 320), (32, 16), dtypes=(torch.bfloat16,) * 2, labeled=True, vocabulary={"vocab_size": 300})
     assert case.target is not None
     case.target[3], case.target[9] = -100, -1
@@ -146,7 +146,7 @@ def test_products_of_bf16_with_weights_and_any_upstream_gradient(native: str, mo
 
 
 def test_products_of_fp16_on_a_device(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_heads, "widens", lambda device: True)
+    monkeypatch.setattr(linear_heads, "casts_operands", lambda device: True)
     case = heads(dtypes=(torch.float16, torch.float16), student=(2.0, 9.0), labeled=True)
     check(case, backend=native, hard_weight=0.5, memory_budget=BUDGETS["three rows"])
 

@@ -1,4 +1,4 @@
-"""The loss from hidden states in autograd and on the machine: backward twice, doors, precision, streams, memory."""
+"""The loss from hidden states in autograd and on the machine: backward twice, paths, precision, streams, memory."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_gradient_of_one_is_handed_out_unscaled(native: str, monkeypatch: pyte
     """Made in forward, once: backward runs no product, and no pass over the gradients."""
     t = leaves(heads())
     loss = tgt.linear_distillation_loss(**t, backend=native)  # type: ignore[call-overload]
-    monkeypatch.setattr(linear_chunks, "_Job", None)
+    monkeypatch.setattr(linear_chunks, "ChunkedLoss", None)
     made = [grad for grad in loss.grad_fn.ready if grad is not None]
     grads = torch.autograd.grad(loss, list(t.values()))
     assert [grad.data_ptr() for grad in grads] == [grad.data_ptr() for grad in made]

@@ -240,7 +240,7 @@ def test_a_second_derivative_needs_the_reference(native: str) -> None:
 
 def test_products_of_bf16_on_a_device(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of a device, on a CPU, which has not yet run on a GPU."""
-    monkeypatch.setattr(linear_heads, "widens", lambda device: True)
+    monkeypatch.setattr(linear_heads, "casts_operands", lambda device: True)
     for tail, student in itertools.product(TAILS, ((1.0, None), (1.5, 30.0))):
         case = topk_case(128, (2000, 2000), k=16, dtype=torch.bfloat16, tail=tail, student=student)
         for budget in (1 << 18, 1 << 30):
@@ -293,7 +293,7 @@ def test_chunks_stay_within_their_budget(native: str, monkeypatch: pytest.Monkey
         made: Tensor = allocate(shape, dtype)
         return made
 
-    monkeypatch.setattr(linear_chunks._Job, "_empty", watched)
+    monkeypatch.setattr(linear_chunks.ChunkedLoss, "_empty", watched)
     run(topk_case(1000, (500, 500)), backend=native, memory_budget=1 << 20, wanted=("student_hidden",))
     assert 0.9 * (1 << 20) < sum(taken) <= 1 << 20
 

@@ -1,4 +1,4 @@
-"""The ops in PyTorch's dispatcher: opcheck, both doors, fakes, autocast, transforms, subclasses, DTensor."""
+"""The ops in PyTorch's dispatcher: opcheck, both paths, fakes, autocast, transforms, subclasses, DTensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss against a top-k record in autograd: backward twice, in place, both doors, compiled steps, the module."""
+"""The loss against a top-k record in autograd: backward twice, in place, both paths, compiled steps, the module."""
 
 from __future__ import annotations
 

@@ -60,8 +60,8 @@ def assert_near(
     t = topk.temperature
     small = floors(divergence, t, t, hard)
     whole = per_row * math.sqrt(max(1, student.shape[:-1].numel()))
-    wide = torch.float64 in (student.dtype, topk.log_probs.dtype)
-    result = torch.float64 if wide else torch.float32
+    is_fp64 = torch.float64 in (student.dtype, topk.log_probs.dtype)
+    result = torch.float64 if is_fp64 else torch.float32
     largest = magnitude(student / t, topk.log_probs, *([student] if hard else []))
     assert out[0].dtype == result
     assert out[1].dtype == student.dtype

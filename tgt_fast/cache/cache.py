@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from tgt_fast._opening import as_path
 from tgt_fast.cache.arguments import as_loader, flag
-from tgt_fast.cache.asking import SampleIds, as_ids, ask, lacking
 from tgt_fast.cache.fingerprint import Fingerprint, teacher_fingerprint, warn_of_unseen
 from tgt_fast.cache.index import MISSING, Ids, Places
 from tgt_fast.cache.layout import Layout, Rows
 from tgt_fast.cache.outputs import LABELS, LATENTS, OP, Settings
 from tgt_fast.cache.processes import packed, unpacked
+from tgt_fast.cache.query import SampleIds, as_ids, ask, missing_rows
 from tgt_fast.cache.store import Store
 from tgt_fast.errors import ArgumentError, CacheError, ShapeError, UnknownIdError
 from tgt_fast.ops import _checks
@@ -188,7 +188,7 @@ class TeacherCache:
         ids, store = as_ids(sample_ids), self._open()
         where = self._find(ids)
         while store.layout is None or _lacks(where):  # again if a file was cut while the teacher computed
-            which = lacking(ids, where)
+            which = missing_rows(ids, where)
             if not store.writable:
                 return self._labels(self._mixed(x, ids, where, which), x)
             layout, rows = self._compute(x, which, ids)
@@ -288,7 +288,7 @@ class TeacherCache:
                 given, x, _ = parts.split(batch)
                 assert given is not None
                 ids = as_ids(given)
-                which = lacking(ids, self._find(ids))
+                which = missing_rows(ids, self._find(ids))
                 step = batch_size or max(1, len(which))
                 for start in range(0, len(which), step):
                     part = which[start : start + step]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError
-from tgt_fast.explore.draws import words
+from tgt_fast.explore.draws import philox_words
 from tgt_fast.kernels.options import OP_PERTURB
 from tgt_fast.teacher import Latents, tree
 from tgt_fast.teacher.key import Key
@@ -51,7 +51,7 @@ class AnchorPool:
 
     def draw(self, key: Key) -> Anchors:
         """An anchor for each row of the key, which is that of the rows' first replicas; the others start there, too."""
-        first, second, _, _ = words(key.on(self.labels.device), OP_PERTURB)
+        first, second, _, _ = philox_words(key.on(self.labels.device), OP_PERTURB)
         # floor(word * n / 2^32): uniform over 0..n-1, exact in int64 as n < 2^31.
         group = (first * self.classes) >> 32
         member = (second * self._sizes[group]) >> 32

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tgt_fast.explore.draws import decoded
-from tgt_fast.explore.gradient import Student, climb, ways_up
-from tgt_fast.explore.guard import left_as_found
+from tgt_fast.explore.gradient import Student, ascend, ascent_steps
+from tgt_fast.explore.guard import preserve_student
 from tgt_fast.explore.options import SamplerOptions
 from tgt_fast.teacher import Latents, Teacher, tree
 from tgt_fast.teacher.key import Key
@@ -54,10 +54,10 @@ class CompiledExploration:
     """What :class:`tgt_fast.LatentSampler` runs with ``compile=True``."""
 
     def __init__(self) -> None:
-        self._up = Compiled(ways_up)
+        self._up = Compiled(ascent_steps)
         self._examples = Compiled(examples)
 
-    def climb(
+    def ascend(
         self,
         teacher: Teacher,
         student: Student,
@@ -67,11 +67,11 @@ class CompiledExploration:
         key: Key,
         options: SamplerOptions,
     ) -> tuple[Latents, list[float]]:
-        """:func:`tgt_fast.explore.gradient.climb`."""
+        """:func:`tgt_fast.explore.gradient.ascend`."""
         arguments = (teacher, student, start, anchors, scale, key, options)
         if options.record_disagreement:  # which is read on the host
-            return climb(*arguments)
-        with left_as_found(student):
+            return ascend(*arguments)
+        with preserve_student(student):
             found: Latents = self._up(*arguments, device=start.z.device)
         return found, []
 

@@ -19,7 +19,7 @@ _LAST_BLOCK = 0xFFFFFFFF
 _WORD = 0xFFFFFFFF
 
 
-def words(key: Key, op: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox_words(key: Key, op: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four independent 32-bit words a sample, each int64 [B] in [0, 2^32), that no normal draw uses."""
     counter = (
         torch.full_like(key.ids, _LAST_BLOCK),

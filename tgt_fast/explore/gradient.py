@@ -14,7 +14,7 @@ from torch import Tensor
 from tgt_fast._ranges import named_range
 from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.explore.draws import over_coordinates
-from tgt_fast.explore.guard import left_as_found, unwrapped
+from tgt_fast.explore.guard import preserve_student, unwrapped
 from tgt_fast.explore.options import SamplerOptions
 from tgt_fast.explore.student import refuse_labeler, student_logits
 from tgt_fast.ops.distill import distillation_loss
@@ -44,7 +44,7 @@ def checked_student(teacher: Teacher, student: Student | None) -> Student:
     return student
 
 
-def climb(
+def ascend(
     teacher: Teacher,
     student: Student,
     start: Latents,
@@ -59,8 +59,8 @@ def climb(
     each step and at the end (steps + 1 numbers; one more pass of decoder, labeler and student).
     """
     values: list[Tensor] = []
-    with left_as_found(student):
-        latents = ways_up(teacher, student, start, anchors, scale, key, options, values)
+    with preserve_student(student):
+        latents = ascent_steps(teacher, student, start, anchors, scale, key, options, values)
         if not options.record_disagreement:
             return latents, []
         with torch.no_grad():
@@ -69,7 +69,7 @@ def climb(
     return latents, [value.mean().item() for value in (*values, torch.cat(last))]
 
 
-def ways_up(
+def ascent_steps(
     teacher: Teacher,
     student: Student,
     start: Latents,
@@ -79,19 +79,22 @@ def ways_up(
     options: SamplerOptions,
     values: list[Tensor] | None = None,
 ) -> Latents:
-    """The steps of :func:`climb`, for a student in eval mode; appends the disagreement before each to ``values``."""
+    """The steps of :func:`ascend`, for a student in eval mode; appends the disagreement before each to ``values``."""
     latents, key = start, key.on(start.z.device)
     for number in range(options.steps):
-        parts = [_slope(teacher, student, *piece, options) for piece in tree.chunks((latents, key), teacher.max_batch)]
+        parts = [
+            disagreement_grad(teacher, student, *piece, options)
+            for piece in tree.chunks((latents, key), teacher.max_batch)
+        ]
         value, slope = (torch.cat(column) for column in zip(*parts, strict=True))
         if values is not None:
             values.append(value)
         with named_range("ascend"):
-            latents = step_up(latents, slope, anchors, scale, key, options, number=number)
+            latents = ascent_step(latents, slope, anchors, scale, key, options, number=number)
     return latents
 
 
-def _slope(
+def disagreement_grad(
     teacher: Teacher, student: Student, latents: Latents, key: Key, options: SamplerOptions
 ) -> tuple[Tensor, Tensor]:
     """The disagreement of each sample, [B], and its gradient in z."""
@@ -144,7 +147,7 @@ def _disagreement(teacher: Teacher, student: Student, latents: Latents, key: Key
     return loss.flatten(1).sum(1) if loss.ndim > 1 else loss
 
 
-def step_up(
+def ascent_step(
     latents: Latents,
     slope: Tensor,
     anchors: Latents | None,

@@ -22,7 +22,7 @@ def unwrapped(student: Callable[..., Any]) -> Callable[..., Any]:
     return inner.module if isinstance(inner, DistributedDataParallel) else student
 
 
-def what_runs(part: Callable[..., Any]) -> Callable[..., Any]:
+def underlying_callable(part: Callable[..., Any]) -> Callable[..., Any]:
     """The module, or the function, at the bottom of a callable, to tell whether two are the same."""
     part = _uncompiled(part)
     module = module_behind(part)
@@ -40,7 +40,7 @@ def _uncompiled(part: Any) -> Any:
 
 
 @contextmanager
-def left_as_found(student: Callable[..., Any]) -> Iterator[None]:
+def preserve_student(student: Callable[..., Any]) -> Iterator[None]:
     """Inside, the student is in eval mode; after, its flags, buffers and the global generators (torch, numpy,
     Python) are as before.
 

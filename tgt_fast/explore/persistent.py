@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tgt_fast._ranges import named_range
 from tgt_fast.explore.bank import LatentBank, chain_key
-from tgt_fast.explore.draws import with_noise, words
-from tgt_fast.explore.gradient import step_up
+from tgt_fast.explore.draws import philox_words, with_noise
+from tgt_fast.explore.gradient import ascent_step
 from tgt_fast.explore.options import SamplerOptions
 from tgt_fast.kernels.options import OP_RESTART
 from tgt_fast.teacher import Latents, Teacher, tree
@@ -25,7 +25,7 @@ from tgt_fast.teacher.key import Key
 _CPU = torch.device("cpu")
 
 
-def visit_chains(
+def chain_latents(
     teacher: Teacher,
     bank: LatentBank,
     x: Any,
@@ -100,7 +100,7 @@ def _chains_of(key: Key) -> list[int]:
 def _starts_anew(bank: LatentBank, key: Key, chains: list[int], options: SamplerOptions) -> Tensor:
     """Whether each chain starts from its example, bool [B]; decided by sample id, step and replica alone."""
     # Against an integer: as float32 the largest words would round up to 2^32.
-    coin = words(key, OP_RESTART)[0] < round(options.restart_probability * 2**32)
+    coin = philox_words(key, OP_RESTART)[0] < round(options.restart_probability * 2**32)
     unknown = [chain not in bank for chain in chains]
     return coin | torch.tensor(unknown, dtype=torch.bool, device=coin.device)
 
@@ -128,5 +128,5 @@ def _moved(
         rows = torch.arange(replica * count, (replica + 1) * count, device="cpu")
         anchor = None if anchors is None else tree.take(anchors, rows)
         mine = tree.take(start, rows)
-        parts.append(step_up(mine, tree.take(slope, rows), anchor, scale, key.of_replica(replica), options))
+        parts.append(ascent_step(mine, tree.take(slope, rows), anchor, scale, key.of_replica(replica), options))
     return tree.concat(parts)

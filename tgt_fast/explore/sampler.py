@@ -18,9 +18,9 @@ from tgt_fast.explore.calibration import StreamingStd, measure, measure_together
 from tgt_fast.explore.compiled import CompiledExploration, examples
 from tgt_fast.explore.counters import Counters, seed_tensor
 from tgt_fast.explore.draws import decoded, with_noise
-from tgt_fast.explore.gradient import checked_student, climb
+from tgt_fast.explore.gradient import ascend, checked_student
 from tgt_fast.explore.options import Adjustable, SamplerOptions, checked_integer, fixed
-from tgt_fast.explore.persistent import visit_chains
+from tgt_fast.explore.persistent import chain_latents
 from tgt_fast.explore.prior import prior_latents
 from tgt_fast.explore.processes import of_all_processes, warn_of_foreign_chains, warn_of_own_chains, warn_of_shards
 from tgt_fast.explore.state import SamplerState, checked_state
@@ -179,7 +179,7 @@ class LatentSampler(Adjustable):
         if compile and mode != "gradient":
             raise ArgumentError(f'LatentSampler: compile=True serves mode="gradient", not {mode!r}')
         compiled = CompiledExploration() if compile else None
-        self._climb = climb if compiled is None else compiled.climb
+        self._ascend = ascend if compiled is None else compiled.ascend
         self._examples = examples if compiled is None else compiled.examples
         self._counters = Counters(seed, rank, world_size)
         self._bank = LatentBank(self.options.bank_size)
@@ -187,7 +187,7 @@ class LatentSampler(Adjustable):
 
     rank = fixed("rank", lambda sampler: sampler._counters.place[0])
     world_size = fixed("world_size", lambda sampler: sampler._counters.place[1])
-    compile = fixed("compile", lambda sampler: sampler._climb is not climb)
+    compile = fixed("compile", lambda sampler: sampler._ascend is not ascend)
 
     @property
     def seed(self) -> int:
@@ -250,7 +250,7 @@ class LatentSampler(Adjustable):
         drawn = self._drawn(key) if self.options.anchors == "balanced" else None
         with named_range(f"explore ({self.mode})"):
             if self.mode == "persistent":
-                latents = visit_chains(self.teacher, self._bank, x, key, self._scale_for, self.options)
+                latents = chain_latents(self.teacher, self._bank, x, key, self._scale_for, self.options)
                 made = decoded(self.teacher, latents, key, self.options.replicas, relaxed=True)
                 logits = self.teacher.label(made)
             else:
@@ -369,12 +369,12 @@ class LatentSampler(Adjustable):
         found = [with_noise(anchors, scale, k, options) for k in keys]
         if self.mode == "random" or student is None:
             return found
-        climbed = [
-            self._climb(self.teacher, student, z, anchors, scale, k, options) for z, k in zip(found, keys, strict=True)
+        ascended = [
+            self._ascend(self.teacher, student, z, anchors, scale, k, options) for z, k in zip(found, keys, strict=True)
         ]
-        histories = [history for _, history in climbed]
+        histories = [history for _, history in ascended]
         self.last_disagreement = [sum(values) / len(values) for values in zip(*histories, strict=True)]
-        return [latents for latents, _ in climbed]
+        return [latents for latents, _ in ascended]
 
     def _drawn(self, key: Key) -> Anchors:
         """Balanced anchors."""

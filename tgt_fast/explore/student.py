@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError
-from tgt_fast.explore.guard import what_runs
+from tgt_fast.explore.guard import underlying_callable
 from tgt_fast.teacher import Teacher
 from tgt_fast.teacher.returned import LogitsOf, call, logits_in
 
@@ -29,7 +29,7 @@ def refuse_labeler(op: str, teacher: Teacher, student: Callable[..., Any]) -> No
     Raises:
         ArgumentError: the student is the teacher's own labeler.
     """
-    if any(what_runs(student) is what_runs(part) for part in (teacher, teacher.labeler)):
+    if any(underlying_callable(student) is underlying_callable(part) for part in (teacher, teacher.labeler)):
         raise ArgumentError(
             f"{op}: the student is the teacher's labeler, so their disagreement is identically 0; pass the model that "
             "is being trained (to begin with the labeler's weights: copy.deepcopy of it, made before the teacher)"

@@ -17,7 +17,7 @@ from torch import Tensor
 from tgt_fast.kernels import memory
 from tgt_fast.kernels.calls import Direct, DistillCall, Outputs
 from tgt_fast.kernels.linear_call import result_dtype, row_weights, same_as_own, topk_of, vocabulary_of
-from tgt_fast.kernels.linear_heads import Given, Head, Mapped, TopKTeacher
+from tgt_fast.kernels.linear_heads import Head, LogitsTeacher, RemappedTeacher, TopKTeacher
 from tgt_fast.kernels.options import (
     DIFFERENTIABLE,
     DistillOptions,
@@ -56,33 +56,33 @@ def forward(
     weights = row_weights(tensors, target, vocabulary.classes, divisor, options)
     if options.reduction == "mean" and divisor is None:  # that of all rows, not of a chunk's
         divisor = float(tensors.student_hidden.shape[0]) if weights is None else weights.sum()
-    job = _Job(tensors, vocabulary, None if weights is None else weights != 0, heads, wanted)
+    chunked = ChunkedLoss(tensors, vocabulary, None if weights is None else weights != 0, heads, wanted)
     if upstream is not None:
-        upstream = upstream.detach().to(job.dtype).expand(tensors.student_hidden.shape[0])[:, None]
-    if job.narrow:
+        upstream = upstream.detach().to(chunked.dtype).expand(tensors.student_hidden.shape[0])[:, None]
+    if chunked.casts_grad:
         coefficient = weights
         if coefficient is None:
-            coefficient = torch.ones((), device=job.device).expand(tensors.student_hidden.shape[0])
+            coefficient = torch.ones((), device=chunked.device).expand(tensors.student_hidden.shape[0])
         coefficient = coefficient if divisor is None else coefficient / divisor
-        job.expect(coefficient if upstream is None else coefficient * upstream[:, 0], options)
+        chunked.set_row_scale(coefficient if upstream is None else coefficient * upstream[:, 0], options)
     parts: list[Outputs] = []
-    for chunk in job.chunks():
+    for chunk in chunked.chunks():
         made = kernel.forward(
             DistillCall(
                 options, chunk.student, chunk.teacher, None if target is None else target[chunk.at],
-                None if weight is None else weight[chunk.at], divisor, *job.wanted_logits, want_stats=want_stats,
-                inplace=job.inplace,
+                None if weight is None else weight[chunk.at], divisor, *chunked.wanted_logits, want_stats=want_stats,
+                inplace=chunked.inplace,
             )
         )  # fmt: skip
         for grad in (made.d_student, made.d_teacher):
             if grad is not None and upstream is not None:
                 grad.mul_(upstream[chunk.at])
-        job.give_back(chunk, made.d_student, made.d_teacher)
+        chunked.accumulate_grad(chunk, made.d_student, made.d_teacher)
         parts.append(Outputs(made.loss, made.stats))
     losses = [part.loss for part in parts]
     loss = torch.cat(losses) if options.reduction == "none" else torch.stack(losses).sum(dtype=torch.float64)
     stats = torch.cat([part.stats for part in parts if part.stats is not None], dim=1) if want_stats else None
-    return LinearForward(loss.to(job.dtype), job.grads(), stats)
+    return LinearForward(loss.to(chunked.dtype), chunked.grads(), stats)
 
 
 def backward(
@@ -107,7 +107,7 @@ class _Chunk(NamedTuple):
     missing: Tensor | None  # [C] or [rows, C] bool, the classes that do not exist
 
 
-class _Job:
+class ChunkedLoss:
     """Both sides of a call, its chunks, and the gradients it gathers."""
 
     def __init__(
@@ -125,12 +125,12 @@ class _Job:
             t.student_hidden, t.student_weight, t.student_bias, heads.student_scale, heads.student_softcap,
             vocabulary.classes, counted, self.dtype, wanted[:3], self._empty, self._budget,
         )  # fmt: skip
-        self._teacher: Head | Given | Mapped | TopKTeacher
+        self._teacher: Head | LogitsTeacher | RemappedTeacher | TopKTeacher
         topk = topk_of(t, heads)
         if topk is not None:
             self._teacher = TopKTeacher(topk, vocabulary)
         elif t.teacher_weight is None:
-            self._teacher = Given(t.teacher, vocabulary.teacher_classes, wanted[3])
+            self._teacher = LogitsTeacher(t.teacher, vocabulary.teacher_classes, wanted[3])
         else:
             self._teacher = Head(
                 t.teacher, t.teacher_weight, t.teacher_bias, heads.teacher_scale, heads.teacher_softcap,
@@ -140,7 +140,7 @@ class _Job:
         source, back, unused = vocabulary.source, vocabulary.back, vocabulary.unused
         if topk is None and source is not None and back is not None and unused is not None:
             assert not isinstance(self._teacher, TopKTeacher)
-            self._teacher = Mapped(self._teacher, source, back, unused)
+            self._teacher = RemappedTeacher(self._teacher, source, back, unused)
         self.wanted_logits = (self._student.wanted, self._teacher.wanted)
         # A softcap's derivative is made from the logits, so the gradient goes elsewhere.
         self.inplace = self._student.wanted and self._student.softcap is None
@@ -218,20 +218,20 @@ class _Job:
             main.wait_stream(side)
 
     @property
-    def narrow(self) -> bool:
-        return self._student.narrow or self._teacher.narrow
+    def casts_grad(self) -> bool:
+        return self._student.casts_grad or self._teacher.casts_grad
 
-    def expect(self, coefficient: Tensor, options: DistillOptions) -> None:
+    def set_row_scale(self, coefficient: Tensor, options: DistillOptions) -> None:
         """Each row's weight in the result, before the first chunk: with it, how large its gradients can be."""
         squared = 1.0 if options.divergence == "mse" else options.temperature**2
         soft = options.soft_weight * squared
-        self._student.expect(coefficient, soft / options.temperature + options.hard_weight)
-        self._teacher.expect(coefficient, soft / options.teacher_temperature)
+        self._student.set_row_scale(coefficient, soft / options.temperature + options.hard_weight)
+        self._teacher.set_row_scale(coefficient, soft / options.teacher_temperature)
 
-    def give_back(self, chunk: _Chunk, d_student: Tensor | None, d_teacher: Tensor | None) -> None:
+    def accumulate_grad(self, chunk: _Chunk, d_student: Tensor | None, d_teacher: Tensor | None) -> None:
         for side, grad in ((self._student, d_student), (self._teacher, d_teacher)):
             if grad is not None:
-                side.give_back(chunk.at, chunk.slot, grad, chunk.missing)
+                side.accumulate_grad(chunk.at, chunk.slot, grad, chunk.missing)
 
     def grads(self) -> tuple[Tensor | None, ...]:
         return (*self._student.grads(), *self._teacher.grads())

@@ -26,7 +26,7 @@ _MM_WIDENS: Final = _VERSION >= (2, 8)  # torch.mm(..., out_dtype=)
 _ADDMM_WIDENS: Final = _VERSION >= (2, 11)  # torch.addmm(..., out_dtype=) onto a sum of that dtype
 
 
-def widens(device: torch.device) -> bool:
+def casts_operands(device: torch.device) -> bool:
     """Whether PyTorch multiplies bfloat16 or float16 into float32 there."""
     return _MM_WIDENS and device.type == "cuda"
 
@@ -43,10 +43,10 @@ def _product_of_halves(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) 
         out.add_(torch.mm(a, b, out_dtype=torch.float32))
 
 
-class Given:
+class LogitsTeacher:
     """A teacher whose logits are at hand: a chunk is a slice of them."""
 
-    narrow = False
+    casts_grad = False
 
     def __init__(self, logits: Tensor, classes: int, wanted: bool) -> None:
         self._logits = logits[:, :classes]
@@ -66,10 +66,10 @@ class Given:
             return rows.to(torch.float32, memory_format=torch.contiguous_format)
         return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
-    def expect(self, coefficient: Tensor, bound: float) -> None:
+    def set_row_scale(self, coefficient: Tensor, bound: float) -> None:
         return None
 
-    def give_back(self, at: slice, slot: int, d_logits: Tensor, missing: Tensor | None) -> None:
+    def accumulate_grad(self, at: slice, slot: int, d_logits: Tensor, missing: Tensor | None) -> None:
         if self._d_logits is not None:
             self._d_logits[at, : d_logits.shape[1]] = d_logits
 
@@ -81,7 +81,7 @@ class TopKTeacher:
     """A teacher whose top-k record is at hand: a chunk is its rows, by the classes of the loss. No gradient."""
 
     wanted = False
-    narrow = False
+    casts_grad = False
 
     def __init__(self, topk: TopK, vocabulary: Vocabulary) -> None:
         self._topk = topk
@@ -97,10 +97,10 @@ class TopKTeacher:
         ids, log_probs, tail, form = self._topk
         return self._vocabulary.align_topk(TopK(ids[at], log_probs[at], None if tail is None else tail[at], form))
 
-    def expect(self, coefficient: Tensor, bound: float) -> None:
+    def set_row_scale(self, coefficient: Tensor, bound: float) -> None:
         return None
 
-    def give_back(self, at: slice, slot: int, d_logits: Tensor, missing: Tensor | None) -> None:
+    def accumulate_grad(self, at: slice, slot: int, d_logits: Tensor, missing: Tensor | None) -> None:
         return None
 
     def grads(self) -> tuple[Tensor | None, ...]:
@@ -128,13 +128,13 @@ class Head:
         self._wants_hidden, self._wants_weight, self._wants_bias = wanted
         self.wanted = any(wanted)
         same = hidden.dtype == weight.dtype and dtype == torch.float32
-        self._widening = same and hidden.dtype in _HALVES and widens(hidden.device)
-        self._widened: Tensor | None = None
+        self._casts_operands = same and hidden.dtype in _HALVES and casts_operands(hidden.device)
+        self._cast_weight: Tensor | None = None
         shape = tuple(self._weight.shape)
-        if weight.dtype != dtype and not self._widening and shape[0] * shape[1] * dtype.itemsize <= keep:
-            self._widened = empty(shape, dtype).copy_(self._weight)
+        if weight.dtype != dtype and not self._casts_operands and shape[0] * shape[1] * dtype.itemsize <= keep:
+            self._cast_weight = empty(shape, dtype).copy_(self._weight)
         # Gradients of float16 are held to float16's precision: their products take float32.
-        self.narrow = self._widening and hidden.dtype == torch.bfloat16 and any(wanted)
+        self.casts_grad = self._casts_operands and hidden.dtype == torch.bfloat16 and any(wanted)
         self._d_hidden = hidden.new_empty(hidden.shape) if self._wants_hidden else None
         self._d_weight = empty(tuple(weight.shape), dtype) if self._wants_weight else None
         self._d_bias = hidden.new_zeros(weight.shape[0], dtype=dtype) if self._wants_bias else None
@@ -142,19 +142,19 @@ class Head:
 
     def bytes_a_row(self, width: int) -> int:
         """Of a chunk: the logits, and what stands beside them on the way back."""
-        beside = width * (self.softcap is not None) + 2 * self.narrow
+        beside = width * (self.softcap is not None) + 2 * self.casts_grad
         return self._weight.shape[0] * (width + beside * self.wanted)
 
     def allocate(self, rows: int, slots: int, empty: Empty) -> None:
         """Memory for the logits of a chunk, or of one chunk while another is in use."""
         classes = self._weight.shape[0]
         self._slots = empty((slots, rows, classes), self._dtype)
-        if self.narrow:
+        if self.casts_grad:
             self._rounded = self._hidden.new_empty(rows, classes, dtype=torch.float16)
 
     def logits(self, at: slice, slot: int) -> Tensor:
         out: Tensor = self._slots[slot, : at.stop - at.start]
-        if self._widening:
+        if self._casts_operands:
             _product_of_halves(self._rows(at), self._weight.t(), out)
             if self._factor != 1.0:
                 out.mul_(self._factor)
@@ -168,7 +168,7 @@ class Head:
             out.tanh_().mul_(self.softcap)
         return out
 
-    def give_back(self, at: slice, slot: int, d_logits: Tensor, missing: Tensor | None) -> None:
+    def accumulate_grad(self, at: slice, slot: int, d_logits: Tensor, missing: Tensor | None) -> None:
         """Adds a chunk's part to the gradients; overwrites ``d_logits`` and the slot."""
         if self.softcap is not None:  # tanh' = 1 - tanh^2
             logits = self._slots[slot, : at.stop - at.start]
@@ -177,7 +177,7 @@ class Head:
                 d_logits.masked_fill_(missing, 0.0)
         if self._d_bias is not None:
             self._d_bias[: d_logits.shape[1]].add_(d_logits.sum(dim=0), alpha=self._scale)
-        if self.narrow:
+        if self.casts_grad:
             self._products_of_halves(at, d_logits)
         else:
             self._products(at, d_logits)
@@ -188,7 +188,7 @@ class Head:
         if d_weight is not None:
             rest = d_weight[self._weight.shape[0] if self._started else 0 :]
             rest.zero_()
-            if self.narrow:
+            if self.casts_grad:
                 d_weight = torch.mul(d_weight, self._peak * self._scale, out=torch.empty_like(self._whole))
             d_weight = d_weight.to(self._whole.dtype)
         return self._d_hidden, d_weight, None if d_bias is None else d_bias.to(self._bias_dtype)
@@ -204,7 +204,7 @@ class Head:
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in the dtype of the arithmetic, whole or in blocks of classes."""
-        weight = self._weight if self._widened is None else self._widened
+        weight = self._weight if self._cast_weight is None else self._cast_weight
         if weight.dtype == self._dtype:
             yield slice(None), weight
             return
@@ -232,9 +232,9 @@ class Head:
             beta = 1.0 if self._started else 0.0
             torch.addmm(total, d_logits.t(), self._scaled(at), beta=beta, alpha=alpha, out=total)
 
-    def expect(self, coefficient: Tensor, bound: float) -> None:
+    def set_row_scale(self, coefficient: Tensor, bound: float) -> None:
         """What the products of halves need: each row's weight in the result, [N], and a size that gradients have."""
-        if self.narrow:
+        if self.casts_grad:
             self._unit = coefficient.abs().to(torch.float32) * bound
             self._peak = self._unit.amax().clamp_min(_TINY) if len(self._unit) else self._unit.new_ones(())
             self._inverse = torch.where(self._unit > _TINY, 1.0 / self._unit, 0.0)
@@ -263,14 +263,14 @@ class Head:
             _product_of_halves(rounded.t(), hidden, total, add=self._started)
 
 
-class Mapped:
+class RemappedTeacher:
     """A teacher's side whose classes are those of the loss in another order, some of them missing."""
 
-    def __init__(self, side: Head | Given, source: Tensor, back: Tensor, unused: Tensor) -> None:
+    def __init__(self, side: Head | LogitsTeacher, source: Tensor, back: Tensor, unused: Tensor) -> None:
         self._side = side
         self._source, self._back, self._unused = source, back, unused  # see Vocabulary
         self.wanted = side.wanted
-        self.narrow = side.narrow
+        self.casts_grad = side.casts_grad
 
     def bytes_a_row(self, width: int) -> int:
         return self._side.bytes_a_row(width) + width * (self._source.numel() + self._back.numel() * self.wanted)
@@ -281,12 +281,12 @@ class Mapped:
     def logits(self, at: slice, slot: int) -> Tensor:
         return self._side.logits(at, slot).index_select(1, self._source)
 
-    def expect(self, coefficient: Tensor, bound: float) -> None:
-        self._side.expect(coefficient, bound)
+    def set_row_scale(self, coefficient: Tensor, bound: float) -> None:
+        self._side.set_row_scale(coefficient, bound)
 
-    def give_back(self, at: slice, slot: int, d_logits: Tensor, missing: Tensor | None) -> None:
+    def accumulate_grad(self, at: slice, slot: int, d_logits: Tensor, missing: Tensor | None) -> None:
         made = d_logits.index_select(1, self._back).masked_fill_(self._unused, 0.0)
-        self._side.give_back(at, slot, made, None)
+        self._side.accumulate_grad(at, slot, made, None)
 
     def grads(self) -> tuple[Tensor | None, ...]:
         return self._side.grads()

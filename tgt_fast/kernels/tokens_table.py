@@ -16,7 +16,7 @@ def taken(table: Tensor, chosen: Tensor) -> Tensor:
 
 def given_back(table: Tensor, chosen: Tensor, d_out: Tensor) -> Tensor:
     """The gradient of that to the table: the upstream gradients of each row's takers, added in a fixed order."""
-    wide = torch.float64 if torch.float64 in (table.dtype, d_out.dtype) else torch.float32
-    upstream = d_out.detach().to(wide).masked_fill((chosen < 0)[:, None], 0.0)
-    total = torch.zeros(table.shape, dtype=wide, device=table.device)
+    dtype = torch.float64 if torch.float64 in (table.dtype, d_out.dtype) else torch.float32
+    upstream = d_out.detach().to(dtype).masked_fill((chosen < 0)[:, None], 0.0)
+    total = torch.zeros(table.shape, dtype=dtype, device=table.device)
     return total.index_put_((chosen.clamp_min(0),), upstream, accumulate=True).to(table.dtype)

@@ -52,8 +52,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> Any:  # type: ignore[override]
         # Summed in float32 at least, as the gradients of rows are within a process.
-        wide = torch.promote_types(d_out.dtype, torch.float32)
-        total = d_out.to(wide, copy=True, memory_format=torch.contiguous_format)
+        dtype = torch.promote_types(d_out.dtype, torch.float32)
+        total = d_out.to(dtype, copy=True, memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total, group=ctx.group)
         start = torch.distributed.get_rank(ctx.group) * ctx.count
         return total[start : start + ctx.count].to(d_out.dtype), None

@@ -70,8 +70,8 @@ class Perturb(torch.autograd.Function):
         (rows,) = ctx.saved_tensors
         all_readable("perturb_latents, backward", z=rows, sigma=per_sample, scale=per_coordinate, **key)
         d_out = upstream("perturb_latents", d_out)
-        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        z, d = rows.to(wide), d_out.to(wide)
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        z, d = rows.to(dtype), d_out.to(dtype)
         v = perturb(kernel, z, per_sample, per_coordinate, key, truncation, None)  # differentiable again
         length = v.norm(dim=1, keepdim=True)
         unit = v / length

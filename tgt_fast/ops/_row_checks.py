@@ -75,25 +75,25 @@ def check_log_probs(op: str, log_probs: Tensor, counted: Tensor | None) -> None:
     Raises:
         ArgumentError: they cannot, with row and value, and what they seem to be.
     """
-    wide = log_probs.detach()
-    wide = wide if wide.dtype == torch.float64 else wide.to(torch.float32)
-    top = wide.amax(-1)
-    bad = ((wide.exp().sum(-1) > _MASS) | (top > _ABOVE)) & (top < math.inf)  # NaN and +inf make a loss of NaN
+    values = log_probs.detach()
+    values = values if values.dtype == torch.float64 else values.to(torch.float32)
+    top = values.amax(-1)
+    bad = ((values.exp().sum(-1) > _MASS) | (top > _ABOVE)) & (top < math.inf)  # NaN and +inf make a loss of NaN
     if not bool(bad.any()):
         return
     bad = bad if counted is None else bad & counted
     if not bool(bad.any()):
         return
     row = int(bad.nonzero()[0])
-    given = wide[bad]
+    given = values[bad]
     given = given[given > -math.inf]
     if bool(((given >= 0) & (given <= 1)).all()):
         found = "they seem to be probabilities: pass their log()"
     else:
         found = f"are they logits? Pass log_softmax(logits / temperature) of all classes at the listed ids; {_REMEDY}"
-    values = ", ".join(f"{value:g}" for value in wide[row, :4].tolist()) + (", ..." if wide.shape[1] > 4 else "")
+    first = ", ".join(f"{value:g}" for value in values[row, :4].tolist()) + (", ..." if values.shape[1] > 4 else "")
     raise ArgumentError(
-        f"{op}: log_probs[{row}] = [{values}] are no log-probabilities, which are at most 0 and whose exp() adds up to "
+        f"{op}: log_probs[{row}] = [{first}] are no log-probabilities, which are at most 0 and whose exp() adds up to "
         f"at most 1; {found}"
     )
 

@@ -40,8 +40,8 @@ def _whole(part: Any, dtype: torch.dtype | None) -> Any:
         from torch.distributed.tensor import Partial
 
         # Narrow before it travels: the shards are those of the optimizer, in float32 as a rule.
-        narrow = part if dtype is None or dtype == part.dtype else part.to(dtype)
-        return narrow.full_tensor(grad_placements=[Partial("avg")] * part.device_mesh.ndim)
+        cast = part if dtype is None or dtype == part.dtype else part.to(dtype)
+        return cast.full_tensor(grad_placements=[Partial("avg")] * part.device_mesh.ndim)
     if hasattr(part, "ds_id"):
         return _Copy.apply(part, dtype or part.dtype)
     return part

@@ -189,10 +189,10 @@ def _forward(logits: Tensor, table: Tensor, *rest: Any) -> tuple[Tensor, Tensor,
 def _forward_fake(logits: Tensor, table: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     hard, keep = rest[2], rest[-1]
     count = logits.shape[0]
-    wide = torch.float64 if torch.float64 in (logits.dtype, table.dtype) else torch.float32
+    dtype = torch.float64 if torch.float64 in (logits.dtype, table.dtype) else torch.float32
     return (
         table.new_empty(count, table.shape[1]),
-        logits.new_empty((2, count), dtype=wide) if keep else logits.new_empty(0),
+        logits.new_empty((2, count), dtype=dtype) if keep else logits.new_empty(0),
         logits.new_empty(count if keep and hard else 0, dtype=torch.int64),
     )
 

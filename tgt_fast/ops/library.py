@@ -1,8 +1,8 @@
 """The ops as PyTorch's dispatcher knows them, in the namespace ``torch.ops.tgt_fast``.
 
-A public function has two doors to the same kernels. The direct one calls them from Python, which costs the least. The
-dispatcher's serves whoever must see an op in order to work: ``torch.compile``, ``torch.export``, fake tensors, dispatch
-and function modes. Both doors give the same bits.
+A public function has two paths to the same kernels. The eager path calls them from Python, which costs the least. The
+dispatcher path serves whoever must see an op in order to work: ``torch.compile``, ``torch.export``, fake tensors,
+dispatch and function modes. Both paths give the same bits.
 """
 
 from __future__ import annotations

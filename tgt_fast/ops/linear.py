@@ -351,7 +351,7 @@ def run_dispatched(
     tensors: LinearTensors, divisor: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
     want_stats: bool, backend: str,
 ) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
-    """The dispatcher's door to the driver."""
+    """The dispatcher path to the driver."""
     divisor = beside(divisor, tensors.student_hidden)
     inputs = packed_call(tensors, divisor, packed_heads(heads), packed(options))
     loss, rows = linear_distillation_loss_op(*inputs, want_stats, backend)
@@ -362,7 +362,7 @@ def run_in_chunks(
     tensors: LinearTensors, divisor: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
     want_stats: bool, backend: str,
 ) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
-    """The direct door to the driver."""
+    """The eager path to the driver."""
     kernel = Direct(chosen(backend, tensors), tensors)
     if graph_wanted(*tensors[:DIFFERENTIABLE]):
         loss, rows = Linear.apply(divisor, Call(heads, options, kernel, want_stats), *tensors)

@@ -304,19 +304,19 @@ def topk_teacher(
 
 def _top(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """ids, log-probabilities and tail of some rows.  [N, C] -> [N, k], [N, k], [N]"""
-    wide = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    values, ids = wide.topk(k, dim=-1)
+    cast = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    values, ids = cast.topk(k, dim=-1)
     # Relative to the largest: a difference of logits is exact where a tempered logit would be rounded.
     peak = values[:, :1]
     values = (values - peak) / temperature
     if k < logits.shape[1]:
-        others = wide.scatter(1, ids, -torch.inf)
+        others = cast.scatter(1, ids, -torch.inf)
         next_largest = others.amax(-1, keepdim=True)
         next_largest = torch.where(next_largest == -torch.inf, 0, next_largest)
         # In place, and relative to the largest of the others, of which much would underflow beside the largest of all.
         others = others.sub_(next_largest).div_(temperature).exp_().sum(-1).log_()
         others = others + ((next_largest - peak) / temperature)[:, 0]
     else:
-        others = torch.where(peak[:, 0].isfinite(), -torch.inf, torch.nan).to(wide.dtype)
+        others = torch.where(peak[:, 0].isfinite(), -torch.inf, torch.nan).to(cast.dtype)
     total = torch.logaddexp(values.logsumexp(-1), others)
     return ids, values - total[:, None], others - total

@@ -60,7 +60,7 @@ def probe(
     with isolated_rng(), eval_mode(student):
         made = {
             "pictures": _tried(lambda: _pictures(sampler, student, ids, x, y)),
-            "ascent": _tried(lambda: _climb(sampler, student, x)),
+            "ascent": _tried(lambda: _ascend(sampler, student, x)),
             "sources": _tried(lambda: _sources(sampler, student, ids, x, y, soft)),
         }
     return {"mode": sampler.mode, "examples": tree.batch_size(x), **made}
@@ -104,7 +104,7 @@ def _sources(
     ]
 
 
-def _climb(sampler: LatentSampler, student: nn.Module, x: Any) -> dict[str, Any]:
+def _ascend(sampler: LatentSampler, student: nn.Module, x: Any) -> dict[str, Any]:
     size = sampler.step_size if sampler.mode in ("gradient", "persistent") else ASCENT_STEP_SIZE
     values = ascent(sampler, student, x, steps=ASCENT_STEPS, step_size=size)
     return {"step_size": size, "units": sampler.units, "values": list(values)}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tgt_fast.errors import ArgumentError
-from tgt_fast.explore.guard import left_as_found
+from tgt_fast.explore.guard import preserve_student
 from tgt_fast.ops._adapters import is_adapted, with_adapters
 from tgt_fast.ops.library import without_autocast
 from tgt_fast.teacher import tree
@@ -128,7 +128,7 @@ class VocabularyHead:
         """
         if self.projection is not None:
             return self.projection
-        with left_as_found(self.model), torch.no_grad(), self.instead(self._check):
+        with preserve_student(self.model), torch.no_grad(), self.instead(self._check):
             made = self.model(**_first(inputs))
         logits = made.get("logits") if isinstance(made, Mapping) else getattr(made, "logits", None)
         if not isinstance(logits, Tensor) or logits.shape[-1:] != (len(_PROBE),):

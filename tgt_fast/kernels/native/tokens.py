@@ -105,12 +105,12 @@ def soft_forward(
             job.call(kernel, slice(0, job.count), state, None, chosen.data_ptr())
         out = taken(table, chosen)
     else:
-        wide = torch.empty(job.count, table.shape[1], dtype=job.dtype, device="cpu")
+        sums = torch.empty(job.count, table.shape[1], dtype=job.dtype, device="cpu")
         weights = job.buffer()
         for at in job.chunks(job.rows):
             job.call(kernel, at, state, weights, 0)
-            torch.mm(weights[: at.stop - at.start], job.table, out=wide[at])
-        out = wide.div_(state[1][:, None]).to(table.dtype)
+            torch.mm(weights[: at.stop - at.start], job.table, out=sums[at])
+        out = sums.div_(state[1][:, None]).to(table.dtype)
     return out, SoftState(state, chosen) if keep else None
 
 

@@ -49,7 +49,7 @@ def philox4x32(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -
     return c0, c1, c2, c3
 
 
-def _words(seed: Word, sample_ids: Tensor, blocks: int, step: Word, replica: Word, op: int) -> Tensor:
+def philox_words(seed: Word, sample_ids: Tensor, blocks: int, step: Word, replica: Word, op: int) -> Tensor:
     """The four words of each block of each sample.  [B] -> [B, blocks, 4] int64"""
     block = torch.arange(blocks, dtype=torch.int64, device=sample_ids.device)[None, :]
     ids = sample_ids.to(torch.int64)[:, None]
@@ -91,7 +91,7 @@ def standard_normal(
     Returns:
         [B, count] float32.
     """
-    words = _words(seed, sample_ids, (count + 3) // 4, step, replica, op).to(torch.float64)
+    words = philox_words(seed, sample_ids, (count + 3) // 4, step, replica, op).to(torch.float64)
     uniform = (words + 0.5) * 2.0**-32
     if truncation is None:
         # Rounded to float32, as every backend computes it: near 1 the logarithm would magnify the difference.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tgt_fast.kernels.options import OP_GUMBEL, OP_TOKENS, SampleOptions, SoftOptions, SoftState
-from tgt_fast.kernels.reference.latent import _words
+from tgt_fast.kernels.reference.latent import philox_words
 from tgt_fast.kernels.tokens_table import given_back
 
 __all__ = ["gumbel_noise", "sample", "soft_backward", "soft_embedding", "soft_forward", "token_uniform"]
@@ -26,7 +26,7 @@ def token_uniform(
     Returns:
         [B, L] float64, in (0, 1).
     """
-    words = _words(seed, sample_ids, (positions + 3) // 4, step, replica, OP_TOKENS).to(torch.float64)
+    words = philox_words(seed, sample_ids, (positions + 3) // 4, step, replica, OP_TOKENS).to(torch.float64)
     return (words.flatten(start_dim=1)[:, :positions] + 0.5) * 2.0**-32
 
 
@@ -47,7 +47,7 @@ def gumbel_noise(
         [B, L, V] float32.
     """
     blocks = (classes + 3) // 4
-    words = _words(seed, sample_ids, positions * blocks, step, replica, OP_GUMBEL)
+    words = philox_words(seed, sample_ids, positions * blocks, step, replica, OP_GUMBEL)
     words = words.reshape(sample_ids.shape[0], positions, 4 * blocks)[..., :classes]
     uniform = (words.to(torch.float64) + 0.5) * 2.0**-32
     return -(-uniform.log()).log().to(torch.float32)
@@ -126,13 +126,13 @@ def _first_largest(noisy: Tensor) -> Tensor:
 def _value(noisy: Tensor, table: Tensor, options: SoftOptions) -> Tensor:
     """softmax(noisy / tau) @ table; with ``hard`` the row of the largest instead, whose gradient to the logits is that
     of the soft one and whose gradient to the table is its own."""
-    wide = table.to(torch.float64)
+    rows64 = table.to(torch.float64)
     probability = torch.softmax(noisy / options.tau, dim=-1)
     if options.hard:
-        soft = probability @ wide.detach()
+        soft = probability @ rows64.detach()
         chosen = _first_largest(noisy)[:, None]
-        return torch.where(chosen >= 0, wide[chosen[:, 0]], math.nan) + (soft - soft.detach())
-    return probability @ wide
+        return torch.where(chosen >= 0, rows64[chosen[:, 0]], math.nan) + (soft - soft.detach())
+    return probability @ rows64
 
 
 def soft_embedding(
@@ -159,9 +159,9 @@ def soft_forward(
         if logits.shape[0]:
             rows[0] = noisy.amax(dim=-1)
             rows[1] = ((noisy - rows[0][:, None]) / options.tau).exp().sum(dim=-1)
-        wide = torch.float64 in (logits.dtype, table.dtype)
+        is_fp64 = torch.float64 in (logits.dtype, table.dtype)
         chosen = _first_largest(noisy) if options.hard else rows.new_empty(0, dtype=torch.int64)
-        return out, SoftState(rows if wide else rows.to(torch.float32), chosen)
+        return out, SoftState(rows if is_fp64 else rows.to(torch.float32), chosen)
 
 
 def soft_backward(
@@ -176,11 +176,11 @@ def soft_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients to logits and table, written out: inside a registered op there is no autograd to ask."""
     with torch.no_grad():
-        wide, upstream = table.to(torch.float64), d_out.to(torch.float64)
+        rows64, upstream = table.to(torch.float64), d_out.to(torch.float64)
         probability = torch.softmax(_noisy(logits, options, **key) / options.tau, dim=-1)  # type: ignore[arg-type]
         d_logits = d_table = None
         if wanted[0]:
-            slope = upstream @ wide.T
+            slope = upstream @ rows64.T
             mean = (probability * slope).sum(dim=-1, keepdim=True)
             d_logits = (probability * (slope - mean) / options.tau).to(logits.dtype)
         if wanted[1] and options.hard:

@@ -103,7 +103,7 @@ def distillation_loss(
     Returns:
         The loss, 0-d or [N], in float32 (float64 if an input is).
     """
-    wide = torch.float64 in (student.dtype, topk.log_probs.dtype)
+    is_fp64 = torch.float64 in (student.dtype, topk.log_probs.dtype)
     s = student.to(torch.float64)
     counted, labeled, weight, divisor = distill._counts(s, target, sample_weight, divisor, options)
     undefined = distill._is_undefined(s)
@@ -127,7 +127,7 @@ def distillation_loss(
     loss = torch.where(counted, weight * loss, 0.0)
     if options.reduction != "none":
         loss = loss.sum()
-    return loss.to(torch.float64 if wide else torch.float32)
+    return loss.to(torch.float64 if is_fp64 else torch.float32)
 
 
 def forward(call: DistillCall, out: Outputs) -> None:

@@ -50,7 +50,7 @@ def as_ids(given: SampleIds) -> Ids:
     return ids
 
 
-def lacking(ids: Ids, where: Places) -> Ids:
+def missing_rows(ids: Ids, where: Places) -> Ids:
     """The positions that are missing, in order; of an id that repeats, the first."""
     found = np.flatnonzero(where == MISSING)
     return found[np.sort(np.unique(ids[found], return_index=True)[1])]
