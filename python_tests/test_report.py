@@ -15,6 +15,7 @@ import pytest
 
 from tgt_fast.errors import ArgumentError, CheckpointError
 from tgt_fast.report import Page, prepare_file, prepare_folder, write_json
+from tgt_fast.report.page import Cell
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -27,6 +28,7 @@ def page() -> Page:
     made.command("a <file> && b")
     made.facts([("<1>", "a & b")])
     made.table(["<h>", "x"], [["<i>", "1"], ["j", "2"]], "<caption>", strong=[1])
+    made.cells(["<s>"], [[Cell("<u>", b"", "<q>")], [Cell('<a "b">', PNG, "ok", marked=True)]], "<em>")
     made.figure("plot-1", PNG + b"x", 'an "alt" <text>', "<b>bold</b>")
     made.footer("a < b")
     return made
@@ -35,7 +37,7 @@ def page() -> Page:
 def test_everything_printed_is_escaped() -> None:
     html = page().html()
     for raw in (
-        "<script>",
+        "<script>alert",
         "<i>",
         "<h>",
         "<li><li>",
@@ -45,6 +47,11 @@ def test_everything_printed_is_escaped() -> None:
         "<1>",
         "<title> &",
         'alt="an "alt"',
+        "<s>",
+        "<u>",
+        "<q>",
+        "<em>",
+        'alt="<a',
         "a < b",
     ):
         assert raw not in html
@@ -57,7 +64,7 @@ def test_the_page_needs_nothing_beside_it() -> None:
     sources = re.findall(r'(?:src|href)="([^"]*)"', html)
     assert sources
     assert all(source.startswith("data:image/png;base64,") for source in sources)
-    assert base64.b64decode(sources[0].split(",")[1]) == PNG + b"x"
+    assert base64.b64decode(sources[-1].split(",")[1]) == PNG + b"x"
     assert "@import" not in html
     assert "url(" not in html
 

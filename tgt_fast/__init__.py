@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tgt_fast import kernels as kernels
     from tgt_fast import losses as losses
     from tgt_fast import ops as ops
+    from tgt_fast import report as report
     from tgt_fast import teacher as teacher
     from tgt_fast import testing as testing
     from tgt_fast import train as train
@@ -74,7 +75,7 @@ __all__ = [
     "topk_teacher",
 ]
 
-_MODULES: Final = ("cache", "errors", "explore", "kernels", "losses", "ops", "teacher", "testing", "train")
+_MODULES: Final = ("cache", "errors", "explore", "kernels", "losses", "ops", "report", "teacher", "testing", "train")
 _OPS: Final = ("contrast", "distill", "latent", "linear", "tokens", "topk")
 _WHERE: Final = {
     "ContrastiveDistillationLoss": "tgt_fast.losses.contrast",

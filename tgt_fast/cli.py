@@ -1,4 +1,4 @@
-"""The command line: ``tgt-fast demo``, ``bench``, ``profile``, ``cache`` and ``doctor``."""
+"""The command line: ``tgt-fast demo``, ``report``, ``bench``, ``profile``, ``cache`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _bench(given)
         elif given.command == "profile":
             _profile(given)
+        elif given.command == "report":
+            _report(given)
         else:
             _demo(given)
     except TgtError as error:
@@ -57,6 +59,17 @@ def _parser() -> argparse.ArgumentParser:
     demos = demo.add_subparsers(dest="demo", required=True, metavar="DEMO")
     for one in DEMOS.values():
         _add_demo(demos, one)
+
+    report = commands.add_parser(
+        "report",
+        help="a page of a training run, from its log, also while it runs",
+        description="Write one HTML file of a run that fit(log=...) logs: curves, what its sampler makes, diagnostics, "
+        "settings. Plots need tgt-fast[demo].",
+    )
+    report.add_argument("folder", type=Path, metavar="RUN_DIR", help="what fit(log=...) was given")
+    report.add_argument(
+        "--out", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="the page (default: RUN_DIR/report.html)"
+    )
 
     bench = commands.add_parser(
         "bench",
@@ -271,6 +284,12 @@ def _profile(given: argparse.Namespace) -> None:
     from tgt_fast.bench.profile import run_profile
 
     run_profile(given.out, chosen_device(given.device), given.steps, given.mode, Console())
+
+
+def _report(given: argparse.Namespace) -> None:
+    from tgt_fast.report import of_folder
+
+    print(f"Report: {of_folder(given.folder, getattr(given, 'out', None))}")
 
 
 def _demo(given: argparse.Namespace) -> None:

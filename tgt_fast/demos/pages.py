@@ -11,7 +11,8 @@ from tgt_fast.demos.results import AccuracyResults, StudentResults
 from tgt_fast.report import Page, plots
 from tgt_fast.report.identity import commit
 from tgt_fast.report.numbers import spread
-from tgt_fast.report.plots import Bar, Series
+from tgt_fast.report.parts import inside
+from tgt_fast.report.plots import Series
 
 
 @dataclass(frozen=True)
@@ -63,24 +64,13 @@ def in_all(result: StudentResults[Any]) -> tuple[str, str]:
     return f"{result.seconds:.0f} s", f"for everything here, {seeds} seed{'s' * (seeds > 1)}"
 
 
-def percent_chart(page: Page, name: str, bars: Sequence[Bar], title: str, unit: str, caption: str) -> None:
-    """A chart of one percentage of each method, from a round number below the lowest on."""
-    floor = max(0.0, 10 * ((min(min(bar.points) for bar in bars) - 10) // 10))
-    page.figure(
-        name,
-        plots.bars(bars, title, f"{unit}, percent", low=floor),
-        f"Chart of the {_inside(title)} of each method",
-        f"Dots: means; circles: the seeds. The axis begins at {floor:.0f} %. {caption}",
-    )
-
-
 def learning_chart(page: Page, series: Sequence[Series], title: str, unit: str, caption: str, **options: Any) -> None:
     """The section of the learning curves; ``series`` of ``learning_curves``, options of ``plots.lines``."""
     page.section("Learning")
     page.figure(
         "learning",
         plots.lines(series, f"{title} over training", "step", unit, **options),
-        f"Line chart of the {_inside(title)} over training steps, one line a method",
+        f"Line chart of the {inside(title)} over training steps, one line a method",
         f"Lines: means over seeds; bands: lowest to highest. Dashed: {caption}",
     )
 
@@ -104,8 +94,3 @@ def ending(page: Page, demo: str, result: StudentResults[Any], packages: Sequenc
         + ", ".join(f"{name} {version}" for name, version in versions(packages).items())
         + f". Commit: {commit()}."
     )
-
-
-def _inside(title: str) -> str:
-    """A title in the middle of a sentence."""
-    return title[0].lower() + title[1:]

@@ -145,9 +145,10 @@ def lines(
     log_x: bool = False,
     y_limits: tuple[float, float] | None = None,
     x_ticks: Sequence[float] | None = None,
+    height: float = 4.6,
 ) -> bytes:
     """Lines, each named at its right end in its own colour; names that would overlap are moved apart."""
-    with figure(9, 4.6) as (made, axes):
+    with figure(9, height) as (made, axes):
         for item in items:
             axes.plot(
                 item.x, item.y, color=item.color, lw=2, ls="--" if item.dashed else "-", marker=item.marker, ms=5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from tgt_fast.demos.digits import findings
@@ -18,12 +19,12 @@ from tgt_fast.demos.pages import (
     in_all,
     learning_chart,
     learning_curves,
-    percent_chart,
 )
 from tgt_fast.report import Page, plots
 from tgt_fast.report.numbers import mean
+from tgt_fast.report.parts import diagnostics, percent_chart
 from tgt_fast.report.plots import Bar, Series, Tile
-from tgt_fast.train.diagnostics import MEANING
+from tgt_fast.train.diagnostics import MEANING, SourceRow
 
 COLORS = {
     "one-hot": "#a3adb8",
@@ -192,52 +193,22 @@ def _exploration(page: Page, result: DemoResult) -> None:
 def _diagnostics(page: Page, result: DemoResult) -> None:
     page.section("Diagnostics")
     page.text(f"{MEANING} The loss is that of the student of plain distillation.")
-    names = [row.source for row in result.diagnostics[0].sources]
+    fields = [field.name for field in dataclasses.fields(SourceRow) if field.name != "source"]
 
     def values(name: str, field: str) -> list[float]:
         found = [getattr(row, field) for d in result.diagnostics for row in d.sources if row.source == name]
         return [value for value in found if value is not None]
 
-    fields = (
-        ("reconstruction_error", "reconstruction\nerror (pixel rms)", ".3f"),
-        ("wasserstein", "sliced Wasserstein\nto the test images", ".3f"),
-        ("loss_mean", "mean of the\nsoft-label loss", ".2f"),
-        ("loss_variance", "its variance\n ", ".2f"),
-        ("agreement", "agreement with\nthe labeler, %", ".0f"),
+    diagnostics(
+        page,
+        {row.source: {f: values(row.source, f) for f in fields} for row in result.diagnostics[0].sources},
+        _SOURCE_COLORS,
+        real="the test images",
+        caption="Pixels lie between 0 and 1. The 118 labelled images are far from the test images because of their "
+        "long tail; a source that is nearer to them fills in what they lack.",
+        table_caption="Means over seeds. The labeler's error is known only where there are true labels; it was trained "
+        "on the labelled images.",
     )
-    page.figure(
-        "diagnostics",
-        plots.panels(
-            [
-                (title, form, [Bar(n, values(n, field), _SOURCE_COLORS[n]) for n in names])
-                for field, title, form in fields
-            ],
-            "Diagnostics by source of examples",
-        ),
-        "Small bar charts of the diagnostics, one row a source of examples",
-        "Pixels lie between 0 and 1. The 118 labelled images are far from the test images because of their long tail; "
-        "a source that is nearer to them fills in what they lack.",
-    )
-    rows = []
-    for name in names:
-        error = values(name, "labeler_error")
-        rows.append(
-            [
-                name,
-                *(f"{mean(values(name, field)):{form.replace('0f', '1f')}}" for field, _, form in fields),
-                f"{mean(values(name, 'mean_kl')):.3f}",
-                f"{mean(error):.2f}" if error else "unknown",
-            ]
-        )
-    page.table(
-        (
-            "source", "reconstruction error", "Wasserstein", "mean loss", "loss variance", "agreement %", "mean KL",
-            "labeler's error %",
-        ),
-        rows,
-        "Means over seeds. The labeler's error is known only where there are true labels; it was trained on the "
-        "labelled images.",
-    )  # fmt: skip
 
 
 def _labels(page: Page, result: DemoResult) -> None:

@@ -17,10 +17,10 @@ from tgt_fast.demos.pages import (
     in_all,
     learning_chart,
     learning_curves,
-    percent_chart,
 )
 from tgt_fast.report import Page, plots
 from tgt_fast.report.numbers import mean
+from tgt_fast.report.parts import percent_chart
 from tgt_fast.report.plots import Bar
 
 COLORS = {"one-hot": "#a3adb8", "distillation": "#c8a75b", "tgt-random": "#2a9d8f", "tgt-gradient": "#1d4e89"}

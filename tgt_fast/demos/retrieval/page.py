@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tgt_fast.demos.networks import parameter_count
-from tgt_fast.demos.pages import MainTable, ending, in_all, learning_chart, learning_curves, percent_chart
+from tgt_fast.demos.pages import MainTable, ending, in_all, learning_chart, learning_curves
 from tgt_fast.demos.retrieval import findings
 from tgt_fast.demos.retrieval.findings import LABELS
 from tgt_fast.demos.retrieval.methods import new_student
@@ -13,6 +13,7 @@ from tgt_fast.demos.retrieval.results import PACKAGES, DemoResult
 from tgt_fast.demos.retrieval.settings import BASELINES, DEPTHS, METHODS
 from tgt_fast.report import Page
 from tgt_fast.report.numbers import spread
+from tgt_fast.report.parts import percent_chart
 from tgt_fast.report.plots import Bar
 
 COLORS = {
