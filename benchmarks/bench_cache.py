@@ -120,7 +120,7 @@ def warm(case: Case, folder: Path, plain: Path, row_bytes: int, shuffled: bool, 
 
 
 def slices(folder: Path, drawn: Iterator[torch.Tensor]) -> Callable[[], Any]:
-    """What the library offers for rows: a slice each."""
+    """The library's own way for rows: a slice each."""
     files = [safetensors.safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
     where = {int(i): (file, row) for file in files for row, i in enumerate(file.get_tensor("sample_ids").tolist())}
     fields = {id(file): [file.get_slice(name) for name in file.keys() if name != "sample_ids"] for file in files}  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels: registers, shared memory, stack frames and spills, a row a kernel.
+"""Results of compiling the CUDA kernels: registers, shared memory, stack frames and spills, a row a kernel.
 
     python benchmarks/cuda_report.py LIBRARY.so            # of a library that is built: nothing is compiled
     python benchmarks/cuda_report.py                       # compiles for sm_90
@@ -162,7 +162,7 @@ def version(nvcc: str) -> str:
 
 
 def made_of(nvcc: str) -> str:
-    """What the kernels are compiled from, and by what, in a hash."""
+    """A hash of the sources and of the compiler."""
     sources = [path for folder in ("common", "cuda") for path in (ROOT / "csrc" / folder).iterdir()]
     settings = [ROOT / "cmake" / "cuda_flags.txt", ROOT / "cmake" / "cuda_architectures.cmake"]
     here = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()

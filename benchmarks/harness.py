@@ -1,4 +1,4 @@
-"""What the benchmarks add to ``tgt-fast bench``: one op noun a script, and its result file for the documentation."""
+"""Additions of the benchmarks to ``tgt-fast bench``: one op a script, and its result file for the documentation."""
 
 from __future__ import annotations
 

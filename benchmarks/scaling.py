@@ -1,4 +1,4 @@
-"""What a training step communicates, calculated for many GPUs and measured for few processes on this machine.
+"""Communication of a training step, calculated for many GPUs and measured for few processes on this machine.
 
     python benchmarks/scaling.py [--save]
 

@@ -61,7 +61,7 @@ def _share(row: dict[str, Any], way: str) -> str:
 
 
 def limits(record: dict[str, Any]) -> str:
-    """Where each way of spreading stops paying, by the rows of the table above."""
+    """The points at which each way of spreading stops paying, by the rows of the table above."""
     rows, step, machine = record["rows"], record["step"], record["machine"]
 
     def first(holds: Any) -> str:

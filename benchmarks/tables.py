@@ -235,7 +235,7 @@ def cuda(record: dict[str, Any]) -> str:
 
 
 def gpu(record: dict[str, Any]) -> str:
-    """What has run on a GPU, and what came of it: ``benchmarks/gpu.sh``."""
+    """Runs on a GPU and their results: ``benchmarks/gpu.sh``."""
     kernels, checks, tests = (record.get(name, {}) for name in ("kernels", "checks", "tests"))
     bad = [f"{name}: {found['status']}" for name, found in kernels.items() if found["status"] != "ok"]
     wrong = [f"{name}: {status}" for name, status in checks.items() if status not in ("ok", "skipped")]

@@ -1,4 +1,4 @@
-"""What a reader of the package opens on the way of a call: the Python files that it runs through, by their imports.
+"""Files that a reader of the package opens on the way of a call: those that it runs through, by their imports.
 
     python benchmarks/trips.py [--source FOLDER] [--files]
 
@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 
 
 class Trip(NamedTuple):
-    """Where it begins, and what is beside its way."""
+    """Its beginning, and what is beside its way."""
 
     start: tuple[str, ...]  # modules, of which the first that exists is taken
     beside: tuple[str, ...]  # what names of modules begin with

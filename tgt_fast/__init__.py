@@ -127,7 +127,7 @@ def _import_all() -> None:
 
 
 def _is_command() -> bool:
-    """Whether this process is ``tgt-fast`` or ``python -m tgt_fast``, whose help texts wait for no PyTorch."""
+    """True if this process is ``tgt-fast`` or ``python -m tgt_fast``, whose help texts wait for no PyTorch."""
     words = sys.orig_argv
     module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
     return module.split(".")[0] == "tgt_fast" or os.path.basename(getattr(sys, "argv", [""])[0]) == "tgt-fast"

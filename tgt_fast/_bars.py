@@ -34,7 +34,7 @@ def quiet(wanted: bool) -> Iterator[None]:
 
 
 def batches(made: Iterable[T], loader: Any, name: str, progress: bool | None) -> Iterator[T]:
-    """What is ``made`` of a loader's batches, with a bar beside it, which the first of several processes shows.
+    """Results ``made`` of a loader's batches, with a bar beside it, which the first of several processes shows.
 
     ``progress``: None shows it on a terminal, after a second, where nothing is :func:`quiet`.
     """

@@ -45,7 +45,7 @@ class NewFile:
 
     @property
     def place(self) -> Path:
-        """Where it lies meanwhile."""
+        """The path at which it lies meanwhile."""
         assert self._path is not None
         return self._path
 

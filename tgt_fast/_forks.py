@@ -37,7 +37,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def forked() -> bool:
-    """Whether this process was forked from one that had imported this package."""
+    """True if this process was forked from one that had imported this package."""
     return _forked
 
 

@@ -34,7 +34,7 @@ def _end(*_: Any) -> NoReturn:
 
 
 def _is_command() -> bool:
-    """Whether this process is ``tgt-fast`` or ``python -m tgt_fast``, and none that one of these started."""
+    """True if this process is ``tgt-fast`` or ``python -m tgt_fast``, and none that one of these started."""
     if multiprocessing.parent_process() is not None or threading.current_thread() is not threading.main_thread():
         return False
     name = (getattr(sys, "argv", None) or [""])[0]

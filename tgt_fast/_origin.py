@@ -14,11 +14,11 @@ def top_of(module: str | None) -> str:
 
 
 def is_given(module: str | None) -> bool:
-    """Whether code belongs to PyTorch or the standard library."""
+    """True if code belongs to PyTorch or the standard library."""
     top = top_of(module)
     return top != "__main__" and (top == "torch" or top in sys.stdlib_module_names)
 
 
 def is_installed(file: str) -> bool:
-    """Whether a file lies where packages are installed."""
+    """True if a file lies where packages are installed."""
     return not _INSTALLED.isdisjoint(PurePath(file).parts)

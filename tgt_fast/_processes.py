@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def connected() -> bool:
-    """Whether this process has a default process group."""
+    """True if this process has a default process group."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -21,7 +21,7 @@ def place() -> tuple[int, int]:
 
 
 def exchanged(mine: Any, group: Any = None) -> list[Any]:
-    """What each process of the group, by default of all, brings, in the order of ranks."""
+    """Contributions of each process of the group, by default of all, in the order of ranks."""
     found: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(found, mine, group=group)
     return found
@@ -30,7 +30,7 @@ def exchanged(mine: Any, group: Any = None) -> list[Any]:
 def done_by_each(
     work: Callable[[], T], exchange: Callable[[Any], list[Any]], refusal: Callable[[int, str, str], Exception]
 ) -> list[T]:
-    """What ``work`` gives in each process. Where it fails in one all raise, so that none waits for one that stopped.
+    """Results of ``work`` in each process. Where it fails in one all raise, so that none waits for one that stopped.
 
     Args:
         exchange: brings together what each has.

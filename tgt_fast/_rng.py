@@ -46,7 +46,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def isolated_rng(seed: int | None = None, *, cuda: bool = True) -> Iterator[None]:
-    """What runs inside leaves the global generators as they were; with a seed, it starts from that seed."""
+    """Leave the global generators as they were before the block; with a seed, the block starts from that seed."""
     before = get_rng_state(cuda=cuda)
     try:
         try:

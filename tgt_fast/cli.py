@@ -188,7 +188,7 @@ def _add_cache(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _results() -> dict[Path, None]:
-    """What was written so far; the module is imported by commands that write."""
+    """Files that were written so far; the module is imported by commands that write."""
     written: dict[Path, None] = getattr(sys.modules.get("tgt_fast.report.output"), "written", {})
     return written
 
@@ -266,7 +266,7 @@ def _bench(given: argparse.Namespace) -> int:
 
 
 def _command(given: argparse.Namespace) -> str:
-    """What measures the same again; where the numbers went is left out."""
+    """The command that measures the same again; where the numbers went is left out."""
     said = {name: getattr(given, name, None) for name in ("ops", "device", "shapes", "seconds", "backends", "rivals")}
     usual = {"device": "auto", "shapes": "full", "backends": ("available",), "rivals": ("available",)}
     words = [

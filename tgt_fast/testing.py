@@ -92,7 +92,7 @@ class _Maker:
 
 
 def _has_kernels(op: str, device: torch.device | str, backend: str) -> bool:
-    """Whether the backend serves ``op`` where it serves the loss. One that serves nothing here says so when called."""
+    """True if the backend serves ``op`` where it serves the loss. One that serves nothing here says so when called."""
     name = select.requested(backend)
     if name == "auto":
         return True

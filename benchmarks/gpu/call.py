@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.sh does, in order; see there."""
+"""The stages of benchmarks/gpu.sh, in order; see there."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ FIRST = 128256  # classes
 
 
 class Bench:
-    """What there is to measure, and how far it is."""
+    """The cases to measure, and the progress with them."""
 
     def __init__(self, worker: Callable[[], Isolated], results: Results, *, quick: bool, command: str) -> None:
         self.process, self.results, self.quick, self.command = worker(), results, quick, command

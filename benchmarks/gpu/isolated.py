@@ -20,7 +20,7 @@ START_LIMIT = 90.0  # seconds to import everything and to open the device
 
 @dataclass
 class Outcome:
-    """What became of a task."""
+    """The outcome of a task."""
 
     status: str
     seconds: float

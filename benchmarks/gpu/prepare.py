@@ -1,4 +1,4 @@
-"""What the machine has, and a core that runs on it: one that came along if it is of these sources, else a new one."""
+"""A look at the machine, and a core that runs on it: one that came along if it is of these sources, else a new one."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def environment(stages: Stages, device: str) -> None:
 
 
 def core(stages: Stages, device: str, limit: float) -> bool:
-    """Whether there is a core of these sources in the package."""
+    """True if there is a core of these sources in the package."""
     began, log = time.monotonic(), stages.log("build")
     problem = unfit_core(device)
     if not problem:
@@ -110,7 +110,7 @@ def peers(stages: Stages, folder: Path) -> None:
 
 
 def _told(command: list[str], limit: float) -> Any:
-    """What a command prints as its last line, as JSON; what went wrong as its ``problem``."""
+    """The last line that a command prints, as JSON; its failure as its ``problem``."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, cwd=ROOT)
         if done.returncode == 0:

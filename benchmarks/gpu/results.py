@@ -27,7 +27,7 @@ def digest_of_sources(root: Path = ROOT) -> str:
 
 
 def digest_of_core(root: Path = ROOT) -> str:
-    """What ``build_info()["sources"]`` says of a core of these sources (cmake/sources_digest.cmake)."""
+    """The ``build_info()["sources"]`` of a core of these sources (cmake/sources_digest.cmake)."""
     found = [
         path
         for path in (root / "csrc").rglob("*")
@@ -74,7 +74,7 @@ class Results:
         self.summary = {"sources": self.sources, **{key: self.earlier[key] for key in KEPT if key in self.earlier}}
 
     def _of_earlier(self, name: str) -> dict[str, Any]:
-        """What an earlier call wrote, if it ran these sources."""
+        """The results of an earlier call, if it ran these sources."""
         for folder in (self.out, self.kept, ROOT / "benchmarks" / "results"):
             try:
                 found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
@@ -133,5 +133,5 @@ class Results:
 
 
 def same_case(row: dict[str, Any], case: dict[str, Any]) -> bool:
-    """Whether a row is of that case."""
+    """True if a row is of that case."""
     return all(row[key] == case[key] for key in ("op", "shape", "dtype"))

@@ -130,7 +130,7 @@ def _shard(
 
 
 def read(*paths: Path) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
-    """How many tests each file has, and the outcome of each test, the worst of its phases."""
+    """The number of tests of each file, and the outcome of each test, the worst of its phases."""
     counts: dict[str, int] = {}
     tests: dict[str, dict[str, Any]] = {}
     for line in (line for path in paths for line in path.read_text().splitlines()):

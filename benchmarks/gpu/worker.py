@@ -73,7 +73,7 @@ def run_calls(device: str, names: list[str]) -> int:
 
 
 def lost(device: Any) -> bool:
-    """Whether the device answers this process with errors from now on."""
+    """True if the device answers this process with errors from now on."""
     import torch
 
     if device.type != "cuda":
@@ -105,7 +105,7 @@ def call(device: Any, name: str) -> dict[str, Any]:
 
 
 def cases(device: Any, quick: bool) -> dict[str, Any]:
-    """What there is to measure."""
+    """The cases to measure."""
     from tgt_fast.bench.case import dtype_name
     from tgt_fast.bench.nouns import NOUNS
 

@@ -1,4 +1,4 @@
-"""What is measured: a case, the calls that compete on it, and the check that comes before the clock."""
+"""The subject of a measurement: a case, the calls that compete on it, and the check that comes before the clock."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class UnfitError(Exception):
 
 @dataclass(frozen=True)
 class Check:
-    """How far results lie from the float64 truth, by name, and how far they may."""
+    """Distances of results from the float64 truth, by name, and their bounds."""
 
     errors: Mapping[str, float]
     bars: Mapping[str, float]

@@ -48,7 +48,7 @@ def case(spec: Spec, device: torch.device) -> Case:
 def our_loss(
     queries: Tensor, passages: Tensor, teacher_q: Tensor, teacher_d: Tensor, target: Tensor, *, spec: Spec, backend: str
 ) -> Tensor:
-    """What is timed."""
+    """The work that is timed."""
     return tgt.contrastive_distillation_loss(
         queries, passages, teacher_q, teacher_d, positives=target, divergence=spec.divergence, temperature=TEMPERATURE,
         hard_weight=1.0, backend=backend,

@@ -29,7 +29,7 @@ _SAME_LOSS, _SAME_GRADIENT = 0.05, 0.3
 
 @dataclass(frozen=True)
 class Spec:
-    """What is computed."""
+    """The computation of a case."""
 
     rows: int
     classes: int
@@ -119,7 +119,7 @@ def case(spec: Spec, device: torch.device) -> Case:
 
 
 def our_loss(student: Tensor, teacher: Tensor, target: Tensor, spec: Spec, backend: str) -> Tensor:
-    """What is timed."""
+    """The work that is timed."""
     return _loss(student, teacher, target, spec, backend, "mean")
 
 

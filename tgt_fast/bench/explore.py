@@ -63,7 +63,7 @@ def convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
 
 
 class Networks(nn.Module):
-    """What takes part, of the size of the digits demo's labeler."""
+    """The networks that take part, of the size of the digits demo's labeler."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ OPS: Final = {"perturb": 2, "ascend": 4, "ascend with noise": 4}  # matrices rea
 
 @dataclass(frozen=True)
 class Spec:
-    """What is computed."""
+    """The computation of a case."""
 
     op: str
     samples: int
@@ -77,7 +77,7 @@ def case(spec: Spec, device: torch.device) -> Case:
 
 
 def our_op(op: str, z: Tensor, grad: Tensor, anchor: Tensor, backend: str) -> Tensor:
-    """What is timed."""
+    """The work that is timed."""
     return _op(op, z, grad, anchor, backend)
 
 

@@ -30,7 +30,7 @@ _SAME_LOSS, _SAME_GRADIENT = 0.05, 0.3
 
 @dataclass(frozen=True)
 class Spec:
-    """What is computed."""
+    """The computation of a case."""
 
     rows: int
     student_hidden: int
@@ -121,7 +121,7 @@ def case(spec: Spec, device: torch.device) -> Case:
 def our_loss(
     hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, target: Tensor, *, spec: Spec, backend: str
 ) -> Tensor:
-    """What is timed."""
+    """The work that is timed."""
     return tgt.linear_distillation_loss(
         hidden, weight, teacher, teacher_weight, target, divergence=spec.divergence, temperature=TEMPERATURE,
         hard_weight=1.0, backend=backend,

@@ -1,4 +1,4 @@
-"""How much memory a call takes at its peak, and how much there is.
+"""Memory that a call takes at its peak, and memory that there is.
 
 On a GPU the allocator of PyTorch knows. A CPU's process knows the most that it ever held, so a call there is measured
 in a process of its own: ``python -m tgt_fast.bench.memory NOUN NUMBER CONTENDER``.
@@ -16,7 +16,7 @@ from tgt_fast.bench.case import Call, Case, Work
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What could be allocated now; None where nobody tells."""
+    """Bytes that could be allocated now; None where nobody tells."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])

@@ -18,7 +18,7 @@ _HERE = Path(__file__).parent
 
 
 def origin(device: torch.device, copy_rate: float, command: str) -> dict[str, Any]:
-    """Where results come from, as JSON; their rows come beside it, under "rows"."""
+    """The origin of results, as JSON; their rows come beside it, under "rows"."""
     native = next(row for row in tgt.backends() if row.name == "native")
     versions: dict[str, str] = {
         "python": platform.python_version(),

@@ -13,7 +13,7 @@ OK, WRONG, FAILED, SKIPPED, DIFFERS = "ok", "WRONG", "failed", "skipped", "diffe
 
 @dataclass
 class Standing:
-    """How a contender fared."""
+    """The result of a contender."""
 
     status: str = OK
     reason: str = ""
@@ -63,7 +63,7 @@ class Row:
         return None if self.rate is None or not self.copy_rate else self.rate / self.copy_rate
 
     def over(self, rival: str) -> float | None:
-        """How many times as fast as a rival that computed the same."""
+        """The speed relative to a rival that computed the same."""
         theirs = self.rivals.get(rival)
         if theirs is None or theirs.timing is None or self.ours.timing is None:
             return None

@@ -27,7 +27,7 @@ _PATIENCE: Final = {"cuda": 140.0, "cpu": 1800.0}  # seconds; after them no riva
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure."""
+    """The selection of what is measured."""
 
     device: torch.device
     nouns: Sequence[str] = tuple(NOUNS)

@@ -64,7 +64,7 @@ def _print_noun(console: Console, noun: str, rows: Sequence[Row]) -> None:
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """What went wrong, and which rivals are left out, each reason once."""
+    """Failures, and rivals that are left out, each reason once."""
     lines = [f"{row.case.title} [{row.backend}] {s.status}: {s.reason}" for row in rows if (s := row.ours).reason]
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:

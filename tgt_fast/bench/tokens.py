@@ -27,7 +27,7 @@ _FLOOR: Final = 1e-2
 
 @dataclass(frozen=True)
 class Spec:
-    """What is computed. ``width``: of the embeddings; 0 to draw tokens."""
+    """The computation of a case. ``width``: of the embeddings; 0 to draw tokens."""
 
     rows: int
     classes: int
@@ -113,7 +113,7 @@ class _Work(Work):
 
 
 def plain_sample(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """What users write: sort, cut, draw."""
+    """The usual code of users: sort, cut, draw."""
     if top_k is None and top_p is None:
         return torch.multinomial(torch.softmax(logits, -1), 1)[:, 0]
     ordered, ids = logits.sort(dim=-1, descending=True)

@@ -28,7 +28,7 @@ _SAME_LOSS, _SAME_GRADIENT = 0.05, 0.3
 
 @dataclass(frozen=True)
 class Spec:
-    """What is computed."""
+    """The computation of a case."""
 
     rows: int
     classes: int
@@ -72,7 +72,7 @@ def case(spec: Spec, device: torch.device) -> Case:
 
 
 def dense_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """What a rival computes."""
+    """The computation of a rival."""
     q, p = (x.float().div(TEMPERATURE).log_softmax(-1) for x in (student, teacher))
     return TEMPERATURE**2 * F.kl_div(q, p, log_target=True, reduction="batchmean")
 

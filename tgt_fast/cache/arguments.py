@@ -1,4 +1,4 @@
-"""What callers of a cache pass, checked before anything is done with it."""
+"""Arguments of a cache, checked before anything is done with them."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ class TeacherCache:
     # Reading
 
     def label(self, x: Any, sample_ids: SampleIds) -> TeacherTopK | Tensor:
-        """What the teacher says of ``x``: read where it is stored, else computed and stored.
+        """Outputs of the teacher for ``x``: read where it is stored, else computed and stored.
 
         Args:
             x: B samples, a tensor or a pytree of tensors. Not looked at where all rows are stored.
@@ -319,7 +319,7 @@ class TeacherCache:
         return self._open().check()
 
     def contents(self) -> Contents:
-        """What the folder is seen to hold."""
+        """The contents of the folder, as seen."""
         store = self._open()
         return Contents(self._layout(), {shard.path.name: shard.bytes for shard in store.shards}, dict(store.torn))
 

@@ -45,7 +45,7 @@ def build(
 
 
 def factory(option: str, text: str) -> Callable[[], Any]:
-    """What ``package.module:name`` names; modules in the current folder are found, too.
+    """The object that ``package.module:name`` names; modules in the current folder are found, too.
 
     Raises:
         ArgumentError: there is no such thing, or it cannot be called.

@@ -1,4 +1,4 @@
-"""What can be seen of a callable from outside: its code, its settings, and the tensors that it computes with."""
+"""The identity of a callable as seen from outside: its code, its settings, and the tensors that it computes with."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ class Identity:
             yield from self._global(name, function.__globals__[name], names, own=own)
 
     def _global(self, name: str, value: Any, names: set[str], *, own: bool) -> Iterator[tuple[str, Any]]:
-        """What a function sees under a name. What it asks of the user's modules and classes is seen as well."""
+        """The object under a name of a function. What it asks of the user's modules and classes is seen as well."""
         if own or plain(value) is not None or isinstance(value, _SEEN) or hasattr(value, "__wrapped__"):
             yield name, value
         elif not is_machinery(value):  # a registry, a context: it belongs to the package, but for what was put in

@@ -1,4 +1,4 @@
-"""Where each sample lies: sorted ids, searched for a whole batch at a time."""
+"""The index of samples: sorted ids, searched for a whole batch at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a row of a cache consists of, and the way between tensors and rows of bytes."""
+"""The parts of a row of a cache, and the way between tensors and rows of bytes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Block:
 
     @cached_property
     def offsets(self) -> dict[str, int]:
-        """Where each field begins in a row."""
+        """Offsets of the fields in a row."""
         found, at = {}, 0
         for name in sorted(self.fields, key=lambda n: (-self.fields[n].dtype.itemsize, n)):
             found[name] = at
@@ -134,7 +134,7 @@ class Layout:
         return Layout({name: Field(x.dtype, tuple(x.shape[1:])) for name, x in sorted(tensors.items())}, classes)
 
     def difference(self, other: Layout) -> str:
-        """Where another differs, in words; empty where it does not."""
+        """The difference of another, in words; empty where there is none."""
         found = [] if self.classes == other.classes else [f"classes: {self.classes} and {other.classes}"]
         for name in sorted({*self.fields, *other.fields}):
             one, two = self.fields.get(name), other.fields.get(name)

@@ -90,7 +90,7 @@ def is_machinery(thing: Any) -> bool:
 
 
 def hides_state(thing: Any) -> bool:
-    """Whether an object keeps something that is no attribute, in another language."""
+    """True if an object keeps something that is no attribute, in another language."""
     if _is_wrapper(thing):
         return False
     slots = _slots(thing)

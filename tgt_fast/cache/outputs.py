@@ -87,7 +87,7 @@ class Settings:
         return x if self.dtype is None else x.to(self.dtype)
 
     def labels(self, tensors: dict[str, Tensor], classes: int, device: torch.device) -> Tensor | TeacherTopK:
-        """What :meth:`_labels` took apart."""
+        """The inverse of :meth:`_labels`."""
         if device.type != "cpu":
             tensors = {name: x.to(device) for name, x in tensors.items()}
         if self.k is None:

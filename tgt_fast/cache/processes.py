@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 
 class Writer(Protocol):
-    """What has rows to write."""
+    """A holder of rows to write."""
 
     def close(self) -> None: ...
 

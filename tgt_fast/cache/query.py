@@ -1,4 +1,4 @@
-"""What is asked for, and the teacher that is asked."""
+"""The ids that are asked for, and the teacher that is asked."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def missing_rows(ids: Ids, where: Places) -> Ids:
 def ask(
     teacher: Callable[..., Any], x: Any, n: int, logits_of: LogitsOf = None, *, latents: bool
 ) -> tuple[Tensor | TeacherTopK, Latents | None]:
-    """What a teacher says of n samples, without a graph, in eval mode.
+    """Outputs of a teacher for n samples, without a graph, in eval mode.
 
     Raises:
         ArgumentError: it has no encoder, and latents are wanted.

@@ -113,7 +113,7 @@ class Shard:
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file is one of ours, by its name."""
+    """True if a file is one of ours, by its name."""
     return _OURS.fullmatch(name) is not None
 
 
@@ -163,7 +163,7 @@ def _read_header(first: bytes, file: Any, size: int) -> tuple[int, dict[str, Any
 
 
 def _spans(header: dict[str, Any], available: int) -> dict[str, tuple[int, int]]:
-    """Where the data of each tensor lies, if together they are exactly what the file holds."""
+    """Places of the data of each tensor, if together they are exactly what the file holds."""
     spans: dict[str, tuple[int, int]] = {}
     try:
         for name, entry in header.items():
@@ -184,7 +184,7 @@ def _spans(header: dict[str, Any], available: int) -> dict[str, tuple[int, int]]
 
 
 def _kinds(layout: Layout, rows: int) -> dict[str, Any]:
-    """What the header of a shard says of its tensors, apart from where they lie."""
+    """Tensors by the header of a shard, apart from where they lie."""
 
     def stored(field: Field) -> dict[str, Any]:
         return {"dtype": NAMES[field.dtype], "shape": [rows, *field.shape]}

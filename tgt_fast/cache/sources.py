@@ -21,7 +21,7 @@ _MANGLED: Final = re.compile(r"___torch_mangle_\d+\.")  # a count of what the pr
 
 @functools.lru_cache(maxsize=4096)
 def is_own(module: str | None) -> bool:
-    """Whether code is the user's: neither given nor of an installed package, such as this one, wherever it lies."""
+    """True if code is the user's: neither given nor of an installed package, such as this one, wherever it lies."""
     if is_given(module) or top_of(module) == top_of(__name__):
         return False
     file = getattr(sys.modules.get(module or ""), "__file__", None)
@@ -34,7 +34,7 @@ def name_of(thing: Any) -> str:
 
 
 def is_bound(function: types.BuiltinFunctionType | types.MethodWrapperType) -> bool:
-    """Whether a function in another language is a method of some object, as ``table.get`` is."""
+    """True if a function in another language is a method of some object, as ``table.get`` is."""
     owner = getattr(function, "__self__", None)
     if owner is None or isinstance(owner, (type, types.ModuleType)):
         return False

@@ -28,7 +28,7 @@ _LARGE_ROW: Final = 4096  # bytes, from which a copy a row costs less than copyi
 
 
 class Store:
-    """What :class:`TeacherCache` keeps its rows in; knows bytes and ids, but no teacher.
+    """The storage of :class:`TeacherCache`'s rows; knows bytes and ids, but no teacher.
 
     Args:
         folder: of the cache.
@@ -72,7 +72,7 @@ class Store:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What it was made with beside the folder and the fingerprint."""
+        """Settings beside the folder and the fingerprint."""
         return {
             "writable": self.writable, "shard_bytes": self._shard_bytes, "shard_seconds": self._shard_seconds,
             "checksums": self.checksums,
@@ -134,7 +134,7 @@ class Store:
         self._index.add(shard.ids, places(number, shard.rows))
 
     def find(self, ids: Ids) -> Places:
-        """Where the samples lie, in shards that are whole. What a torn one held is missing."""
+        """Places of the samples, in shards that are whole. What a torn one held is missing."""
         while True:
             where = self._index.find(ids)
             pending = self._waiting()
@@ -147,7 +147,7 @@ class Store:
                 return where
 
     def _is_there(self, number: int) -> bool:
-        """Whether a segment is as long as it was; a shard that is not is dropped."""
+        """True if a segment is as long as it was; a shard that is not is dropped."""
         shard = self._segments[number]
         if isinstance(shard, Shard):
             try:
@@ -168,7 +168,7 @@ class Store:
         return [(number, present[numbers == number] & ROW_MASK) for number in wanted]
 
     def _is_sound(self, number: int, rows: slice | Places | None = None) -> bool:
-        """Whether these rows of a shard are, or all; one that is not is dropped."""
+        """True if these rows of a shard are, or all; one that is not is dropped."""
         shard = self._segments[number]
         assert isinstance(shard, Shard)
         try:

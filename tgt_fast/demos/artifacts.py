@@ -1,4 +1,4 @@
-"""What a demo makes and can use again: kept in the user's cache folder, found by what it was made from."""
+"""Products of a demo that it can use again: kept in the user's cache folder, found by what it was made from."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def run_command(
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where the results of a demo go."""
+    """The place of a demo's results."""
 
     folder: Path
     file: Path | None

@@ -1,4 +1,4 @@
-"""What the reports of all demos have: the main table, its chart, learning curves, and how to repeat it."""
+"""Parts of the reports of all demos: the main table, its chart, learning curves, and how to repeat it."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def learning_curves(
 
 
 def ending(page: Page, demo: str, result: StudentResults[Any], packages: Sequence[str] = ()) -> None:
-    """How the settings were chosen, and with what the numbers were made."""
+    """The choice of the settings, and the making of the numbers."""
     page.text("To repeat the choice:")
     page.command(f"python -m tgt_fast.demos.{demo}.tune")
     page.footer(

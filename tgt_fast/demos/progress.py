@@ -1,4 +1,4 @@
-"""How a demo says how far it is."""
+"""Progress of a demo, as it is told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the result of every demo holds: students of several methods, one a seed, and what they were made with."""
+"""The result of every demo: students of several methods, one a seed, and what they were made with."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class AccuracyResults(StudentResults[AStudent]):
         return max(methods, key=self.accuracy)
 
     def lead(self, method: str, other: str) -> Difference:
-        """How many points of accuracy ``method`` is ahead of ``other``."""
+        """Points of accuracy by which ``method`` is ahead of ``other``."""
         return Difference(self.ahead(method, other, "accuracy"))
 
 
@@ -84,7 +84,7 @@ def in_order(students: Iterable[AStudent], methods: Sequence[str], seeds: Sequen
 
 
 def provenance(result: StudentResults[Any], packages: Sequence[str] = ()) -> dict[str, Any]:
-    """What a JSON file says of how its numbers were made. ``packages``: whose versions belong to them."""
+    """The origin of a JSON file's numbers. ``packages``: whose versions belong to them."""
     return {
         "versions": versions(packages),
         "seeds": list(result.seeds),

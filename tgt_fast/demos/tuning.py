@@ -1,4 +1,4 @@
-"""What the tuning of every demo shares: the choices of a group, what they reached, and the command."""
+"""Tuning of the demos: the choices of a group, what they reached, and the command."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from tgt_fast.teacher.key import Key
 
 
 class Anchors(NamedTuple):
-    """Where B synthetic examples start from."""
+    """Starting points of B synthetic examples."""
 
     latents: Latents  # [B, ...]
     ids: Tensor | None  # [B] int64, the sample ids of the real examples; None: a pool that was saved without
@@ -97,7 +97,7 @@ class PoolBuilder:
                 kept.append(given.to(latents.z.device)[keep.to(latents.z.device)])
 
     def parts(self) -> list[tuple[Latents, Tensor, Tensor]]:
-        """What was kept: latents, labels and ids, on the CPU."""
+        """The anchors that were kept: latents, labels and ids, on the CPU."""
         return [
             (tree.map_batched(lambda leaf: leaf.cpu(), latents), labels.cpu(), ids.cpu())
             for latents, labels, ids in zip(self._latents, self._labels, self._ids, strict=True)

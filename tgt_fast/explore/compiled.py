@@ -51,7 +51,7 @@ class Compiled:
 
 
 class CompiledExploration:
-    """What :class:`tgt_fast.LatentSampler` runs with ``compile=True``."""
+    """The compiled steps of :class:`tgt_fast.LatentSampler` with ``compile=True``."""
 
     def __init__(self) -> None:
         self._up = Compiled(ascent_steps)

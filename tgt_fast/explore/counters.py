@@ -1,4 +1,4 @@
-"""What a sampler counts so that its caller need not: steps, and the ids of examples without one."""
+"""Counters of a sampler, so that its caller need not count: steps, and the ids of examples without one."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def underlying_callable(part: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _uncompiled(part: Any) -> Any:
-    """What ``torch.compile`` was given."""
+    """The callable that ``torch.compile`` was given."""
     while True:
         held = part._modules if isinstance(part, nn.Module) else getattr(part, "__dict__", {})
         inner = held.get("_orig_mod", held.get("_torchdynamo_orig_callable"))

@@ -91,7 +91,7 @@ class SamplerOptions:
             )
 
     def fingerprint(self) -> dict[str, int]:
-        """What decides which numbers a sampler draws and what its stored latents mean, as integers.
+        """Settings that decide which numbers a sampler draws and what its stored latents mean, as integers.
 
         A name is saved as its place in ``NAMED``, whose lists may therefore only grow at their ends.
         """
@@ -100,7 +100,7 @@ class SamplerOptions:
 
     @property
     def needs_scale(self) -> bool:
-        """Whether sigma, step_size and radius are measured in the latents' standard deviations."""
+        """True if sigma, step_size and radius are measured in the latents' standard deviations."""
         return self.units == "std" and self.mode != "prior"
 
 

@@ -33,7 +33,7 @@ def chain_latents(
     scale_of: Callable[[Latents], Tensor | None],
     options: SamplerOptions,
 ) -> Latents:
-    """Where the chains of these examples stand, as a leaf that requires grad, [replicas * B, ...].
+    """Positions of these examples' chains, as a leaf that requires grad, [replicas * B, ...].
 
     A chain that is unknown, and any with probability ``restart_probability``, (re)starts at Enc(x) + noise;
     only those examples are encoded. The gradient that a later backward brings to the leaf moves the bank.
@@ -98,7 +98,7 @@ def _chains_of(key: Key) -> list[int]:
 
 
 def _starts_anew(bank: LatentBank, key: Key, chains: list[int], options: SamplerOptions) -> Tensor:
-    """Whether each chain starts from its example, bool [B]; decided by sample id, step and replica alone."""
+    """True if each chain starts from its example, bool [B]; decided by sample id, step and replica alone."""
     # Against an integer: as float32 the largest words would round up to 2^32.
     coin = philox_words(key, OP_RESTART)[0] < round(options.restart_probability * 2**32)
     unknown = [chain not in bank for chain in chains]

@@ -1,4 +1,4 @@
-"""What a sampler in one of several processes has for itself: its chains, and a scale measured on its own data."""
+"""The share of a sampler in one of several processes: its chains, and a scale measured on its own data."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class ChainWatch:
 
 
 def of_all_processes(op: str, group: Any, work: Callable[[], Any]) -> list[Any]:
-    """What ``work`` gives in each process of the group, in the order of ranks; where it fails in one, all raise."""
+    """Results of ``work`` in each process of the group, in the order of ranks; where it fails in one, all raise."""
     group = counting_group(op, group, name="group")
     if group is None:
         return [work()]

@@ -17,7 +17,7 @@ _OP = "LatentSampler"
 
 
 def occurrences(ids: Tensor) -> Tensor | None:
-    """How often each row's id has occurred in the rows before it, int64 [B] as the ids are.
+    """The number of times each row's id has occurred in the rows before it, int64 [B] as the ids are.
 
     None where no id occurs twice, as far as that can be seen without waiting for a device: computed there, nothing is
     read back.

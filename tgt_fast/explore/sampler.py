@@ -312,7 +312,7 @@ class LatentSampler(Adjustable):
         return self
 
     def state_dict(self, group: Any = None) -> dict[str, Tensor | int]:
-        """What a resumed run needs to go on with the same numbers: tensors and ints, not the teacher's.
+        """The state that a resumed run needs to go on with the same numbers: tensors and ints, not the teacher's.
 
         In persistent mode the chains are this process's alone: with several, save every rank's state. The first one's
         warns, as frameworks save that one alone. With ``group="world"``, or a process group whose processes all call,

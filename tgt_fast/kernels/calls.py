@@ -16,7 +16,7 @@ from tgt_fast.kernels.options import ROW_STATE, DistillOptions, TopK
 
 
 class DistillCall(NamedTuple):
-    """What a kernel reads, and what is wanted of it."""
+    """Inputs of a kernel, and what is wanted of it."""
 
     options: DistillOptions
     student: Tensor  # [N, C] dense rows
@@ -32,7 +32,7 @@ class DistillCall(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What one pass over the logits writes."""
+    """Results of one pass over the logits."""
 
     loss: Tensor  # 0-d, or [N]
     stats: Tensor | None = None  # [6, N], the fields of DistillStats in their order

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def is_symbolic(value: Any) -> bool:
-    """Whether a number is one that the program being compiled does not know."""
+    """True if a number is one that the program being compiled does not know."""
     return torch.compiler.is_compiling() and isinstance(value, (int, float)) and not _has_static_value(value)
 
 
@@ -31,7 +31,7 @@ def is_late(value: Any) -> bool:
 
 
 def is_on(weight: Any) -> bool:
-    """Whether a term of this weight is wanted. That of a tensor is: while compiling, its value cannot be asked for."""
+    """True if a term of this weight is wanted. That of a tensor is: while compiling, its value cannot be asked for."""
     return isinstance(weight, Tensor) or weight != 0
 
 

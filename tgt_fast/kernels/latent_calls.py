@@ -1,4 +1,4 @@
-"""What the kernels of perturb and ascend have in common before they run, whichever backend they belong to."""
+"""Preparations of the kernels of perturb and ascend, whichever backend they belong to."""
 
 from __future__ import annotations
 

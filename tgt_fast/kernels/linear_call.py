@@ -1,4 +1,4 @@
-"""What a loss from hidden states says before any product: its classes, its rows' weights, its dtype."""
+"""A loss from hidden states before any product: its classes, its rows' weights, its dtype."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _ADDMM_WIDENS: Final = _VERSION >= (2, 11)  # torch.addmm(..., out_dtype=) onto 
 
 
 def casts_operands(device: torch.device) -> bool:
-    """Whether PyTorch multiplies bfloat16 or float16 into float32 there."""
+    """True if PyTorch multiplies bfloat16 or float16 into float32 there."""
     return _MM_WIDENS and device.type == "cuda"
 
 
@@ -233,7 +233,7 @@ class Head:
             torch.addmm(total, d_logits.t(), self._scaled(at), beta=beta, alpha=alpha, out=total)
 
     def set_row_scale(self, coefficient: Tensor, bound: float) -> None:
-        """What the products of halves need: each row's weight in the result, [N], and a size that gradients have."""
+        """Prepare the products of halves: each row's weight in the result, [N], and a size that gradients have."""
         if self.casts_grad:
             self._unit = coefficient.abs().to(torch.float32) * bound
             self._peak = self._unit.amax().clamp_min(_TINY) if len(self._unit) else self._unit.new_ones(())

@@ -1,4 +1,4 @@
-"""Where results are written."""
+"""Memory for results."""
 
 from __future__ import annotations
 

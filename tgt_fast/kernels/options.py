@@ -1,4 +1,4 @@
-"""What travels with a call through every floor below the public functions."""
+"""Options that travel with a call through every floor below the public functions."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class DistillOptions(NamedTuple):
 
 
 class DistillStats(NamedTuple):
-    """What one pass over the logits also knows, a value a row, detached.
+    """Statistics that one pass over the logits also knows, a value a row, detached.
 
     The distributions are the tempered ones: p = softmax(t / Tt) of the teacher, q = softmax(s / Ts) of the student.
     """
@@ -73,7 +73,7 @@ class DistillStats(NamedTuple):
 
 
 class LinearOptions(NamedTuple):
-    """How logits come from hidden states, and which of them count, validated by ``tgt_fast.ops.linear``.
+    """The making of logits from hidden states, and which of them count, validated by ``tgt_fast.ops.linear``.
 
     A side's logits are ``scale * (hidden @ weight.T + bias)``, then ``softcap * tanh(logits / softcap)``.
     """
@@ -115,7 +115,7 @@ DIFFERENTIABLE: Final = 6  # of the LinearTensors, the first
 
 
 class LinearForward(NamedTuple):
-    """What one pass over the rows of a loss from hidden states returns."""
+    """Results of one pass over the rows of a loss from hidden states."""
 
     loss: Tensor  # 0-d, or [N]
     grads: tuple[Tensor | None, ...]  # of the first six of LinearTensors, for an upstream gradient of 1
@@ -143,7 +143,7 @@ class SampleOptions:
 
 @dataclass(frozen=True)
 class SoftOptions:
-    """How a soft embedding is made, validated by ``tgt_fast.ops.tokens``."""
+    """The making of a soft embedding, validated by ``tgt_fast.ops.tokens``."""
 
     tau: float = 1.0
     gumbel: bool = False
@@ -158,7 +158,7 @@ class LateSoft(SoftOptions):
 
 
 class SoftState(NamedTuple):
-    """What a forward knows of the rows of y = logits + noise, and a backward needs."""
+    """State of a forward over the rows of y = logits + noise, for its backward."""
 
     rows: Tensor  # [2, N] max y, and sum exp((y - max y) / tau); float64 as soon as an input is, else float32
     chosen: Tensor  # [N] int64, the first place of max y; empty where the embedding is soft

@@ -1,4 +1,4 @@
-"""What no kernel of ours can see through, whichever backend it belongs to."""
+"""Tensors that no kernel of ours can see through, whichever backend it belongs to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a row, in words, whoever finds it."""
+"""Errors of a row, in words, whoever finds them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def find_bad_id(ids: Tensor, log_probs: Tensor, classes: int, counted: Tensor | 
 
 
 def bad_id(op: str, ids: Tensor, row: int, entry: int, classes: int) -> str:
-    """What is wrong with an id that ``find_bad_id`` found."""
+    """The error of an id that ``find_bad_id`` found."""
     value = int(ids[row, entry])
     if 0 <= value < classes:
         return f"{op}: ids[{row}, {entry}] = {value} is listed twice in its row"

@@ -1,4 +1,4 @@
-"""What a hard embedding takes from its table and gives back to it, on any device."""
+"""Rows that a hard embedding takes from its table and gradients that it gives back to it, on any device."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def setting(name: str) -> Any:
 
 
 class Settings:
-    """What a module whose settings are arguments of a function inherits beside ``nn.Module``.
+    """The base, beside ``nn.Module``, of a module whose settings are arguments of a function.
 
     They are kept as they were given, in one dict, and are read at each call: an assignment such as
     ``loss.temperature = 1.0`` takes effect at the next one, and one that the checks refuse changes nothing.

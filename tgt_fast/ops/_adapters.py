@@ -77,7 +77,7 @@ def _layer_type() -> type | None:
 
 
 def is_adapted(layer: Any) -> bool:
-    """Whether it is a layer of PEFT round another one."""
+    """True if it is a layer of PEFT round another one."""
     # By the classes it is made of: isinstance() asks some objects, and they may answer by importing things.
     return _layer_type() in type(layer).__mro__
 

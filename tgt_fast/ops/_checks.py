@@ -134,7 +134,7 @@ def same_device(op: str, name: str, tensor: Tensor, other_name: str, other: Tens
 
 
 def on_plain_cpu(tensor: Tensor) -> bool:
-    """Whether values may be looked at: a CPU tensor with data, outside transforms and compilation."""
+    """True if values may be looked at: a CPU tensor with data, outside transforms and compilation."""
     return (
         tensor.is_cpu
         and not torch.compiler.is_compiling()

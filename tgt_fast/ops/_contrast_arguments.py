@@ -1,4 +1,4 @@
-"""What the contrastive loss accepts: its towers, its indices, and, on a CPU, their values."""
+"""Arguments of the contrastive loss: its towers, its indices, and, on a CPU, their values."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def diagonal(t: ContrastTensors) -> Tensor:
 
 
 def check_values(t: ContrastTensors, options: DistillOptions) -> None:
-    """What needs the data, on a CPU, before anything runs."""
+    """Check what needs the data, on a CPU, before anything runs."""
     if not _checks.on_plain_cpu(t.student_q):
         return
     passages = t.student_d.shape[0]

@@ -1,4 +1,4 @@
-"""What the soft-label loss accepts: its options, its tensors, and, on a CPU, their values."""
+"""Arguments of the soft-label loss: its options, its tensors, and, on a CPU, their values."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def check_rows(
     op: str, name: str, student: Tensor, target: Tensor | None, sample_weight: Tensor | None,
     normalizer: float | Tensor | None, options: DistillOptions,
 ) -> None:  # fmt: skip
-    """What comes a number a row, and the divisor; ``student`` is (rows..., whatever)."""
+    """Check what comes a number a row, and the divisor; ``student`` is (rows..., whatever)."""
     if target is None and is_on(options.hard_weight):
         raise ArgumentError(f"{op}: hard_weight is {shown(options.hard_weight)} but target is missing")
     for label, tensor in (("target", target), ("sample_weight", sample_weight)):

@@ -31,7 +31,7 @@ def dense_rows(logits: Tensor) -> Tensor:
 
 
 def tensors_of(student: Tensor, teacher: Tensor | TopK) -> list[Tensor]:
-    """What a backend is asked about."""
+    """The tensors that a backend is asked about."""
     if isinstance(teacher, Tensor):
         return [student, teacher]
     return [student, *(x for x in (teacher.log_probs, teacher.ids, teacher.tail_log_prob) if x is not None)]

@@ -1,4 +1,4 @@
-"""What the loss from hidden states accepts: its heads, its tensors, and, on a CPU, their values."""
+"""Arguments of the loss from hidden states: its heads, its tensors, and, on a CPU, their values."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
 
 
 def check_values(t: LinearTensors, heads: LinearOptions, options: DistillOptions) -> None:
-    """What needs the data, on a CPU, before anything runs."""
+    """Check what needs the data, on a CPU, before anything runs."""
     if not _checks.on_plain_cpu(t.student_hidden):
         return
     student_classes = t.student_weight.shape[0]

@@ -32,7 +32,7 @@ _CALL: Final = (
 
 
 class Call:
-    """What travels through autograd beside the tensors."""
+    """Options that travel through autograd beside the tensors."""
 
     __slots__ = ("heads", "kernel", "options", "want_stats")
 

@@ -110,7 +110,7 @@ def check_replicas(name: str, replica: int | Tensor) -> None:
 
 
 def check_key(name: str, key: dict[str, Any]) -> None:
-    """What values there are to look at in a key that came through a schema."""
+    """Check the values that there are to look at in a key that came through a schema."""
     check_ids(name, key["sample_ids"])
     check_step(name, key["step"])
     check_replicas(name, key["replica"])

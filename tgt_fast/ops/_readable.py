@@ -1,4 +1,4 @@
-"""Whether a tensor's numbers lie in memory, one after the other by strides: what every op has to know of each argument.
+"""Readable tensors: their numbers lie in memory, by strides, which every op has to know of each argument.
 
 PyTorch's own kernels and ours read where a tensor points. A tensor whose storage was freed points nowhere, and to read
 it is a segmentation fault; one that is sparse, quantised or nested holds other things than its numbers.
@@ -34,7 +34,7 @@ def readable(op: str, name: str, tensor: object) -> Tensor:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether all elements lie inside a storage that has an address; False where that cannot be told, too.
+    """True if all elements lie inside a storage that has an address; False where that cannot be told, too.
 
     This runs for each argument of each call, so it asks for what costs least: a sparse tensor has no storage to ask.
     """
@@ -65,7 +65,7 @@ def upstream(op: str, gradient: Tensor) -> Tensor:
 
 
 def _end(tensor: Tensor) -> Any:
-    """How many bytes of the storage the elements reach into."""
+    """The number of bytes of the storage that the elements reach into."""
     if not tensor.numel():
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

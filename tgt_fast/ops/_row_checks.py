@@ -1,4 +1,4 @@
-"""What needs the data of the rows: labels, weights, and the ids and log-probabilities of a record."""
+"""Checks that need the data of the rows: labels, weights, and the ids and log-probabilities of a record."""
 
 from __future__ import annotations
 

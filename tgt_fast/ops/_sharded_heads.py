@@ -31,7 +31,7 @@ def _is_spread(part: Any) -> bool:
 
 
 def _is_partitioned(part: Any) -> bool:
-    """Whether it is a parameter of ZeRO-3 whose numbers are not here at the moment."""
+    """True if it is a parameter of ZeRO-3 whose numbers are not here at the moment."""
     return hasattr(part, "ds_id") and hasattr(part, "all_gather") and part.numel() != part.ds_numel
 
 

@@ -39,7 +39,7 @@ def weight_of_rows(
     shape: tuple[int, ...], device: torch.device, target: Tensor | None, sample_weight: Tensor | None, classes: int,
     options: DistillOptions,
 ) -> Tensor:  # fmt: skip
-    """What ``"mean"`` divides by in this process: the weights of the rows that count, or their number. 0-d float64."""
+    """The divisor of ``"mean"`` in this process: the weights of the rows that count, or their number. 0-d float64."""
     rows = math.prod(shape)
     if target is not None:
         target = flat_labels(target)

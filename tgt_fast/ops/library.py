@@ -31,7 +31,7 @@ _AUTOCAST: Final = DispatchKeySet(DispatchKey.AutocastCPU) | DispatchKeySet(Disp
 
 
 def seen_by_dispatcher(*tensors: Any) -> bool:
-    """Whether a call must go through the dispatcher: it is traced, fake, or watched by a mode.
+    """True if a call must go through the dispatcher: it is traced, fake, or watched by a mode.
 
     Arguments that are no tensors do not count. Other subclasses of Tensor go to the reference, which is made of
     PyTorch's own ops: what those do with them is right.
@@ -76,7 +76,7 @@ def dispatched(op: Any, *arguments: Any) -> Any:
 
 
 def graph_wanted(*tensors: Tensor | None) -> bool:
-    """Whether a result of these is to be differentiated."""
+    """True if a result of these is to be differentiated."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
@@ -91,7 +91,7 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
 
 
 def saved(ctx: Any) -> tuple[Any, ...]:
-    """What :func:`save` was given."""
+    """The values that :func:`save` was given."""
     return tuple(t if h is None else h for t, h in zip(ctx.saved_tensors, ctx.held, strict=True))
 
 

@@ -326,7 +326,7 @@ def _rows(matrix: Tensor) -> Tensor:
 
 
 def all_at_once(tensors: LinearTensors, backend: str) -> bool:
-    """Whether the formula itself runs: asked for by name, or for tensors that no compiled kernel takes.
+    """True if the formula itself runs: asked for by name, or for tensors that no compiled kernel takes.
 
     A device without kernels of its own is served in chunks, too, by the reference's row losses.
     """

@@ -171,7 +171,7 @@ def soft_embedding(
 
 
 def _check_logits(name: str, logits: Tensor) -> int:
-    """How many samples they are of."""
+    """The number of samples that they are of."""
     _checks.floating(name, "logits", logits)
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ShapeError(f"{name}: logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")

@@ -95,7 +95,7 @@ class TeacherTopK:
 
     @property
     def k(self) -> int:
-        """How many classes a row lists."""
+        """The number of classes that a row lists."""
         return self.ids.shape[-1]
 
     @property

@@ -32,7 +32,7 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one method is ahead of another, seed by seed; more is better."""
+    """The lead of one method over another, seed by seed; more is better."""
 
     points: Sequence[float]
     unit: str = "points"

@@ -1,4 +1,4 @@
-"""Where results go: found writable before the work begins, written whole or not at all."""
+"""Outputs of commands: found writable before the work begins, written whole or not at all."""
 
 from __future__ import annotations
 

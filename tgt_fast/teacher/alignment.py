@@ -18,7 +18,7 @@ _CONTINUES: Final = "##"
 
 @dataclass(frozen=True, eq=False)
 class TokenMap:
-    """Where each token of one vocabulary is found in another.
+    """The place of each token of one vocabulary in another.
 
     Attributes:
         ids: [V] int64, the other vocabulary's id of each token, -1 where it has none.

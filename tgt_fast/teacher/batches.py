@@ -1,4 +1,4 @@
-"""What a loader's batch looks like, for calibration, training, evaluation and caches alike."""
+"""Batches of a loader, for calibration, training, evaluation and caches alike."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 
 
 class Columns:
-    """Where ids, x and y are in the batches of a loader.
+    """Places of ids, x and y in the batches of a loader.
 
     Without ``columns`` the length of a tuple or list decides: three are (ids, x, y), two (x, y), one (x,); what is
     neither tuple, list nor mapping is x, and so is a mapping. Where ids are needed, two are (ids, x). What was found is
@@ -98,7 +98,7 @@ class Columns:
         )
 
     def _wrong(self, batch: Batch, alone: bool) -> str | None:
-        """What a batch, read as it was, has that it cannot have."""
+        """Check a batch, read as it was, for what it cannot have."""
         ids, x, y = batch
         size = _length(x)
         if ids is None and self.needs_ids:
@@ -176,7 +176,7 @@ def split_batches(loader: Iterable[Any], parts: Columns, *, padding: bool) -> It
 
 
 def _own_examples(sampler: Any) -> int | None:
-    """How many of a process's examples are no repetition; None: they all are, as far as is known."""
+    """The number of a process's examples that are no repetition; None: they all are, as far as is known."""
     if not torch.distributed.is_available():
         return None
     from torch.utils.data.distributed import DistributedSampler
@@ -203,7 +203,7 @@ def _is_integer(part: Any) -> bool:
 
 
 def _is_vector(part: Any, size: int | None) -> bool:
-    """Whether it is a vector of integers, of this length where one is known."""
+    """True if it is a vector of integers, of this length where one is known."""
     return _is_integer(part) and part.ndim == 1 and size in (None, len(part))
 
 

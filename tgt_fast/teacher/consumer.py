@@ -1,4 +1,4 @@
-"""What labeler and student see of a text: its tokens in their own vocabulary, or a relaxed text in their embeddings."""
+"""Consumers of a text, labeler and student: its tokens in their vocabulary, or a relaxed text in their embeddings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OP: Final = "Seq2SeqTeacher"
 
 @dataclass(frozen=True)
 class Relaxation:
-    """How a distribution over tokens becomes an embedding, see :func:`tgt_fast.soft_embedding`.
+    """The way from a distribution over tokens to an embedding, see :func:`tgt_fast.soft_embedding`.
 
     Raises:
         ArgumentError: an option outside its range.

@@ -24,7 +24,7 @@ _DROP: Final = 0.75  # texts that have ended are dropped when so many, or fewer,
 
 @dataclass(frozen=True)
 class Generation:
-    """How a decoder turns latents into tokens.
+    """The way of a decoder from latents to tokens.
 
     Attributes:
         strategy: "sample" (each token drawn, by sample id), "greedy" (the likeliest) or "beam".

@@ -19,7 +19,7 @@ _OF_MODULES: Final = frozenset(vars(nn.Module()))  # attributes that PyTorch kee
 
 
 class _Mentioned(NamedTuple):
-    """What code names."""
+    """Names in code."""
 
     globals: frozenset[str]
     attributes: frozenset[str]
@@ -135,7 +135,7 @@ def _of_object(thing: Any, named: _Mentioned) -> Iterator[tuple[Any, _Mentioned]
 
 
 def _unregistered(root: nn.Module) -> Iterator[tuple[Any, _Mentioned]]:
-    """What the modules inside ``root`` hold in plain attributes that their code names, such as a list of modules."""
+    """Modules that those inside ``root`` hold in plain attributes that their code names, such as a list of modules."""
     for module in root.modules():
         attributes = {name: value for name, value in vars(module).items() if name not in _OF_MODULES}
         held = {name: value for name, value in attributes.items() if _may_hold(value)}
@@ -150,7 +150,7 @@ def _unregistered(root: nn.Module) -> Iterator[tuple[Any, _Mentioned]]:
 
 
 def _may_hold(value: Any) -> bool:
-    """Whether to look into an attribute of a module; objects of other kinds may lead anywhere, to a trainer for one."""
+    """True if an attribute of a module is looked into; objects of other kinds may lead anywhere, as to a trainer."""
     if isinstance(value, Mapping):
         return any(_may_hold(part) for part in value.values())
     if isinstance(value, _CONTAINERS):
@@ -160,7 +160,7 @@ def _may_hold(value: Any) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _of_class(kind: type) -> _Mentioned:
-    """What any function of a class names, those of PyTorch's own classes excepted."""
+    """Names in any function of a class, those of PyTorch's own classes excepted."""
     named = _NOTHING
     for base in kind.__mro__:
         if not is_given(base.__module__):
@@ -171,7 +171,7 @@ def _of_class(kind: type) -> _Mentioned:
 
 
 def _of_methods(kind: type, *functions: Any) -> _Mentioned:
-    """What functions of a class name, and the functions of the class that those name."""
+    """Names in functions of a class, and in the functions of the class that those name."""
     named, left, seen = _NOTHING, [f for f in functions if isinstance(f, types.FunctionType)], set()
     while left:
         function = left.pop()
@@ -194,7 +194,7 @@ def _joined(one: _Mentioned, other: _Mentioned) -> _Mentioned:
 
 @functools.lru_cache(maxsize=4096)
 def _mentioned(code: types.CodeType) -> _Mentioned:
-    """What code names, in functions inside it as well."""
+    """Names in code, and in functions inside it."""
     named_globals, attributes, words = set(), set(), set()
     for step in dis.get_instructions(code):
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
@@ -219,5 +219,5 @@ def _slots(kind: type) -> list[str]:
 
 
 def _lies_installed(file: str | None) -> bool:
-    """Whether code is an installed package's; what is compiled into Python has no file."""
+    """True if code is an installed package's; what is compiled into Python has no file."""
     return file is None or is_installed(file)

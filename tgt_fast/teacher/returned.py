@@ -1,4 +1,4 @@
-"""How models are called and what they return, by one rule for teachers, students and caches.
+"""Calls of models and what they return, by one rule for teachers, students and caches.
 
 A mapping goes into a model as keywords where the model names its keys. Of what comes out (a tensor, a tuple, a dict, an
 output object of transformers or diffusers) the logits, latents or data are taken.
@@ -90,7 +90,7 @@ def _signature(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 def _inside(module: nn.Module) -> nn.Module:
-    """What ``torch.compile`` and data parallel wrappers were given."""
+    """The model that ``torch.compile`` and data parallel wrappers were given."""
     while True:
         inner = module._modules.get("_orig_mod")
         if inner is None and type(module).__name__ in _WRAPPERS:
@@ -153,7 +153,7 @@ def data_in(made: Any) -> Any:
 
 
 def _is_output(made: Any) -> bool:
-    """Whether it is an output object of transformers or diffusers, which are dicts with declared fields."""
+    """True if it is an output object of transformers or diffusers, which are dicts with declared fields."""
     return isinstance(made, dict) and dataclasses.is_dataclass(made)
 
 

@@ -212,7 +212,7 @@ class Seq2SeqTeacher(Teacher):
         return self._generator.texts(x)
 
     def changes(self, before: TextData, after: TextData) -> dict[str, float]:
-        """How often decoded texts differ: ``{"texts": share of texts, "tokens": share of places}`` that do.
+        """The share of decoded texts that differ: ``{"texts": share of texts, "tokens": share of places}`` that do.
 
         Exploration moves latents; whether their texts move, too, is seen only by decoding both. Compare what one
         sampler makes in mode "random" with what another one makes in mode "gradient", of the same seed, scale, sample

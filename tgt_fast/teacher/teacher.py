@@ -183,7 +183,7 @@ class Teacher(nn.Module):
 
     @property
     def device(self) -> torch.device | None:
-        """Where the teacher's first tensor lies; None for a teacher without modules."""
+        """The device of the teacher's first tensor; None for a teacher without modules."""
         return next((tensor.device for tensor in self.frozen_tensors()), None)
 
     def extra_repr(self) -> str:

@@ -118,7 +118,7 @@ def _hard(x: TextData) -> TextData:
 
 
 def _decoder(model: nn.Module, space: TokenSpace) -> Decoder:
-    """What the model's decoder begins with, ends with and never makes."""
+    """Tokens that the model's decoder begins with, ends with and never makes."""
     settings = [getattr(model, name, None) for name in ("generation_config", "config")]
 
     def setting(name: str, default: Any) -> Any:

@@ -45,7 +45,7 @@ class TokenSpace:
             )
 
     def same_as(self, other: TokenSpace) -> bool:
-        """Whether ids of the one are ids of the other, special tokens included."""
+        """True if ids of the one are ids of the other, special tokens included."""
         mine, theirs = (self.prefix, self.suffix), (other.prefix, other.suffix)
         return self.tokenizer is other.tokenizer or (mine == theirs and self.vocabulary == other.vocabulary)
 
@@ -88,7 +88,7 @@ class TokenSpace:
 
 
 def _template(tokenizer: Any, who: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the tokenizer puts before and after a text."""
+    """Tokens that the tokenizer puts before and after a text."""
     for probe in _PROBES:
         bare = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
         full = list(tokenizer(probe, add_special_tokens=True)["input_ids"])

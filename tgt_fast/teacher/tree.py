@@ -68,7 +68,7 @@ def batch_size(tree: Any, what: str = "inputs") -> int:
 
 
 def first_device(tree: Any) -> torch.device:
-    """Where the batch lies: the device of its first tensor."""
+    """The device of the batch, which is that of its first tensor."""
     leaves = batched_leaves(tree)
     return leaves[0].device if leaves else torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""What the numbers of an image mean: two ends, and the way to other ones."""
+"""The meaning of an image's numbers: two ends, and the way to other ones."""
 
 from __future__ import annotations
 

@@ -63,14 +63,14 @@ Parts = Mapping[str, Stateful | None]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What :func:`load_checkpoint` hands back beside the objects that it filled."""
+    """The rest that :func:`load_checkpoint` hands back beside the objects that it filled."""
 
     step: int
     extra: Any  # as given to save_checkpoint
 
 
 def has_checkpoint(directory: str | os.PathLike[str]) -> bool:
-    """Whether ``directory`` holds a checkpoint (not whether it is a good one)."""
+    """True if ``directory`` holds a checkpoint, be it a good one or not."""
     return os.path.exists(Path(directory) / MANIFEST)
 
 
@@ -254,7 +254,7 @@ def _checked(
     parts: Parts,
     check: Callable[[Checkpoint], None] | None,
 ) -> tuple[Checkpoint, dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """What will be returned, weights, generators and the states of the parts, of a checkpoint that fits them."""
+    """The values to return, weights, generators and the states of the parts, of a checkpoint that fits them."""
     try:
         weights = under_names_of(student.state_dict(), decode(state["student"], tensors))
         rng = decode(state["rng"], tensors)

@@ -1,4 +1,4 @@
-"""What ``fit`` accepts: its options, its objective, and what that gives."""
+"""Arguments of ``fit``: its options, its objective, and what that gives."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_options(
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is one of the numbers that a float can be; infinity is."""
+    """True if it is one of the numbers that a float can be; infinity is."""
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and float(value) == value
     except OverflowError:
@@ -52,7 +52,7 @@ def _is_number(value: Any) -> bool:
 
 
 def check_tools(optimizer: Any, scheduler: Any, seed: Any, monitor: Any, evaluate: Any) -> None:
-    """What else ``fit`` uses."""
+    """The rest that ``fit`` uses."""
     for name, part, needed in (
         ("optimizer", optimizer, ("step", "zero_grad", "param_groups", "state_dict", "load_state_dict")),
         ("scheduler", scheduler, ("step", "state_dict", "load_state_dict")),
@@ -70,7 +70,7 @@ def check_tools(optimizer: Any, scheduler: Any, seed: Any, monitor: Any, evaluat
 
 
 def check_extras(autocast: Any, ema: Any, callbacks: Any) -> None:
-    """What ``fit`` does beside training."""
+    """Work of ``fit`` beside training."""
     if autocast is not None and autocast is not torch.bfloat16:
         more = "; float16 needs gradients that are scaled" if autocast is torch.float16 else ""
         raise ArgumentError(f"fit: autocast must be torch.bfloat16 or None, got {autocast!r:.200}{more}")

@@ -31,7 +31,7 @@ Tensors = Mapping[str, Tensor]
 
 
 class Entry(NamedTuple):
-    """What a checkpoint holds of one process."""
+    """The part of a checkpoint that one process wrote."""
 
     tensors_sha256: str
     state_sha256: str

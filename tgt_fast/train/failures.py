@@ -46,7 +46,7 @@ def one_for_all(rank: int, count: int, group: Any = None) -> Iterator[None]:
 
 
 def _follows(error: BaseException) -> bool:
-    """Whether an error may be no more than that another process is gone."""
+    """True if an error may be no more than that another process is gone."""
     if isinstance(error, TgtError):
         return isinstance(error, CheckpointError) and "do not come together" in str(error)
     return isinstance(error, RuntimeError)

@@ -237,7 +237,7 @@ def fit(
 
 
 class _Callbacks:
-    """What is called as things happen in a run."""
+    """Callables that are called as things happen in a run."""
 
     def __init__(self, functions: Sequence[Callback], view: RunView) -> None:
         self.functions, self.view = tuple(functions), view

@@ -1,4 +1,4 @@
-"""How good a student is, and how close to its teacher: plain floats, measured in eval mode."""
+"""Measures of a student, and of its closeness to its teacher: plain floats, measured in eval mode."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ except ImportError:  # a PyTorch without torch.distributed
 
 
 def _sharded_kind() -> Any:
-    """What FSDP2 makes of a module. Not imported, which takes seconds: where it is not loaded there is none."""
+    """The class of FSDP2's modules. Not imported, which takes seconds: where it is not loaded there is none."""
     return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
 
 
@@ -110,5 +110,5 @@ def _group_of(student: nn.Module) -> Any:
 
 
 def only_bar() -> bool:
-    """Whether this process is the one of its run that shows a bar."""
+    """True if this process is the one of its run that shows a bar."""
     return place()[0] == 0

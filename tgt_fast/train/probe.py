@@ -37,7 +37,7 @@ def probe(
     loss: Any = None,
     logits_of: LogitsOf = None,
 ) -> Any:
-    """What there is to see, as JSON: ``pictures``, ``ascent`` and ``sources``.
+    """The findings, as JSON: ``pictures``, ``ascent`` and ``sources``.
 
     Sampler, student and the global generators are left as they are. A part that cannot be made holds its ``error``.
 
@@ -158,7 +158,7 @@ def _shown(teacher: Teacher, x: Any, like: Any) -> list[dict[str, str]] | None:
 
 
 def _opinions(logits: Tensor, known: list[int] | None) -> list[dict[str, Any]]:
-    """What the labeler makes of examples, and whether that is another class than it should be."""
+    """The labeler's classes of examples, and whether each is another than it should be."""
     if logits.ndim != 2:
         return [{}] * len(logits)
     confidence, opinion = logits.softmax(-1).max(-1)

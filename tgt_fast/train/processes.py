@@ -27,11 +27,11 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes what they share."""
+        """True if this is the one that writes what they share."""
         return self.rank == 0
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """What ``work`` gives in each process, in their order. All of them call this, at the same place of the run.
+        """Results of ``work`` in each process, in their order. All of them call this, at the same place of the run.
 
         When it fails in one all of them raise, so that none waits for one that has stopped.
 

@@ -1,4 +1,4 @@
-"""What a training run is at a step, and so what a checkpoint of it holds."""
+"""A training run at a step, and so what a checkpoint of it holds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
 
 class Objective(Protocol):
-    """What :func:`fit` minimises: a ``TGTObjective``, or any callable that can be called like one.
+    """The objective that :func:`fit` minimises: a ``TGTObjective``, or any callable that can be called like one.
 
     Four attributes are used where they exist: ``teacher``, whose parameters the optimizer must not hold; ``sampler``,
     whose state goes into checkpoints; and for ``accumulate`` ``normalizers``, which it needs, and ``occurrences``: what
@@ -59,7 +59,7 @@ class Objective(Protocol):
 
 @dataclass
 class FitResult:
-    """What :func:`fit` did.
+    """The course of a :func:`fit`.
 
     Attributes:
         steps: optimizer steps taken in all, those before a resume included.
@@ -96,7 +96,7 @@ class FitResult:
 
 
 class Run:
-    """What a step changes, and so what a checkpoint holds."""
+    """The parts that a step changes, and so what a checkpoint holds."""
 
     def __init__(
         self,
@@ -267,7 +267,7 @@ class Run:
 
 
 def _check_saved(saved: checkpoint.Checkpoint) -> None:
-    """Whether a checkpoint's step and ``extra`` are what ``Run.save`` writes."""
+    """True if a checkpoint's step and ``extra`` are what ``Run.save`` writes."""
     extra = saved.extra
     kinds: dict[str, Any] = {
         "sums": dict,

@@ -65,7 +65,7 @@ class _Share:
 
 
 def form(value: Any) -> list[Any]:
-    """What a checkpoint's document says of a sharded tensor: dtype, shape and, by mesh dimension, what is split."""
+    """A sharded tensor in a checkpoint's document: dtype, shape and, by mesh dimension, what is split."""
     placements = [getattr(placement, "dim", None) for placement in value.placements]
     return [str(value.dtype).removeprefix("torch."), list(value.shape), placements]
 
@@ -122,7 +122,7 @@ def read(
 def _prepared(
     processes: Processes, folder: Path, note: Any, forms: Mapping[str, Any], student: nn.Module | None
 ) -> tuple[Path, dict[str, Tensor]]:
-    """Where they are, after a look at this process's part of the files; and tensors to read into."""
+    """Places of the tensors, after a look at this process's part of the files; and tensors to read into."""
     if not isinstance(note, dict) or not _FOLDER.fullmatch(str(note.get("folder"))):
         raise CheckpointError(f"{folder}: damaged (it has sharded tensors, and does not say where)")
     place = folder / note["folder"]

@@ -1,4 +1,4 @@
-"""What a callback sees of a run."""
+"""The view of a run that a callback has."""
 
 from __future__ import annotations
 

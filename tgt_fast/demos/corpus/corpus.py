@@ -58,7 +58,7 @@ class Corpus:
 
 
 def installed(packages: Sequence[str] = PACKAGES) -> list[Root]:
-    """Where packages stand; one that is not installed is left out."""
+    """Folders of packages; one that is not installed is left out."""
     roots = []
     for package in packages:
         if package == "stdlib":
@@ -154,7 +154,7 @@ def _hash(text: str) -> str:
 
 
 def _identity(files: Sequence[tuple[Root, Path]]) -> list[object]:
-    """What the entries are a function of: the files, as far as their sizes and times tell, and this code."""
+    """The inputs of the entries: the files, as far as their sizes and times tell, and this code."""
     stats = [(root.package, str(file), file.stat().st_size, file.stat().st_mtime_ns) for root, file in files]
     code = [Path(str(module.__file__)).read_text() for module in (_clean, _parse)] + [Path(__file__).read_text()]
     return [stats, code]

@@ -1,4 +1,4 @@
-"""What the theory says the student's risk depends on, measured for each source of examples."""
+"""Quantities that the student's risk depends on in theory, measured for each source of examples."""
 
 from __future__ import annotations
 

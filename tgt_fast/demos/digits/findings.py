@@ -18,7 +18,7 @@ LABELS = {
 
 
 def findings(result: DemoResult) -> list[str]:
-    """What the accuracies say, one comparison a sentence."""
+    """Findings of the accuracies, one comparison a sentence."""
     best = result.best(BASELINES)
     said = [
         f"Teacher-guided training with the gradient, against the best method without it ({LABELS[best]}): "
@@ -57,7 +57,7 @@ def costs(result: DemoResult) -> str:
 
 
 def describe_ascent(result: DemoResult) -> str:
-    """How the climb changed each student's disagreement."""
+    """The change of each student's disagreement over the ascent."""
     parts = []
     for student in result.diagnostics[0].ascent:
         paths = [found.ascent[student] for found in result.diagnostics]

@@ -87,7 +87,7 @@ def sampler(method: str, teacher: Teacher, settings: Settings, seed: int, **opti
 
 
 def objective(method: str, teacher: Teacher, images: Images, settings: Settings, seed: int) -> Objective:
-    """What a method minimises."""
+    """The loss that a method minimises."""
     loss = DistillationLoss(temperature=settings.temperature_of(method), hard_weight=1.0)
     if method == "one-hot":
         return OneHot()

@@ -1,4 +1,4 @@
-"""What a run of the demo found, and the numbers made of it."""
+"""Results of a run of the demo, and the numbers made of them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class DemoResult(AccuracyResults[StudentResult]):
 
 @dataclass(frozen=True)
 class SampleFactor:
-    """How many times as many labels another method needs for the same accuracy."""
+    """The factor of labels that another method needs for the same accuracy."""
 
     method: str
     labels: int  # of the teacher-guided student
@@ -65,7 +65,7 @@ def sample_factors(
 
 
 def _labels_for(line: Sequence[tuple[int, float]], accuracy: float) -> float | None:
-    """Where a curve first reaches an accuracy; None where it does not."""
+    """The point at which a curve first reaches an accuracy; None where it does not."""
     before: tuple[int, float] | None = None
     for labels, reached in line:
         if reached >= accuracy:

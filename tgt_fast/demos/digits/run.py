@@ -28,7 +28,7 @@ _WATCHED = ("distillation", "tgt-random", "tgt-gradient")  # students whose disa
 
 @dataclass
 class _Seed:
-    """What is known of a seed so far."""
+    """Results of a seed so far."""
 
     vae: tuple[Weights, Weights] | None = None
     labeler: Weights | None = None

@@ -1,4 +1,4 @@
-"""How the settings were chosen: ``python -m tgt_fast.demos.digits.tune [GROUP ...] [--json FILE]``.
+"""The choice of the settings: ``python -m tgt_fast.demos.digits.tune [GROUP ...] [--json FILE]``.
 
 Everything is trained on two thirds of the 900 images and judged by the mean accuracy on the last third; the 897 test
 images are used for nothing. The seeds are other ones than the demo's. Each group varies something about the settings

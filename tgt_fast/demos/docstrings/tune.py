@@ -1,4 +1,4 @@
-"""How the settings were chosen: ``python -m tgt_fast.demos.docstrings.tune [GROUP ...] [--seeds N,...] [--json FILE]``.
+"""The choice of the settings: ``python -m tgt_fast.demos.docstrings.tune [GROUP ...] [--seeds N,...] [--json FILE]``.
 
 Judged by the mean accuracy on the validation texts; the test texts are used for nothing. The seeds are other ones than
 the demo's. Each group varies something about the settings that stand in ``settings.py``; each method's student may

@@ -17,7 +17,7 @@ LABELS = {
 
 
 def difference(result: DemoResult, method: str, other: str) -> Difference:
-    """How many bits per byte ``method`` saves against ``other``."""
+    """Bits per byte that ``method`` saves against ``other``."""
     return Difference(result.ahead(other, method, "bits_per_byte"), "bits per byte", 3)
 
 

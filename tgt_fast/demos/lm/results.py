@@ -1,4 +1,4 @@
-"""What a run of the demo found, and the numbers made of it."""
+"""Results of a run of the demo, and the numbers made of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RECORDS, CACHED = "distillation-records", "distillation-cached"
 
 @dataclass(frozen=True)
 class TextFacts:
-    """How much text there is."""
+    """Amounts of text."""
 
     train_modules: int
     test_modules: int
@@ -40,12 +40,12 @@ class DemoResult(StudentResults[StudentResult]):
 
     @property
     def cache_is_exact(self) -> bool:
-        """Whether students with and without the cache ended at the same bits per byte, to the last digit."""
+        """True if students with and without the cache ended at the same bits per byte, to the last digit."""
         return self.numbers(RECORDS, "bits_per_byte") == self.numbers(CACHED, "bits_per_byte")
 
     @property
     def cache_speedup(self) -> float:
-        """How many times faster a step is that reads records than one that makes them."""
+        """The speed of a step that reads records relative to one that makes them."""
         return self.mean(RECORDS, "step_ms") / self.mean(CACHED, "step_ms")
 
 

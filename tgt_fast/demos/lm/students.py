@@ -88,7 +88,7 @@ def train_student(
 def _loss(
     method: str, student: LanguageModel, teacher: TeacherResult | None, settings: Settings, folder: Path
 ) -> Iterator[Loss]:
-    """What a method minimises; only the hidden states of a side meet its head, a chunk of rows at a time."""
+    """The loss that a method minimises; only the hidden states of a side meet its head, a chunk of rows at a time."""
     if method.startswith("one-hot"):
         yield lambda hidden, ids, x, y: next_token_loss(hidden, student.head, y)
         return

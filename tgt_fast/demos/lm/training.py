@@ -42,7 +42,7 @@ def bits_per_byte(model: LanguageModel, windows: Windows, bytes_of: Tensor) -> f
 
 @dataclass(frozen=True)
 class Trained:
-    """How a training went."""
+    """The course of a training."""
 
     curve: tuple[tuple[int, float], ...]  # (step, bits per byte), from before the first step on
     step_seconds: tuple[float, ...]  # of every step

@@ -1,4 +1,4 @@
-"""How the settings were chosen: ``python -m tgt_fast.demos.lm.tune [GROUP ...] [--seeds N,...] [--json FILE]``.
+"""The choice of the settings: ``python -m tgt_fast.demos.lm.tune [GROUP ...] [--seeds N,...] [--json FILE]``.
 
 Judged by the bits per byte of the validation text; the test text is used for nothing. The seeds are other ones than the
 demo's. Each group varies something about the settings that stand in ``settings.py``. Distillation with text in plenty

@@ -100,7 +100,7 @@ def _pairs(entries: Sequence[Entry], seen: set[str]) -> Pairs:
 
 
 def unlabelled_texts(corpus: Corpus) -> list[str]:
-    """What the generator learns from: summaries and passages of the training entries, each by itself."""
+    """Texts that the generator learns from: summaries and passages of the training entries, each by itself."""
     passages = [entry.rest[:PASSAGE_CHARACTERS] for entry in corpus.train]
     return [*(entry.summary[:QUERY_CHARACTERS] for entry in corpus.train), *filter(None, passages)]
 

@@ -14,14 +14,14 @@ LABELS = {
 
 
 def difference(result: DemoResult, method: str, other: str, depth: int = 20) -> Difference:
-    """How many points of recall ``method`` is ahead of ``other``, seed by seed."""
+    """Points of recall by which ``method`` is ahead of ``other``, seed by seed."""
     ours, theirs = (result.recalls(name, depth) for name in (method, other))
     points = [a - b for a, b in zip(ours, theirs, strict=True)]
     return Difference(points, f"points of recall within {depth}")
 
 
 def findings(result: DemoResult) -> list[str]:
-    """What the recalls say, one comparison a sentence."""
+    """Findings of the recalls, one comparison a sentence."""
     said = []
     for what, method, other in (
         ("Teacher-guided training with random exploration, against distillation", "tgt-random", "distillation"),
@@ -34,7 +34,7 @@ def findings(result: DemoResult) -> list[str]:
 
 
 def costs(result: DemoResult) -> str:
-    """What the synthetic passages cost."""
+    """The cost of the synthetic passages."""
     train = result.mean("distillation", "seconds")
     return (
         f"Writing and labelling {result.settings.variants * result.pairs.labelled:,} synthetic passages took "

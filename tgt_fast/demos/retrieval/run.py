@@ -97,7 +97,7 @@ def generator_task(
 
 
 def embed_task(texts: tuple[str, ...], tokens: int, artifacts: Artifacts) -> Tensor:
-    """What the teacher thinks of texts: [N, 384]."""
+    """Embeddings of texts by the teacher: [N, 384]."""
     made: Tensor = artifacts.tensors(
         "vectors", [tokens, texts], lambda: sentence_encoder().embed(texts, tokens).clone()
     )

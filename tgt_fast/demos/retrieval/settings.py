@@ -14,7 +14,7 @@ DEPTHS = (1, 20, 100)  # recall within so many passages
 
 @dataclass(frozen=True)
 class StudentSettings:
-    """How one method trains its student."""
+    """The training of one method's student."""
 
     rate: float = 1e-2
     temperature: float = 0.1  # of the student's scores, which are cosines

@@ -1,4 +1,4 @@
-"""How the settings are chosen: ``python -m tgt_fast.demos.retrieval.tune [GROUP ...] [--seeds N,...] [--json FILE]``.
+"""The choice of the settings: ``python -m tgt_fast.demos.retrieval.tune [GROUP ...] [--seeds N,...] [--json FILE]``.
 
 Judged by the mean recall within 20 on the validation pairs; the test pairs are used for nothing. The seeds are other
 ones than the demo's. Each group varies something about the settings that stand in ``settings.py``; each method's

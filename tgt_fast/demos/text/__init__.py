@@ -1,4 +1,4 @@
-"""What the demos on text share: a pretrained sentence encoder, a vocabulary, a small generator of texts."""
+"""Parts that the demos on text share: a pretrained sentence encoder, a vocabulary, a small generator of texts."""
 
 # Packages beside those that tgt-fast itself needs, module: the name it is installed under.
 NEEDED = {

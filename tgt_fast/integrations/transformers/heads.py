@@ -29,7 +29,7 @@ _ADVICE: Final = 'pass loss="logits"'
 
 
 class Projection(NamedTuple):
-    """What makes a model's logits of the hidden states that its head is given."""
+    """The layers that make a model's logits of the hidden states that its head is given."""
 
     scale: float
     softcap: float | None
@@ -58,7 +58,7 @@ class VocabularyHead:
         return ArgumentError(f"the {self.who}, a {_named(self.model)}, {reason}; {_ADVICE}")
 
     def _layer(self) -> nn.Module:
-        """What the model calls with hidden states. Anew each time: adapters may be put round it, or switched."""
+        """The module that the model calls with hidden states. Anew each time: adapters may be put round it."""
         layer: Any = output_layer(self.model)
         if layer is None:
             raise self._refusal("has no vocabulary head that it names (get_output_embeddings)")
@@ -120,7 +120,7 @@ class VocabularyHead:
             raise self._refusal(f"does not call the head that it names ({type(layer).__name__})")
 
     def learn(self, inputs: Mapping[str, Any]) -> Projection:
-        """What the model does to its logits, from one pass without a trace; once, and then known.
+        """The treatment of the model's logits, from one pass without a trace; once, and then known.
 
         Raises:
             ArgumentError: something that no factor and bound can say, a head that adds more than a matrix and a bias,
@@ -178,7 +178,7 @@ class VocabularyHead:
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:
-    """What a model of transformers names as its vocabulary head."""
+    """The module that a model of transformers names as its vocabulary head."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     named = getattr(base, "get_output_embeddings", None)
     return None if named is None else named()

@@ -23,12 +23,12 @@ def inner(model: Any) -> Any:
 
 
 def classifies(model: nn.Module) -> bool:
-    """Whether it is a classifier, whose logits are few."""
+    """True if it is a classifier, whose logits are few."""
     return type(inner(model)).__name__.endswith(_CLASSES)
 
 
 def shifts_labels(model: nn.Module) -> bool:
-    """Whether position i of the model predicts label i + 1."""
+    """True if position i of the model predicts label i + 1."""
     base = inner(model)
     if getattr(base, "loss_function", None) is not ForCausalLMLoss or base.config.is_encoder_decoder:
         return False
@@ -58,7 +58,7 @@ def targets(inputs: Mapping[str, Any], shifts: bool) -> Tensor | None:
 
 
 def counted(inputs: Mapping[str, Any], shifts: bool) -> Tensor | None:
-    """How many rows of a batch count; None where it has no labels."""
+    """The number of rows of a batch that count; None where it has no labels."""
     labels = targets(inputs, shifts)
     if labels is None:
         return None

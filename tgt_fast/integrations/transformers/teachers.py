@@ -1,4 +1,4 @@
-"""What teaches: a model of transformers, a Teacher, or a cache of what one has said."""
+"""Teachers: a model of transformers, a Teacher, or a cache of what one has said."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tgt_fast.teacher.returned import logits_in
 
 @dataclass(frozen=True)
 class Said:
-    """What a teacher says of a batch: logits or a record of them, or hidden states and the head that makes them."""
+    """Outputs of a teacher for a batch: logits or a record of them, or hidden states and the head that makes them."""
 
     logits: Tensor | TeacherTopK | None = None
     hidden: Tensor | None = None
@@ -68,7 +68,7 @@ class Frozen:
 
     @torch.no_grad()
     def say(self, inputs: Mapping[str, Any], ids: Tensor | None, *, hidden: bool) -> Said:
-        """What it says of the inputs; with ``hidden`` as hidden states, where it can."""
+        """Outputs for the inputs; with ``hidden`` as hidden states, where it can."""
         if self.cache is not None:
             return Said(self._cached(inputs, ids))
         assert self.model is not None

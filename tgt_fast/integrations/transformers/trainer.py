@@ -1,4 +1,4 @@
-"""What the trainers of this folder share: rows counted over a whole step, and the terms of the loss in the logs."""
+"""The base of the trainers of this folder: rows counted over a whole step, and the terms of the loss in the logs."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from tgt_fast.kernels.native import core
 
 
 class Engine(NamedTuple):
-    """What runs the kernels of a tensor's device."""
+    """The module that runs the kernels of a tensor's device."""
 
     core: Any  # the module with the cuda_* functions
     current: Callable[[Tensor], AbstractContextManager[int]]  # makes the device current and gives its stream's handle
@@ -31,12 +31,12 @@ def _current(tensor: Tensor) -> Iterator[int]:
 
 
 def engine(tensor: Tensor) -> Engine | None:
-    """What runs kernels on ``tensor``'s device; None for a CPU."""
+    """The engine of ``tensor``'s device; None for a CPU."""
     return Engine(core(), _current) if tensor.is_cuda else None
 
 
 def covers(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether code for ``architectures``, a CMake list such as ``"80-real;90"``, runs on a chip of ``capability``.
+    """True if code for ``architectures``, a CMake list such as ``"80-real;90"``, runs on a chip of ``capability``.
 
     Machine code (``-real``) serves later minors of its major; PTX (``-virtual``) serves everything later; no suffix is
     both. Code with an ``a`` or ``f`` behind its number serves that number alone.

@@ -1,4 +1,4 @@
-"""What the CPU and the CUDA side of the soft-label loss share: how arguments reach the core."""
+"""Arguments of the soft-label loss as they reach the core, on a CPU and on a CUDA device."""
 
 from __future__ import annotations
 

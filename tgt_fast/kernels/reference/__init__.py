@@ -36,6 +36,6 @@ def _xpu_has_float64() -> bool:
 
 
 def status() -> tuple[bool, str, tuple[str, ...], str]:
-    """Whether it can run here, why not, on which devices, and what was built."""
+    """(available, reason, devices, detail): whether it can run here, why not, on which devices, and what was built."""
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return True, "", devices, f"plain PyTorch {torch.__version__} in float64"

@@ -154,7 +154,7 @@ def _hard_term(student: Tensor, target: Tensor, labeled: Tensor, label_smoothing
 
 
 def _statistics(student: Tensor, teacher: Tensor, counted: Tensor, options: DistillOptions) -> DistillStats:
-    """What each row's two distributions look like; 0 and False on rows that do not count."""
+    """Statistics of each row's two distributions; 0 and False on rows that do not count."""
     bad_student, bad_teacher = _is_undefined(student), _is_undefined(teacher)
     q = _side(_select(counted & ~bad_student, student), options.temperature)
     p = _side(_select(counted & ~bad_teacher, teacher), options.teacher_temperature)
@@ -270,7 +270,7 @@ Formula = Callable[[DistillCall], tuple[Tensor, "DistillStats | None"]]
 
 
 def fill(call: DistillCall, out: Outputs, formula: Formula) -> None:
-    """What a loss and its derivatives are, by a formula that autograd can follow."""
+    """Record a loss and its derivatives, by a formula that autograd can follow."""
     with _recording():
         leaves = _leaves(call)
         loss, stats = formula(leaves)

@@ -22,7 +22,7 @@ Loss = Callable[..., Any]
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether it is one, asked without importing what makes them."""
+    """True if it is one, asked without importing what makes them."""
     return type(tensor) not in PLAIN and hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
@@ -120,7 +120,7 @@ def _check_shapes(placed: dict[str, Any]) -> None:
 
 
 def _layout(student: Any, teacher: Any) -> Layout:
-    """How both sides are to lie: as one of them does, where the other is whole.
+    """The layout that both sides are to have: as one of them does, where the other is whole.
 
     Raises:
         ArgumentError: classes would have to be gathered, or sums to be taken.

@@ -1,4 +1,4 @@
-"""What needs the logits once more: the sums of jsd and tvd, and the gradients, both by the kernels' backward.
+"""Passes over the logits once more: the sums of jsd and tvd, and the gradients, both by the kernels' backward.
 
 A kernel takes the gradients of a row to add up to 0, and gives a class that has most of its row's probability what the
 sum of the others' leaves: a difference of numbers near 1 would be rounding. Of a process's own classes that is not so.

@@ -12,7 +12,7 @@ from tgt_fast.ops.vocab_parallel.shards import Shards
 
 
 class Steps:
-    """What a process does by itself between two collectives, on the row kernel of a backend."""
+    """The work of a process by itself between two collectives, on the row kernel of a backend."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -22,7 +22,7 @@ class Steps:
         return opening.opened(self.kernel, call)
 
     def sums(self, call: DistillCall, opened: Tensor, maxima: Tensor) -> Tensor:
-        """What is added up."""
+        """Sums of the processes."""
         return merging.sums_of(opened, maxima, call.options)
 
     def merged(self, call: DistillCall, opened: Tensor, maxima: Tensor, totals: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class Steps:
         return merging.merged(opened, maxima, totals, divisor, call.options)
 
     def second(self, call: DistillCall, merged: Tensor) -> Tensor:
-        """What jsd and tvd add up once the normalisers are known."""
+        """Sums of jsd and tvd once the normalisers are known."""
         return gradients.second_sums(self.kernel, call, merged)
 
     def with_second(
@@ -45,7 +45,7 @@ class Steps:
         return merging.losses(merged, call.options)[:, None]
 
     def stats(self, call: DistillCall) -> Tensor:
-        """What statistics are made of here."""
+        """Parts of the statistics."""
         return statistics.opened(self.kernel, call)
 
     def gradients(self, call: DistillCall, row_state: Tensor, d_loss: Tensor) -> Gradients:

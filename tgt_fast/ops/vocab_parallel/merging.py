@@ -73,12 +73,12 @@ class Parts(NamedTuple):
 
 
 def maxima_of(opened: Tensor) -> Tensor:
-    """What the processes take the largest of.  [N, OPENED] -> [N, 7]"""
+    """Numbers of which the processes take the largest.  [N, OPENED] -> [N, 7]"""
     return opened[:, MAXIMA]
 
 
 def sums_of(opened: Tensor, maxima: Tensor, options: DistillOptions) -> Tensor:
-    """What they add up.  -> [N, SUMS]"""
+    """Numbers that they add up.  -> [N, SUMS]"""
     return torch.stack(parts_of(opened, maxima, options), dim=1)
 
 
@@ -169,7 +169,7 @@ def merged(opened: Tensor, maxima: Tensor, totals: Tensor, divisor: Tensor, opti
 
 
 def _far(opened: Tensor, maxima: Tensor, options: DistillOptions) -> Tensor:
-    """Whether the logits here are so far below the largest that differences leave the range of float32."""
+    """True if the logits here are so far below the largest that differences leave the range of float32."""
     reach = 16 * max(1 / options.temperature, 1 / options.teacher_temperature, 1.0)
     most = (maxima[:, :2] - opened[:, [STUDENT_MAX, TEACHER_MAX]]) * reach
     return ((most > _FLOAT_MAX) & (most < math.inf)).any(dim=1)
@@ -269,7 +269,7 @@ def losses(state: Tensor, options: DistillOptions) -> Tensor:
 
 
 def divisor_of(opened: Tensor, given: float | Tensor | None, options: DistillOptions) -> Tensor:
-    """What the rows' weights are divided by, 0-d float64."""
+    """The divisor of the rows' weights, 0-d float64."""
     if options.reduction != "mean":
         return opened.new_ones(())
     if isinstance(given, Tensor):

@@ -56,7 +56,7 @@ def local_target(target: Tensor, options: Any, shards: Shards) -> Tensor:
 
 
 def shards_of(op: str, group: Any, offsets: Any, width: int) -> Shards | None:
-    """Where this process's ``width`` classes are among those of the group; None where it has them all.
+    """The place of this process's ``width`` classes among those of the group; None where it has them all.
 
     Raises:
         ArgumentError, ShapeError: no process group, one that this process is not in, or offsets that do not fit.
