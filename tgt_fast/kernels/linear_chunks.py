@@ -49,6 +49,7 @@ def forward(
     wanted: tuple[bool, ...] = (False,) * DIFFERENTIABLE,  # gradients to the first of the tensors
     want_stats: bool = False,
     upstream: Tensor | None = None,  # 0-d, or [N]; None: 1
+    widest: int | None = None,  # classes, of any of the processes that must make the same chunks; None: those here
 ) -> LinearForward:
     """Row losses, their reduction and the wanted gradients."""
     vocabulary = vocabulary_of(tensors, heads)
@@ -66,7 +67,7 @@ def forward(
         coefficient = coefficient if divisor is None else coefficient / divisor
         chunked.set_row_scale(coefficient if upstream is None else coefficient * upstream[:, 0], options)
     parts: list[Outputs] = []
-    for chunk in chunked.chunks():
+    for chunk in chunked.chunks(widest):
         made = kernel.forward(
             DistillCall(
                 options, chunk.student, chunk.teacher, None if target is None else target[chunk.at],
@@ -150,12 +151,13 @@ class ChunkedLoss:
             return memory.workspace(shape, dtype)
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def chunks(self) -> Iterator[_Chunk]:
+    def chunks(self, widest: int | None = None) -> Iterator[_Chunk]:
         """The chunks in order, of equal length but for the last; a chunk's memory is the next one's."""
         width = self.dtype.itemsize
-        beside = width * self._classes * self._teacher.wanted  # the kernel's gradient of the teacher's logits
-        beside += self._classes * (self._class_ids is not None)
-        a_row = self._student.bytes_a_row(width) + self._teacher.bytes_a_row(width) + beside
+        classes = self._classes if widest is None else widest
+        beside = width * classes * self._teacher.wanted  # the kernel's gradient of the teacher's logits
+        beside += classes * (self._class_ids is not None)
+        a_row = self._student.bytes_a_row(width, widest) + self._teacher.bytes_a_row(width, widest) + beside
         slots = 2 if overlaps(self.device) else 1
         most = max(1, self._budget // (a_row * slots))
         pieces = max(1, -(-self._count // most))  # also of no rows at all

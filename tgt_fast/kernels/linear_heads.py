@@ -54,7 +54,7 @@ class LogitsTeacher:
         self.wanted = wanted
         self._d_logits = torch.zeros_like(logits, memory_format=torch.contiguous_format) if wanted else None
 
-    def bytes_a_row(self, width: int) -> int:
+    def bytes_a_row(self, width: int, classes: int | None = None) -> int:
         return 0
 
     def allocate(self, rows: int, slots: int, empty: Empty) -> None:
@@ -87,7 +87,7 @@ class TopKTeacher:
         self._topk = topk
         self._vocabulary = vocabulary
 
-    def bytes_a_row(self, width: int) -> int:
+    def bytes_a_row(self, width: int, classes: int | None = None) -> int:
         return self._topk.ids.shape[1] * (self._topk.ids.itemsize + self._topk.log_probs.itemsize)
 
     def allocate(self, rows: int, slots: int, empty: Empty) -> None:
@@ -140,10 +140,10 @@ class Head:
         self._d_bias = hidden.new_zeros(weight.shape[0], dtype=dtype) if self._wants_bias else None
         self._started = False
 
-    def bytes_a_row(self, width: int) -> int:
+    def bytes_a_row(self, width: int, classes: int | None = None) -> int:
         """Of a chunk: the logits, and what stands beside them on the way back."""
         beside = width * (self.softcap is not None) + 2 * self.casts_grad
-        return self._weight.shape[0] * (width + beside * self.wanted)
+        return (self._weight.shape[0] if classes is None else classes) * (width + beside * self.wanted)
 
     def allocate(self, rows: int, slots: int, empty: Empty) -> None:
         """Memory for the logits of a chunk, or of one chunk while another is in use."""
@@ -272,8 +272,10 @@ class RemappedTeacher:
         self.wanted = side.wanted
         self.casts_grad = side.casts_grad
 
-    def bytes_a_row(self, width: int) -> int:
-        return self._side.bytes_a_row(width) + width * (self._source.numel() + self._back.numel() * self.wanted)
+    def bytes_a_row(self, width: int, classes: int | None = None) -> int:
+        return self._side.bytes_a_row(width, classes) + width * (
+            self._source.numel() + self._back.numel() * self.wanted
+        )
 
     def allocate(self, rows: int, slots: int, empty: Empty) -> None:
         self._side.allocate(rows, slots, empty)

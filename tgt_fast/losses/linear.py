@@ -32,7 +32,7 @@ class LinearDistillationLoss(Settings, nn.Module):
     Args:
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing, ignore_index,
         unlabeled_index, reduction, student_scale, student_softcap, teacher_scale, teacher_softcap, vocab_size,
-        vocab_map, vocab_mask, count_group, memory_budget, return_stats, backend: see
+        vocab_map, vocab_mask, count_group, vocab_group, vocab_offsets, memory_budget, return_stats, backend: see
         :func:`tgt_fast.linear_distillation_loss`.
 
     >>> import tgt_fast as tgt
@@ -73,6 +73,8 @@ class LinearDistillationLoss(Settings, nn.Module):
         vocab_map: Tensor | None = None,
         vocab_mask: Tensor | None = None,
         count_group: Any = None,
+        vocab_group: Any = None,
+        vocab_offsets: Any = None,
         memory_budget: int | None = None,
         return_stats: bool = False,
         backend: str = "auto",
@@ -88,6 +90,8 @@ class LinearDistillationLoss(Settings, nn.Module):
         self.register_buffer("vocab_mask", vocab_mask, persistent=False)
         self.count_group = count_group
         counting_group(OP, count_group)  # refused here, if it is none
+        self.vocab_group, self.vocab_offsets = vocab_group, vocab_offsets
+        counting_group(OP, vocab_group, "vocab_group")
         self.return_stats = return_stats
         self.backend = backend
 
@@ -157,7 +161,8 @@ class LinearDistillationLoss(Settings, nn.Module):
     def _call(self, *tensors: Tensor | None, **keywords: Any) -> Tensor | tuple[Tensor, DistillStats]:
         made: Tensor | tuple[Tensor, DistillStats] = linear_distillation_loss(
             *tensors, vocab_map=self.vocab_map, vocab_mask=self.vocab_mask, return_stats=self.return_stats,  # type: ignore[arg-type, misc]
-            count_group=self.count_group, backend=self.backend, **keywords,
+            count_group=self.count_group, vocab_group=self.vocab_group, vocab_offsets=self.vocab_offsets,
+            backend=self.backend, **keywords,
         )  # fmt: skip
         return made
 
@@ -171,8 +176,9 @@ class LinearDistillationLoss(Settings, nn.Module):
                 if name != "divergence" and value != usual:
                     shown.append(f"{name}={value!r}")
         shown += [f"{name}=..." for name in ("vocab_map", "vocab_mask") if getattr(self, name) is not None]
-        if self.count_group is not None:
-            shown.append(f"count_group={self.count_group!r}")
+        for name in ("count_group", "vocab_group", "vocab_offsets"):
+            if getattr(self, name) is not None:
+                shown.append(f"{name}={getattr(self, name)!r}")
         if self.return_stats:
             shown.append("return_stats=True")
         if self.backend != "auto":

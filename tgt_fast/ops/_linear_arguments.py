@@ -105,10 +105,10 @@ def check_tensors(
             continue
         tensor = _checks.floating(OP, name, tensor)
         _checks.same_device(OP, name, tensor, "student_hidden", t.student_hidden)
-    _check_head("student", t.student_hidden, t.student_weight, t.student_bias)
+    check_head("student", t.student_hidden, t.student_weight, t.student_bias)
     teacher_classes = t.teacher.shape[-1] if t.teacher.dim() else 0
     if t.teacher_weight is not None:
-        _check_head("teacher", t.teacher, t.teacher_weight, t.teacher_bias)
+        check_head("teacher", t.teacher, t.teacher_weight, t.teacher_bias)
         teacher_classes = t.teacher_weight.shape[0]
     if heads.topk_classes is not None:
         teacher_classes = heads.topk_classes
@@ -124,7 +124,7 @@ def check_tensors(
     check_rows(OP, "student_hidden", t.student_hidden, t.target, t.sample_weight, normalizer, options)
 
 
-def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or weight.shape[1] == 0:
         raise ShapeError(
             f"{OP}: {side}_hidden {tuple(hidden.shape)} and {side}_weight {tuple(weight.shape)} must be (..., H) and "

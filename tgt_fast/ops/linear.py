@@ -31,6 +31,8 @@ from tgt_fast.ops._sharded_heads import whole_head
 from tgt_fast.ops.counts import divisor_over
 from tgt_fast.ops.library import graph_wanted, seen_by_dispatcher, without_autocast
 from tgt_fast.ops.topk import TeacherTopK, check_where_asked, warn_where_small
+from tgt_fast.ops.vocab_parallel import linear as vocab_parallel
+from tgt_fast.ops.vocab_parallel.shards import shards_of
 
 
 @overload
@@ -64,6 +66,8 @@ def linear_distillation_loss(
     reduction: str = ...,
     normalizer: float | Tensor | None = ...,
     count_group: Any = ...,
+    vocab_group: Any = ...,
+    vocab_offsets: Any = ...,
     memory_budget: int | None = ...,
     return_stats: Literal[False] = ...,
     backend: str = ...,
@@ -99,6 +103,8 @@ def linear_distillation_loss(
     reduction: str = ...,
     normalizer: float | Tensor | None = ...,
     count_group: Any = ...,
+    vocab_group: Any = ...,
+    vocab_offsets: Any = ...,
     memory_budget: int | None = ...,
     return_stats: Literal[True],
     backend: str = ...,
@@ -134,6 +140,8 @@ def linear_distillation_loss(
     reduction: str = ...,
     normalizer: float | Tensor | None = ...,
     count_group: Any = ...,
+    vocab_group: Any = ...,
+    vocab_offsets: Any = ...,
     memory_budget: int | None = ...,
     return_stats: bool = ...,
     backend: str = ...,
@@ -169,6 +177,8 @@ def linear_distillation_loss(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     count_group: Any = None,
+    vocab_group: Any = None,
+    vocab_offsets: Any = None,
     memory_budget: int | None = None,
     return_stats: bool = False,
     backend: str = "auto",
@@ -206,6 +216,8 @@ def linear_distillation_loss(
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing, sample_weight,
             ignore_index, unlabeled_index, reduction, normalizer, count_group: see
             :func:`tgt_fast.distillation_loss`; the rows are those of ``student_hidden``.
+        vocab_group, vocab_offsets: likewise, for heads of which each process has some consecutive rows; hidden states
+            are the same in all. See below.
         memory_budget: bytes of a chunk's logits and of what stands beside them; 64 MiB by default on a CPU, 2 GiB on a
             device. One row at least. Beside it a head of another dtype than the arithmetic's is widened, whole where
             that takes no more than as many bytes again, else in blocks of 8 MiB. The result hardly depends on it: the
@@ -237,6 +249,11 @@ def linear_distillation_loss(
     is. Second derivatives need ``backend="reference"``. Under autocast the arguments are taken in the precision they
     come in. On a device (not yet run on a GPU) bfloat16 heads multiply in half precision with sums in float32: logits
     unrounded, their gradients rounded to float16 in units of the row's weight. Other dtypes multiply in float32.
+
+    **Heads in several processes.** With ``vocab_group`` a process passes its classes of both heads (``teacher_logits``
+    are of its classes, too) and gets their gradients; those of hidden states are of all classes, added up in float32.
+    ``target``, ``vocab_size`` and ``vocab_mask`` speak of all classes; ``vocab_map`` is refused. Chunks are of the same
+    rows everywhere, and each sends what :func:`tgt_fast.distillation_loss` says.
 
     **A top-k record of the teacher** as ``teacher_logits``: the loss that :func:`tgt_fast.distillation_loss` takes of
     it, at the record's temperature, with its divergences and no statistics. ``vocab_size``, ``vocab_map`` and
@@ -277,6 +294,12 @@ def linear_distillation_loss(
         student_hidden, student_weight, student_bias, teacher, teacher_weight, teacher_bias, target,  # type: ignore[arg-type]
         sample_weight, vocab_map, vocab_mask, ids, rest,
     )  # fmt: skip
+    if vocab_group is not None or vocab_offsets is not None:
+        shards = shards_of(OP, vocab_group, vocab_offsets, student_weight.shape[0] if student_weight.dim() else 0)
+        if shards is not None:
+            return vocab_parallel.linear_distillation_loss(
+                shards, given, topk, normalizer, count_group, heads, options, return_stats, backend
+            )
     check_tensors(given, normalizer, heads, options)
     warn_of_trained_teacher(teacher_weight, teacher_bias)
     warn_of_adapters(OP, student_weight, teacher_weight)
