@@ -107,15 +107,27 @@ def _parser() -> argparse.ArgumentParser:
     profile = commands.add_parser(
         "profile",
         help="where the time of a training step goes: a trace and a table",
-        description="Run some steps of teacher-guided training under PyTorch's profiler and write a Chrome trace.",
+        description="Run some steps of training, of yours or of a small teacher-guided one, under PyTorch's profiler; "
+        "print where their time goes and write a Chrome trace.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     profile.add_argument("--out", type=Path, default=Path("profile"), metavar="DIR", help="folder of the trace")
-    profile.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+    profile.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run the built-in step"
+    )
     profile.add_argument("--steps", type=int, default=5, metavar="N", help="steps to trace, after a warm-up")
     profile.add_argument(
-        "--mode", choices=("random", "gradient", "persistent", "prior"), default="gradient", help="of exploration"
-    )
+        "--mode", choices=("random", "gradient", "persistent", "prior"), default="gradient",
+        help="of exploration, in the built-in step",
+    )  # fmt: skip
+    for name, gives in (
+        ("objective", "(student, objective) or (student, objective, optimizer)"),
+        ("data", "batches, as fit takes them"),
+    ):
+        profile.add_argument(
+            f"--{name}", metavar="MODULE:FACTORY", default=argparse.SUPPRESS,
+            help=f"profile your own step: a function without arguments that returns {gives}",
+        )  # fmt: skip
     _add_cache(commands)
     commands.add_parser("doctor", help="what was built, what can run here, and why the rest cannot")
     return parser
@@ -283,7 +295,8 @@ def _profile(given: argparse.Namespace) -> None:
     from tgt_fast.bench.device import chosen_device
     from tgt_fast.bench.profile import run_profile
 
-    run_profile(given.out, chosen_device(given.device), given.steps, given.mode, Console())
+    own = {name: getattr(given, name, None) for name in ("objective", "data")}
+    run_profile(given.out, chosen_device(given.device), given.steps, given.mode, Console(), **own)
 
 
 def _report(given: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
-"""``tgt-fast profile``: where the time of a teacher-guided training step goes, as a Chrome trace and a table.
+"""``tgt-fast profile``: where the time of a training step goes, as a Chrome trace and a table.
 
-The step is real and small: a convolutional autoencoder and labeler as the teacher, a convolutional student, Adam. The
-weights are random, since time does not depend on them.
+The step is the user's own, or a real and small one: a convolutional autoencoder and labeler as the teacher, a
+convolutional student, Adam, with random weights, since time does not depend on them. Both are steps of ``fit``.
 """
 
 from __future__ import annotations
@@ -13,13 +13,19 @@ from typing import Any, Final
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import tgt_fast as tgt
-from tgt_fast._ranges import PREFIX, named_range
+from tgt_fast._ranges import named_range
+from tgt_fast.bench.ranges import print_ranges, tree
+from tgt_fast.cache.command import factory
 from tgt_fast.errors import ArgumentError
 from tgt_fast.report.output import prepare_folder, write_bytes
+from tgt_fast.teacher.batches import Columns, check_loader
+from tgt_fast.train.checks import check_parties, check_tools
+from tgt_fast.train.data import BatchStream, module_device
+from tgt_fast.train.parallel import Parallel
+from tgt_fast.train.run import Run
 
 MODES: Final = ("random", "gradient", "persistent", "prior")
 BATCH: Final = 64
@@ -27,18 +33,38 @@ _SIDE, _LATENT, _CLASSES = 32, 64, 10
 _WARM_UP: Final = 3
 
 
-def run_profile(out: Path, device: torch.device, steps: int, mode: str, console: Console) -> Path:
+def run_profile(
+    out: Path,
+    device: torch.device,
+    steps: int,
+    mode: str,
+    console: Console,
+    *,
+    objective: str | None = None,
+    data: str | None = None,
+) -> Path:
     """Trace so many steps after a warm-up, write ``out/trace.json.gz`` and print the ranges.
 
     On a GPU the same steps then run under ``emit_nvtx``, for ``nsys profile tgt-fast profile``.
 
+    Args:
+        device, mode: of the built-in step.
+        objective, data: ``package.module:factory`` of a step of the user's own. Called without arguments they give
+            (student, objective) or (student, objective, optimizer), and batches, as ``fit`` takes them.
+
     Raises:
-        ArgumentError, CheckpointError: an option out of range, or a folder that cannot be written to.
+        ArgumentError, CheckpointError: an option out of range, factories that give something else, or a folder that
+            cannot be written to.
     """
     if not 1 <= steps <= 1000:
         raise ArgumentError(f"--steps must be in [1, 1000], got {steps}")
+    if (objective is None) != (data is None):
+        raise ArgumentError("--objective and --data belong together: what trains, and what on")
     folder = prepare_folder(out, needed=64 << 20)
-    step = training_step(device, mode)
+    if objective is None or data is None:
+        step = training_step(device, mode)
+    else:
+        step, device = own_step(objective, data)
     for _ in range(_WARM_UP):
         step()
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -55,7 +81,7 @@ def run_profile(out: Path, device: torch.device, steps: int, mode: str, console:
         trace = Path(private, path.name)
         profiler.export_chrome_trace(str(trace))
         write_bytes(path, trace.read_bytes())
-    _print(console, profiler, steps, device)
+    print_ranges(console, tree(profiler.events()), steps, on_gpu=device.type == "cuda")
     if device.type == "cuda":
         with torch.autograd.profiler.emit_nvtx():  # type: ignore[no-untyped-call]
             for _ in range(steps):
@@ -65,6 +91,23 @@ def run_profile(out: Path, device: torch.device, steps: int, mode: str, console:
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
     return path
+
+
+def own_step(objective: str, data: str) -> tuple[Callable[[], None], torch.device]:
+    """One step of what two factories give, and the device of its student."""
+    made = factory("--objective", objective)()
+    if not isinstance(made, (tuple, list)) or len(made) not in (2, 3):
+        raise ArgumentError(
+            f"--objective: {objective} must return (student, objective) or (student, objective, optimizer), as fit "
+            f"takes them, got {type(made).__name__}"
+        )
+    student, goal, *rest = made
+    check_parties(student, goal, {})
+    optimizer = rest[0] if rest else torch.optim.Adam(student.parameters())
+    check_tools(optimizer, None, None, "", None)
+    batches = factory("--data", data)()
+    check_loader("--data", batches)
+    return _step(student, goal, batches, optimizer), module_device(student) or torch.device("cpu")
 
 
 def training_step(device: torch.device, mode: str) -> Callable[[], None]:
@@ -79,16 +122,16 @@ def training_step(device: torch.device, mode: str) -> Callable[[], None]:
     if mode != "prior":
         sampler.calibrate([x])
     objective = tgt.TGTObjective(teacher, sampler)
-    optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
+    return _step(student, objective, [(ids, x, y)], torch.optim.Adam(student.parameters(), lr=1e-3))
+
+
+def _step(student: nn.Module, objective: Any, batches: Any, optimizer: Any) -> Callable[[], None]:
+    student.train()
+    run = Run(student, objective, BatchStream(batches), Columns("profile"), optimizer, None, Parallel(student))
 
     def step() -> None:
         with named_range("step"):
-            loss = objective(student, x, y, sample_ids=ids)["loss"]
-            with named_range("backward"):
-                loss.backward()  # type: ignore[no-untyped-call]
-            with named_range("optimizer"):
-                optimizer.step()
-                optimizer.zero_grad()
+            run.step(1, None)
 
     return step
 
@@ -111,22 +154,3 @@ def _classifier(width: int) -> nn.Sequential:
 
 def _down(channels: int, filters: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(channels, filters, 3, stride=2, padding=1), nn.SiLU()
-
-
-def _print(console: Console, profiler: Any, steps: int, device: torch.device) -> None:
-    on_gpu = device.type == "cuda"
-    table = Table(title=f"ranges, a step ({steps} steps)", title_justify="left", title_style="bold")
-    table.add_column("range")
-    for name in ("calls", "CPU ms", *(["GPU ms"] if on_gpu else []), "of the step"):
-        table.add_column(name, justify="right")
-    # A range has a second event, of the device, where there is one; its time is in the first as well.
-    found = [e for e in profiler.key_averages() if e.key.startswith(PREFIX) and e.cpu_time_total > 0]
-    spent: Callable[[Any], float] = lambda event: event.device_time_total if on_gpu else event.cpu_time_total  # noqa: E731
-    whole = next((spent(event) for event in found if event.key == PREFIX + "step"), 0.0)
-    for event in sorted(found, key=spent, reverse=True):
-        table.add_row(
-            event.key.removeprefix(PREFIX), f"{event.count / steps:g}", f"{event.cpu_time_total / steps / 1e3:.3f}",
-            *([f"{event.device_time_total / steps / 1e3:.3f}"] if on_gpu else []),
-            f"{spent(event) / whole:.0%}" if whole else "-",
-        )  # fmt: skip
-    console.print(table, markup=False, highlight=False)

@@ -131,7 +131,8 @@ def _slope_traced(
 def _disagreement(teacher: Teacher, student: Student, latents: Latents, key: Key, options: SamplerOptions) -> Tensor:
     x = teacher.decode(latents, relaxed=True, key=key)
     theirs = teacher.label(x)
-    ours = student_logits("LatentSampler", student, teacher.student_view(x), options.logits_of)
+    with named_range("student"):
+        ours = student_logits("LatentSampler", student, teacher.student_view(x), options.logits_of)
     ours = checked_logits(ours, latents.z.shape[0], "student")
     if ours.shape[-1] != theirs.shape[-1]:
         raise ShapeError(f"LatentSampler: the student has {ours.shape[-1]} classes, the labeler {theirs.shape[-1]}")

@@ -136,7 +136,7 @@ class Run:
         for place, ((ids, x, y), copies) in enumerate(zip(batches, self._copies(batches), strict=True)):
             more = normalizers if copies is None else {**normalizers, "occurrence": copies}
             with self.parallel.averaging(place + 1 == len(batches)):
-                with self._precision():
+                with self._precision(), named_range("objective"):
                     output = self.objective(self.student, x, y, sample_ids=ids, step=self.result.steps, **more)
                 loss, parts = checked_output(output)
                 with named_range("backward"):
@@ -169,7 +169,8 @@ class Run:
         return torch.autocast((self.device or torch.device("cpu")).type, self.autocast)
 
     def _take(self) -> Batch:
-        batch: Batch = to_device(self.columns.split(self.stream.take()), self.device)
+        with named_range("data"):
+            batch: Batch = to_device(self.columns.split(self.stream.take()), self.device)
         if self.kept and self.sample is None:
             self.sample = tree.map_batched(lambda leaf: leaf[: self.kept].clone(), batch)
         return batch
