@@ -19,6 +19,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import covering
 import emulated_gpu
 import hypothesis
+import interpreter_kit
 import pytest
 import real_gpu
 import torch
@@ -155,6 +156,7 @@ def interpreted() -> str:
     reason = triton_backend.refusal("distill", (torch.empty(0),))
     if reason:
         pytest.skip(f"no interpreted Triton: {reason}")
+    interpreter_kit.put_its_functions_in_once_a_launch()
     return "triton"
 
 

@@ -91,7 +91,8 @@ def test_every_pair_of_dtypes(backend: str, pair: tuple[torch.dtype, torch.dtype
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_half_gradients_are_as_good_as_rounding_the_truth(backend: str, divergence: str, dtype: torch.dtype) -> None:
     """Logits are never rounded before the softmax: a vocabulary in half precision keeps the bar."""
-    student, teacher = logits(8, 33000, 0, dtype=dtype), logits(8, 33000, 1, dtype=dtype)
+    rows = 2 if backend == "triton" else 8  # an interpreter takes its time
+    student, teacher = logits(rows, 33000, 0, dtype=dtype), logits(rows, 33000, 1, dtype=dtype)
     check(student, teacher, backend=backend, divergence=divergence, reduction="none")
 
 
@@ -176,7 +177,7 @@ def test_expanded_logits_and_a_broadcast_teacher(backend: str) -> None:
 # Everything at once
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(case=distill_cases())
 def test_any_legal_call_agrees_with_the_truth(backend: str, case: DistillCase) -> None:
     check(

@@ -116,10 +116,10 @@ def test_the_last_copy_that_a_key_has_room_for() -> None:
     assert not torch.equal(explore(other, rows, occurrence=last - 1).latents.z, made.latents.z)
     with pytest.raises(ArgumentError, match=r"occurrence must be in \[0, 65536\), got 65536"):
         explore(sampler, rows, occurrence=last + 1)
-    many = sampler_for("random", replicas=2**15)
-    with pytest.raises(ArgumentError, match=r"replicas=32768 occurrence must be in \[0, 2\), got 2"):
-        explore(many)
-    assert len(explore(many, ROWS[:3]).ids) == 3 * 2**15
+    many = sampler_for("random", replicas=2**8)
+    with pytest.raises(ArgumentError, match=r"replicas=256 occurrence must be in \[0, 256\), got 256"):
+        explore(many, rows, occurrence=last // 2**8 + 1)
+    assert len(explore(many, rows, occurrence=last // 2**8).ids) == 3 * 2**8
 
 
 def test_copies_get_anchors_of_their_own() -> None:
