@@ -28,3 +28,8 @@ def example(name: str, *packages: str) -> Any:
 def test_transformers() -> None:
     losses = example("distill_transformers", "transformers", "accelerate").main(steps=8)
     assert losses["after"] < losses["before"]
+
+
+def test_lightning() -> None:
+    accuracy = example("guided_lightning", "lightning").main(epochs=12)
+    assert accuracy["after"] > accuracy["before"] + 0.2

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import lightning_kit
 import pytest
 import torch
 from integrations_kit import arguments, assert_close, llama, rows
@@ -40,6 +41,26 @@ def distilled(loss: str, size: int, **options: Any) -> tuple[dict[str, torch.Ten
     return model.state_dict(), trainer.state.log_history, evaluated
 
 
+def guided(mode: str, folder: Path, *, size: int, halves: bool = False, **options: Any) -> tuple[Any, Any]:
+    """Two epochs of 32 rows in Lightning, in one run or in two: the weights, and the chains in a checkpoint."""
+    many = torch.distributed.is_initialized()
+    where = {"devices": 2, "strategy": "ddp"} if many else {}
+    made = lightning_kit.module(mode, **options)
+    if halves:
+        first = lightning_kit.trainer(folder, **where)
+        first.fit(made, lightning_kit.data(size=size))
+        first.save_checkpoint(folder / "half.ckpt")
+        made = lightning_kit.module(mode, **options)
+    run = lightning_kit.trainer(folder, max_epochs=2, **where)
+    again = {"ckpt_path": folder / "half.ckpt", "weights_only": False} if halves else {}
+    run.fit(made, lightning_kit.data(size=size), **again)
+    run.save_checkpoint(folder / "end.ckpt")
+    held = torch.load(folder / "end.ckpt", weights_only=False)
+    assert made.objective.count_group is None
+    logged = {name: float(value) for name, value in run.callback_metrics.items()}
+    return (lightning_kit.weights(made), logged), held["callbacks"]["TGTCallback"]["sampler"]
+
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("linear", {}),
     "linear, unused parameters looked for": ("linear", {"ddp_find_unused_parameters": True}),
@@ -47,16 +68,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def test_two_processes_and_micro_batches_are_one_batch(tmp_path: Path) -> None:
+def test_two_processes_are_one(tmp_path: Path) -> None:
     def work(rank: int) -> Any:
         joined(rank, 2)
-        return {
+        runs = {
             name: distilled(loss, 4, gradient_accumulation_steps=2, **options)
             for name, (loss, options) in CASES.items()
         }
+        lightning = {
+            "random": guided("random", tmp_path, size=2, accumulate=2),
+            "whole": guided("persistent", tmp_path, size=4),
+            "halves": guided("persistent", tmp_path, size=4, halves=True),
+        }
+        return runs, lightning
 
     expected = {name: distilled(loss, 16) for name, (loss, _) in CASES.items()}
-    found = all_made(in_processes(2, tmp_path, work))
+    guided_alone = {mode: guided(mode, tmp_path / "alone", size=8) for mode in ("random", "persistent")}
+    both = all_made(in_processes(2, tmp_path, work))
+    found = [runs for runs, _ in both]
     for name, (weights, log, evaluated) in expected.items():
         for rank in range(2):
             assert_close(found[rank][name][0], weights)
@@ -66,3 +95,13 @@ def test_two_processes_and_micro_batches_are_one_batch(tmp_path: Path) -> None:
             assert found[rank][name][2] == pytest.approx(evaluated, rel=1e-4)
         for key, value in found[0][name][0].items():
             assert torch.equal(value, found[1][name][0][key]), (name, key)
+
+    for runs in (both[0][1], both[1][1]):
+        for name, alone in (("random", "random"), ("whole", "persistent")):
+            weights, logged = runs[name][0]
+            assert_close(weights, guided_alone[alone][0][0])
+            for term, value in guided_alone[alone][0][1].items():
+                assert logged[term] == pytest.approx(value, rel=1e-4), (name, term)
+        assert len(runs["whole"][1]["waiting_latents"]) == len(guided_alone["persistent"][1]["bank_latents"]) == 32
+        for key, value in runs["whole"][0][0].items():
+            assert torch.equal(runs["halves"][0][0][key], value)
