@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+import tgt_fast as tgt
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -81,3 +84,43 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         assert value.abs().max() > 0 or name.endswith("bias"), name
         limit = tolerance * max(1.0, float(value.abs().max()))
         assert float((found[name] - value).abs().max()) <= limit, name
+
+
+class Student(nn.Module):
+    """A model that is none of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.net(x)
+        return made
+
+
+def guided_trainer(mode: str, size: int, folder: Path | None = None, **options: Any) -> tuple[Any, list[Any]]:
+    """A TGTTrainer over 24 rows, which takes them in order, and those rows."""
+    from tgt_fast.integrations.transformers import TGTTrainer
+
+    torch.manual_seed(1)
+    teacher = tgt.Teacher(nn.Linear(8, 2), nn.Linear(2, 8), nn.Linear(8, 3))
+    sampler = tgt.LatentSampler(teacher, mode, sigma=0.5, units="absolute", step_size=0.1)
+    labels = [-100 if number < 9 and number % 3 else number % 3 for number in range(24)]
+    data = [{"x": torch.randn(8), "labels": y, "id": 3 * number} for number, y in enumerate(labels)]
+    usual = {"max_steps": 2, "per_device_train_batch_size": size, "train_sampling_strategy": "sequential"}
+    args = arguments(folder, **{**usual, **options})
+    objective = tgt.TGTObjective(teacher, sampler)
+    return TGTTrainer(Student(), args, train_dataset=data, objective=objective, id_column="id"), data
+
+
+def guided(mode: str, size: int, resume: Path | None = None, **options: Any) -> tuple[dict[str, Tensor], list[Any]]:
+    """What its steps gave: weights and logs."""
+    trainer, _ = guided_trainer(mode, size, **options)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    assert trainer.objective.count_group is None
+    weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    return weights, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def names_in(path: Path) -> list[str]:
+    return list(load_file(path))

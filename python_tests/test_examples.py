@@ -30,6 +30,11 @@ def test_transformers() -> None:
     assert losses["after"] < losses["before"]
 
 
+def test_guided_transformers() -> None:
+    losses = example("guided_transformers", "transformers", "accelerate").main(steps=12)
+    assert losses["after"] < losses["before"]
+
+
 def test_lightning() -> None:
     accuracy = example("guided_lightning", "lightning").main(epochs=12)
     assert accuracy["after"] > accuracy["before"] + 0.2

@@ -10,6 +10,7 @@ import lightning_kit
 import pytest
 import torch
 from integrations_kit import arguments, assert_close, llama, rows
+from integrations_kit import guided as guided_by_trainer
 from process_kit import all_made, in_processes, needs_processes
 
 from tgt_fast.integrations.transformers import DistillationTrainer
@@ -80,12 +81,22 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
             "whole": guided("persistent", tmp_path, size=4),
             "halves": guided("persistent", tmp_path, size=4, halves=True),
         }
-        return runs, lightning
+        saving = {"num_train_epochs": 2, "max_steps": -1, "save_strategy": "steps", "save_steps": 2}
+        chains = guided_by_trainer("persistent", 6, folder=tmp_path / "chains", **saving)
+        again = {"resume": tmp_path / "chains" / "checkpoint-2", "folder": tmp_path / "again", **saving}
+        trainer = {
+            "random": guided_by_trainer("random", 3, gradient_accumulation_steps=2),
+            "persistent": chains,
+            "resumed": guided_by_trainer("persistent", 6, **again),
+        }
+        return runs, lightning, trainer
 
     expected = {name: distilled(loss, 16) for name, (loss, _) in CASES.items()}
     guided_alone = {mode: guided(mode, tmp_path / "alone", size=8) for mode in ("random", "persistent")}
+    steps = {"random": 2, "persistent": 4}
+    trained_alone = {mode: guided_by_trainer(mode, 12, max_steps=count) for mode, count in steps.items()}
     both = all_made(in_processes(2, tmp_path, work))
-    found = [runs for runs, _ in both]
+    found = [runs for runs, *_ in both]
     for name, (weights, log, evaluated) in expected.items():
         for rank in range(2):
             assert_close(found[rank][name][0], weights)
@@ -105,3 +116,12 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         assert len(runs["whole"][1]["waiting_latents"]) == len(guided_alone["persistent"][1]["bank_latents"]) == 32
         for key, value in runs["whole"][0][0].items():
             assert torch.equal(runs["halves"][0][0][key], value)
+
+    for *_, runs in both:
+        for mode, (weights, log) in trained_alone.items():
+            assert_close(runs[mode][0], weights)
+            for entry, there in zip(log, runs[mode][1], strict=True):
+                for term in ("loss", "soft", "hard", "synthetic"):
+                    assert there[term] == pytest.approx(entry[term], rel=1e-4), (mode, term)
+        for key, value in runs["persistent"][0].items():
+            assert torch.equal(runs["resumed"][0][key], value)

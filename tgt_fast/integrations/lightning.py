@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +13,11 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tgt_fast._optional import optional
 from tgt_fast._processes import connected
 from tgt_fast.errors import ArgumentError
+from tgt_fast.integrations.measure import measured
 from tgt_fast.ops import _checks
 from tgt_fast.ops.counts import WORLD
 from tgt_fast.teacher import Teacher
 from tgt_fast.teacher.batches import Batch, Columns
-from tgt_fast.teacher.returned import logits_in
 from tgt_fast.teacher.sharing import refuse_shared
 from tgt_fast.train import TGTObjective
 
@@ -233,33 +232,14 @@ class TGTModule(LightningModule):
 
     def _measure(self, batch: Any, stage: str) -> None:
         _, x, y = self._parts.split(batch)
-        options, seen = self.objective.loss.options, []
-        handle = self.student.register_forward_hook(lambda *call: seen.append(call[2]))
-        try:
-            with self._real_alone():
-                rows = None if y is None or y.is_floating_point() else (y != options.ignore_index).sum()
-                divisor = None if rows is None else rows.clamp(min=1)
-                loss = self.objective(self.student, x, y, normalizer=divisor)["loss"]
-        finally:
-            handle.remove()
-        logits = logits_in("TGTModule: the student", seen[0], self.objective.logits_of)
-        self._log_mean(f"{stage}_loss", loss, logits[..., 0].numel() if rows is None else int(rows))
-        if y is not None and rows is not None:
+        loss, logits, rows = measured(self.objective, self.student, x, y)
+        self._log_mean(f"{stage}_loss", loss, rows)
+        if y is not None and not y.is_floating_point():
+            options = self.objective.loss.options
             known = (y != options.ignore_index) & (y != options.unlabeled_index)
             count = int(known.sum())
             right = (logits.argmax(-1) == y) & known
             self._log_mean(f"{stage}_accuracy", right.sum() / max(count, 1), count)
-
-    @contextmanager
-    def _real_alone(self) -> Iterator[None]:
-        """Inside, the objective is that of the real examples in this process."""
-        objective, loss = self.objective, self.objective.loss
-        before = objective.synthetic_weight, objective.count_group, loss.count_group
-        objective.synthetic_weight, objective.count_group, loss.count_group = 0.0, None, None
-        try:
-            yield
-        finally:
-            objective.synthetic_weight, objective.count_group, loss.count_group = before
 
     def _log_mean(self, name: str, value: Any, rows: int) -> None:
         """One value of a batch, weighted by its rows in the mean over all processes."""

@@ -9,10 +9,11 @@ from tgt_fast._optional import optional
 
 if TYPE_CHECKING:
     from tgt_fast.integrations.transformers.distillation import DistillationTrainer
+    from tgt_fast.integrations.transformers.guided import TGTTrainer
 
-__all__ = ["DistillationTrainer"]
+__all__ = ["DistillationTrainer", "TGTTrainer"]
 
-_WHERE = {"DistillationTrainer": "distillation"}
+_WHERE = {"DistillationTrainer": "distillation", "TGTTrainer": "guided"}
 
 
 def __getattr__(name: str) -> Any:
