@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tgt_fast.ops.tokens import sample_tokens, soft_embedding
     from tgt_fast.ops.topk import TeacherTopK, topk_teacher
     from tgt_fast.ops.vocabulary import align_logits
-    from tgt_fast.teacher import Latents, Teacher
+    from tgt_fast.teacher import Latents, Teacher, TeacherEnsemble
     from tgt_fast.train import TGTObjective, fit
 
 __version__ = "0.1.0"
@@ -57,6 +57,7 @@ __all__ = [
     "TGTObjective",
     "Teacher",
     "TeacherCache",
+    "TeacherEnsemble",
     "TeacherTopK",
     "__version__",
     "align_logits",
@@ -88,6 +89,7 @@ _WHERE: Final = {
     "Synthetic": "tgt_fast.explore",
     "TGTObjective": "tgt_fast.train",
     "Teacher": "tgt_fast.teacher",
+    "TeacherEnsemble": "tgt_fast.teacher",
     "TeacherCache": "tgt_fast.cache",
     "TeacherTopK": "tgt_fast.ops.topk",
     "align_logits": "tgt_fast.ops.vocabulary",

@@ -13,6 +13,7 @@ ROW_STATE: int
 BAD_TARGET: int
 BAD_WEIGHT: int
 BAD_ID: int
+BAD_SOFT_TARGET: int
 
 class DistillOptions:
     divergence: int
@@ -47,6 +48,7 @@ def distill_forward(
     d_teacher: Matrix,
     row_state: int,
     stats: int,
+    soft_target: Matrix,
     threads: int,
 ) -> tuple[int, int]: ...
 def distill_backward(
@@ -61,6 +63,7 @@ def distill_backward(
     upstream_per_row: bool,
     d_student: Matrix,
     d_teacher: Matrix,
+    soft_target: Matrix,
     threads: int,
 ) -> None: ...
 def distill_scale(rows: int, classes: int, grad: Matrix, factors: int, per_row: bool, threads: int) -> None: ...

@@ -127,6 +127,9 @@ def _distill(make: _Maker, backend: str) -> Iterator[Sample]:
     halves = (torch.float16, torch.float16)
     for dtypes in (halves, (torch.bfloat16, torch.float32), (torch.float64, torch.bfloat16)):
         yield distill.distillation_loss, (*call(5, both, grads=(True, True), dtypes=dtypes), False, backend), {}
+    student, teacher = make.normal(5, classes).requires_grad_(), make.normal(5, classes)
+    mixed = DistillCall(DistillOptions(hard_weight=0.5), student, teacher, make.uniform(5, classes))
+    yield distill.distillation_loss, (*distill.packed_call(mixed), False, backend), {}
     for divisor in (make.uniform(1).reshape(()), 7.0):
         yield distill.distillation_loss, (*call(5, plain, divisor=divisor), False, backend), {}
     for wanted in itertools.product((False, True), repeat=2):

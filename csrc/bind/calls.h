@@ -8,7 +8,8 @@ namespace tgt::bind {
 // What forward and backward share.
 inline DistillCall distill_call(const DistillOptions& options, int64_t rows, int64_t classes,
                                 const MatrixTuple& student, const MatrixTuple& teacher, uintptr_t target,
-                                uintptr_t row_state, const MatrixTuple& d_student, const MatrixTuple& d_teacher) {
+                                uintptr_t row_state, const MatrixTuple& d_student, const MatrixTuple& d_teacher,
+                                const MatrixTuple& soft_target = {}) {
   DistillCall call;
   call.options = options;
   call.rows = rows;
@@ -16,6 +17,7 @@ inline DistillCall distill_call(const DistillOptions& options, int64_t rows, int
   call.student = matrix(student);
   call.teacher = matrix(teacher);
   call.target = pointer<int64_t>(target);
+  call.soft_target = matrix(soft_target);
   call.row_state = pointer<RowState>(row_state);
   call.d_student = matrix(d_student);
   call.d_teacher = matrix(d_teacher);

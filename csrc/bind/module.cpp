@@ -40,9 +40,10 @@ std::tuple<int, int64_t> distill_forward(const tgt::DistillOptions& options, int
                                          const MatrixTuple& student, const MatrixTuple& teacher, uintptr_t target,
                                          uintptr_t weight, double divisor, uintptr_t row_loss, uintptr_t loss,
                                          const MatrixTuple& d_student, const MatrixTuple& d_teacher,
-                                         uintptr_t row_state, uintptr_t stats, int threads) {
+                                         uintptr_t row_state, uintptr_t stats, const MatrixTuple& soft_target,
+                                         int threads) {
   tgt::DistillCall call =
-      distill_call(options, rows, classes, student, teacher, target, row_state, d_student, d_teacher);
+      distill_call(options, rows, classes, student, teacher, target, row_state, d_student, d_teacher, soft_target);
   add_rows(call, weight, row_loss);
   call.stats = pointer<void>(stats);
   const tgt::StatusAt status = tgt::cpu::distill_forward(call, divisor, pointer<void>(loss), threads);
@@ -51,9 +52,10 @@ std::tuple<int, int64_t> distill_forward(const tgt::DistillOptions& options, int
 
 void distill_backward(const tgt::DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
                       const MatrixTuple& teacher, uintptr_t target, uintptr_t row_state, uintptr_t upstream,
-                      bool upstream_per_row, const MatrixTuple& d_student, const MatrixTuple& d_teacher, int threads) {
+                      bool upstream_per_row, const MatrixTuple& d_student, const MatrixTuple& d_teacher,
+                      const MatrixTuple& soft_target, int threads) {
   tgt::DistillCall call =
-      distill_call(options, rows, classes, student, teacher, target, row_state, d_student, d_teacher);
+      distill_call(options, rows, classes, student, teacher, target, row_state, d_student, d_teacher, soft_target);
   add_upstream(call, upstream, upstream_per_row);
   tgt::cpu::distill_backward(call, threads);
 }
@@ -162,6 +164,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("avoid_openmp", &tgt::cpu::avoid_openmp);
   m.attr("ROW_STATE") = tgt::kRowState;
   m.attr("BAD_ID") = static_cast<int>(tgt::Status::kBadId);
+  m.attr("BAD_SOFT_TARGET") = static_cast<int>(tgt::Status::kBadSoftTarget);
   m.attr("BAD_TARGET") = static_cast<int>(tgt::Status::kBadTarget);
   m.attr("BAD_WEIGHT") = static_cast<int>(tgt::Status::kBadWeight);
 

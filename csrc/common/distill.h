@@ -38,6 +38,7 @@ struct DistillCall {
   Matrix student;
   Matrix teacher;
   const int64_t* target = nullptr;  // [rows]
+  Matrix soft_target;               // [rows, classes], in its place: how much of the hard term each class is
   const double* weight = nullptr;   // [rows]
   double divisor = 1;               // of the weights, for the gradients of the reduced loss
   void* row_loss = nullptr;         // [rows], weighted, not divided
@@ -47,11 +48,12 @@ struct DistillCall {
   void* stats = nullptr;           // [6, rows] in the order of the names in Python
   const void* upstream = nullptr;  // backward: [1] or [rows]
   bool upstream_per_row = false;
+  int64_t* bad_row = nullptr;  // the first row of the soft target that was found to hold what is no share; -1: none
 
   TGT_HD bool is_fp64() const { return student.type == DType::kFloat64 || teacher.type == DType::kFloat64; }
 };
 
-enum class Status : int { kOk = 0, kBadTarget = 1, kBadWeight = 2, kBadId = 3 };
+enum class Status : int { kOk = 0, kBadTarget = 1, kBadWeight = 2, kBadId = 3, kBadSoftTarget = 4 };
 
 struct StatusAt {
   Status status = Status::kOk;

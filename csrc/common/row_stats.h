@@ -17,7 +17,8 @@ struct RowState {
   double coefficient;  // weight of the row in the reduced loss
   double finite;       // number of classes whose student logit is not -inf
   double flags;        // RowFlag bits
-  double spare[2];     // as many as a top-k row has: all kernels are given the same room
+  double mass;         // what a soft target adds up to
+  double spare;        // as many as a top-k row has: all kernels are given the same room
 };
 constexpr int kRowState = sizeof(RowState) / sizeof(double);
 

@@ -33,12 +33,15 @@ StatusAt distill_forward(DistillCall call, double divisor, void* loss, int threa
   if (status.status != Status::kOk) return status;
   const auto reduction = static_cast<Reduction>(call.options.reduction);
   if (reduction == Reduction::kMean) call.divisor = divisor >= 0 ? divisor : counted(call);
+  int64_t bad_row = -1;
+  call.bad_row = &bad_row;
   parallel_for(
       call.rows, row_grain(call.classes), threads,
       [](void* context, int64_t begin, int64_t end) {
         kernels().distill_forward(*static_cast<const DistillCall*>(context), begin, end);
       },
       &call);
+  if (bad_row >= 0) return {Status::kBadSoftTarget, bad_row};
   if (reduction != Reduction::kNone) call.is_fp64() ? reduce<double>(call, loss) : reduce<float>(call, loss);
   return {};
 }

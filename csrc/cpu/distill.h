@@ -5,7 +5,8 @@
 namespace tgt::cpu {
 
 // Row losses, their reduction, and the gradients, statistics and row states whose pointers are set. `divisor`
-// replaces the divisor of the mean; below 0: none given. On an error nothing is written.
+// replaces the divisor of the mean; below 0: none given. On an error nothing is written, but where a soft target is
+// bad, which is found on the way.
 StatusAt distill_forward(DistillCall call, double divisor, void* loss, int threads);
 
 // The gradients from the logits, the row states and the upstream gradient.

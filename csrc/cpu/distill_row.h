@@ -313,6 +313,59 @@ double hard_loss(const Row<Real>& logits, const DistillOptions& options, int64_t
   return loss;
 }
 
+// What a soft target says of a row.
+struct SoftTarget {
+  double mass = 0;        // what it adds up to
+  double of_logits = 0;   // sum t * (s - max), over the classes that it names
+  bool infinite = false;  // it names a class that the student cannot give
+  bool bad = false;       // an entry is below 0, or NaN
+};
+
+template <class Real>
+SoftTarget soft_target_of(const Row<Real>& logits, const char* target, DType type, double student_max) {
+  using V = typename Lanes<Real>::Vector;
+  const V top = splat<V>(Real(student_max)), lowest = splat<V>(sizeof(Real) == 8 ? Real(-DBL_MAX) : Real(-FLT_MAX));
+  SoftTarget found;
+  alignas(64) Real buffer[kBlock];
+  logits.each_block([&](const Real* s, const Real*, int64_t at, int count) {
+    const Real* shares = read_block(target, type, at, count, buffer);
+    V mass{}, of_logits{};
+    unsigned sound = ~0u, missing = 0;
+    each_vector(s, shares, count, [&](V sv, V share, int from, int lanes) {
+      if (lanes != Lanes<Real>::kCount) share = load_part(shares + from, lanes, Real(0));
+      const auto named = share > V{};
+      sound &= lane_bits(share >= V{});
+      missing |= lane_bits(named & (sv < lowest));
+      mass += share;
+      of_logits += named ? share * (sv - top) : V{};
+    });
+    constexpr unsigned kAll = (1u << Lanes<Real>::kCount) - 1;
+    found.bad |= (sound & kAll) != kAll;
+    found.infinite |= missing != 0;
+    found.mass += sum_lanes(mass);
+    found.of_logits += sum_lanes(of_logits);
+  });
+  return found;
+}
+
+// Cross-entropy with shares of the classes: sum t * (log-sum-exp - s).
+template <class Real>
+double soft_hard_loss(const Row<Real>& logits, const DistillCall& call, int64_t i, RowState& state) {
+  const SoftTarget target = soft_target_of(logits, call.soft_target.row(i), call.soft_target.type, state.student_max);
+  state.mass = target.mass;
+  if (target.bad) {
+    int64_t known = __atomic_load_n(call.bad_row, __ATOMIC_RELAXED);
+    while ((known < 0 || i < known) &&
+           !__atomic_compare_exchange_n(call.bad_row, &known, i, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+  }
+  if (target.infinite) {
+    state.flags += kInfiniteHard;
+    return HUGE_VAL;
+  }
+  return target.mass * log(state.hard_sum) - target.of_logits;
+}
+
 inline double not_negative(double loss) { return loss < 0 ? 0 : loss; }
 
 template <class D>
@@ -323,10 +376,11 @@ bool infinite(const Unusual& unusual) {
   return both && (unusual.student_only || unusual.teacher_only);
 }
 
-// The loss of a row that counts, unweighted; fills the state but for its coefficient.
+// The loss of a row that counts, unweighted; fills the state but for its coefficient. `soft`: the call whose soft
+// target, row i, stands in the place of the label.
 template <class Real, class D, HardPower power>
 double forward_row(const Row<Real>& logits, const RowOptions& options, int64_t label, RowState& state, Unusual& unusual,
-                   Logarithms& logs) {
+                   Logarithms& logs, const DistillCall* soft = nullptr, int64_t i = 0) {
   const double inverse_ts = options.inverse_ts, inverse_tt = options.inverse_tt;
   const Real reach = reach_of<Real>(inverse_ts, inverse_tt);
   OnlineSums sums;
@@ -368,7 +422,8 @@ double forward_row(const Row<Real>& logits, const RowOptions& options, int64_t l
     loss = options.soft_weight * squared * not_negative(D::value(state.x, state.y, options.beta));
   }
   if (power != kNoHard && (int(state.flags) & kHard)) {
-    loss += options.hard_weight * not_negative(hard_loss(logits, options, label, state));
+    const double hard = soft ? soft_hard_loss(logits, *soft, i, state) : hard_loss(logits, options, label, state);
+    loss += options.hard_weight * not_negative(hard);
   }
   return loss;
 }

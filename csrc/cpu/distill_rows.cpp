@@ -62,6 +62,24 @@ V teacher_block(const Real* s, const Real* t, int count, const RowConstants<Real
   return sum;
 }
 
+// A block of the student's gradient, less what a soft target takes of it; what that adds up to, by lanes.
+template <class Real, class V = typename Lanes<Real>::Vector>
+V less_target(const Real* shares, int count, Real factor, Real* values) {
+  V sum{};
+  each_vector(values, shares, count, [&](V grad, V share, int at, int lanes) {
+    if (lanes == Lanes<Real>::kCount) {
+      grad -= share * factor;
+      sum += grad;
+      store(values + at, grad);
+    } else {
+      const V part = load_part(values + at, lanes, Real(0)) - load_part(shares + at, lanes, Real(0)) * factor;
+      sum += part;
+      store_part(values + at, part, lanes);
+    }
+  });
+  return sum;
+}
+
 // The gradients of a row from its logits and its state, for an upstream gradient of `upstream`.
 template <class Real, class D, HardPower power>
 void gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, const RowState& state,
@@ -88,14 +106,15 @@ void gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, c
   const Real smoothed = hard && options.label_smoothing > 0 ? Real(options.label_smoothing / state.finite) : Real(0);
   const RowConstants<Real> row = settled<Real>(state, logs, options);
   const Real x = Real(state.x), y = Real(state.y);
-  const int64_t label = hard ? call.target[i] : -1;
+  const bool shared = hard && call.soft_target;
+  const int64_t label = hard && call.target ? call.target[i] : -1;
 
   const bool of_q = D::kProbabilities && peaked(state.student_sum), of_hard = hard && peaked(state.hard_sum);
   Peak<Real> student_peak, teacher_peak;
   if (!std::is_same<D, Mse>::value && (of_q || of_hard)) student_peak.look_for(state.student_max);
   if (D::kProbabilities && call.d_teacher && peaked(state.teacher_sum)) teacher_peak.look_for(state.teacher_max);
 
-  alignas(64) Real buffer[kBlock];
+  alignas(64) Real buffer[kBlock], shares[kBlock];
   logits.each_block([&](const Real* s, const Real* t, int64_t at, int count) {
     if (call.d_teacher) {  // first: the student's gradient may overwrite the student's logits
       char* to = call.d_teacher.row(i);
@@ -110,8 +129,13 @@ void gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, c
       Real* values = write_block(to, call.d_student.type, at, buffer);
       student_peak.look_at(s, at, count);
       const auto sum = student_block<Real, D, power>(s, t, count, row, x, y, Real(soft * options.inverse_ts),
-                                                     Real(hard_factor), inverse_hard, smoothed, values);
-      if (label >= at && label < at + count) {
+                                                     Real(shared ? hard_factor * state.mass : hard_factor),
+                                                     inverse_hard, smoothed, values);
+      if (shared) {
+        const Matrix& target = call.soft_target;
+        const Real* of_classes = read_block(target.row(i), target.type, at, count, shares);
+        student_peak.add(less_target<Real>(of_classes, count, Real(hard_factor), values));
+      } else if (label >= at && label < at + count) {
         const Real of_label = Real(hard_factor * (1 - options.label_smoothing));
         values[label - at] -= of_label;
         student_peak.add_with_label(sum, of_label, label, values, count);
@@ -230,8 +254,8 @@ __attribute__((noinline)) double fp64_forward_row(const DistillCall& call, int64
   fp64.flags = kInDouble | (int(state.flags) & (kDropped | kHard));
   fp64.coefficient = state.coefficient;
   constexpr HardPower kPower = power == kNoHard ? kNoHard : kOwn;
-  const double loss =
-      forward_row<double, D, kPower>(row_at<double>(call, i), RowOptions(call.options), label, fp64, unusual, logs);
+  const double loss = forward_row<double, D, kPower>(row_at<double>(call, i), RowOptions(call.options), label, fp64,
+                                                     unusual, logs, call.soft_target ? &call : nullptr, i);
   state = fp64;
   return loss;
 }
@@ -258,14 +282,15 @@ void forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
     const int64_t label = call.target ? call.target[i] : options.unlabeled_index;
     RowState state{};
     const bool dropped = weight == 0 || (call.target && label == options.ignore_index);
-    const bool labelled = call.target && label != options.unlabeled_index;
+    const bool labelled = call.soft_target || (call.target && label != options.unlabeled_index);
     state.flags = dropped ? kDropped : labelled ? kHard : 0;
     state.coefficient = call.divisor == 0 ? 0 : weight / call.divisor;
     double loss = 0;
     Logarithms logs;
     if (!dropped) {
       Unusual unusual;
-      loss = forward_row<Real, D, power>(logits, options, label, state, unusual, logs);
+      loss = forward_row<Real, D, power>(logits, options, label, state, unusual, logs,
+                                         call.soft_target ? &call : nullptr, i);
       if constexpr (sizeof(Real) == 4) {
         if (unusual.far || beyond(state)) loss = fp64_forward_row<D, power>(call, i, label, state);
       }
@@ -311,7 +336,7 @@ struct Backward {
 
 template <class Direction, class Real, class D>
 void by_hard_power(const DistillCall& call, int64_t begin, int64_t end) {
-  if (!call.target) return Direction::template run<Real, D, kNoHard>(call, begin, end);
+  if (!call.target && !call.soft_target) return Direction::template run<Real, D, kNoHard>(call, begin, end);
   if constexpr (D::kProbabilities && sizeof(Real) == 4) {  // double is for checking, not for speed
     const double t = call.options.temperature;
     if (t == 1) return Direction::template run<Real, D, kSame>(call, begin, end);

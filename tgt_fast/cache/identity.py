@@ -29,7 +29,7 @@ from tgt_fast.cache.values import (
     tensor_bytes,
     tokenizer_state,
 )
-from tgt_fast.teacher import Teacher
+from tgt_fast.teacher import Teacher, TeacherEnsemble
 
 _BUILT_IN: Final = (types.BuiltinFunctionType, types.MethodWrapperType)
 _BY_NAME: Final = (type, types.ModuleType, *_BUILT_IN, np.ufunc)
@@ -185,6 +185,12 @@ class Identity:
         yield "modules", teacher.hidden_modules
         if teacher.logits_of is not None:
             yield "logits_of", teacher.logits_of
+        if teacher.class_dim != -1:
+            yield "class_dim", teacher.class_dim
+        if isinstance(teacher, TeacherEnsemble):
+            yield "members", teacher.members
+            settings = (teacher.weights, teacher.combine, teacher.class_ids, teacher.route, teacher.num_classes)
+            yield "combination", settings
         if self._latents:
             yield "encoder", teacher.encoder
         kind = type(teacher)

@@ -5,6 +5,7 @@ Both are in eval mode, in which cuDNN has no backward pass for recurrent network
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -130,14 +131,26 @@ def _slope_traced(
 
 def _disagreement(teacher: Teacher, student: Student, latents: Latents, key: Key, options: SamplerOptions) -> Tensor:
     x = teacher.decode(latents, relaxed=True, key=key)
-    theirs = teacher.label(x)
+    opinions = teacher.opinions(x)
     with named_range("student"):
-        ours = student_logits("LatentSampler", student, teacher.student_view(x), options.logits_of)
+        view = teacher.student_view(x)
+        ours = student_logits("LatentSampler", student, view, options.logits_of, teacher.class_dim)
     ours = checked_logits(ours, latents.z.shape[0], "student")
+    parts = [_of_each_sample(ours, *opinion, options) for opinion in opinions]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _of_each_sample(
+    ours: Tensor, theirs: Tensor, weight: float | Tensor | None, known: Tensor | None, options: SamplerOptions
+) -> Tensor:
+    """The disagreement with one opinion, [B]."""
     if ours.shape[-1] != theirs.shape[-1]:
         raise ShapeError(f"LatentSampler: the student has {ours.shape[-1]} classes, the labeler {theirs.shape[-1]}")
     loss = distillation_loss(
-        ours,
+        ours if known is None else ours.masked_fill(~known, -math.inf),
         theirs,
         divergence=options.divergence,
         beta=options.beta,
@@ -145,7 +158,11 @@ def _disagreement(teacher: Teacher, student: Student, latents: Latents, key: Key
         reduction="none",
         backend=options.backend,
     )
-    return loss.flatten(1).sum(1) if loss.ndim > 1 else loss
+    loss = loss.flatten(1).sum(1) if loss.ndim > 1 else loss
+    if weight is None:
+        return loss
+    # A teacher may have nothing to say of a sample that another one labels.
+    return weight * (loss if not isinstance(weight, Tensor) else torch.where(weight > 0, loss, 0.0))
 
 
 def ascent_step(

@@ -6,6 +6,7 @@ that a compiler plans with; a backend fills what it is given.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ class DistillCall(NamedTuple):
     options: DistillOptions
     student: Tensor  # [N, C] dense rows
     teacher: Tensor | TopK  # [N, C] dense rows, or a record
-    target: Tensor | None = None  # [N] int64
+    target: Tensor | None = None  # [N] int64, or [N, C] shares of the classes, floating point
     sample_weight: Tensor | None = None  # [N]
     divisor: float | Tensor | None = None  # of the mean; None: what counts is counted
     want_d_student: bool = False  # for an upstream gradient of 1
@@ -61,8 +62,20 @@ def outputs(call: DistillCall) -> Outputs:
         student.new_empty((6, count), dtype=dtype) if call.want_stats else None,
         d_student,
         d_teacher,
-        student.new_empty((count, ROW_STATE), dtype=torch.float64) if call.want_row_state else None,
+        student.new_empty((count, ROW_STATE + is_soft(call.target)), dtype=torch.float64)
+        if call.want_row_state
+        else None,
     )
+
+
+def is_soft(target: Tensor | None) -> bool:
+    """True if a target is shares of the classes, [..., C], which are floating point; labels are integers."""
+    return target is not None and target.is_floating_point()
+
+
+def labels_of(target: Tensor | None) -> Tensor | None:
+    """The target, where it is labels: they say which rows count, shares do not."""
+    return None if is_soft(target) else target
 
 
 def gradients(call: DistillCall) -> Gradients:
@@ -73,6 +86,11 @@ def gradients(call: DistillCall) -> Gradients:
     if call.want_d_teacher and isinstance(call.teacher, Tensor):
         d_teacher = gradient_like(call.teacher)
     return d_student, d_teacher
+
+
+def soft_target() -> Any:
+    """The module for shares, which is made of what stands here."""
+    return importlib.import_module("tgt_fast.kernels.soft_target")
 
 
 class Direct:
@@ -86,14 +104,20 @@ class Direct:
     def forward(self, call: DistillCall) -> Outputs:
         """One pass over the logits."""
         out = outputs(call)
-        self.kernel.forward(call, out)
+        if is_soft(call.target):
+            soft_target().forward(self.kernel, call, out)
+        else:
+            self.kernel.forward(call, out)
         return out
 
     def backward(self, call: DistillCall, row_state: Tensor, d_loss: Tensor) -> Gradients:
         """The gradients from logits and the rows' state; ``d_loss`` is 0-d, or [N]."""
         made = gradients(call)
         if call.want_d_student or call.want_d_teacher:
-            self.kernel.backward(call, row_state, d_loss, made)
+            if is_soft(call.target):
+                soft_target().backward(self.kernel, call, row_state, d_loss, made)
+            else:
+                self.kernel.backward(call, row_state, d_loss, made)
         return made
 
     def scale_(self, grad: Tensor, d_loss: Tensor) -> None:
@@ -119,8 +143,10 @@ def prepared(call: DistillCall, out: Outputs) -> tuple[Tensor | None, Tensor | N
 
 
 def dense(target: Tensor | None) -> Tensor | None:
-    """The target of every row, one after the other."""
-    return None if target is None else target.contiguous()
+    """The target of every row, one after the other; shares of the classes in dense rows."""
+    if target is None or (is_soft(target) and (target.stride(-1) == 1 or target.shape[-1] == 1)):
+        return target
+    return target.contiguous()
 
 
 def upstream(d_loss: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from tgt_fast.kernels.calls import labels_of
 from tgt_fast.kernels.options import DistillOptions, LinearOptions, LinearTensors, TopK
 from tgt_fast.kernels.vocabulary import Vocabulary, shared
 
@@ -31,6 +32,7 @@ def row_weights(
     t: LinearTensors, target: Tensor | None, classes: int, divisor: float | Tensor | None, options: DistillOptions
 ) -> Tensor | None:
     """The weight of each row in the sum, 0 for rows that are dropped; None: all count alike.  -> [N] float64"""
+    target = labels_of(target)
     if target is None and t.sample_weight is None and divisor is None:
         return None
     weight = torch.ones(t.student_hidden.shape[0], dtype=torch.float64, device=t.student_hidden.device)

@@ -21,6 +21,11 @@ def bad_target(row: int, value: int, classes: int, options: DistillOptions, op: 
     )
 
 
+def bad_share(row: int, shares: Tensor, op: str = "distillation_loss") -> str:
+    at = int((~(shares >= 0)).nonzero()[0])
+    return f"{op}: target[{row}, {at}] = {float(shares[at]):g} is no share of a class, which is >= 0"
+
+
 def find_bad_id(ids: Tensor, log_probs: Tensor, classes: int, counted: Tensor | None) -> tuple[int, int] | None:
     """(row, entry) of the first id that is out of range or repeats one of its row; None if all are fine.
 

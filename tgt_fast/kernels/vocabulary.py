@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tgt_fast.kernels.calls import is_soft
 from tgt_fast.kernels.options import TopK
 
 
@@ -56,7 +57,7 @@ class Vocabulary(NamedTuple):
 
     def without_missing(self, target: Tensor | None, ignore_index: int) -> Tensor | None:
         """The target, where it does not name a class that does not exist: such a row is dropped.  [N] -> [N]"""
-        if target is None or self.missing is None:
+        if is_soft(target) or target is None or self.missing is None:
             return target
         legal = (target >= 0) & (target < self.classes)
         missing = legal & self.missing[torch.where(legal, target, 0)]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tgt_fast.kernels.options import DistillOptions, DistillStats
 from tgt_fast.losses.settings import Settings, setting
+from tgt_fast.ops import _checks
 from tgt_fast.ops._distill_arguments import OP, make_options
 from tgt_fast.ops.counts import counting_group
 from tgt_fast.ops.distill import distillation_loss
@@ -24,8 +25,8 @@ class DistillationLoss(Settings, nn.Module):
 
     Args:
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing, ignore_index,
-        unlabeled_index, reduction, count_group, vocab_group, vocab_offsets, inplace, return_stats, backend: see
-        :func:`tgt_fast.distillation_loss`.
+        unlabeled_index, reduction, count_group, vocab_group, vocab_offsets, class_dim, inplace, return_stats, backend:
+        see :func:`tgt_fast.distillation_loss`.
 
     >>> import tgt_fast as tgt
     >>> tgt.DistillationLoss(temperature=2.0, hard_weight=1.0)
@@ -49,6 +50,7 @@ class DistillationLoss(Settings, nn.Module):
         unlabeled_index: int = -1,
         reduction: str = "mean",
         count_group: Any = None,
+        class_dim: int = -1,
         vocab_group: Any = None,
         vocab_offsets: Any = None,
         inplace: bool = False,
@@ -63,6 +65,7 @@ class DistillationLoss(Settings, nn.Module):
         self._begin(dict(zip(OPTIONS, values, strict=True)))
         self.count_group = count_group
         counting_group(OP, count_group)  # refused here, if it is none
+        self.class_dim = _checks.integer(OP, "class_dim", class_dim, -(2**31), 2**31)
         self.vocab_group, self.vocab_offsets = vocab_group, vocab_offsets
         counting_group(OP, vocab_group, "vocab_group")
         self.inplace = inplace
@@ -108,7 +111,8 @@ class DistillationLoss(Settings, nn.Module):
         return distillation_loss(
             student_logits, teacher_logits, target, sample_weight=sample_weight, normalizer=normalizer,
             count_group=self.count_group, vocab_group=self.vocab_group, vocab_offsets=self.vocab_offsets,
-            inplace=self.inplace, return_stats=self.return_stats, backend=self.backend, **keywords,
+            class_dim=self.class_dim, inplace=self.inplace, return_stats=self.return_stats, backend=self.backend,
+            **keywords,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -120,6 +124,8 @@ class DistillationLoss(Settings, nn.Module):
             if value != usual:
                 shown.append(f"{name}={value!r}")
         shown += [f"{name}=True" for name in ("inplace", "return_stats") if getattr(self, name)]
+        if self.class_dim != -1:
+            shown.append(f"class_dim={self.class_dim}")
         for name in ("count_group", "vocab_group", "vocab_offsets"):
             if getattr(self, name) is not None:
                 shown.append(f"{name}={getattr(self, name)!r}")

@@ -62,7 +62,7 @@ def check_tensors(t: ContrastTensors, normalizer: float | Tensor | None, options
     _check_indices("positives", t.positives, "student_q", t.student_q)
     _check_indices("passage_ids", t.passage_ids, "student_d", t.student_d)
     target = None if not is_on(options.hard_weight) else t.student_q.new_empty(t.student_q.shape[0], dtype=torch.int64)
-    check_rows(OP, "student_q", t.student_q, target, t.sample_weight, normalizer, options)
+    check_rows(OP, "student_q", t.student_q, target, t.sample_weight, normalizer, options, classes=-1)
 
 
 def _check_indices(name: str, ids: Tensor | None, of: str, rows: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.kernels import late
-from tgt_fast.kernels.calls import DistillCall
+from tgt_fast.kernels.calls import DistillCall, is_soft
 from tgt_fast.kernels.late import is_on, shown
 from tgt_fast.kernels.options import DIVERGENCES, REDUCTIONS, TEMPERATURES, DistillOptions, TopK
 from tgt_fast.ops import _checks
@@ -143,9 +143,28 @@ def warn_of_maps(student: Tensor) -> None:
         _warned_of_maps = True
         warnings.warn(
             f"{OP}: logits {tuple(shape)} look like maps with their classes in the second dimension, but classes are "
-            "the last one here; if they are, pass student_logits.movedim(1, -1) and the teacher's likewise",
+            "the last one here; if they are, pass class_dim=1",
             stacklevel=4,
         )
+
+
+def classes_last(op: str, class_dim: int, **tensors: Any) -> tuple[Any, ...]:
+    """Logits, and a target with as many dimensions, with their classes in the last one; views.
+
+    Raises:
+        ArgumentError: there is no such dimension.
+    """
+    student = tensors["student_logits"]
+    dims = student.dim() if isinstance(student, Tensor) else 0
+    class_dim = _checks.integer(op, "class_dim", class_dim, -(2**31), 2**31)
+    if not isinstance(student, Tensor) or not -dims <= class_dim < dims:
+        raise ArgumentError(f"{op}: class_dim={class_dim}, but student_logits have {dims} dimensions")
+    if isinstance(tensors["teacher_logits"], Tensor) and tensors["teacher_logits"].dim() != dims:
+        raise ShapeError(
+            f"{op}: student_logits {tuple(student.shape)} and teacher_logits {tuple(tensors['teacher_logits'].shape)} "
+            "differ"
+        )
+    return tuple(x.movedim(class_dim, -1) if isinstance(x, Tensor) and x.dim() == dims else x for x in tensors.values())
 
 
 def check_classes(op: str, name: str, classes: int, options: DistillOptions) -> None:
@@ -165,20 +184,26 @@ def check_classes(op: str, name: str, classes: int, options: DistillOptions) -> 
 
 def check_rows(
     op: str, name: str, student: Tensor, target: Tensor | None, sample_weight: Tensor | None,
-    normalizer: float | Tensor | None, options: DistillOptions,
+    normalizer: float | Tensor | None, options: DistillOptions, classes: int | None = None,
 ) -> None:  # fmt: skip
-    """Check what comes a number a row, and the divisor; ``student`` is (rows..., whatever)."""
+    """Check what comes a number a row, or a class, and the divisor; ``student`` is (rows..., ``classes`` or any)."""
     if target is None and is_on(options.hard_weight):
         raise ArgumentError(f"{op}: hard_weight is {shown(options.hard_weight)} but target is missing")
+    shares = target is not None and _is_a_number_a_class(target, student, classes)
+    if shares and is_on(options.label_smoothing):
+        raise ArgumentError(
+            f"{op}: label_smoothing is of labels, but target has shares of the classes; smooth those, "
+            "(1 - a) * target + a / C, and pass label_smoothing=0"
+        )
     for label, tensor in (("target", target), ("sample_weight", sample_weight)):
         if tensor is None:
             continue
         _checks.real(op, label, tensor)
-        if tensor.shape != student.shape[:-1]:
+        if tensor.shape != student.shape[:-1] and not (shares and label == "target"):
             raise ShapeError(f"{op}: {label} {tuple(tensor.shape)} {_misfit(label, tensor, name, student)}")
         _checks.same_device(op, label, tensor, name, student)
-    if target is not None and (target.is_floating_point() or target.dtype == torch.bool):
-        raise DTypeError(f"{op}: target must hold integer class indices, got {target.dtype}")
+    if target is not None and not shares and (target.is_floating_point() or target.dtype == torch.bool):
+        raise DTypeError(f"{op}: target must hold integer class indices, or shares (..., C), got {target.dtype}")
     if normalizer is not None:
         if options.reduction != "mean":
             raise ArgumentError(
@@ -203,14 +228,27 @@ def _misfit(label: str, tensor: Tensor, name: str, student: Tensor) -> str:
     if label == "target" and tuple(tensor.shape) == (*rows, 1):
         return f"{said}; pass target.squeeze(-1)"
     if label == "target" and tensor.dim() == len(shape) and tuple(tensor.shape[:-1]) == rows:
-        return (
-            f"{said}, but has a number a class: the hard term takes class indices (target.argmax(-1)); a one-hot or "
-            "mixed distribution can stand for the teacher, teacher_logits=target.log() in a call of its own with "
-            "divergence='cross_entropy'; several labels a row need binary_cross_entropy_with_logits beside this loss"
-        )
+        return f"{said}, and shares of the classes need as many as there are, got {tensor.shape[-1]}"
     if len(shape) > 2 and tuple(tensor.shape) == (shape[0], *shape[2:]):
         return f"{said}: classes are the last dimension here; pass {name}.movedim(1, -1), and the teacher's likewise"
     return said
+
+
+def _is_a_number_a_class(target: Tensor, student: Tensor, classes: int | None) -> bool:
+    """True if it has the shape of shares of the classes, such as one-hot rows, and not that of labels."""
+    if not isinstance(target, Tensor) or target.is_complex():
+        return False
+    return target.shape == (*student.shape[:-1], student.shape[-1] if classes is None else classes)
+
+
+def flat_target(target: Tensor, rows: int, like: Tensor) -> Tensor:
+    """Labels as [N] int64, shares of the classes as [N, C] floating point with dense rows; ``rows``: dimensions."""
+    if target.dim() == rows:
+        return flat_labels(target)
+    shares = target.detach().reshape(-1, target.shape[-1])
+    if not shares.is_floating_point():  # one-hot rows, as torch.nn.functional.one_hot makes them
+        shares = shares.to(like.dtype)
+    return shares if shares.stride(-1) == 1 or shares.shape[-1] == 1 else shares.contiguous()
 
 
 def flat_labels(target: Tensor) -> Tensor:
@@ -222,15 +260,17 @@ def flat_labels(target: Tensor) -> Tensor:
 
 def as_mask(
     op: str, classes: int, target: Tensor, sample_weight: Tensor | None, options: DistillOptions
-) -> tuple[Tensor, DistillOptions]:
+) -> tuple[Tensor | None, DistillOptions]:
     """A target beside ``hard_weight=0``: which rows count is all that it says, so no kernel looks for a class in it."""
     if _checks.on_plain_cpu(target):
         check_row_values(op, classes, target, sample_weight, options)
     return mask_of(target, options)
 
 
-def mask_of(target: Tensor, options: DistillOptions) -> tuple[Tensor, DistillOptions]:
-    """The same of a target that was looked at."""
+def mask_of(target: Tensor, options: DistillOptions) -> tuple[Tensor | None, DistillOptions]:
+    """The same of a target that was looked at; shares of the classes drop no row."""
+    if is_soft(target):
+        return None, options
     plain = options._replace(ignore_index=-100, unlabeled_index=-1)
     return torch.where(target == options.ignore_index, plain.ignore_index, plain.unlabeled_index), plain
 

@@ -121,7 +121,7 @@ def check_tensors(
     counts = t.student_weight.shape[0], teacher_classes
     shared = check_vocabulary(OP, names, counts, t.student_hidden, heads.vocab_size, t.vocab_map, t.vocab_mask)
     check_classes(OP, "both sides together", min(shared, *counts), options)
-    check_rows(OP, "student_hidden", t.student_hidden, t.target, t.sample_weight, normalizer, options)
+    check_rows(OP, "student_hidden", t.student_hidden, t.target, t.sample_weight, normalizer, options, shared)
 
 
 def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError
+from tgt_fast.kernels.calls import is_soft, labels_of
 from tgt_fast.kernels.options import DistillOptions, TopK
-from tgt_fast.kernels.row_checks import bad_id, bad_target, bad_weight, find_bad_id
+from tgt_fast.kernels.row_checks import bad_id, bad_share, bad_target, bad_weight, find_bad_id
 from tgt_fast.ops import _checks
 
 # Log-probabilities rounded to 8 bits of mantissa may add up to a little more than 1, and none of them is above 0.
@@ -29,7 +30,14 @@ def check_row_values(
     if sample_weight is not None and not bool(((sample_weight >= 0) & sample_weight.isfinite()).all()):
         row = int((~((sample_weight >= 0) & sample_weight.isfinite())).nonzero()[0])
         raise ArgumentError(bad_weight(row, float(sample_weight[row]), op))
-    if target is not None:
+    if target is not None and is_soft(target):
+        fine = (target >= 0).all(-1)
+        if sample_weight is not None:
+            fine |= sample_weight == 0
+        if not bool(fine.all()):
+            row = int((~fine).nonzero()[0])
+            raise ArgumentError(bad_share(row, target[row], op))
+    elif target is not None:
         fine = (target >= 0) & (target < classes)
         fine |= (target == options.ignore_index) | (target == options.unlabeled_index)
         if sample_weight is not None:
@@ -60,6 +68,7 @@ def check_entries(
 
 def counted_rows(target: Tensor | None, sample_weight: Tensor | None, options: DistillOptions) -> Tensor | None:
     """The rows that enter the loss, bool [N]; None: all."""
+    target = labels_of(target)
     counted = None if target is None else target != options.ignore_index
     if sample_weight is not None:
         weighed = sample_weight != 0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tgt_fast._processes import connected
 from tgt_fast.errors import ArgumentError
+from tgt_fast.kernels.calls import is_soft
 from tgt_fast.kernels.late import is_on
 from tgt_fast.kernels.linear_call import row_weights
 from tgt_fast.kernels.options import DistillOptions, LinearTensors
@@ -41,6 +42,8 @@ def weight_of_rows(
 ) -> Tensor:  # fmt: skip
     """The divisor of ``"mean"`` in this process: the weights of the rows that count, or their number. 0-d float64."""
     rows = math.prod(shape)
+    if is_soft(target):  # which drops none
+        target = None
     if target is not None:
         target = flat_labels(target)
         if not is_on(options.hard_weight):

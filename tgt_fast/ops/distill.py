@@ -22,7 +22,8 @@ from tgt_fast.ops._distill_arguments import (
     check_tensors,
     check_topk,
     check_values,
-    flat_labels,
+    classes_last,
+    flat_target,
     make_options,
     packed,
 )
@@ -56,6 +57,7 @@ def distillation_loss(
     reduction: str = ...,
     normalizer: float | Tensor | None = ...,
     count_group: Any = ...,
+    class_dim: int = ...,
     vocab_group: Any = ...,
     vocab_offsets: Any = ...,
     inplace: bool = ...,
@@ -81,6 +83,7 @@ def distillation_loss(
     reduction: str = ...,
     normalizer: float | Tensor | None = ...,
     count_group: Any = ...,
+    class_dim: int = ...,
     vocab_group: Any = ...,
     vocab_offsets: Any = ...,
     inplace: bool = ...,
@@ -106,6 +109,7 @@ def distillation_loss(
     reduction: str = ...,
     normalizer: float | Tensor | None = ...,
     count_group: Any = ...,
+    class_dim: int = ...,
     vocab_group: Any = ...,
     vocab_offsets: Any = ...,
     inplace: bool = ...,
@@ -116,7 +120,7 @@ def distillation_loss(
 def distillation_loss(
     student_logits: Tensor,  # [..., C]
     teacher_logits: Tensor | TeacherTopK,  # [..., C]
-    target: Tensor | None = None,  # [...]
+    target: Tensor | None = None,  # [...], or [..., C]
     *,
     divergence: str = "forward_kl",
     beta: float = 0.5,
@@ -131,6 +135,7 @@ def distillation_loss(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     count_group: Any = None,
+    class_dim: int = -1,
     vocab_group: Any = None,
     vocab_offsets: Any = None,
     inplace: bool = False,
@@ -160,7 +165,10 @@ def distillation_loss(
             Or a :class:`TeacherTopK`, see below.
         target: ``(...)`` class indices, needed when ``hard_weight > 0``. ``ignore_index`` drops the row,
             ``unlabeled_index`` drops its hard term alone. With ``hard_weight=0`` it may be given as a mask of rows:
-            ``ignore_index`` alone then has an effect.
+            ``ignore_index`` alone then has an effect. Or ``(..., C)`` shares of the classes, as mixup makes them and
+            one-hot rows are, of any dtype: the hard term is then ``sum(target * (logsumexp(s) - s))``, whatever they
+            add up to. They drop no row (``sample_weight`` does), are not differentiated, and go with no smoothing. On a
+            CPU a share below 0 is an error.
         divergence: one of the names above.
         beta: weight of the teacher in the mixture of ``jsd``, ``0 < beta < 1``.
         temperature: ``Ts``, in [1e-30, 100]: above, rounding would leave little of the loss. The soft term carries the
@@ -180,6 +188,9 @@ def distillation_loss(
             the sum over its rows / (the group's count / the group's size): the mean of the processes' losses is the
             loss of all rows, and so are the gradients that DistributedDataParallel and FSDP2 average. A ``normalizer``
             overrides it; in a run of one process it does nothing.
+        class_dim: which dimension of the logits (and of shares of the classes) the classes are; 1 for maps
+            ``(B, C, H, W)``, whose target is ``(B, H, W)``, as is what ``"none"`` returns. Maps whose memory is
+            ``torch.channels_last`` are read as they are, others copied once.
         vocab_group: None; or "world", or a process group of ``torch.distributed``, each process of which passes some
             consecutive classes of both sides, in the order of ranks and perhaps none, of the same rows. ``target``
             holds classes of all, as ``C`` stands for all. See below.
@@ -245,6 +256,10 @@ def distillation_loss(
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing,
         ignore_index, unlabeled_index, reduction,
     )  # fmt: skip
+    if class_dim != -1:
+        student_logits, teacher_logits, target = classes_last(
+            OP, class_dim, student_logits=student_logits, teacher_logits=teacher_logits, target=target
+        )
     teacher: Any = teacher_logits
     if is_dtensor(student_logits) or is_dtensor(teacher):
         if vocab_group is not None or vocab_offsets is not None:
@@ -275,7 +290,7 @@ def distillation_loss(
     if sample_weight is not None:
         sample_weight = sample_weight.reshape(-1)
     if target is not None:
-        target = flat_labels(target)
+        target = flat_target(target, len(shape) - 1, student_logits)
         if not is_on(options.hard_weight):
             target, options = as_mask(OP, shape[-1], target, sample_weight, options)
     divisor = divisor_over(OP, count_group, normalizer, student_logits, target, sample_weight, shape[-1], options)

@@ -15,7 +15,7 @@ from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, DistillStat
 from tgt_fast.kernels.reference import linear as reference_linear
 from tgt_fast.ops import _checks
 from tgt_fast.ops._adapters import warn_of_adapters
-from tgt_fast.ops._distill_arguments import as_mask, flat_labels, make_options, packed
+from tgt_fast.ops._distill_arguments import as_mask, flat_target, make_options, packed
 from tgt_fast.ops._linear_arguments import (
     OP,
     check_teacher,
@@ -152,7 +152,7 @@ def linear_distillation_loss(
     student_weight: Tensor,  # [Cs, Hs]
     teacher_hidden: Tensor | None = None,  # [..., Ht]
     teacher_weight: Tensor | None = None,  # [Ct, Ht]
-    target: Tensor | None = None,  # [...]
+    target: Tensor | None = None,  # [...], or [..., C]
     *,
     student_bias: Tensor | None = None,  # [Cs]
     teacher_bias: Tensor | None = None,  # [Ct]
@@ -202,7 +202,8 @@ def linear_distillation_loss(
             costs no product for a weight.
         teacher_weight: ``(Ct, Ht)``. Differentiable.
         target: ``(...)`` student's class indices, needed when ``hard_weight > 0``; with ``hard_weight=0`` it may be
-            given as a mask, of which ``ignore_index`` alone has an effect.
+            given as a mask, of which ``ignore_index`` alone has an effect. Or ``(..., C)`` shares of the classes, C
+            those of the student or ``vocab_size``; see :func:`tgt_fast.distillation_loss`.
         student_bias, teacher_bias: ``(Cs,)`` and ``(Ct,)``. Differentiable.
         teacher_logits: ``(..., Ct)`` instead of ``teacher_hidden`` and ``teacher_weight``; taken as they are.
             Differentiable. Or a :class:`TeacherTopK`, see below.
@@ -310,7 +311,7 @@ def linear_distillation_loss(
     tensors = given._replace(
         student_hidden=_rows(given.student_hidden),
         teacher=_rows(given.teacher),
-        target=None if target is None else flat_labels(target),
+        target=None if target is None else flat_target(target, len(shape), student_hidden),
         sample_weight=None if sample_weight is None else sample_weight.reshape(-1),
         topk_ids=None if ids is None else _rows(ids).to(torch.int64),
         tail_log_prob=None if rest is None else rest.reshape(-1),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
+from tgt_fast.kernels.calls import is_soft
 from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.kernels.vocabulary import shared
 from tgt_fast.ops import _checks
@@ -118,6 +119,16 @@ def check_labels_exist(
 ) -> None:
     """On a CPU: no hard label names a class that does not exist."""
     if target is None or missing is None or not _checks.on_plain_cpu(student):
+        return
+    if is_soft(target):
+        bad = ((target > 0) & missing).any(-1)
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            at = int(((target[row] > 0) & missing).nonzero()[0])
+            raise ArgumentError(
+                f"{op}: target[{row}, {at}] = {float(target[row, at]):g} is of a class that vocab_map or vocab_mask "
+                "leaves out; give it 0, or the row a sample_weight of 0"
+            )
         return
     legal = (target >= 0) & (target < missing.numel())
     legal &= (target != options.ignore_index) & (target != options.unlabeled_index)

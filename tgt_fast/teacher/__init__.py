@@ -3,6 +3,7 @@
 from tgt_fast.teacher.alignment import TokenMap, align_vocabularies
 from tgt_fast.teacher.consumer import TextClassifier
 from tgt_fast.teacher.diffusers_teacher import DiffusersTeacher
+from tgt_fast.teacher.ensemble import TeacherEnsemble
 from tgt_fast.teacher.generation import Generation
 from tgt_fast.teacher.key import Key
 from tgt_fast.teacher.latents import Latents
@@ -17,6 +18,7 @@ __all__ = [
     "Latents",
     "Seq2SeqTeacher",
     "Teacher",
+    "TeacherEnsemble",
     "TextClassifier",
     "TimmLabeler",
     "TokenMap",

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from tgt_fast.errors import ArgumentError, DTypeError
+from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 
 LogitsOf: TypeAlias = "str | int | Callable[[Any], Tensor] | None"
 
@@ -36,6 +36,16 @@ def check_logits_of(op: str, logits_of: Any) -> LogitsOf:
             f"{op}: logits_of must be a name, an index or a function of what the model returned, got {logits_of!r:.200}"
         )
     return logits_of  # type: ignore[no-any-return]
+
+
+def checked_class_dim(op: str, class_dim: Any) -> int:
+    """
+    Raises:
+        ArgumentError: it is no dimension that classes can be in; the first is the batch's.
+    """
+    if isinstance(class_dim, bool) or not isinstance(class_dim, int) or class_dim == 0:
+        raise ArgumentError(f"{op}: class_dim must be a dimension behind the batch, such as 1 or -1, got {class_dim!r}")
+    return class_dim
 
 
 def call(model: Callable[..., Any], x: Any) -> Any:
@@ -100,8 +110,8 @@ def _inside(module: nn.Module) -> nn.Module:
         module = inner
 
 
-def logits_in(who: str, made: Any, logits_of: LogitsOf = None) -> Tensor:
-    """The logits in what a model returned.
+def logits_in(who: str, made: Any, logits_of: LogitsOf = None, class_dim: int = -1) -> Tensor:
+    """The logits in what a model returned, with their classes in the last dimension.
 
     A tensor is them. Else they are what ``logits_of`` says: a name (an attribute or key), an index (of a tuple, or of
     the values of a mapping), or a function of what was returned; by default what is named ``logits``, or the first
@@ -110,7 +120,17 @@ def logits_in(who: str, made: Any, logits_of: LogitsOf = None) -> Tensor:
 
     Raises:
         DTypeError: there are none.
+        ShapeError: they have no dimension ``class_dim``.
     """
+    found = _logits_in(who, made, logits_of)
+    if class_dim == -1:
+        return found
+    if not -found.dim() < class_dim < found.dim():
+        raise ShapeError(f"{who}: class_dim is {class_dim}, but the logits are {tuple(found.shape)}")
+    return found.movedim(class_dim, -1)
+
+
+def _logits_in(who: str, made: Any, logits_of: LogitsOf) -> Tensor:
     if logits_of is not None and not isinstance(logits_of, (str, int)):
         found = logits_of(made)
     elif isinstance(made, Tensor):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,18 @@ from tgt_fast.teacher import tree
 from tgt_fast.teacher.key import Key
 from tgt_fast.teacher.latents import Latents
 from tgt_fast.teacher.parts import modules_of
-from tgt_fast.teacher.returned import LogitsOf, call, check_logits_of, data_in, latents_in, logits_in
+from tgt_fast.teacher.returned import LogitsOf, call, check_logits_of, checked_class_dim, data_in, latents_in, logits_in
 
 Inputs: TypeAlias = Any  # a tensor, or a pytree of tensors that share the batch dimension
 Prior: TypeAlias = "str | tuple[int, ...] | Callable[[Tensor], Tensor | Latents] | None"
+
+
+class Opinion(NamedTuple):
+    """One of the distributions that a student is to learn."""
+
+    logits: Tensor  # [B, ..., C]
+    weight: float | Tensor | None  # of its soft term, a number or [B]; None: it is the only one
+    known: Tensor | None = None  # [C] bool, the classes that exist in its term; None: all
 
 
 class Teacher(nn.Module):
@@ -52,6 +60,8 @@ class Teacher(nn.Module):
         modules: modules that the callables use and that are not found in them, to be frozen and moved too.
         logits_of: where the logits are in what the labeler returns: a name, an index, or a function of it. By default
             what is named ``logits``, or the first floating-point tensor of at least two dimensions.
+        class_dim: which dimension of the labeler's logits, and of those of students beside it, the classes are; 1 for
+            segmentation, [B, C, H, W]. :meth:`label` gives them in the last one, [B, H, W, C], a view.
 
     Data that is a dict, or another mapping, goes into a model of transformers or peft as keywords, and so it does into
     any callable with several parameters that names its keys; one with a single parameter gets the dict.
@@ -88,6 +98,7 @@ class Teacher(nn.Module):
         max_batch: int | None = None,
         modules: Sequence[nn.Module] = (),
         logits_of: LogitsOf = None,
+        class_dim: int = -1,
     ) -> None:
         super().__init__()
         # In a plain dict, because nn.Module registers what is assigned to an attribute.
@@ -101,6 +112,7 @@ class Teacher(nn.Module):
             raise ArgumentError(f"Teacher: max_batch must be a positive integer or None, got {max_batch!r}")
         self.max_batch = max_batch
         self.logits_of = check_logits_of("Teacher", logits_of)
+        self.class_dim = checked_class_dim("Teacher", class_dim)
         self._decoder_takes_relaxed = _has_parameter(decoder, "relaxed")
         self.decoder_takes_key = _has_parameter(decoder, "key")
         if not isinstance(modules, Iterable) or not all(isinstance(module, nn.Module) for module in modules):
@@ -164,6 +176,11 @@ class Teacher(nn.Module):
     def labeler(self) -> Callable[..., Any]:
         labeler: Callable[..., Any] = self._parts["labeler"]
         return labeler
+
+    @property
+    def labelers(self) -> tuple[Callable[..., Any], ...]:
+        """All that label; no student is one of them."""
+        return (self.labeler,)
 
     @property
     def labeler_transform(self) -> Callable[..., Any] | None:
@@ -253,7 +270,9 @@ class Teacher(nn.Module):
         return tree.concat(pieces)
 
     def label(self, x: Inputs) -> Tensor:
-        """``h(labeler_transform(x))``, logits [B, ..., C]; differentiable in x, no graph where x needs none.
+        """``h(labeler_transform(x))``, logits [B, ..., C], also where ``class_dim`` is another; differentiable in x.
+
+        There is no graph where x needs none.
 
         Raises:
             ShapeError, DTypeError: the labeler changed the batch size, or gave no floating-point logits.
@@ -263,10 +282,15 @@ class Teacher(nn.Module):
         with named_range("label"), torch.set_grad_enabled(torch.is_grad_enabled() and tree.requires_grad(x)):
             return tree.concat([self._label(piece) for piece in tree.chunks(x, self.max_batch)])
 
+    def opinions(self, x: Inputs) -> tuple[Opinion, ...]:
+        """The distributions that soft terms are taken of: here one, :meth:`label`."""
+        return (Opinion(self.label(x), None),)
+
     def _label(self, x: Inputs) -> Tensor:
         transform = self._parts["labeler_transform"]
         made = call(self.labeler, x if transform is None else transform(x))
-        return checked_logits(logits_in("labeler", made, self.logits_of), tree.batch_size(x), "labeler")
+        logits = logits_in("labeler", made, self.logits_of, self.class_dim)
+        return checked_logits(logits, tree.batch_size(x), "labeler")
 
     forward = label
 

@@ -180,7 +180,7 @@ def evaluate(
             for (_, x, y), kept in batches(made, loader, "evaluate", progress):
                 x, y = to_device((x, y), device)
                 view = x if teacher is None else teacher.student_view(x)
-                logits = student_logits("evaluate", student, view, logits_of)
+                logits = student_logits("evaluate", student, view, logits_of, getattr(teacher, "class_dim", -1))
                 sums.add(logits, y, None if teacher is None else teacher.label(x), kept)
         return sums.on_the_host()
 

@@ -18,11 +18,12 @@ from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.losses.distill import DistillationLoss
 from tgt_fast.ops import _checks
 from tgt_fast.ops.counts import counting_group, over_processes, weight_of_rows
-from tgt_fast.ops.distill import distillation_loss
 from tgt_fast.teacher import Teacher, tree
 from tgt_fast.teacher.batches import Batch, checked_batches
 from tgt_fast.teacher.returned import LogitsOf, check_logits_of
 from tgt_fast.teacher.sharing import warn_of_shared
+from tgt_fast.teacher.teacher import Opinion
+from tgt_fast.train.opinions import hard_of, soft_of
 
 if TYPE_CHECKING:
     from tgt_fast.explore import LatentSampler, Synthetic
@@ -154,8 +155,9 @@ class TGTObjective:
         Args:
             student: inputs -> logits (n, ..., C), the teacher's C, or what holds them; see ``logits_of``.
             x: n real examples in data space, a tensor or a pytree of tensors.
-            y: (n, ...) int64 labels, or None: the soft terms alone. The loss's ``ignore_index`` drops a real
-                row from both its terms, ``unlabeled_index`` from the hard one.
+            y: (n, ...) int64 labels, (n, ..., C) shares of the classes (mixup), or None: the soft
+                terms alone. The loss's ``ignore_index`` drops a real row from both its terms, ``unlabeled_index`` from
+                the hard one.
             sample_ids: (n,) int64, what the sampler keys its noise by; by default it counts examples.
             step: for the sampler's noise; by default it counts its calls. Pass the optimizer step where one
                 consists of several calls.
@@ -183,32 +185,39 @@ class TGTObjective:
                 warn_of_shared("TGTObjective", self.teacher, student, stacklevel=3)
                 self._met = id(student)
         logits_of = self.logits_of if logits_of is None else check_logits_of("TGTObjective", logits_of)
+        class_dim = getattr(self.loss, "class_dim", -1)
+        class_dim = self.teacher.class_dim if class_dim == -1 else class_dim
         with torch.no_grad():
-            teacher_logits = self.teacher.label(x)
+            opinions = self.teacher.opinions(x)
         with named_range("student"):
-            logits = student_logits("TGTObjective", student, self.teacher.student_view(x), logits_of)
+            logits = student_logits("TGTObjective", student, self.teacher.student_view(x), logits_of, class_dim)
+        if isinstance(y, Tensor) and y.dim() == logits.dim():  # shares of the classes, in the layout of the logits
+            y = y.movedim(class_dim, -1)
         group = self._group()
         real = None
         if group is None:  # at once, which may give the logits' memory back
             with named_range("loss"):
-                real = self._real(options, logits, teacher_logits, y, sample_weight, normalizer)
+                real = self._real(options, logits, opinions, y, sample_weight, normalizer)
         made = self._explored(student, x, sample_ids, step, {"occurrence": occurrence, "logits_of": logits_of})
         if made is not None:
             with named_range("student (synthetic)"):
                 view = self.teacher.student_view(made.x)
-                synthetic_logits = student_logits("TGTObjective", student, view, logits_of)
+                synthetic_logits = student_logits("TGTObjective", student, view, logits_of, class_dim)
         if real is None:
             drawn = None if made is None else synthetic_logits
             counts = self._counts(options, group, logits, y, sample_weight, drawn, normalizer, synthetic_normalizer)
             normalizer, synthetic_normalizer = counts
             with named_range("loss"):
-                real = self._real(options, logits, teacher_logits, y, sample_weight, normalizer)
+                real = self._real(options, logits, opinions, y, sample_weight, normalizer)
         loss, hard = real
         soft = loss.detach() - hard
         synthetic = torch.zeros_like(soft)
         if made is not None:
             with named_range("loss (synthetic)"):
-                term = self._soft(synthetic_logits, made.teacher_logits, None, synthetic_normalizer)
+                theirs: tuple[Opinion, ...] = (Opinion(made.teacher_logits, None),)
+                if opinions[0].weight is not None:
+                    theirs = self.teacher.opinions(made.x)
+                term = self._soft(options, synthetic_logits, theirs, None, synthetic_normalizer)
                 term = self.synthetic_weight * term
             loss, synthetic = loss + term, term.detach()
         return {"loss": loss, "parts": {"hard": hard, "soft": soft, "synthetic": synthetic}}
@@ -270,7 +279,10 @@ class TGTObjective:
             if batch.y is None:
                 counts.append(torch.tensor(rows, device=tree.first_device(batch.x)))
             else:
-                counts.append((batch.y != self.loss.options.ignore_index).sum())
+                y = batch.y
+                if y.is_floating_point():  # shares of the classes, which drop no row
+                    y = y[..., 0] if y.dim() > 1 else y
+                counts.append((y != self.loss.options.ignore_index).sum())
         if not counts:
             raise ArgumentError("TGTObjective: normalizers needs a batch at least")
         real = torch.stack(counts).sum()
@@ -296,40 +308,48 @@ class TGTObjective:
         self,
         options: DistillOptions,
         logits: Tensor,
-        teacher_logits: Tensor,
+        opinions: Sequence[Opinion],
         y: Tensor | None,
         weight: Tensor | None,
         normalizer: float | Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The first sum, and (detached) the hard term in it."""
-        if y is None:
-            loss = self._soft(logits, teacher_logits, weight, normalizer)
-            return loss, torch.zeros_like(loss.detach())
-        if not is_on(options.hard_weight):
-            # The labels say which rows count, and nothing else.
-            loss = cast(Tensor, self.loss(logits, teacher_logits, y, sample_weight=weight, normalizer=normalizer))
-            return loss, torch.zeros_like(loss.detach())
         hard = None
-        if is_on(options.soft_weight):
-            with torch.no_grad():  # before the loss, which may write over the logits
-                hard = distillation_loss(
-                    logits,
-                    teacher_logits,
-                    y,
-                    soft_weight=0.0,
-                    hard_weight=options.hard_weight,
-                    label_smoothing=options.label_smoothing,
-                    sample_weight=weight,
-                    ignore_index=options.ignore_index,
-                    unlabeled_index=options.unlabeled_index,
-                    normalizer=normalizer,
-                    backend=self.loss.backend,
-                )
-        loss = cast(Tensor, self.loss(logits, teacher_logits, y, sample_weight=weight, normalizer=normalizer))
-        return loss, loss.detach() if hard is None else hard
+        if opinions[0].weight is not None:
+            loss = self._soft(options, logits, opinions, weight, normalizer, y)
+            if y is not None and is_on(options.hard_weight):
+                hard = hard_of(options, logits, y, weight, normalizer, self.loss.backend)
+                loss, hard = loss + hard, hard.detach()
+        elif y is None:
+            loss = self._soft(options, logits, opinions, weight, normalizer)
+        else:
+            if is_on(options.hard_weight) and is_on(options.soft_weight):
+                with torch.no_grad():  # before the loss, which may write over the logits
+                    hard = hard_of(options, logits, y, weight, normalizer, self.loss.backend)
+            # Without a hard weight the labels say which rows count, and nothing else.
+            given = self._laid_out(logits, opinions[0].logits, y)
+            loss = cast(Tensor, self.loss(*given, sample_weight=weight, normalizer=normalizer))
+            if is_on(options.hard_weight) and not is_on(options.soft_weight):
+                hard = loss.detach()
+        return loss, torch.zeros_like(loss.detach()) if hard is None else hard
 
     def _soft(
-        self, logits: Tensor, teacher_logits: Tensor, weight: Tensor | None, normalizer: float | Tensor | None
-    ) -> Tensor:
-        soft = self.loss.soft(logits, teacher_logits, sample_weight=weight, normalizer=normalizer)
-        return cast(Tensor, soft)  # a pair only with return_stats, which __init__ refused
+        self, options: DistillOptions, logits: Tensor, opinions: Sequence[Opinion], weight: Tensor | None,
+        normalizer: float | Tensor | None, y: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        def one(ours: Tensor, theirs: Tensor, **options: Any) -> Tensor:
+            # A pair only with return_stats, which __init__ refused.
+            return cast(Tensor, self.loss.soft(*self._laid_out(ours, theirs), **options))
+
+        if opinions[0].weight is None:
+            return one(logits, opinions[0].logits, sample_weight=weight, normalizer=normalizer)
+        return soft_of(one, options, logits, opinions, weight, normalizer, y)
+
+    def _laid_out(self, logits: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+        """Logits and shares with their classes where the loss has them; views, which it looks at the other way."""
+        class_dim = getattr(self.loss, "class_dim", -1)
+        if class_dim == -1:
+            return logits, *others
+        dims = logits.dim()
+        moved = (x if x is None or x.dim() != dims else x.movedim(-1, class_dim) for x in (logits, *others))
+        return tuple(moved)

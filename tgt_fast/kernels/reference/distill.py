@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tgt_fast.kernels.calls import DistillCall, Gradients, Outputs
+from tgt_fast.kernels.calls import DistillCall, Gradients, Outputs, is_soft, labels_of
 from tgt_fast.kernels.late import as_scalar, is_on, is_symbolic
 from tgt_fast.kernels.options import ROW_COEFFICIENT, DistillOptions, DistillStats
 
@@ -142,6 +142,8 @@ def _soft_term(student: Tensor, teacher: Tensor, counted: Tensor, options: Disti
 
 def _hard_term(student: Tensor, target: Tensor, labeled: Tensor, label_smoothing: float) -> Tensor:
     """Cross-entropy with the label, T = 1; smoothing is spread over the classes that exist.  -> [N]"""
+    if is_soft(target):
+        return _shared_term(student, target.detach().to(torch.float64), labeled)
     index = torch.where(labeled, target, 0)[:, None]
     label_is_missing = student.detach().gather(-1, index).squeeze(-1) == -math.inf
     infinite = labeled & label_is_missing & (label_smoothing < 1.0)
@@ -150,6 +152,16 @@ def _hard_term(student: Tensor, target: Tensor, labeled: Tensor, label_smoothing
     rows = -(1.0 - label_smoothing) * q.log.gather(-1, index).squeeze(-1)
     if is_on(label_smoothing):
         rows = rows - label_smoothing * q.log.sum(dim=-1) / q.exists.sum(dim=-1)
+    return torch.where(finite, _clamped(rows), torch.where(infinite, math.inf, 0.0))
+
+
+def _shared_term(student: Tensor, shares: Tensor, counted: Tensor) -> Tensor:
+    """Cross-entropy with shares of the classes, which need not add up to 1.  [N, C], [N, C] -> [N]"""
+    named = shares > 0
+    infinite = counted & (named & (student == -math.inf)).any(dim=-1)
+    finite = counted & ~infinite
+    q = _side(_select(finite, student), 1.0)
+    rows = -(torch.where(named & q.exists, shares, 0.0) * q.log).sum(dim=-1)
     return torch.where(finite, _clamped(rows), torch.where(infinite, math.inf, 0.0))
 
 
@@ -182,7 +194,8 @@ def _counts(
     """Which rows count and which of them have a label, [N] bool; their weights, [N]; the divisor of "mean", 0-d."""
     rows, classes = student.shape
     counted = torch.ones(rows, dtype=torch.bool, device=student.device)
-    labeled = torch.zeros_like(counted)
+    labeled = torch.full_like(counted, is_soft(target))
+    target = labels_of(target)
     if target is not None:
         names_a_class = (target >= 0) & (target < classes)
         unlabeled = target == options.unlabeled_index
@@ -247,6 +260,11 @@ def distillation_loss(
 
 
 # The same in the form of the compiled kernels, for calls that arrive through the dispatcher
+
+
+def takes_shares(call: DistillCall) -> bool:
+    """True if a target may be shares of the classes."""
+    return True
 
 
 def forward(call: DistillCall, out: Outputs) -> None:

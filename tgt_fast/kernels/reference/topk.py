@@ -21,9 +21,9 @@ from tgt_fast.kernels.calls import DistillCall, Gradients, Outputs
 from tgt_fast.kernels.late import is_on
 from tgt_fast.kernels.options import DistillOptions, TopK
 from tgt_fast.kernels.reference import distill
-from tgt_fast.kernels.reference.distill import scale_
+from tgt_fast.kernels.reference.distill import scale_, takes_shares
 
-__all__ = ["backward", "distillation_loss", "forward", "scale_"]
+__all__ = ["backward", "distillation_loss", "forward", "scale_", "takes_shares"]
 
 
 class _Entries(NamedTuple):

@@ -57,7 +57,7 @@ def distillation_loss(
 
 def labels(
     op: str, shards: Shards, target: Tensor, sample_weight: Tensor | None, options: DistillOptions
-) -> tuple[Tensor, DistillOptions]:
+) -> tuple[Tensor | None, DistillOptions]:
     """Global labels as those of this process, and the options that they are read by."""
     target = flat_labels(target)
     if not is_on(options.hard_weight):
@@ -65,6 +65,14 @@ def labels(
     if _checks.on_plain_cpu(target):
         check_row_values(op, shards.classes, target, sample_weight, options)
     return local_target(target, options, shards), options._replace(ignore_index=-100, unlabeled_index=-1)
+
+
+def refuse_shares(op: str, student: Tensor, target: Tensor | None) -> None:
+    """Shares of the classes would have to be those of this process alone."""
+    if isinstance(target, Tensor) and target.dim() == student.dim():
+        raise ArgumentError(
+            f"{op}: with vocab_group, or for DTensors, target must be labels, not shares of the classes"
+        )
 
 
 def chosen(backend: str, tensors: list[Tensor], op: str = "distill") -> str:
@@ -97,4 +105,5 @@ def _check(
         raise ShapeError(f"{OP}: the processes of vocab_group have no class between them")
     check_classes(OP, "student_logits", shards.classes, options)
     _checks.same_device(OP, "student_logits", student, "teacher_logits", teacher)
+    refuse_shares(OP, student, target)
     check_rows(OP, "student_logits", student, target, sample_weight, normalizer, options)

@@ -32,7 +32,7 @@ from tgt_fast.ops._linear_op import Call, Linear
 from tgt_fast.ops.counts import divisor_over
 from tgt_fast.ops.library import graph_wanted
 from tgt_fast.ops.topk import TeacherTopK
-from tgt_fast.ops.vocab_parallel.distill import chosen, labels
+from tgt_fast.ops.vocab_parallel.distill import chosen, labels, refuse_shares
 from tgt_fast.ops.vocab_parallel.kernel import Sharded
 from tgt_fast.ops.vocab_parallel.shards import Shards
 from tgt_fast.ops.vocabulary import check_labels_exist
@@ -88,6 +88,7 @@ def linear_distillation_loss(
             f"{OP}: vocab_map is not taken with vocab_group: a class of the teacher may be in another process than the "
             "student's; bring the heads into one order before they are spread"
         )
+    refuse_shares(OP, given.student_hidden, given.target)
     _check(shards, given, normalizer, heads, options)
     warn_of_trained_teacher(given.teacher_weight, given.teacher_bias)
     warn_of_adapters(OP, given.student_weight, given.teacher_weight)
