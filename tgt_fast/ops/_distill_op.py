@@ -17,7 +17,7 @@ from tgt_fast.ops._readable import all_readable, upstream
 from tgt_fast.ops.library import or_nothing
 
 # Of a call: a record's log-probabilities stand in the teacher's place. A divisor is a tensor or a number.
-_CALL: Final = (
+CALL: Final = (
     "Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, Tensor? topk_ids, Tensor? tail_log_prob, "
     f"str? tail_mode, {library.DIVISOR}, {library.schema_of(DistillOptions)}"
 )
@@ -150,7 +150,7 @@ def packed_call(call: DistillCall) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _unpacked(arguments: tuple[Any, ...]) -> tuple[DistillCall, tuple[Any, ...]]:
+def unpacked(arguments: tuple[Any, ...]) -> tuple[DistillCall, tuple[Any, ...]]:
     """And back, where an op runs, with what follows in the schema."""
     student, teacher, target, weight, ids, tail, tail_mode, divisor, number = arguments[:9]
     if ids is not None:
@@ -160,7 +160,7 @@ def _unpacked(arguments: tuple[Any, ...]) -> tuple[DistillCall, tuple[Any, ...]]
     return DistillCall(options, student, teacher, target, weight, divisor), arguments[_COUNT:]
 
 
-def _ready(call: DistillCall, backend: str, *, looked_at: bool = False) -> tuple[DistillCall, str]:
+def ready(call: DistillCall, backend: str, *, looked_at: bool = False) -> tuple[DistillCall, str]:
     """A call with all its numbers and dense rows, and the backend that runs it; ``looked_at``: backward's."""
     options, target = settled(
         OP, call.options, call.student.shape[1], call.target, call.sample_weight, looked_at=looked_at
@@ -178,16 +178,16 @@ def form_of(teacher: Any) -> str:
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    call, (want_stats, backend, *wanted) = _unpacked(arguments)
-    call, chosen = _ready(call._replace(want_stats=want_stats), backend)
+    call, (want_stats, backend, *wanted) = unpacked(arguments)
+    call, chosen = ready(call._replace(want_stats=want_stats), backend)
     check_values(call, chosen)
-    return _returned(call, Direct(select.kernel(form_of(call.teacher), chosen)).forward(_wanting(call, wanted)))
+    return returned(call, Direct(select.kernel(form_of(call.teacher), chosen)).forward(_wanting(call, wanted)))
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    call, (want_stats, _, *wanted) = _unpacked(arguments)
+    call, (want_stats, _, *wanted) = unpacked(arguments)
     call = _wanting(call._replace(want_stats=want_stats), wanted)
-    return _returned(call, outputs(call))
+    return returned(call, outputs(call))
 
 
 def _wanting(call: DistillCall, wanted: list[bool]) -> DistillCall:
@@ -195,7 +195,7 @@ def _wanting(call: DistillCall, wanted: list[bool]) -> DistillCall:
     return call._replace(want_d_student=d_student, want_d_teacher=d_teacher, want_row_state=row_state)
 
 
-def _returned(call: DistillCall, out: Outputs) -> tuple[Tensor, ...]:
+def returned(call: DistillCall, out: Outputs) -> tuple[Tensor, ...]:
     teacher = call.teacher if isinstance(call.teacher, Tensor) else call.teacher.log_probs
     return (
         out.loss, or_nothing(out.stats, out.loss), or_nothing(out.d_student, call.student),
@@ -204,19 +204,19 @@ def _returned(call: DistillCall, out: Outputs) -> tuple[Tensor, ...]:
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    call, (row_state, d_loss, backend, d_student, d_teacher) = _unpacked(arguments)
-    call, chosen = _ready(call._replace(want_d_student=d_student, want_d_teacher=d_teacher), backend, looked_at=True)
+    call, (row_state, d_loss, backend, d_student, d_teacher) = unpacked(arguments)
+    call, chosen = ready(call._replace(want_d_student=d_student, want_d_teacher=d_teacher), backend, looked_at=True)
     made = Direct(select.kernel(form_of(call.teacher), chosen)).backward(call, row_state.contiguous(), d_loss)
-    return _returned_gradients(call, made)
+    return returned_gradients(call, made)
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    call, (_, _, _, d_student, d_teacher) = _unpacked(arguments)
+    call, (_, _, _, d_student, d_teacher) = unpacked(arguments)
     call = call._replace(want_d_student=d_student, want_d_teacher=d_teacher)
-    return _returned_gradients(call, gradients(call))
+    return returned_gradients(call, gradients(call))
 
 
-def _returned_gradients(call: DistillCall, made: Gradients) -> tuple[Tensor, Tensor]:
+def returned_gradients(call: DistillCall, made: Gradients) -> tuple[Tensor, Tensor]:
     return or_nothing(made[0], call.student), or_nothing(made[1], call.student)
 
 
@@ -240,7 +240,7 @@ def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _loss_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
-    call, (want_stats, backend) = _unpacked(arguments)
+    call, (want_stats, backend) = unpacked(arguments)
     loss, stats = with_graph(Dispatched(backend), *call[:6], want_stats)
     return loss, or_nothing(stats, loss.detach())
 
@@ -270,20 +270,20 @@ class Dispatched:
 
 
 distillation_loss = library.define(
-    f"distillation_loss({_CALL}, bool want_stats, str backend) -> (Tensor, Tensor)",
+    f"distillation_loss({CALL}, bool want_stats, str backend) -> (Tensor, Tensor)",
     _loss,
     _loss_fake,
     _loss_autograd,
     differentiable=2,
 )
 distill_forward = library.define(
-    f"distill_forward({_CALL}, bool want_stats, str backend, bool want_d_student, bool want_d_teacher, "
+    f"distill_forward({CALL}, bool want_stats, str backend, bool want_d_student, bool want_d_teacher, "
     "bool want_row_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 distill_backward = library.define(
-    f"distill_backward({_CALL}, Tensor row_state, Tensor d_loss, str backend, bool want_d_student, "
+    f"distill_backward({CALL}, Tensor row_state, Tensor d_loss, str backend, bool want_d_student, "
     "bool want_d_teacher) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from tgt_fast.errors import ArgumentError, BackendError, ShapeError
+from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.kernels import select
 from tgt_fast.kernels.calls import Direct, DistillCall
-from tgt_fast.kernels.late import is_on
+from tgt_fast.kernels.late import beside, is_on
 from tgt_fast.kernels.options import DistillOptions, DistillStats
 from tgt_fast.ops import _checks
-from tgt_fast.ops._distill_arguments import OP, as_mask, check_classes, check_inplace, check_rows, flat_labels
-from tgt_fast.ops._distill_op import dense_rows, tensors_of, with_graph
+from tgt_fast.ops._distill_arguments import OP, as_mask, check_classes, check_inplace, check_rows, flat_labels, packed
+from tgt_fast.ops._distill_op import dense_rows, packed_call, tensors_of, with_graph
 from tgt_fast.ops._row_checks import check_row_values
 from tgt_fast.ops.counts import divisor_over
-from tgt_fast.ops.library import graph_wanted
+from tgt_fast.ops.library import graph_wanted, seen_by_dispatcher
 from tgt_fast.ops.topk import TeacherTopK
-from tgt_fast.ops.vocab_parallel.kernel import Sharded
+from tgt_fast.ops.vocab_parallel import library as vocab_library
+from tgt_fast.ops.vocab_parallel.kernel import Sharded, served
 from tgt_fast.ops.vocab_parallel.shards import Shards, local_target
-
-SERVED: Final = ("native",)  # the backends whose row states are merged
 
 
 def distillation_loss(
@@ -39,6 +39,15 @@ def distillation_loss(
     if target is not None:
         target, options = labels(OP, shards, target, sample_weight, options)
     normalizer = divisor_over(OP, count_group, normalizer, student_logits, target, sample_weight, shape[-1], options)
+    if seen_by_dispatcher(student_logits, teacher, target, sample_weight):
+        call = DistillCall(
+            packed(options), student_logits.reshape(-1, shards.width), teacher.reshape(-1, shards.width), target,
+            sample_weight, beside(normalizer, student_logits),
+        )  # fmt: skip
+        loss, rows = vocab_library.vocab_distillation_loss(
+            *packed_call(call), return_stats, backend, *vocab_library.as_arguments(shards)
+        )
+        return _shaped(loss, rows if return_stats else None, shape, options)
     student, given = dense_rows(student_logits), dense_rows(teacher)
     if inplace and student.numel():
         check_inplace(student_logits, student)
@@ -48,6 +57,13 @@ def distillation_loss(
         loss, rows = with_graph(kernel, *inputs, return_stats, inplace)
     else:
         loss, rows, *_ = kernel.forward(DistillCall(*inputs, want_stats=return_stats))
+    return _shaped(loss, rows, shape, options)
+
+
+def _shaped(
+    loss: Tensor, rows: Tensor | None, shape: torch.Size, options: DistillOptions
+) -> Tensor | tuple[Tensor, DistillStats]:
+    """What the caller gets."""
     if options.reduction == "none":
         loss = loss.reshape(shape[:-1])
     if rows is None:
@@ -81,13 +97,7 @@ def chosen(backend: str, tensors: list[Tensor], op: str = "distill") -> str:
     Raises:
         BackendError: one whose row states are not merged.
     """
-    name = select.choose(op, backend, tensors)
-    if name not in SERVED:
-        raise BackendError(
-            f"{op}: backend {name!r} has all classes of a row in one process; with vocab_group, or for DTensors that "
-            f"are sharded on classes, pass one of {SERVED}"
-        )
-    return name
+    return served(select.choose(op, backend, tensors), op)
 
 
 def _check(

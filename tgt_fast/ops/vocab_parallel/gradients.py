@@ -39,7 +39,8 @@ from tgt_fast.ops.vocab_parallel.opening import (
     soft_kind,
 )
 
-_BYTES: Final = 4 << 20  # of a chunk of rows
+_BYTES: Final = 1 << 19  # of a chunk of rows
+_RUN: Final = 1024  # classes
 _FARTHEST: Final = 80.0  # exp(-80) is a float32
 
 
@@ -72,8 +73,17 @@ def second_sums(kernel: Any, call: DistillCall, row_state: Tensor) -> Tensor:
             plain, student[at].to(dtype), teacher[at].to(dtype), want_d_student=True, want_d_teacher=True
         )
         d_student, d_teacher = kernel.backward(part, state[at].contiguous(), one)
-        made[at, 0] = d_teacher.sum(dim=1, dtype=torch.float64) / to_x
-        made[at, 1] = d_student.sum(dim=1, dtype=torch.float64) / to_y
+        made[at, 0] = _sum(d_teacher) / to_x
+        made[at, 1] = _sum(d_student) / to_y
+    return made
+
+
+def _sum(rows: Tensor) -> Tensor:
+    """The sums of rows, by runs that their own dtype is enough for.  [N, C] -> [N] float64"""
+    runs = rows.shape[1] // _RUN
+    made = rows[:, runs * _RUN :].sum(dim=1).to(torch.float64)
+    if runs:
+        made = made + rows[:, : runs * _RUN].unflatten(1, (runs, _RUN)).sum(dim=2).sum(dim=1, dtype=torch.float64)
     return made
 
 

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Final
 
 from torch import Tensor
 
+from tgt_fast.errors import BackendError
 from tgt_fast.kernels.calls import DistillCall, Gradients, Outputs, accumulate_dtype
 from tgt_fast.ops.vocab_parallel import gradients, merging, opening, statistics
 from tgt_fast.ops.vocab_parallel.shards import Shards
+
+SERVED: Final = ("native",)  # the backends whose row states are merged
+
+
+def served(name: str, op: str) -> str:
+    """The backend's name.
+
+    Raises:
+        BackendError: its row states are not merged.
+    """
+    if name not in SERVED:
+        raise BackendError(
+            f"{op}: backend {name!r} has all classes of a row in one process; with vocab_group, or for DTensors that "
+            f"are sharded on classes, pass one of {SERVED}"
+        )
+    return name
 
 
 class Steps:
@@ -48,6 +66,14 @@ class Steps:
         """Parts of the statistics."""
         return statistics.opened(self.kernel, call)
 
+    def stats_sums(self, call: DistillCall, own: Tensor, maxima: Tensor, mine: Tensor) -> Tensor:
+        """What is added up for them."""
+        return statistics.sums_of(own, maxima, mine, call.options)
+
+    def stats_values(self, call: DistillCall, own: Tensor, maxima: Tensor, sums: Tensor) -> Tensor:
+        """The statistics, a column a field."""
+        return statistics.values_of(own, maxima, sums, call.divisor, call.options)
+
     def gradients(self, call: DistillCall, row_state: Tensor, d_loss: Tensor) -> Gradients:
         """The gradients to this process's logits."""
         return gradients.gradients(self.kernel, call, row_state, d_loss)
@@ -78,12 +104,22 @@ class Sharded:
         dtype = accumulate_dtype(call.student, call.teacher)
         stats = None
         if call.want_stats:
-            stats = statistics.merged(steps.stats(call), shards, call.divisor, call.options).to(dtype)
+            stats = self._stats(call).to(dtype)
         row_state = merged[:, : opening.STATE].contiguous()
         grads: Gradients = (None, None)
         if call.want_d_student or call.want_d_teacher:
             grads = steps.gradients(call, row_state, loss.new_ones((), dtype=dtype))
         return Outputs(loss.to(dtype), stats, *grads, row_state if call.want_row_state else None)
+
+    def _stats(self, call: DistillCall) -> Tensor:
+        """The fields of DistillStats.  -> [6, N] float64"""
+        steps, shards = self.steps, self.shards
+        own = steps.stats(call)
+        maxima = shards.largest(statistics.maxima_of(own))
+        first = statistics.first_of(own, maxima, shards)
+        mine = (first == shards.largest(first)) & (first > -math.inf)
+        sums = shards.total(steps.stats_sums(call, own, maxima, mine))
+        return steps.stats_values(call, own, maxima, sums).t()  # type: ignore[no-any-return]
 
     def backward(self, call: DistillCall, row_state: Tensor, d_loss: Tensor) -> Gradients:
         """The gradients anew, from the merged states. Nothing travels."""

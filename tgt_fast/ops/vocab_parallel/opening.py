@@ -68,9 +68,9 @@ def opened(kernel: Any, call: DistillCall) -> Tensor:
         alone = call._replace(target=None, sample_weight=None)
         made = torch.where(lone[:, None], _side_by_side(kernel, alone, made), made)
     if call.target is not None and options.hard_weight != 0:
-        labelled = (call.target >= 0) & ~dropped
+        labelled = (call.target >= 0) & (call.target < width) & ~dropped
         made[:, LABELLED] = labelled
-        label = student.gather(1, call.target.clamp_min(0)[:, None])[:, 0].to(torch.float64)
+        label = student.gather(1, call.target.clamp(0, width - 1)[:, None])[:, 0].to(torch.float64)
         made[:, LABEL] = torch.where(labelled, label, 0.0)
         if options.label_smoothing > 0:
             made[:, LINEAR] = _linear(kernel, call, options, made)
@@ -82,7 +82,7 @@ def _drop(made: Tensor, call: DistillCall) -> None:
     weight = made.new_ones(made.shape[0]) if call.sample_weight is None else call.sample_weight.to(torch.float64)
     dropped = weight == 0
     if call.target is not None:
-        dropped = dropped | (call.target == call.options.ignore_index)
+        dropped = dropped | (call.target == call.options.ignore_index) | (call.target >= 0)  # there is no class here
     made[:, COEFFICIENT] = weight
     made[:, FLAGS] = dropped.to(torch.float64) * DROPPED
 

@@ -42,7 +42,7 @@ def reduced(numbers: Tensor, operation: str, groups: tuple[str, ...]) -> Tensor:
 
 
 def local_target(target: Tensor, options: Any, shards: Shards) -> Tensor:
-    """Global labels as this process's: of the classes elsewhere none, of what is no class at all a dropped row.
+    """Global labels as this process's: of the classes elsewhere none; what is no class at all is none here either.
 
     In the plain form: -100 drops a row, -1 its hard term. [N] int64
     """
@@ -50,9 +50,9 @@ def local_target(target: Tensor, options: Any, shards: Shards) -> Tensor:
     inside = (here >= 0) & (here < shards.width)
     made = torch.where(inside, here, -1)
     known = (target == options.unlabeled_index) | ((target >= 0) & (target < shards.classes))
-    dropped = (target == options.ignore_index) | ~known
     # The two indices may be any numbers, those of classes too.
-    return torch.where(target == options.unlabeled_index, -1, made).masked_fill(dropped, -100)
+    made = torch.where(target == options.unlabeled_index, -1, torch.where(known, made, shards.width))
+    return torch.where(target == options.ignore_index, -100, made)
 
 
 def shards_of(op: str, group: Any, offsets: Any, width: int) -> Shards | None:
@@ -96,6 +96,10 @@ def _checked_offsets(op: str, offsets: Any) -> tuple[int, ...]:
         raise ArgumentError(f"{op}: vocab_offsets must begin with 0 and not fall, got {made}")
     return made
 
+
+# A compiler calls it once, and takes what it returns for a constant: ``torch.compiler.assume_constant_result``, which
+# would import the compiler to say so.
+shards_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 # Widths that were exchanged, by the process group they are of.
 _WIDTHS: Final[weakref.WeakKeyDictionary[Any, dict[int, tuple[int, ...]]]] = weakref.WeakKeyDictionary()

@@ -11,10 +11,12 @@ from torch import Tensor
 from tgt_fast.kernels.calls import DistillCall
 from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.ops.vocab_parallel import merging, opening
-from tgt_fast.ops.vocab_parallel.opening import OPENED, STUDENT_MAX, TEACHER_MAX, has
+from tgt_fast.ops.vocab_parallel.opening import OPENED, STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, TEACHER_SUM, has
 from tgt_fast.ops.vocab_parallel.shards import Shards
 
 _FIELDS: Final = 3  # of the kernel's: both entropies, and whether both sides have their largest logit at one place
+DTYPE: Final = torch.float64
+OWN, SUMS, VALUES = OPENED + _FIELDS, 6, 6  # numbers a row, of what a process has, adds up, and of what comes out
 
 
 def _plain(options: DistillOptions) -> DistillOptions:
@@ -38,39 +40,46 @@ def opened(kernel: Any, call: DistillCall) -> Tensor:
     return made
 
 
-def merged(own: Tensor, shards: Shards, divisor: float | Tensor | None, options: DistillOptions) -> Tensor:
-    """The fields of DistillStats.  -> [6, N] float64"""
+def maxima_of(own: Tensor) -> Tensor:
+    """What the processes take the largest of."""
+    return merging.maxima_of(own[:, :OPENED])
+
+
+def first_of(own: Tensor, maxima: Tensor, shards: Shards) -> Tensor:
+    """Less the first class here for a side whose largest logit is here; of all, the largest says whose.  -> [N, 2]"""
+    owned = own[:, [STUDENT_MAX, TEACHER_MAX]] == maxima[:, :2]
+    return torch.where(owned, float(-shards.start) if shards.width else -math.inf, -math.inf).to(DTYPE)
+
+
+def sums_of(own: Tensor, maxima: Tensor, mine: Tensor, options: DistillOptions) -> Tensor:
+    """What they add up; ``mine``: whether the largest logits of each side are here.  -> [N, SUMS]"""
     state, fields, plain = own[:, :OPENED], own[:, OPENED:], _plain(options)
-    maxima = shards.largest(merging.maxima_of(state))
     parts = merging.parts_of(state, maxima, plain)
-    # The process that holds the first of the largest logits, by its first class.
-    first = torch.full_like(maxima[:, :2], float(-shards.start))
-    owned = state[:, [STUDENT_MAX, TEACHER_MAX]] == maxima[:, :2]
-    if not shards.width:
-        owned = torch.zeros_like(owned)
-    firsts = shards.largest(torch.where(owned, first, -math.inf))
-    mine = (owned & (firsts == first)).all(dim=1)
-    log_q = merging.log_of(state[:, opening.STUDENT_SUM], state[:, STUDENT_MAX] - maxima[:, 0], options.temperature)
-    log_p = merging.log_of(
-        state[:, opening.TEACHER_SUM], state[:, TEACHER_MAX] - maxima[:, 1], options.teacher_temperature
-    )
-    entropies = (
-        merging.weighed(parts.student, fields[:, 0] - log_q), merging.weighed(parts.teacher, fields[:, 1] - log_p)
-    )  # fmt: skip
-    agree = (mine & (fields[:, 2] != 0)).to(torch.float64)
-    sums = shards.total(torch.stack([parts.student, parts.teacher, parts.x, *entropies, agree], dim=1))
+    log_q = merging.log_of(state[:, STUDENT_SUM], state[:, STUDENT_MAX] - maxima[:, 0], options.temperature)
+    log_p = merging.log_of(state[:, TEACHER_SUM], state[:, TEACHER_MAX] - maxima[:, 1], options.teacher_temperature)
+    of_student = merging.weighed(parts.student, fields[:, 0] - log_q)
+    of_teacher = merging.weighed(parts.teacher, fields[:, 1] - log_p)
+    agree = (mine.all(dim=1) & (fields[:, 2] != 0)).to(DTYPE)
+    return torch.stack([parts.student, parts.teacher, parts.x, of_student, of_teacher, agree], dim=1)
+
+
+def values_of(
+    own: Tensor, maxima: Tensor, sums: Tensor, divisor: float | Tensor | None, options: DistillOptions
+) -> Tensor:
+    """The fields of DistillStats.  -> [N, VALUES]"""
     q, p, x, of_student, of_teacher, agree = sums.unbind(1)
     bad_student = (maxima[:, 2] > 0) | (maxima[:, 0] == -math.inf)
     bad_teacher = (maxima[:, 3] > 0) | (maxima[:, 1] == -math.inf)
     bad = bad_student | bad_teacher
     kl = (x / p - (p.log() - q.log())).clamp_min(0.0).masked_fill(maxima[:, 4] > 0, math.inf)
-    values = torch.stack([
+    values = (
         (of_student / q + q.log()).clamp_min(0.0).masked_fill(bad_student, math.nan),
         (of_teacher / p + p.log()).clamp_min(0.0).masked_fill(bad_teacher, math.nan),
         kl.masked_fill(bad, math.nan),
         agree.masked_fill(bad, 0.0),
         (maxima[:, 0] / options.temperature + q.log()).masked_fill(bad_student, math.nan),
         (maxima[:, 1] / options.teacher_temperature + p.log()).masked_fill(bad_teacher, math.nan),
-    ])  # fmt: skip
-    counted = ~has(state, opening.DROPPED)
-    return torch.where(counted & (merging.divisor_of(state, divisor, options) != 0), values, 0.0)
+    )
+    state = own[:, :OPENED]
+    counted = ~has(state, opening.DROPPED) & (merging.divisor_of(state, divisor, options) != 0)
+    return torch.where(counted[:, None], torch.stack(values, dim=1), 0.0)
