@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor
 
 from tgt_fast import cli
-from tgt_fast.bench import command, distill, distill_rivals, latent, memory, rivals, timing
+from tgt_fast.bench import command, distill, distill_rivals, latent, load, memory, rivals, table, timing
 from tgt_fast.bench import run as running
 from tgt_fast.bench.case import Check
 from tgt_fast.bench.check import edge_rows, relative_error, result_bar
 from tgt_fast.bench.distill import DistillWork, Spec
+from tgt_fast.bench.load import Load, Watch
 from tgt_fast.bench.nouns import NOUNS
-from tgt_fast.bench.row import Row
+from tgt_fast.bench.row import Row, Standing
 from tgt_fast.bench.run import Plan, measure
 
 CPU = torch.device("cpu")
@@ -80,8 +85,85 @@ def test_the_command_prints_and_writes_everything(tmp_path: Path, capsys: pytest
     assert set(second["errors"]) == {"loss", "d_student", "d_teacher"}
     assert first["rivals"]["liger"]["status"] == "skipped"
     assert "liger skipped: liger-kernel" in out
+    assert "; load average" in out.splitlines()[0]
+    assert record["load"].keys() == first["load"].keys() == {"average", "others", "busy"}
+    assert first["ours"]["spread"] >= 0
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert plot.stat().st_size > 20_000
+
+
+def row(op: str = "jsd + CE", *, load: Load | None = None, ms: float | None = 2.0, rival: float | None = None) -> Row:
+    case = distill.cases(CPU, True)[0]
+    ours = Standing() if ms is None else Standing(timing=timing.Timing(ms, spread=0.03))
+    theirs = {} if rival is None else {"eager": Standing(timing=timing.Timing(rival))}
+    return Row(replace(case, op=op), "native", ours, theirs, copy_rate=1e10, load=load)
+
+
+def printed(rows: list[Row], width: int = 80) -> str:
+    out = io.StringIO()
+    table.print_rows(Console(file=out, width=width), rows)
+    return out.getvalue()
+
+
+def test_a_table_breaks_no_name_and_has_no_empty_column() -> None:
+    long = "forward_kl + CE, an operation of a long name, " * 4
+    shown = printed([row(long), row(ms=None)])
+    assert long.strip() in shown
+    assert "8 x 50 float32" in shown
+    assert not any(name in shown for name in ("over", "extra", "…"))
+    assert "3%" in shown
+    assert "over eager" in printed([row(rival=1.0), row()])
+    assert "spread" not in printed([row(ms=None)])
+    assert "GB/s" not in printed([row(ms=None)])
+
+
+def test_rows_of_a_busy_machine_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    quiet, busy, alone = Load(3.0, 0.2), Load(3.0, 1.26), Load(3.0, None)
+    assert [one.busy for one in (quiet, busy, alone)] == [False, True, True]
+    assert not Load(1.2, None).busy
+    assert not Load(None, None).busy
+    shown = printed([row("one", load=quiet), row("two", load=busy)])
+    lines = {line.split()[1]: line for line in shown.splitlines() if line.startswith("│")}
+    assert " 2 * " in lines["two"]
+    assert "*" not in lines["one"]
+    assert "* measured while other processes used up to 1.3 cores: a rough number" in shown
+    assert "*" not in printed([row(load=quiet)])
+    assert table.line(row(load=busy)).endswith("busy: others used 1.3 cores")
+    assert "2 ms ± 3%" in table.line(row(load=quiet))
+    assert row(load=busy).to_json()["load"] == {"average": 3.0, "others": 1.26, "busy": True}
+    assert row().to_json()["ours"]["spread"] == 0.03
+
+
+def test_what_others_use_is_the_machines_less_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat, own, clock = tmp_path / "stat", [10.0], [5.0]
+    monkeypatch.setattr(load, "_STAT", stat)
+    monkeypatch.setattr(load, "_own", lambda: own[0])
+    monkeypatch.setattr(load, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    ticks = os.sysconf("SC_CLK_TCK")
+    stat.write_text(f"cpu {ticks} 0 {ticks} 9000 500 0 0 0 50 0\ncpu0 1\n")
+    watch = Watch()
+    # 4 s of work; waiting is none, and what guests had is in it already
+    stat.write_text(f"cpu {4 * ticks} 0 {2 * ticks} 9900 700 0 0 0 90 0\ncpu0 1\n")
+    own[0], clock[0] = 12.0, 9.0
+    assert watch.load().others == pytest.approx(0.5)
+    stat.unlink()
+    assert watch.load().others is None
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.5, 0, 0))
+    assert str(watch.load()) == f"load average 1.50 on {os.cpu_count()} cores"
+
+
+def test_the_plot_fits_a_screen_whatever_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from tgt_fast.bench import roofline
+
+    monkeypatch.setattr(roofline, "png", lambda made: tuple(made.get_size_inches()))  # not drawn, which takes seconds
+    few = [row(rival=3.0)]
+    many = [replace(few[0], case=replace(few[0].case, noun=noun)) for noun in NOUNS for _ in range(30)]
+    sizes = [roofline.roofline(rows, 1e10, "a machine") for rows in (few, many, [])]
+    assert all(height <= 1.05 * width for width, height in sizes)
+    assert all(width <= 13 for width, _ in sizes)
+    assert sizes[0] == sizes[2]
 
 
 def test_an_absent_rival_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

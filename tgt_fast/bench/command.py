@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from tgt_fast.bench.copying import copy_rate
+from tgt_fast.bench.load import Watch
 from tgt_fast.bench.record import hardware, origin
 from tgt_fast.bench.row import Row
 from tgt_fast.bench.run import Plan, measure
@@ -30,10 +31,15 @@ def run_bench(
 
         with plots.figure(1, 1):  # matplotlib is missing now, not after minutes of measuring
             pass
+    watch = Watch()
     roof = copy_rate(plan.device)
-    console.print(f"{hardware(plan.device)}; a plain copy moves {roof / 1e9:.4g} GB/s", markup=False, highlight=False)
+    load = watch.load()
+    console.print(
+        f"{hardware(plan.device)}; a plain copy moves {roof / 1e9:.4g} GB/s; {load}", markup=False, highlight=False
+    )
     rows: list[Row] = []
     made = origin(plan.device, roof, command)
+    made["load"] = load.to_json()
     made["rows"] = []
     for row in measure(plan, roof):  # no progress bar: its thread would take turns with what is timed
         rows.append(row)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tgt_fast.bench.case import Case, Check, dtype_name
+from tgt_fast.bench.load import Load
 from tgt_fast.bench.timing import Timing
 
 OK, WRONG, FAILED, SKIPPED, DIFFERS = "ok", "WRONG", "failed", "skipped", "differs"
@@ -27,6 +28,8 @@ class Standing:
             made["errors"] = dict(self.check.errors)
         if self.timing is not None:
             made["milliseconds"] = self.timing.total
+            if self.timing.spread is not None:
+                made["spread"] = round(self.timing.spread, 4)
             if self.timing.device is not None:
                 made["device_milliseconds"] = self.timing.device
                 made["wall_milliseconds"] = self.timing.wall
@@ -45,10 +48,16 @@ class Row:
     copy_rate: float = 0.0  # bytes a second of large copies: the roof
     result_bytes: int = 0
     seconds: float = 0.0  # all that the case took
+    load: Load | None = None  # of the machine, meanwhile
 
     @property
     def failed(self) -> bool:
         return self.ours.status in (WRONG, FAILED)
+
+    @property
+    def busy(self) -> bool:
+        """Whether other processes took so much of the machine that the times are rough ones."""
+        return self.load is not None and self.load.busy
 
     @property
     def rate(self) -> float | None:
@@ -106,4 +115,6 @@ class Row:
         made["ours"] = self.ours.to_json()
         made["rivals"] = {name: standing.to_json() for name, standing in self.rivals.items()}
         made["seconds"] = round(self.seconds, 2)
+        if self.load is not None:
+            made["load"] = self.load.to_json()
         return made

@@ -14,6 +14,7 @@ from tgt_fast._rng import isolated_rng
 from tgt_fast.bench import memory, rivals
 from tgt_fast.bench.case import Call, Case, UnfitError, Work
 from tgt_fast.bench.copying import copier
+from tgt_fast.bench.load import Watch
 from tgt_fast.bench.nouns import NOUNS
 from tgt_fast.bench.row import DIFFERS, FAILED, OK, SKIPPED, WRONG, Row, Standing
 from tgt_fast.bench.timing import Timing, medians
@@ -74,10 +75,11 @@ def measure(plan: Plan, copy_rate: float) -> Iterator[Row]:
 
 def measure_case(plan: Plan, noun: str, number: int, copy_rate: float, *, late: bool = False) -> list[Row]:
     """The rows of one case, one a backend. ``late``: no rival is started that has to compile itself."""
-    begun = time.perf_counter()
+    begun, watch = time.perf_counter(), Watch()
     rows = _rows(NOUNS[noun](plan.device, plan.quick)[number], plan, number, late)
+    load = watch.load()
     for row in rows:
-        row.copy_rate = copy_rate
+        row.copy_rate, row.load = copy_rate, load
         row.seconds = (time.perf_counter() - begun) / len(rows)
     return rows
 

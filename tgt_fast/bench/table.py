@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from tgt_fast.bench.case import dtype_name
 from tgt_fast.bench.row import OK, Row
 
 _WIDTH: Final = 112
+_WIDEST: Final = 400
 
 
 def bench_console() -> Console:
@@ -27,7 +29,9 @@ def line(row: Row) -> str:
     if row.ours.timing is None:
         return made
     share = "" if row.of_copy is None else f", {row.of_copy:.0%} of copy"
-    return f"{made}, {row.ours.timing.total:.3g} ms{share}"
+    others = row.load.others if row.load is not None else None
+    busy = "" if not row.busy else ", busy" if others is None else f", busy: others used {others:.1f} cores"
+    return f"{made}, {row.ours.timing.total:.3g} ms{_spread(row, ' ± ')}{share}{busy}"
 
 
 def print_rows(console: Console, rows: Sequence[Row]) -> None:
@@ -38,25 +42,32 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
 
 def _print_noun(console: Console, noun: str, rows: Sequence[Row]) -> None:
     timed = [name for name in _rivals(rows) if any(row.over(name) is not None for row in rows)]
-    title = f"{noun} (over: times as fast as; extra: peak memory beyond the results)"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("op", overflow="fold")
-    table.add_column("case", no_wrap=True)
-    table.add_column("backend", no_wrap=True)
-    for name in ("ms", "GB/s", "of copy", *(f"over {name}" for name in timed), "extra MiB", "ok"):
-        table.add_column(name, justify="right", no_wrap=" " not in name)
-    for row in rows:
-        case = row.case
-        memory = row.extra_memory
-        table.add_row(
-            case.op, f"{case.shape} {dtype_name(case.dtype)}", row.backend,
-            "-" if row.ours.timing is None else f"{row.ours.timing.total:.3g}",
-            "-" if row.rate is None else f"{row.rate / 1e9:.4g}",
-            "-" if row.of_copy is None else f"{row.of_copy:.0%}",
-            *(_times(row.over(name)) for name in timed),
-            "-" if memory is None else f"{memory / 2**20:.1f}",
-            "yes" if row.ours.status == OK else row.ours.status,
-        )  # fmt: skip
+    columns: dict[str, list[str]] = {
+        "op": [row.case.op for row in rows],
+        "case": [f"{row.case.shape} {dtype_name(row.case.dtype)}" for row in rows],
+        "backend": [row.backend for row in rows],
+        "ms": [_number(None if row.ours.timing is None else row.ours.timing.total, ".3g", row.busy) for row in rows],
+        "spread": [_spread(row) or "-" for row in rows],
+        "GB/s": [_number(None if row.rate is None else row.rate / 1e9, ".4g") for row in rows],
+        "of copy": [_number(row.of_copy, ".0%") for row in rows],
+        **{f"over {name}": [_times(row.over(name)) for row in rows] for name in timed},
+        "extra MiB": [_number(None if (m := row.extra_memory) is None else m / 2**20, ".1f") for row in rows],
+        "ok": ["yes" if row.ours.status == OK else row.ours.status for row in rows],
+    }
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+    notes = {
+        "over": "times as fast as",
+        "extra": "peak memory beyond the results",
+        "spread": "between the quartiles, of the time",
+    }
+    told = [f"{name}: {note}" for name, note in notes.items() if any(c.split()[0] == name for c in columns)]
+    table = Table(title=f"{noun} ({'; '.join(told)})" if told else noun, title_justify="left", title_style="bold")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("op", "case", "backend") else "right", no_wrap=True)
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
+    wide = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
+    console.width = max(console.width, wide)  # a terminal may break a line; the table breaks no name
     console.print(table, markup=False, highlight=False)
     for line in remarks(rows):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -66,6 +77,11 @@ def _print_noun(console: Console, noun: str, rows: Sequence[Row]) -> None:
 def remarks(rows: Sequence[Row]) -> list[str]:
     """Failures, and rivals that are left out, each reason once."""
     lines = [f"{row.case.title} [{row.backend}] {s.status}: {s.reason}" for row in rows if (s := row.ours).reason]
+    busy = [row for row in rows if row.busy and row.ours.timing is not None]
+    if busy:
+        most = max((row.load.others for row in busy if row.load and row.load.others is not None), default=None)
+        used = "took much of the machine" if most is None else f"used up to {most:.1f} cores"
+        lines.insert(0, f"* measured while other processes {used}: a rough number")
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         for name, standing in row.rivals.items():
@@ -82,6 +98,15 @@ def remarks(rows: Sequence[Row]) -> list[str]:
 
 def _rivals(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.rivals))
+
+
+def _number(value: float | None, form: str, marked: bool = False) -> str:
+    return "-" if value is None else f"{value:{form}}{' *' if marked else ''}"
+
+
+def _spread(row: Row, before: str = "") -> str:
+    found = None if row.ours.timing is None else row.ours.timing.spread
+    return "" if found is None else f"{before}{found:.0%}"
 
 
 def _times(value: float | None) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -26,6 +26,13 @@ class Timing:
     total: float
     device: float | None = None
     wall: float | None = None
+    spread: float | None = field(default=None, compare=False)  # between the quartiles, as a share of the median
+
+
+def spread(values: Sequence[float]) -> float:
+    """How far apart the quartiles of several times lie, as a share of their median."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / middle if middle > 0 else 0.0
 
 
 def medians(calls: Mapping[str, Callable[[], Any]], *, seconds: float, device: torch.device) -> dict[str, Timing]:
@@ -46,7 +53,7 @@ def _on_cpu(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str,
             call()
             times[name].append((time.perf_counter() - start) * 1e3)
         turns += 1
-    return {name: Timing(statistics.median(values)) for name, values in times.items()}
+    return {name: Timing(statistics.median(values), spread=spread(values)) for name, values in times.items()}
 
 
 def _on_cuda(calls: Mapping[str, Callable[[], Any]], seconds: float, device: torch.device) -> dict[str, Timing]:
@@ -72,7 +79,7 @@ def _on_cuda(calls: Mapping[str, Callable[[], Any]], seconds: float, device: tor
     for name, values in times.items():
         on_device = statistics.median(values)
         wall = _wall(calls[name], device) if on_device < _SHORT else None
-        found[name] = Timing(max(on_device, wall or 0.0), on_device, wall)
+        found[name] = Timing(max(on_device, wall or 0.0), on_device, wall, spread(values))
     return found
 
 
