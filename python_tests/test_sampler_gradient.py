@@ -96,6 +96,8 @@ def test_step_noise_differs_from_step_to_step() -> None:
         z.append(sampler(torch.zeros(2000, 4), student=lambda x: 0 * x[:, :3], step=0).latents.z)
     assert z[0].std().item() == pytest.approx(1.0, abs=0.05)
     assert z[1].std().item() == pytest.approx(2**0.5, abs=0.05)
+    later = sampler(torch.zeros(2000, 4), student=lambda x: 0 * x[:, :3], step=1).latents.z  # nor those of another call
+    assert torch.stack([z[1].flatten(), later.flatten()]).corrcoef()[0, 1].abs() < 0.06
 
 
 @pytest.mark.parametrize("max_batch", [1, 4, None])

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from emulated_gpu import tensors_on_an_emulated_gpu
+from kernel_calls import forward, loss_and_gradients
 from numerics import logits
 from topk_kit import INF, dtypes, loss_and_gradient, peaked, tails
 from torch.utils import _pytree as pytree
@@ -17,7 +18,8 @@ from torch.utils import _pytree as pytree
 import tgt_fast as tgt
 from tgt_fast import TeacherTopK
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
-from tgt_fast.kernels.options import TOPK_DIVERGENCES
+from tgt_fast.kernels.options import TOPK_DIVERGENCES, TopK
+from tgt_fast.kernels.reference import topk as reference_topk
 from tgt_fast.ops import topk
 
 # Making a record
@@ -188,6 +190,22 @@ def test_ids_are_checked_on_a_cpu(host_backend: str, kind: str) -> None:
     assert tgt.distillation_loss(student, topk, target, hard_weight=1.0, backend=host_backend).isfinite()
     topk.log_probs[3, 2] = -INF  # and so may padding
     assert tgt.distillation_loss(student, topk.check(), backend=host_backend).isfinite()
+
+
+@tails
+@pytest.mark.parametrize("kind", ["twice", "low", "high", "far"])
+def test_the_reference_drops_such_an_entry_where_none_was_refused(kind: str, tail: str) -> None:
+    topk, _ = broken(kind)
+    topk = dataclasses.replace(topk, tail=tail)
+    without = topk.log_probs.clone()
+    without[3, 2] = -INF
+    made = [
+        forward(
+            reference_topk.forward, logits(5, 70, 0), TopK(topk.ids, log_probs, topk.rest(), tail), wanted=(True, False)
+        )
+        for log_probs in (topk.log_probs, without)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*map(loss_and_gradients, made), strict=True))
 
 
 @tails
