@@ -16,6 +16,7 @@ from tgt_fast import _interrupted  # noqa: F401  (first: the others take seconds
 
 if TYPE_CHECKING:
     from tgt_fast import cache as cache
+    from tgt_fast import data as data
     from tgt_fast import errors as errors
     from tgt_fast import explore as explore
     from tgt_fast import kernels as kernels
@@ -76,7 +77,19 @@ __all__ = [
     "topk_teacher",
 ]
 
-_MODULES: Final = ("cache", "errors", "explore", "kernels", "losses", "ops", "report", "teacher", "testing", "train")
+_MODULES: Final = (
+    "cache",
+    "data",
+    "errors",
+    "explore",
+    "kernels",
+    "losses",
+    "ops",
+    "report",
+    "teacher",
+    "testing",
+    "train",
+)
 _OPS: Final = ("contrast", "distill", "latent", "linear", "tokens", "topk")
 _WHERE: Final = {
     "ContrastiveDistillationLoss": "tgt_fast.losses.contrast",
