@@ -38,3 +38,10 @@ def test_guided_transformers() -> None:
 def test_lightning() -> None:
     accuracy = example("guided_lightning", "lightning").main(epochs=12)
     assert accuracy["after"] > accuracy["before"] + 0.2
+
+
+def test_long_tail_images(tmp_path: Path) -> None:
+    images = example("long_tail_images", "PIL")
+    found = images.main(tmp_path, *images.drawn_images(tmp_path), steps=40, workers=1)
+    assert found.keys() == {"all", "many", "medium", "few"}
+    assert found["all"] > 0.4  # of five classes
