@@ -7,21 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgt_fast.errors import ArgumentError, ShapeError
+from tgt_fast.errors import ArgumentError, BackendError, ShapeError
 from tgt_fast.kernels import select
 from tgt_fast.kernels.calls import Direct, DistillCall
 from tgt_fast.kernels.late import beside, is_on
 from tgt_fast.kernels.options import DistillOptions, DistillStats
 from tgt_fast.ops import _checks
-from tgt_fast.ops._distill_arguments import OP, as_mask, check_classes, check_inplace, check_rows, flat_labels, packed
+from tgt_fast.ops._distill_arguments import (
+    OP,
+    as_mask,
+    check_classes,
+    check_inplace,
+    check_rows,
+    check_topk,
+    flat_labels,
+    packed,
+)
 from tgt_fast.ops._distill_op import dense_rows, packed_call, tensors_of, with_graph
-from tgt_fast.ops._row_checks import check_row_values
+from tgt_fast.ops._row_checks import check_entries, check_ids, check_row_values
 from tgt_fast.ops.counts import divisor_over
 from tgt_fast.ops.library import graph_wanted, seen_by_dispatcher
-from tgt_fast.ops.topk import TeacherTopK
+from tgt_fast.ops.topk import TeacherTopK, check_where_asked, rows_of, warn_where_small
 from tgt_fast.ops.vocab_parallel import library as vocab_library
 from tgt_fast.ops.vocab_parallel.kernel import Sharded, served
 from tgt_fast.ops.vocab_parallel.shards import Shards, local_target
+from tgt_fast.ops.vocab_parallel.topk import ShardedTopK, entries_of, local_record
 
 
 def distillation_loss(
@@ -31,7 +41,10 @@ def distillation_loss(
 ) -> Tensor | tuple[Tensor, DistillStats]:  # fmt: skip
     """The loss of all classes, of those that this process has."""
     if isinstance(teacher, TeacherTopK):
-        raise ArgumentError(f"{OP}: a top-k record is not taken with vocab_group; pass the teacher's logits")
+        return _of_record(  # type: ignore[no-any-return]
+            shards, student_logits, teacher, target, options, sample_weight, normalizer, count_group, inplace,
+            return_stats, backend,
+        )  # fmt: skip
     _check(shards, student_logits, teacher, target, sample_weight, normalizer, options)
     shape = student_logits.shape
     if sample_weight is not None:
@@ -58,6 +71,52 @@ def distillation_loss(
     else:
         loss, rows, *_ = kernel.forward(DistillCall(*inputs, want_stats=return_stats))
     return _shaped(loss, rows, shape, options)
+
+
+def _of_record(
+    shards: Shards, student_logits: Tensor, record: TeacherTopK, target: Tensor | None, options: DistillOptions,
+    sample_weight: Tensor | None, normalizer: float | Tensor | None, count_group: Any, inplace: bool,
+    return_stats: bool, backend: str,
+) -> Any:  # fmt: skip
+    """The same against a record, whose ids are of all classes and which is whole in each process."""
+    if record.tail == "uniform":
+        raise ArgumentError(
+            f"{OP}: with vocab_group a record's tail must be 'bucket' or 'renormalize', got 'uniform'; or pass the "
+            "teacher's logits"
+        )
+    _checks.floating(OP, "student_logits", student_logits)
+    shape = student_logits.shape
+    refuse_shares(OP, student_logits, target)
+    # All that is asked of it is its shape, which is that of all classes.
+    whole = student_logits.detach().new_zeros(()).expand(*shape[:-1], shards.classes)
+    check_topk(whole, record, target, sample_weight, normalizer, options, return_stats)
+    check_where_asked(record)
+    topk = rows_of(record)
+    if sample_weight is not None:
+        sample_weight = sample_weight.reshape(-1)
+    if seen_by_dispatcher(student_logits, topk.log_probs, target, sample_weight):
+        raise BackendError(f"{OP}: a top-k record with vocab_group is not compiled; take this loss outside")
+    if _checks.on_plain_cpu(student_logits):
+        flat = None if target is None else flat_labels(target)
+        check_ids(OP, topk, shards.classes, flat, sample_weight, options)
+    if target is not None:
+        target, options = labels(OP, shards, target, sample_weight, options)
+    check_entries(OP, topk, target, sample_weight, options)
+    warn_where_small(OP, record, topk, target, sample_weight, options, stacklevel=4)
+    divisor = divisor_over(OP, count_group, normalizer, student_logits, target, sample_weight, shape[-1], options)
+    student = dense_rows(student_logits)
+    if inplace and student.numel():
+        check_inplace(student_logits, student)
+    entries = entries_of(topk, shards.classes)
+    local = local_record(topk, entries, shards)
+    name = chosen(backend, tensors_of(student, local), select.TOPK)
+    row_kernel, dense = (Direct(select.kernel(op, name)) for op in (select.TOPK, "distill"))
+    kernel = ShardedTopK(row_kernel, dense, shards, entries)
+    if graph_wanted(student):
+        loss, _ = with_graph(kernel, options, student, local, target, sample_weight, divisor, False, inplace)
+    else:
+        loss = kernel.forward(DistillCall(options, student, local, target, sample_weight, divisor)).loss
+    return _shaped(loss, None, shape, options)
 
 
 def _shaped(

@@ -164,7 +164,7 @@ def merged(opened: Tensor, maxima: Tensor, totals: Tensor, divisor: Tensor, opti
     if kind not in SECOND_PASS:
         state[:, OTHERS_STUDENT] += soft * _of_others(own, all_of, state, options, student=True)
         state[:, OTHERS_TEACHER] = soft * _of_others(own, all_of, state, options, student=False)
-    state[:, STATE] = _hard_loss(all_of, hard, no_label, options)
+    state[:, STATE] = hard_loss(all_of, hard, no_label, options)
     return state
 
 
@@ -175,7 +175,7 @@ def _far(opened: Tensor, maxima: Tensor, options: DistillOptions) -> Tensor:
     return ((most > _FLOAT_MAX) & (most < math.inf)).any(dim=1)
 
 
-def _hard_loss(all_of: Parts, hard: Tensor, no_label: Tensor, options: DistillOptions) -> Tensor:
+def hard_loss(all_of: Parts, hard: Tensor, no_label: Tensor, options: DistillOptions) -> Tensor:
     """Cross-entropy with the label, smoothed over the classes whose logit is finite.  -> [N]"""
     smoothing = options.label_smoothing
     loss = all_of.hard.log()

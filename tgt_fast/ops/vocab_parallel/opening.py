@@ -51,7 +51,7 @@ def opened(kernel: Any, call: DistillCall) -> Tensor:
     plain = options._replace(reduction="none")
     if kind in SECOND_PASS:
         plain = plain._replace(divergence="cross_entropy")
-    state = _state(kernel, call, plain)
+    state = state_of(kernel, call, plain)
     made[:, :STATE] = state
     made[:, OTHERS_STUDENT:STATE] = 0
     dropped = has(state, DROPPED)
@@ -87,7 +87,7 @@ def _drop(made: Tensor, call: DistillCall) -> None:
     made[:, FLAGS] = dropped.to(torch.float64) * DROPPED
 
 
-def _state(kernel: Any, call: DistillCall, options: DistillOptions) -> Tensor:
+def state_of(kernel: Any, call: DistillCall, options: DistillOptions) -> Tensor:
     """The state that a kernel leaves of these rows, each by itself."""
     call = call._replace(
         options=options, divisor=None, want_d_student=False, want_d_teacher=False, want_row_state=True,
@@ -105,7 +105,7 @@ def _side_by_side(kernel: Any, call: DistillCall, made: Tensor) -> Tensor:
     none = torch.full((made.shape[0],), -1, dtype=torch.int64, device=made.device)
     student = call._replace(teacher=call.student, target=none)
     ts = options.temperature
-    own = _state(kernel, student, plain._replace(teacher_temperature=ts, label_smoothing=0.0, unlabeled_index=-1))
+    own = state_of(kernel, student, plain._replace(teacher_temperature=ts, label_smoothing=0.0, unlabeled_index=-1))
     bad, empty = _extremes(call.student)
     for column in (STUDENT_SUM, HARD_SUM, FINITE):
         made[:, column] = torch.where(bad | empty, 0.0, own[:, column])
@@ -116,7 +116,7 @@ def _side_by_side(kernel: Any, call: DistillCall, made: Tensor) -> Tensor:
         assert isinstance(call.teacher, Tensor)
         tt = options.teacher_temperature
         other = call._replace(student=call.teacher)
-        own = _state(kernel, other, plain._replace(temperature=tt, hard_weight=0.0, label_smoothing=0.0))
+        own = state_of(kernel, other, plain._replace(temperature=tt, hard_weight=0.0, label_smoothing=0.0))
         bad_teacher, none_there = _extremes(call.teacher)
         made[:, TEACHER_SUM] = torch.where(bad_teacher | none_there, 0.0, own[:, STUDENT_SUM])
         top = torch.where(none_there, -math.inf, own[:, STUDENT_MAX])

@@ -1,0 +1,85 @@
+"""``vocab_group`` against a top-k record, which is whole in each process: the loss and the gradient of all classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from numerics import assert_close
+from process_kit import all_made, in_processes, needs_processes
+from torch import Tensor
+from vocab_kit import CLASSES, ROWS, TERMS, Case, part_of
+
+import tgt_fast as tgt
+from tgt_fast.errors import ArgumentError
+from tgt_fast.kernels.options import TOPK_DIVERGENCES
+
+CASES = [
+    (divergence, tail, terms, kind)
+    for at, (divergence, tail, kind) in enumerate(
+        itertools.product(TOPK_DIVERGENCES, ("bucket", "renormalize"), ("plain", "peaked", "masked"))
+    )
+    for terms in (list(TERMS)[at % len(TERMS)],)
+]
+
+
+def inputs(tail: str, kind: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, tgt.TeacherTopK, Tensor]:
+    made = "plain" if kind == "masked" else kind
+    student, teacher, target, _ = Case("jsd", "soft", (2.0, 2.0), made, (dtype, torch.float32), "mean", False).inputs()
+    record = tgt.topk_teacher(teacher, 5, 2.0, tail=tail)
+    if kind == "masked":
+        log_probs = record.log_probs.clone()
+        log_probs[2, 3:] = -math.inf  # padding
+        record = dataclasses.replace(record, log_probs=log_probs)
+        student[3, record.ids[3, 0]] = -math.inf  # a listed class that the student cannot give
+        student[4, 19:] = -math.inf  # a process has none that it can
+        student[5] = torch.full((CLASSES,), -math.inf, dtype=dtype).scatter(0, record.ids[5], 1.0)  # no tail
+        student[6, 30] = math.nan
+        student[7] = -math.inf
+    return student, record, target
+
+
+def evaluated(
+    student: Tensor, record: tgt.TeacherTopK, target: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    leaf = student.clone().requires_grad_()
+    loss = tgt.distillation_loss(leaf, record, target, temperature=2.0, beta=0.3, **options)
+    (grad,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.detach(), grad
+
+
+@needs_processes
+@pytest.mark.parametrize("world", [2, 4])
+def test_records(world: int, tmp_path: Path) -> None:
+    def work(rank: int) -> Any:
+        made = []
+        for divergence, tail, terms, kind in CASES:
+            student, record, target = inputs(tail, kind)
+            options = {"divergence": divergence, "reduction": "none", **TERMS[terms], "vocab_group": "world"}
+            made.append(evaluated(part_of(student, rank, world), record, target, options))
+        student, record, target = inputs("bucket", "plain", torch.float16)
+        made.append(evaluated(part_of(student, rank, world), record, target, {"vocab_group": "world"}))
+        with pytest.raises(ArgumentError, match="a record's tail must be 'bucket' or 'renormalize', got 'uniform'"):
+            evaluated(part_of(student, rank, world), dataclasses.replace(record, tail="uniform"), target,
+                      {"vocab_group": "world"})  # fmt: skip
+        with pytest.raises(ArgumentError, match="needs the teacher's logits"):
+            evaluated(part_of(student, rank, world), record, target, {"vocab_group": "world", "return_stats": True})
+        return made
+
+    found = all_made(in_processes(world, tmp_path, work))
+    for (divergence, tail, terms, kind), *parts in zip(CASES, *(one[:-1] for one in found), strict=True):
+        options = {"divergence": divergence, "reduction": "none", **TERMS[terms]}
+        loss, grad = evaluated(*inputs(tail, kind), options)
+        assert all(torch.equal(own.nan_to_num(7), parts[0][0].nan_to_num(7)) for own, _ in parts)
+        name = f"{divergence} {tail} {terms} {kind}"
+        assert_close(f"loss, {name}", parts[0][0], loss, bar=1e-5, floor=1e-2 * ROWS**0.5)
+        joined = torch.cat([own for _, own in parts], dim=-1)
+        assert_close(f"gradient, {name}", joined, grad, bar=2e-5, floor=1e-2 * ROWS**0.5)
+    loss, grad = evaluated(*inputs("bucket", "plain", torch.float16), {})
+    torch.testing.assert_close(found[0][-1][0], loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat([one[-1][1] for one in found], dim=-1), grad, rtol=2e-3, atol=1e-6)
