@@ -91,6 +91,13 @@ def test_the_navigation_names_pages() -> None:
     assert set(named) <= set(PAGES)
 
 
+def test_the_search_works_in_a_folder_and_without_a_net() -> None:
+    config = (ROOT / "mkdocs.yml").read_text()
+    assert re.search(r"^  - offline\b", config, re.MULTILINE)  # which would take a script from the net but for ours
+    assert re.search(r"^  polyfills: \[iframe-worker\.js\]", config, re.MULTILINE)
+    assert "window.Worker" in (DOCS / "iframe-worker.js").read_text()
+
+
 def test_pictures_are_small_and_used() -> None:
     texts = "".join((DOCS / page).read_text() for page in PAGES)
     for picture in (*DOCS.glob("img/*"), *DOCS.glob("*.png")):

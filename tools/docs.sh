@@ -27,3 +27,8 @@ export PYTHONDONTWRITEBYTECODE=1 NO_MKDOCS_2_WARNING=1
 "$scratch/venv/bin/mkdocs" build --quiet --strict --clean --site-dir "$scratch/site"
 cp -R "$scratch/site/." "$out/"
 test -s "$out/index.html"
+test -s "$out/search/search_index.js" # what the search reads in a folder
+if grep -rlE '<(script|link|img)[^>]*(src|href)="(https?:)?//' --include='*.html' "$out" | grep .; then
+  echo "tools/docs.sh: these pages load something from the net" >&2
+  exit 1
+fi
