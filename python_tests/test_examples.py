@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -45,3 +46,36 @@ def test_long_tail_images(tmp_path: Path) -> None:
     found = images.main(tmp_path, *images.drawn_images(tmp_path), steps=40, workers=1)
     assert found.keys() == {"all", "many", "medium", "few"}
     assert found["all"] > 0.4  # of five classes
+
+
+def test_accelerate() -> None:
+    main = example("distill_accelerate", "transformers", "accelerate").main
+    history, weights = main(size=16, accumulate=1, epochs=1)
+    split, others = main(size=4, accumulate=4, epochs=1)
+    assert history[-1] < history[0]
+    assert split == pytest.approx(history, rel=1e-5)
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_on_policy(divergence: str) -> None:
+    made = example("on_policy", "transformers")
+    losses = made.main(steps=10, divergence=divergence)
+    assert losses["after"] < losses["before"]
+    prompts = torch.randint(3, 60, (6, 4))
+    ids, labels = made.write(made.model(8, sharpness=30.0), prompts, 8)
+    for row, said in zip(ids.tolist(), labels.tolist(), strict=True):
+        written = row[4:]
+        own = written[: written.index(made.END) + 1] if made.END in written else written
+        assert [token for token in said if token != -100] == own
+        assert said[3 : 3 + len(own)] == own
+
+
+def test_other_context() -> None:
+    made = example("other_context", "transformers")
+    losses = made.main(steps=15)
+    assert losses["after"] < losses["before"]
+    contexts, answers = [torch.tensor([5, 6]), torch.tensor([7])], [torch.tensor([8]), torch.tensor([9, 10])]
+    ids, rows = made.behind(contexts, answers)
+    assert ids.flatten()[rows + 1].tolist() == torch.cat(answers).tolist()

@@ -12,6 +12,7 @@ import torch
 from integrations_kit import arguments, assert_close, llama, rows
 from integrations_kit import guided as guided_by_trainer
 from process_kit import all_made, in_processes, needs_processes
+from test_examples import example
 
 from tgt_fast.integrations.transformers import DistillationTrainer
 
@@ -65,7 +66,6 @@ def guided(mode: str, folder: Path, *, size: int, halves: bool = False, **option
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("linear", {}),
     "linear, unused parameters looked for": ("linear", {"ddp_find_unused_parameters": True}),
-    "logits": ("logits", {}),
 }
 
 
@@ -89,12 +89,14 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
             "persistent": chains,
             "resumed": guided_by_trainer("persistent", 6, **again),
         }
-        return runs, lightning, trainer
+        accelerate = example("distill_accelerate").main(size=2, accumulate=4, epochs=1)
+        return runs, lightning, accelerate, trainer
 
     expected = {name: distilled(loss, 16) for name, (loss, _) in CASES.items()}
     guided_alone = {mode: guided(mode, tmp_path / "alone", size=8) for mode in ("random", "persistent")}
     steps = {"random": 2, "persistent": 4}
     trained_alone = {mode: guided_by_trainer(mode, 12, max_steps=count) for mode, count in steps.items()}
+    accelerated = example("distill_accelerate").main(size=16, accumulate=1, epochs=1)
     both = all_made(in_processes(2, tmp_path, work))
     found = [runs for runs, *_ in both]
     for name, (weights, log, evaluated) in expected.items():
@@ -117,6 +119,9 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         for key, value in runs["whole"][0][0].items():
             assert torch.equal(runs["halves"][0][0][key], value)
 
+    for _, _, (history, weights), _ in both:
+        assert history == pytest.approx(accelerated[0], rel=1e-4)
+        assert_close(weights, accelerated[1])
     for *_, runs in both:
         for mode, (weights, log) in trained_alone.items():
             assert_close(runs[mode][0], weights)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from tgt_fast.cache import TeacherCache
 from tgt_fast.errors import ArgumentError
-from tgt_fast.integrations.transformers.heads import Projection, VocabularyHead, output_layer
-from tgt_fast.integrations.transformers.rows import IGNORED, check_problem, classifies, shifts_labels, targets
-from tgt_fast.integrations.transformers.teachers import Frozen, Said
-from tgt_fast.integrations.transformers.terms import linear_terms, logits_terms
+from tgt_fast.integrations.terms import IGNORED, Projection, Said, linear_terms, logits_terms
+from tgt_fast.integrations.transformers.heads import VocabularyHead, output_layer
+from tgt_fast.integrations.transformers.rows import check_problem, classifies, shifts_labels, targets
+from tgt_fast.integrations.transformers.teachers import Frozen
 from tgt_fast.integrations.transformers.trainer import CountingTrainer
 from tgt_fast.losses import DistillationLoss, LinearDistillationLoss
 from tgt_fast.teacher.returned import logits_in

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from tgt_fast.errors import ArgumentError
 from tgt_fast.explore.guard import preserve_student
+from tgt_fast.integrations.terms import Projection
 from tgt_fast.ops._adapters import is_adapted, with_adapters
 from tgt_fast.ops.library import without_autocast
 from tgt_fast.teacher import tree
@@ -26,16 +27,6 @@ from tgt_fast.teacher import tree
 _PROBE: Final = (0.0, 2.0**-10, 1.0, -1.0, 8.0, -64.0, 2.0**20, -(2.0**20))
 _CLOSE: Final = 1e-4  # relative
 _ADVICE: Final = 'pass loss="logits"'
-
-
-class Projection(NamedTuple):
-    """The layers that make a model's logits of the hidden states that its head is given."""
-
-    scale: float
-    softcap: float | None
-
-
-PLAIN: Final = Projection(1.0, None)
 
 
 class VocabularyHead:

@@ -11,8 +11,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tgt_fast.errors import ArgumentError
+from tgt_fast.integrations.terms import IGNORED
 
-IGNORED: Final = -100  # the label that the trainer's own count leaves out
 _CLASSES: Final = ("ForSequenceClassification", "ForTokenClassification", "ForImageClassification",
                    "ForVideoClassification", "ForAudioClassification", "ForMultipleChoice")  # fmt: skip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,22 +11,12 @@ from torch import Tensor, nn
 
 from tgt_fast.cache import TeacherCache
 from tgt_fast.errors import ArgumentError
-from tgt_fast.integrations.transformers.heads import PLAIN, Projection, VocabularyHead
+from tgt_fast.integrations.terms import Said
+from tgt_fast.integrations.transformers.heads import VocabularyHead
 from tgt_fast.integrations.transformers.rows import inner
 from tgt_fast.ops.topk import TeacherTopK
 from tgt_fast.teacher import Teacher
 from tgt_fast.teacher.returned import logits_in
-
-
-@dataclass(frozen=True)
-class Said:
-    """Outputs of a teacher for a batch: logits or a record of them, or hidden states and the head that makes them."""
-
-    logits: Tensor | TeacherTopK | None = None
-    hidden: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    projection: Projection = PLAIN
 
 
 class Frozen:

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, cast
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from tgt_fast.errors import ShapeError
-from tgt_fast.integrations.transformers.rows import IGNORED
-from tgt_fast.integrations.transformers.teachers import Said
 from tgt_fast.kernels.options import DistillStats
 from tgt_fast.losses import DistillationLoss, LinearDistillationLoss
 from tgt_fast.ops._adapters import adapters_seen_to
 from tgt_fast.ops.topk import TeacherTopK
 
+IGNORED: Final = -100  # the label that the frameworks' own counts leave out
 Terms = tuple[Tensor, dict[str, Tensor]]  # the loss, and its terms, detached
 _HARD_ALONE: Final = {"soft_weight": 0.0}
+
+
+class Projection(NamedTuple):
+    """The factor and bound between the product of hidden states and head, and the logits of a model."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Said:
+    """Outputs of a teacher for a batch: logits or a record of them, or hidden states and the head that makes them."""
+
+    logits: Tensor | TeacherTopK | None = None
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    projection: Projection = Projection()  # noqa: RUF009, it cannot be changed
 
 
 def logits_terms(
@@ -91,6 +109,4 @@ def _split(whole: Tensor, hard: Tensor | None, loss: DistillationLoss | LinearDi
 
 def _check_rows(what: str, rows: Tensor, target: Tensor) -> None:
     if rows.shape[: target.ndim] != target.shape and rows.shape != target.shape:
-        raise ShapeError(
-            f"DistillationTrainer: the student's {what} {tuple(rows.shape)} do not fit the labels {tuple(target.shape)}"
-        )
+        raise ShapeError(f"the student's {what} {tuple(rows.shape)} do not fit the labels {tuple(target.shape)}")
