@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 from process_kit import all_made, in_processes, needs_processes
+from test_vocab_linear import CALLS
+from test_vocab_linear import evaluated as evaluated_heads
+from test_vocab_linear import inputs as heads
 from torch import Tensor
 from vocab_kit import Case, evaluated
 
@@ -102,3 +105,47 @@ def refusals(mesh: Any) -> list[str]:
             call()
         messages.append(str(raised.value))
     return messages
+
+
+# ---- from hidden states ----
+
+# Along each dimension of the mesh: hidden states (both sides), the student's head, the teacher's head or logits.
+LINEAR = {2: ("W C C", "R W W", "W C W", "W W W"), 4: ("WR CW CW", "RR WW WW", "WW CC CC")}
+
+
+@needs_processes
+@pytest.mark.parametrize("world", [2, 4])
+def test_layouts_of_heads(world: int, tmp_path: Path) -> None:
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+
+    calls = [CALLS[0], CALLS[3], CALLS[4]]
+    whole = [evaluated_heads(heads(dtype, options), options) for dtype, options in calls]
+
+    def work(rank: int) -> Any:
+        mesh = init_device_mesh("cpu", (2,) if world == 2 else (2, 2))
+        for line in LINEAR[world]:
+            hidden, of_student, of_teacher = line.split()
+            for (dtype, options), (loss, grads, stats) in zip(calls, whole, strict=True):
+                placed = {}
+                for name, tensor in heads(dtype, options).items():
+                    word = hidden if name.endswith("hidden") else of_student if "student" in name else of_teacher
+                    dim = 1 if name == "teacher_logits" else 0
+                    kinds = {"C": Shard(dim), "R": Shard(0), "W": Replicate()}
+                    if name == "teacher_logits":
+                        word = "".join(h if h == "R" else c for h, c in zip(hidden, word, strict=True))
+                    placed[name] = distribute_tensor(tensor, mesh, [kinds[letter] for letter in word])
+                own_loss, own, own_stats = evaluated_heads(placed, options)
+                close(own_loss, loss)
+                assert own.keys() == grads.keys()
+                for name, grad in own.items():
+                    assert isinstance(grad, DTensor)
+                    assert grad.placements == placed[name].placements, (line, name)
+                    close(grad, grads[name])
+                for mine, theirs in zip(own_stats, stats, strict=True):
+                    close(mine, theirs)
+        rows, classes = (distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)] * mesh.ndim) for _ in range(2))
+        with pytest.raises(ValueError, match="are cut differently: classes would have to be gathered") as raised:
+            tgt.linear_distillation_loss(rows, classes, rows, classes)
+        return str(raised.value)
+
+    assert all_made(in_processes(world, tmp_path, work))

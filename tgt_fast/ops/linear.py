@@ -32,6 +32,8 @@ from tgt_fast.ops.counts import divisor_over
 from tgt_fast.ops.library import graph_wanted, seen_by_dispatcher, without_autocast
 from tgt_fast.ops.topk import TeacherTopK, check_where_asked, warn_where_small
 from tgt_fast.ops.vocab_parallel import linear as vocab_parallel
+from tgt_fast.ops.vocab_parallel.dtensor import is_dtensor
+from tgt_fast.ops.vocab_parallel.dtensor_linear import linear_distillation_loss as of_dtensors
 from tgt_fast.ops.vocab_parallel.shards import shards_of
 
 
@@ -254,7 +256,8 @@ def linear_distillation_loss(
     **Heads in several processes.** With ``vocab_group`` a process passes its classes of both heads (``teacher_logits``
     are of its classes, too) and gets their gradients; those of hidden states are of all classes, added up in float32.
     ``target``, ``vocab_size`` and ``vocab_mask`` speak of all classes; ``vocab_map`` is refused. Chunks are of the same
-    rows everywhere, and each sends what :func:`tgt_fast.distillation_loss` says.
+    rows everywhere, and each sends what :func:`tgt_fast.distillation_loss` says. The same of DTensors, where
+    hidden states are some: heads Shard(0) or Replicate, hidden states sharded on rows or Replicate, on one mesh.
 
     **A top-k record of the teacher** as ``teacher_logits``: the loss that :func:`tgt_fast.distillation_loss` takes of
     it, at the record's temperature, with its divergences and no statistics. ``vocab_size``, ``vocab_map`` and
@@ -289,6 +292,14 @@ def linear_distillation_loss(
     if topk is not None:
         check_topk(topk, heads, options, return_stats)  # before its tensors are read
         teacher, ids, rest = topk.log_probs.detach(), topk.ids, topk.rest()
+    if is_dtensor(student_hidden) or is_dtensor(teacher):
+        sides: Any = (student_hidden, student_weight, student_bias, teacher, teacher_weight, teacher_bias)
+        others: Any = (target, sample_weight, vocab_map, vocab_mask)
+        return of_dtensors(  # type: ignore[no-any-return]
+            linear_distillation_loss, LinearTensors(*sides, *others), topk,
+            normalizer, count_group, heads, options, return_stats, backend,
+            named_group=vocab_group is not None or vocab_offsets is not None,
+        )  # fmt: skip
     student_weight, student_bias = whole_head(student_hidden, student_weight, student_bias)
     teacher_weight, teacher_bias = whole_head(teacher_hidden, teacher_weight, teacher_bias)
     given = LinearTensors(

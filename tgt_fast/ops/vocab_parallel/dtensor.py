@@ -58,7 +58,7 @@ def distillation_loss(
         raise ArgumentError(f"{OP}: a top-k record is not taken beside DTensors; pass local tensors")
     mesh = next(t for t in (student, teacher, target, sample_weight) if is_dtensor(t)).device_mesh
     given = {"student_logits": student, "teacher_logits": teacher, "target": target, "sample_weight": sample_weight}
-    placed = {name: None if t is None else _on_mesh(name, t, mesh) for name, t in given.items()}
+    placed = {name: None if t is None else on_mesh(OP, name, t, mesh) for name, t in given.items()}
     student, teacher = placed["student_logits"], placed["teacher_logits"]
     if is_dtensor(normalizer):
         normalizer = normalizer.full_tensor()
@@ -78,30 +78,34 @@ def distillation_loss(
         mine = weight_of_rows(s.shape[:-1], s.device, y, weight, student.shape[-1], options)
         normalizer = reduced(mine, "sum", layout.groups(layout.rows))
     if layout.classes:
-        made = sharded(
-            _shards(student, layout), s, t, y, options, weight, normalizer, count_group, inplace, return_stats, backend
-        )
+        shards = shards_along(layout.mesh, layout.classes, student.shape[-1], s.shape[-1])
+        made = sharded(shards, s, t, y, options, weight, normalizer, count_group, inplace, return_stats, backend)
     else:
         named = {name: value for name, value in options._asdict().items() if name != "numbers"}
         made = plain(
             s, t, y, sample_weight=weight, normalizer=normalizer, count_group=count_group, inplace=inplace,
             return_stats=return_stats, backend=backend, **named,
         )  # fmt: skip
-    back = functools.partial(_of_rows, layout=layout, shape=student.shape[:-1])
+    return came_back(made, layout, student.shape[:-1], options, return_stats)
+
+
+def came_back(made: Any, layout: Layout, shape: torch.Size, options: DistillOptions, return_stats: bool) -> Any:
+    """Loss and statistics of all rows, from those of this process's."""
+    back = functools.partial(_of_rows, layout=layout, shape=shape)
     loss, stats = made if return_stats else (made, None)
     loss = back(loss) if options.reduction == "none" else _sum(loss, layout)
     return loss if stats is None else (loss, DistillStats(*map(back, stats)))
 
 
-def _on_mesh(name: str, tensor: Any, mesh: Any) -> Any:
+def on_mesh(op: str, name: str, tensor: Any, mesh: Any) -> Any:
     """A plain tensor is whole in every process."""
     from torch.distributed.tensor import DTensor, Replicate
 
     if not is_dtensor(tensor):
-        checked = _checks.real(OP, name, tensor)
+        checked = _checks.real(op, name, tensor)
         return DTensor.from_local(checked, mesh, [Replicate()] * mesh.ndim, run_check=False)
     if tensor.device_mesh != mesh:
-        raise ArgumentError(f"{OP}: all DTensors must be on one mesh, got {mesh} and, of {name}, {tensor.device_mesh}")
+        raise ArgumentError(f"{op}: all DTensors must be on one mesh, got {mesh} and, of {name}, {tensor.device_mesh}")
     return tensor
 
 
@@ -153,17 +157,18 @@ def _layout(student: Any, teacher: Any) -> Layout:
     return Layout(student.device_mesh, tuple(placements), tuple(rows), tuple(classes))
 
 
-def _shards(student: Any, layout: Layout) -> Shards:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(student.shape, layout.mesh, layout.placements)
-    classes = student.shape[-1]
-    parts = [layout.mesh.size(at) for at in layout.classes]
-    widest = classes
-    for part in parts:
-        widest = -(-widest // part)
-    width = shape[-1]
-    return Shards(layout.groups(layout.classes), offset[-1] if width else classes, width, classes, widest)
+def shards_along(mesh: Any, dimensions: tuple[int, ...], classes: int, width: int) -> Shards:
+    """Where this process's classes are, which DTensors cut evenly along one dimension of the mesh after the other."""
+    start, end, widest = 0, classes, classes
+    for at in dimensions:
+        part = -(-(end - start) // mesh.size(at))
+        start = min(start + part * mesh.get_local_rank(at), end)
+        end = min(start + part, end)
+        widest = -(-widest // mesh.size(at))
+    if end - start != width:
+        raise ArgumentError(f"{OP}: {width} classes of a DTensor are in a process that should have {end - start}")
+    groups = tuple(mesh.get_group(at).group_name for at in dimensions)
+    return Shards(groups, start if width else classes, width, classes, widest)
 
 
 def _sum(loss: Tensor, layout: Layout) -> Any:
