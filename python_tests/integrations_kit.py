@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,9 +28,19 @@ SIZES: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def _quick_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trainer that begins collects garbage, of all objects that the tests before have left."""
+def _quick_trainers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A trainer that begins collects garbage, of all objects that the tests before have left: here it does not."""
     monkeypatch.setattr("accelerate.utils.memory.gc", SimpleNamespace(collect=lambda: 0))
+    yield
+    forget_accelerator()
+
+
+def forget_accelerator() -> None:
+    """The precision and devices of the last Accelerator of a process are those of the next, if nobody forgets them."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def made(name: str, width: int = 16, seed: int = 0, **options: Any) -> nn.Module:

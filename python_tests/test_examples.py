@@ -14,6 +14,13 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="the tests run outside a checkout")
 
 
+def forget_accelerator() -> None:
+    """Drop what a trainer of another test has left."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def example(name: str, *packages: str) -> Any:
     """The module of an example, if the packages that it needs are there."""
     for package in packages:
@@ -49,6 +56,9 @@ def test_long_tail_images(tmp_path: Path) -> None:
 
 
 def test_accelerate() -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    forget_accelerator()
     main = example("distill_accelerate", "transformers", "accelerate").main
     history, weights = main(size=16, accumulate=1, epochs=1)
     split, others = main(size=4, accumulate=4, epochs=1)

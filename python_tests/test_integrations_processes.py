@@ -9,7 +9,7 @@ from typing import Any
 import lightning_kit
 import pytest
 import torch
-from integrations_kit import arguments, assert_close, llama, rows
+from integrations_kit import _quick_trainers, arguments, assert_close, forget_accelerator, llama, rows
 from integrations_kit import guided as guided_by_trainer
 from process_kit import all_made, in_processes, needs_processes
 from test_examples import example
@@ -17,17 +17,14 @@ from test_examples import example
 from tgt_fast.integrations.transformers import DistillationTrainer
 
 pytestmark = needs_processes
+__all__ = ["_quick_trainers"]  # for the test
 
 
 def joined(rank: int, world: int) -> None:
     """What torchrun sets, and an accelerate that has not looked yet."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
-    GradientState._reset_state()
+    forget_accelerator()
 
 
 def distilled(loss: str, size: int, **options: Any) -> tuple[dict[str, torch.Tensor], list[dict[str, float]], float]:
