@@ -368,7 +368,9 @@ def test_a_dtensor_is_refused_with_what_to_pass_instead(monkeypatch: pytest.Monk
         mesh = distributed.init_device_mesh("cpu", (1,))
         for placement in (distributed.Shard(0), distributed.Shard(1), distributed.Replicate()):
             spread = distributed.distribute_tensor(torch.randn(4, 6), mesh, [placement])
-            for call in CALLS.values():
+            for name, call in CALLS.items():
+                if name == "distillation_loss":  # which takes them
+                    continue
                 with pytest.raises(DTypeError, match=r"DTensor.*to_local"):
                     call(spread, "auto")
             local = tgt.distillation_loss(spread.to_local(), spread.full_tensor())
