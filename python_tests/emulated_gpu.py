@@ -46,11 +46,13 @@ def why_not() -> str:
     return "" if CSRC.is_dir() else f"no sources at {CSRC}"
 
 
-OF_KERNELS = ("-fsanitize=thread",)  # csrc/emulator/races.cpp is what the compiler then calls at each access
+# To look for races: csrc/emulator/races.cpp is what the compiler then calls at each access.
+OF_KERNELS = ("-fsanitize=thread",)
+OF_THE_MODULE = ("-DTGT_LOOK_FOR_RACES",)
 
 
 def build(cache: Path, races: bool = False) -> ModuleType:
-    """The module of the emulated kernels, compiled once for each state of the sources.
+    """The module of the emulated kernels, compiled once for each state of the sources; both share what is no kernel.
 
     With ``races`` its function of that name says, a line each, which of their accesses no barrier orders; much slower.
     """
@@ -60,7 +62,7 @@ def build(cache: Path, races: bool = False) -> ModuleType:
     sources = sorted([*CSRC.glob("cuda/*.cu"), *CSRC.glob("emulator/*.cpp"), CSRC / "bind" / "cuda.cpp"])
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
     everything = sorted(path for folder in ("bind", "common", "cuda", "emulator") for path in (CSRC / folder).iterdir())
-    digest = hashlib.sha256(repr((COMPILER, FLAGS, races, pybind11.__version__, suffix)).encode())
+    digest = hashlib.sha256(repr((COMPILER, FLAGS, pybind11.__version__, suffix)).encode())
     for path in everything:
         digest.update(path.read_bytes())
     library = cache / digest.hexdigest()[:16] / f"{name}{suffix}"
@@ -91,8 +93,15 @@ def _compile(library: Path, sources: list[Path], races: bool) -> None:
 
     def compile_one(source: Path) -> Path:
         to = library.parent / f"{source.name}.o"
-        more = () if not races else OF_KERNELS if source.suffix == ".cu" else ("-DTGT_LOOK_FOR_RACES",)
-        _run([*LAUNCHER, str(COMPILER), *FLAGS, *more, *includes, "-x", "c++", "-c", str(source), "-o", str(to)])
+        more: tuple[str, ...] = ()
+        if races:
+            more = OF_KERNELS if source.suffix == ".cu" else OF_THE_MODULE if source.name == "module.cpp" else ()
+        if more:
+            to = to.with_suffix(".races.o")
+        if not to.exists():
+            made = [*FLAGS, *more, *includes, "-x", "c++", "-c", str(source), "-o", f"{to}.new"]
+            _run([*LAUNCHER, str(COMPILER), *made])
+            os.replace(f"{to}.new", to)
         return to
 
     with ThreadPoolExecutor(2) as pool:
