@@ -10,10 +10,14 @@ import torch
 from numerics import relative_error
 from process_kit import all_made, in_processes, needs_processes
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from vocab_kit import CLASSES, OFFSETS, ROWS
 
 import tgt_fast as tgt
+from tgt_fast.errors import BackendError
+from tgt_fast.kernels.options import DistillOptions, LinearOptions, LinearTensors
 from tgt_fast.ops.vocab_parallel import shards
+from tgt_fast.ops.vocab_parallel.linear import linear_distillation_loss as of_shards
 
 WIDTH, TEACHER_WIDTH = 6, 5
 HEADS = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias")
@@ -145,3 +149,12 @@ def test_what_travels_and_what_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         assert "vocab_mask must hold a bool for each of the 37 classes of all processes" in messages[1]
         assert "but the processes have 37 classes between them" in messages[2]
         assert messages[3].startswith("BackendError: linear: backend 'reference' has all classes of a row")
+
+
+def test_a_traced_call_is_refused() -> None:
+    alone = shards.Shards((), 0, CLASSES, CLASSES, CLASSES)
+    with FakeTensorMode() as mode:
+        given = {name: mode.from_tensor(x) for name, x in inputs(torch.float32, {"teacher_logits": True}).items()}
+        t = LinearTensors(*(given[name] for name in HEADS[:3]), given["teacher_logits"], None, None)
+        with pytest.raises(BackendError, match="a call with vocab_group is not compiled; take this loss outside"):
+            of_shards(alone, t, None, None, None, LinearOptions(), DistillOptions(), False, "auto")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgt_fast.errors import ArgumentError, ShapeError
+from tgt_fast.errors import ArgumentError, BackendError, ShapeError
 from tgt_fast.kernels import calls, linear_chunks, select
 from tgt_fast.kernels.late import is_on
 from tgt_fast.kernels.linear_heads import casts_operands
@@ -30,7 +30,7 @@ from tgt_fast.ops._distill_arguments import check_classes, check_rows, flat_labe
 from tgt_fast.ops._linear_arguments import OP, check_head, warn_of_trained_teacher
 from tgt_fast.ops._linear_op import Call, Linear
 from tgt_fast.ops.counts import divisor_over
-from tgt_fast.ops.library import graph_wanted
+from tgt_fast.ops.library import graph_wanted, seen_by_dispatcher
 from tgt_fast.ops.topk import TeacherTopK
 from tgt_fast.ops.vocab_parallel.distill import chosen, labels, refuse_shares
 from tgt_fast.ops.vocab_parallel.kernel import Sharded
@@ -88,6 +88,8 @@ def linear_distillation_loss(
             f"{OP}: vocab_map is not taken with vocab_group: a class of the teacher may be in another process than the "
             "student's; bring the heads into one order before they are spread"
         )
+    if seen_by_dispatcher(*given):
+        raise BackendError(f"{OP}: a call with vocab_group is not compiled; take this loss outside")
     refuse_shares(OP, given.student_hidden, given.target)
     _check(shards, given, normalizer, heads, options)
     warn_of_trained_teacher(given.teacher_weight, given.teacher_bias)
