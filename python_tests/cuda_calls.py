@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tgt_fast.kernels.calls import Outputs
 from tgt_fast.kernels.native import cuda, distill
+from tgt_fast.kernels.native.abi import fields, packer
 from tgt_fast.kernels.options import DistillOptions
 
 Plan = tuple[int, int, bool]
@@ -64,3 +65,10 @@ def planned(student: Tensor, *arguments: Any, **chosen: Any) -> Outputs:
     """The CUDA side's forward of device tensors, emulated or real."""
     assert cuda.engine(student) is not None
     return forward(distill.forward, student, *arguments, **chosen)
+
+
+def rows_without_data(core: Any, rows: int) -> bytes:
+    """A call of so many rows, whose pointers are null: for a launch that fails."""
+    given = {"rows": rows, "classes": 1, "divisor": -1.0, "options.reduction": 2, "options.temperature": 1.0}
+    given |= {"options.teacher_temperature": 1.0, "options.soft_weight": 1.0}
+    return packer(core, "DistillCall")(*(given.get(name, 0) for name, _ in fields("DistillCall") if name))

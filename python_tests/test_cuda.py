@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_calls import PLANS, Plan, planned
+from cuda_calls import PLANS, Plan, planned, rows_without_data
 from gpu_calls import every_kernel_once
 from hypothesis import given, settings
 from kernel_calls import loss_and_gradients as results
@@ -24,7 +24,6 @@ from torch import Tensor
 
 import tgt_fast as tgt
 from tgt_fast.kernels.native import core, distill
-from tgt_fast.kernels.native.distill_calls import core_options
 from tgt_fast.kernels.options import DIVERGENCES, DistillOptions
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
@@ -297,11 +296,8 @@ def test_beside_torchs_own_kernels(problem: tuple[Tensor, Tensor, Tensor]) -> No
         got = loss_and_gradients(student, teacher, target)
         assert torch.equal(product, student @ weight)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    options, nothing = core_options(core(), DistillOptions(reduction="none")), (0, 0, 0)
     with pytest.raises(RuntimeError, match="distill_fwd_kernel"):  # more rows than a grid has blocks
-        core().cuda_distill_forward(
-            options, 2**31, 1, nothing, nothing, 0, 0, 0, -1.0, 0, 0, 0, nothing, nothing, 0, 0, (3, 0, True), 0
-        )
+        core().cuda_distill_forward(rows_without_data(core(), 2**31), (3, 0, True), 0)
     assert torch.equal(student @ weight, product)
     assert torch.equal(loss_and_gradients(student, teacher, target)[0], want[0])
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_calls import PLANS, Kernels, Plan
+from cuda_calls import PLANS, Kernels, Plan, rows_without_data
 from emulated_gpu import tensors_on_an_emulated_gpu
 from kernel_calls import loss_and_gradients
 from numerics import Result, assert_matches_truth, logits, targets, truth
@@ -21,8 +21,7 @@ from torch import Tensor
 import tgt_fast as tgt
 from tgt_fast.kernels.calls import Outputs
 from tgt_fast.kernels.native import cuda
-from tgt_fast.kernels.native.distill_calls import core_options
-from tgt_fast.kernels.options import DIVERGENCES, DistillOptions
+from tgt_fast.kernels.options import DIVERGENCES
 
 plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 
@@ -151,11 +150,8 @@ def test_a_normalizer_on_the_device_is_one_on_the_host(kernels: Kernels) -> None
 
 def test_a_failed_launch_names_its_kernel(emulated: ModuleType) -> None:
     """More rows than a grid has blocks."""
-    options, nothing = core_options(emulated, DistillOptions(reduction="none")), (0, 0, 0)
     with pytest.raises(RuntimeError, match="distill_fwd_kernel: "):
-        emulated.cuda_distill_forward(
-            options, 2**31, 1, nothing, nothing, 0, 0, 0, -1.0, 0, 0, 0, nothing, nothing, 0, 0, (3, 0, True), 0
-        )
+        emulated.cuda_distill_forward(rows_without_data(emulated, 2**31), (3, 0, True), 0)
 
 
 @pytest.mark.parametrize("size", [5, 1024, 1032, 40000, 150001])

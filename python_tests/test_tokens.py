@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tgt_fast as tgt
 from tgt_fast.errors import ArgumentError, BackendError, DeviceError, DTypeError, ShapeError
-from tgt_fast.kernels.reference import philox4x32
+from tgt_fast.kernels.philox import philox4x32
 from tgt_fast.kernels.reference.tokens import token_uniform
 
 # Triton has no kernel that draws.

@@ -11,7 +11,7 @@ import torch
 
 import tgt_fast as tgt
 from tgt_fast.kernels import triton as backend_module
-from tgt_fast.kernels.reference import philox4x32
+from tgt_fast.kernels.philox import philox4x32
 
 
 def test_the_words_of_the_stream_are_those_of_the_reference(interpreted: str) -> None:

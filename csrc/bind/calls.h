@@ -1,87 +1,47 @@
-// The calls of the ops from what Python hands over, the same for a CPU and for a device.
+// How a call reaches the core: as the bytes of its struct, whose layout both sides have compared.
 #pragma once
 
-#include "arguments.h"
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <tuple>
+#include <type_traits>
+
+#include "layout.h"
 
 namespace tgt::bind {
 
-// What forward and backward share.
-inline DistillCall distill_call(const DistillOptions& options, int64_t rows, int64_t classes,
-                                const MatrixTuple& student, const MatrixTuple& teacher, uintptr_t target,
-                                uintptr_t row_state, const MatrixTuple& d_student, const MatrixTuple& d_teacher,
-                                const MatrixTuple& soft_target = {}) {
-  DistillCall call;
-  call.options = options;
-  call.rows = rows;
-  call.classes = classes;
-  call.student = matrix(student);
-  call.teacher = matrix(teacher);
-  call.target = pointer<int64_t>(target);
-  call.soft_target = matrix(soft_target);
-  call.row_state = pointer<RowState>(row_state);
-  call.d_student = matrix(d_student);
-  call.d_teacher = matrix(d_teacher);
+template <class Call>
+Call read(const pybind11::bytes& from) {
+  static_assert(std::is_trivially_copyable<Call>::value, "a call is its bytes");
+  if (PyBytes_GET_SIZE(from.ptr()) != sizeof(Call)) throw std::invalid_argument("these are not the bytes of the call");
+  Call call;
+  std::memcpy(&call, PyBytes_AS_STRING(from.ptr()), sizeof(Call));
   return call;
 }
 
-inline TopKCall topk_call(const DistillOptions& options, int64_t rows, int64_t classes, const MatrixTuple& student,
-                          const TopKTuple& from, uintptr_t target, uintptr_t row_state, const MatrixTuple& d_student) {
-  TopKCall call;
-  call.base = distill_call(options, rows, classes, student, {}, target, 0, d_student, {});
-  call.topk = topk_of(from);
-  call.row_state = pointer<TopKState>(row_state);
-  return call;
+// m.name(call, rest...) is run(call, rest...), without the interpreter's lock.
+template <class Given, class Result, class... Rest>
+void define(pybind11::module_& m, const char* name, Result (*run)(Given, Rest...)) {
+  m.def(name, [run](const pybind11::bytes& from, Rest... rest) {
+    const auto call = read<std::decay_t<Given>>(from);
+    const pybind11::gil_scoped_release unlocked;
+    return run(call, rest...);
+  });
 }
 
-inline void add_rows(DistillCall& call, uintptr_t weight, uintptr_t row_loss) {
-  call.weight = pointer<double>(weight);
-  call.row_loss = pointer<void>(row_loss);
-}
-
-inline void add_upstream(DistillCall& call, uintptr_t upstream, bool per_row) {
-  call.upstream = pointer<void>(upstream);
-  call.upstream_per_row = per_row;
-}
-
-inline PerturbCall perturb_call(int64_t samples, int64_t size, int type, uintptr_t z, uintptr_t out,
-                                const FactorTuple& sigma, uintptr_t scale, const NoiseTuple& key, double truncation,
-                                double sphere_radius) {
-  PerturbCall call;
-  call.samples = samples;
-  call.size = size;
-  call.type = static_cast<DType>(type);
-  call.z = pointer<void>(z);
-  call.out = pointer<void>(out);
-  call.sigma = factor(sigma);
-  call.scale = pointer<void>(scale);
-  call.noise = noise(key);
-  call.noise.truncation = truncation;
-  call.sphere_radius = sphere_radius;
-  return call;
-}
-
-inline AscendCall ascend_call(int64_t samples, int64_t size, const std::tuple<int, int, int>& types, uintptr_t z,
-                              uintptr_t grad, uintptr_t anchor, uintptr_t out, const FactorTuple& step_size,
-                              const FactorTuple& sigma, const FactorTuple& radius, uintptr_t scale, int norm,
-                              int radius_norm, const NoiseTuple& key) {
-  AscendCall call;
-  call.samples = samples;
-  call.size = size;
-  call.z_type = static_cast<DType>(std::get<0>(types));
-  call.grad_type = static_cast<DType>(std::get<1>(types));
-  call.anchor_type = static_cast<DType>(std::get<2>(types));
-  call.z = pointer<void>(z);
-  call.grad = pointer<void>(grad);
-  call.anchor = pointer<void>(anchor);
-  call.out = pointer<void>(out);
-  call.step_size = factor(step_size);
-  call.sigma = factor(sigma);
-  call.radius = factor(radius);
-  call.scale = pointer<void>(scale);
-  call.norm = static_cast<StepNorm>(norm);
-  call.radius_norm = static_cast<RadiusNorm>(radius_norm);
-  call.noise = noise(key);
-  return call;
+inline void add_layouts(pybind11::module_& m) {
+  m.attr("ROW_STATE") = kRowState;
+  pybind11::dict layouts;
+  layouts["DistillCall"] = layout_of<DistillCall>();
+  layouts["ScaleCall"] = layout_of<ScaleCall>();
+  layouts["TopKCall"] = layout_of<TopKCall>();
+  layouts["PerturbCall"] = layout_of<PerturbCall>();
+  layouts["AscendCall"] = layout_of<AscendCall>();
+  layouts["SampleCall"] = layout_of<SampleCall>();
+  layouts["SoftCall"] = layout_of<SoftCall>();
+  m.attr("LAYOUTS") = layouts;
 }
 
 }  // namespace tgt::bind

@@ -37,11 +37,14 @@ struct DistillCall {
   int64_t classes = 0;
   Matrix student;
   Matrix teacher;
-  const int64_t* target = nullptr;  // [rows]
-  Matrix soft_target;               // [rows, classes], in its place: how much of the hard term each class is
-  const double* weight = nullptr;   // [rows]
-  double divisor = 1;               // of the weights, for the gradients of the reduced loss
-  void* row_loss = nullptr;         // [rows], weighted, not divided
+  const int64_t* target = nullptr;     // [rows]
+  Matrix soft_target;                  // [rows, classes], in its place: how much of the hard term each class is
+  const double* weight = nullptr;      // [rows]
+  double divisor = -1;                 // of the mean; below 0: what counts is counted
+  const double* divisor_at = nullptr;  // on a device: what replaces it
+  double* workspace = nullptr;         // on a device: a number, for what is counted
+  void* loss = nullptr;                // what is reduced
+  void* row_loss = nullptr;            // [rows], weighted; with no reduction this is the loss
   Matrix d_student;
   Matrix d_teacher;
   RowState* row_state = nullptr;   // [rows], written by forward and read by backward
@@ -51,6 +54,14 @@ struct DistillCall {
   int64_t* bad_row = nullptr;  // the first row of the soft target that was found to hold what is no share; -1: none
 
   TGT_HD bool is_fp64() const { return student.type == DType::kFloat64 || teacher.type == DType::kFloat64; }
+};
+
+struct ScaleCall {
+  int64_t rows = 0;
+  int64_t classes = 0;
+  Matrix grad;
+  const void* factor = nullptr;  // [1] or [rows]: double for a double gradient, else float
+  bool factor_per_row = false;
 };
 
 enum class Status : int { kOk = 0, kBadTarget = 1, kBadWeight = 2, kBadId = 3, kBadSoftTarget = 4 };

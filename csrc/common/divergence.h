@@ -4,9 +4,7 @@
 // logits t / Tt and s / Ts, of the divergence alone: weights, Ts^2 and 1 / T are one factor a row, applied by the
 // caller.
 //
-// Members of a divergence:
-//   kProbabilities  it reads log-probabilities; otherwise it reads the tempered logits themselves
-//   kShiftedSums    its sums can be taken before the row's normalisers are known, relative to the running maxima
+// Members of a divergence, beside the flags of `Divergence`:
 //   add             adds one class to the sums x, y
 //   shift           restates x, y when the maxima rise by ds, dt (only with kShiftedSums)
 //   finish          normalised x, y from the sums, for the loss and the gradients
@@ -45,8 +43,20 @@ struct Mixture {
   Real teacher, student;
 };
 
-struct ForwardKl {  // sum p (a - b)
-  static constexpr bool kProbabilities = true, kShiftedSums = true;
+struct Divergence {
+  static constexpr bool kSoft = true;           // there is a soft term
+  static constexpr bool kProbabilities = true;  // it reads log-probabilities; otherwise the tempered logits themselves
+  static constexpr bool kShiftedSums = true;    // sums can be taken relative to the running maxima, without normalisers
+  static constexpr bool kNeedsStudent = false;  // it is infinite where the student alone is -inf
+  static constexpr bool kNeedsTeacher = false;  // it is infinite where the teacher alone is -inf
+  static constexpr bool kRelative = true;       // it is 0 where the two are equal
+  static constexpr bool kMixture = false;       // it goes by the mixture of the two
+  static constexpr bool kSquares = false;       // it adds up squares
+  static constexpr bool kTopK = false;          // it has a form for a teacher's top k and the rest
+};
+
+struct ForwardKl : Divergence {  // sum p (a - b)
+  static constexpr bool kNeedsStudent = true, kTopK = true;
   template <class V, class R>
   static TGT_HD void add(const Class<V>& c, const Mixture<R>&, V& x, V&) {
     x = fused(c.p, c.a - c.b, x);
@@ -68,8 +78,8 @@ struct ForwardKl {  // sum p (a - b)
   }
 };
 
-struct ReverseKl {  // sum q (b - a)
-  static constexpr bool kProbabilities = true, kShiftedSums = true;
+struct ReverseKl : Divergence {  // sum q (b - a)
+  static constexpr bool kNeedsTeacher = true, kTopK = true;
   template <class V, class R>
   static TGT_HD void add(const Class<V>& c, const Mixture<R>&, V&, V& y) {
     y = fused(c.q, c.b - c.a, y);
@@ -91,8 +101,8 @@ struct ReverseKl {  // sum q (b - a)
   }
 };
 
-struct Symmetric {  // the sum of both
-  static constexpr bool kProbabilities = true, kShiftedSums = true;
+struct Symmetric : Divergence {  // the sum of both
+  static constexpr bool kNeedsStudent = true, kNeedsTeacher = true;
   template <class V, class R>
   static TGT_HD void add(const Class<V>& c, const Mixture<R>& m, V& x, V& y) {
     ForwardKl::add(c, m, x, y);
@@ -118,7 +128,7 @@ struct Symmetric {  // the sum of both
 };
 
 // Members for sums over normalised classes: they are only added up.
-struct NormalisedSums {
+struct NormalisedSums : Divergence {
   static constexpr bool kShiftedSums = false;
   static TGT_HD void shift(OnlineSums&, double, double, double, double) {}
   static TGT_HD void finish(const OnlineSums&, double, double, double&, double&) {}
@@ -133,7 +143,7 @@ struct RatioMath {
 };
 
 struct Jsd : NormalisedSums {  // x = KL(p, m), y = KL(q, m), m = beta p + (1 - beta) q, from logarithms alone
-  static constexpr bool kProbabilities = true;
+  static constexpr bool kMixture = true, kTopK = true;
   // log(p / m) and log(q / m) from d = log(p / q) alone: with w the weight of the larger of p and q, log(larger / m) =
   // -log(w + (1 - w) exp(-|d|)) and the other is |d| less. A rounding error that all d share, that of the normalisers,
   // then cancels between x and y to first order; through log m it would be the error of the loss.
@@ -170,7 +180,6 @@ struct Jsd : NormalisedSums {  // x = KL(p, m), y = KL(q, m), m = beta p + (1 - 
 };
 
 struct Tvd : NormalisedSums {  // x = sum p sign(p - q) / 2, y = sum q sign(q - p) / 2
-  static constexpr bool kProbabilities = true;
   template <class V>
   static TGT_HD V half_sign(V p, V q) {
     using R = typename Traits<V>::Real;
@@ -194,8 +203,8 @@ struct Tvd : NormalisedSums {  // x = sum p sign(p - q) / 2, y = sum q sign(q - 
   }
 };
 
-struct CrossEntropy {  // -sum p b
-  static constexpr bool kProbabilities = true, kShiftedSums = true;
+struct CrossEntropy : Divergence {  // -sum p b
+  static constexpr bool kNeedsStudent = true, kRelative = false, kTopK = true;
   template <class V, class R>
   static TGT_HD void add(const Class<V>& c, const Mixture<R>&, V& x, V&) {
     x = fused(c.p, -c.b, x);
@@ -218,7 +227,7 @@ struct CrossEntropy {  // -sum p b
 };
 
 struct Mse : NormalisedSums {  // sum (b - a)^2 of the tempered logits
-  static constexpr bool kProbabilities = false;
+  static constexpr bool kProbabilities = false, kNeedsStudent = true, kNeedsTeacher = true, kSquares = true;
   template <class V, class R>
   static TGT_HD void add(const Class<V>& c, const Mixture<R>&, V& x, V&) {
     const V difference = c.b - c.a;
@@ -236,7 +245,7 @@ struct Mse : NormalisedSums {  // sum (b - a)^2 of the tempered logits
 };
 
 struct NoDivergence : NormalisedSums {
-  static constexpr bool kProbabilities = false;
+  static constexpr bool kSoft = false, kProbabilities = false;
   template <class V, class R>
   static TGT_HD void add(const Class<V>&, const Mixture<R>&, V&, V&) {}
   static TGT_HD double value(double, double, double) { return 0; }

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <cstddef>
-#include <type_traits>
 
 #include "distill.h"
 
@@ -146,10 +145,10 @@ TGT_HD Class<V> topk_class(V s, V a, const TopKState& row, double inverse_t) {
 
 template <class D>
 TGT_HD bool soft_is_infinite(const TailClass& tail, TailForm form, bool topk_missing) {
-  if (std::is_same<D, Jsd>::value || std::is_same<D, NoDivergence>::value) return false;
   const bool both = form != TailForm::kRenormalize;
-  if (std::is_same<D, ReverseKl>::value) return both && tail.teacher_is_empty() && !tail.student_is_empty();
-  return topk_missing || (both && tail.student_is_empty() && !tail.teacher_is_empty());
+  const bool student_alone = both && tail.student_is_empty() && !tail.teacher_is_empty();
+  const bool teacher_alone = both && tail.teacher_is_empty() && !tail.student_is_empty();
+  return (D::kNeedsStudent && (topk_missing || student_alone)) || (D::kNeedsTeacher && teacher_alone);
 }
 
 // Whether the classes of the tail are told apart: the teacher's share of it is spread over them.
@@ -179,10 +178,10 @@ TGT_HD Real centre_of(Real log_ratio, const Mixture<Real>& mixture) {
 template <class D>
 TGT_HD void add_tail(const TailClass& tail, const TailSums& sums, const TopKState& row, TailForm form,
                      const DistillOptions& options, double& x, double& y) {
-  if (form == TailForm::kRenormalize || std::is_same<D, NoDivergence>::value) return;
+  if (form == TailForm::kRenormalize || !D::kSoft) return;
   const Class<double> c = tail.bounded();
   const Mixture<double> mixture{options.beta, 1 - options.beta};
-  if (std::is_same<D, Jsd>::value && spread(row, form)) {
+  if (D::kMixture && spread(row, form)) {
     y += c.q * centre_of<false>(bounded_ratio<double>(log_ratio_of(row, tail)), mixture);
     return;
   }
@@ -190,9 +189,8 @@ TGT_HD void add_tail(const TailClass& tail, const TailSums& sums, const TopKStat
   if (!spread(row, form)) return;
   const double log_sum = log(row.tail_sum), count = log(row.tail_finite);
   const double mean_log = sums.linear / (row.tail_finite * options.temperature) - log_sum;  // of the shares in the tail
-  if (std::is_same<D, ForwardKl>::value) x -= c.p * (mean_log + count);
-  if (std::is_same<D, CrossEntropy>::value) x -= c.p * mean_log;
-  if (std::is_same<D, ReverseKl>::value) y += c.q * (sums.entropy / row.tail_sum - log_sum + count);
+  if (D::kNeedsStudent) x -= c.p * (D::kRelative ? mean_log + count : mean_log);
+  if (D::kNeedsTeacher) y += c.q * (sums.entropy / row.tail_sum - log_sum + count);
 }
 
 // The unweighted loss of a row whose sums are complete. of_label: the label's logit.
@@ -204,7 +202,7 @@ TGT_HD double topk_row_loss(TopKState& row, const TailClass& tail, const TailSum
     row.flags += kInfiniteSoft;
     row.x = row.y = 0;
     loss = HUGE_VAL;
-  } else if (!std::is_same<D, NoDivergence>::value) {
+  } else if (D::kSoft) {
     const double value = D::value(row.x, row.y, options.beta);
     loss = options.soft_weight * options.temperature * options.temperature * (value < 0 ? 0 : value);
   }
@@ -247,7 +245,7 @@ TGT_HD TopKFactors<Real> topk_factors(const TopKState& row, const DistillOptions
                                       double tail_log_prob, double upstream) {
   const int flags = static_cast<int>(row.flags);
   const bool hard = (flags & kHard) && !(flags & kInfiniteHard);
-  const bool soft = !(flags & kInfiniteSoft) && !std::is_same<D, NoDivergence>::value;
+  const bool soft = !(flags & kInfiniteSoft) && D::kSoft;
   const double smoothing = options.label_smoothing;
   TopKFactors<Real> f{};
   f.soft_factor = soft ? upstream * row.coefficient * options.soft_weight * options.temperature : 0;
@@ -269,12 +267,12 @@ TGT_HD TopKFactors<Real> topk_factors(const TopKState& row, const DistillOptions
     f.u = Real(exp(bounded_below(tail.a - log(row.tail_finite))));
     // One constant in double: its parts may be large where what they leave is small.
     double log_ratio = log_ratio_of(row, tail);
-    if (std::is_same<D, ReverseKl>::value) {
+    if (D::kNeedsTeacher) {
       log_ratio -= row.y;
       f.y = 0;
     }
     f.log_ratio = bounded_ratio<Real>(log_ratio);
-    if (std::is_same<D, Jsd>::value) {
+    if (D::kMixture) {
       const Mixture<double> mixture{options.beta, 1 - options.beta};
       f.centre = centre_of<true>(f.log_ratio, Mixture<Real>{Real(mixture.teacher), Real(mixture.student)});
       f.y = Real(row.y - centre_of<false>(bounded_ratio<double>(log_ratio), mixture));
@@ -317,7 +315,7 @@ TGT_HD V spread_gradient(V s, V b, V e, const TopKFactors<Real>& f, const Mixtur
   c.p = splat<V>(f.u);
   c.q = e * f.share;
   V soft;
-  if constexpr (std::is_same<D, Jsd>::value) {
+  if constexpr (D::kMixture) {
     V of_teacher, of_student;
     Jsd::log_ratios<true>(c, mixture, of_teacher, of_student);
     soft = (c.q * mixture.student) * ((of_student - f.centre) - f.y) * f.factor;

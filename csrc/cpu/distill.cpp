@@ -28,11 +28,10 @@ void scale_rows(const ScaleCall& call, int64_t begin, int64_t end) {
 
 }  // namespace
 
-StatusAt distill_forward(DistillCall call, double divisor, void* loss, int threads) {
+StatusAt distill_forward(DistillCall call, int threads) {
   const StatusAt status = check_rows(call);
   if (status.status != Status::kOk) return status;
-  const auto reduction = static_cast<Reduction>(call.options.reduction);
-  if (reduction == Reduction::kMean) call.divisor = divisor >= 0 ? divisor : counted(call);
+  choose_divisor(call);
   int64_t bad_row = -1;
   call.bad_row = &bad_row;
   parallel_for(
@@ -42,7 +41,7 @@ StatusAt distill_forward(DistillCall call, double divisor, void* loss, int threa
       },
       &call);
   if (bad_row >= 0) return {Status::kBadSoftTarget, bad_row};
-  if (reduction != Reduction::kNone) call.is_fp64() ? reduce<double>(call, loss) : reduce<float>(call, loss);
+  call.is_fp64() ? reduce<double>(call) : reduce<float>(call);
   return {};
 }
 

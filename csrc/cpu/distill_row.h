@@ -4,8 +4,6 @@
 // memory. Sums inside a block are in Real, between blocks in double.
 #pragma once
 
-#include <type_traits>
-
 #include "blocks.h"
 #include "isa.h"
 
@@ -115,11 +113,8 @@ bool counts_far(Real s, Real t, double student_max, double teacher_max, Real rea
   constexpr Real kLargest = sizeof(Real) == 8 ? Real(DBL_MAX) : Real(FLT_MAX);
   if (s * reach > kLargest || t * reach > kLargest) return true;  // all others are far below
   constexpr double kNothing = -110;                               // exp of it is 0
-  constexpr bool kBoth = std::is_same<D, Symmetric>::value;
-  constexpr bool kStudent = kBoth || std::is_same<D, ForwardKl>::value || std::is_same<D, CrossEntropy>::value;
-  constexpr bool kTeacher = kBoth || std::is_same<D, ReverseKl>::value;
-  const bool student = kStudent && s * reach < -kLargest && s >= -kLargest;
-  const bool teacher = kTeacher && t * reach < -kLargest && t >= -kLargest;
+  const bool student = D::kNeedsStudent && s * reach < -kLargest && s >= -kLargest;
+  const bool teacher = D::kNeedsTeacher && t * reach < -kLargest && t >= -kLargest;
   return (student && (double(t) - teacher_max) / options.teacher_temperature > kNothing) ||
          (teacher && (double(s) - student_max) / options.temperature > kNothing);
 }
@@ -370,10 +365,7 @@ inline double not_negative(double loss) { return loss < 0 ? 0 : loss; }
 
 template <class D>
 bool infinite(const Unusual& unusual) {
-  if (std::is_same<D, ForwardKl>::value || std::is_same<D, CrossEntropy>::value) return unusual.student_only;
-  if (std::is_same<D, ReverseKl>::value) return unusual.teacher_only;
-  const bool both = std::is_same<D, Symmetric>::value || std::is_same<D, Mse>::value;
-  return both && (unusual.student_only || unusual.teacher_only);
+  return (D::kNeedsStudent && unusual.student_only) || (D::kNeedsTeacher && unusual.teacher_only);
 }
 
 // The loss of a row that counts, unweighted; fills the state but for its coefficient. `soft`: the call whose soft
@@ -415,7 +407,7 @@ double forward_row(const Row<Real>& logits, const RowOptions& options, int64_t l
   } else {
     if constexpr (D::kShiftedSums) {
       D::finish(sums, logs.student, logs.teacher, state.x, state.y);
-    } else if constexpr (!std::is_same<D, NoDivergence>::value) {
+    } else if constexpr (D::kSoft) {
       sum_normalised<Real, D>(logits, options, logs, state);
     }
     const double squared = D::kProbabilities ? options.temperature * options.temperature : 1;

@@ -4,6 +4,7 @@
 #include <initializer_list>
 
 #include "distill_peak.h"
+#include "open_row.h"
 
 namespace tgt {
 inline namespace TGT_ISA {
@@ -91,7 +92,7 @@ void gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, c
     fill_row<Real>(call.d_teacher, i, call.classes, value);
     return;
   }
-  if constexpr (!std::is_same<D, NoDivergence>::value) {
+  if constexpr (D::kSoft) {
     if (flags & kInfiniteSoft) {
       gradient_row<Real, NoDivergence, power == kNoHard ? kNoHard : kOwn>(call, logits, i, state, options, logs,
                                                                           upstream);
@@ -111,7 +112,7 @@ void gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, c
 
   const bool of_q = D::kProbabilities && peaked(state.student_sum), of_hard = hard && peaked(state.hard_sum);
   Peak<Real> student_peak, teacher_peak;
-  if (!std::is_same<D, Mse>::value && (of_q || of_hard)) student_peak.look_for(state.student_max);
+  if (!D::kSquares && (of_q || of_hard)) student_peak.look_for(state.student_max);
   if (D::kProbabilities && call.d_teacher && peaked(state.teacher_sum)) teacher_peak.look_for(state.teacher_max);
 
   alignas(64) Real buffer[kBlock], shares[kBlock];
@@ -278,27 +279,24 @@ void forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
   const RowOptions options(call.options);
   for (int64_t i = begin; i < end; ++i) {
     const Row<Real> logits = row_at<Real>(call, i);
-    const double weight = call.weight ? call.weight[i] : 1;
-    const int64_t label = call.target ? call.target[i] : options.unlabeled_index;
+    const RowHead head = open_row(call, i);
     RowState state{};
-    const bool dropped = weight == 0 || (call.target && label == options.ignore_index);
-    const bool labelled = call.soft_target || (call.target && label != options.unlabeled_index);
-    state.flags = dropped ? kDropped : labelled ? kHard : 0;
-    state.coefficient = call.divisor == 0 ? 0 : weight / call.divisor;
+    state.flags = head.flags;
+    state.coefficient = head.coefficient;
     double loss = 0;
     Logarithms logs;
-    if (!dropped) {
+    if (!head.dropped()) {
       Unusual unusual;
-      loss = forward_row<Real, D, power>(logits, options, label, state, unusual, logs,
+      loss = forward_row<Real, D, power>(logits, options, head.label, state, unusual, logs,
                                          call.soft_target ? &call : nullptr, i);
       if constexpr (sizeof(Real) == 4) {
-        if (unusual.far || beyond(state)) loss = fp64_forward_row<D, power>(call, i, label, state);
+        if (unusual.far || beyond(state)) loss = fp64_forward_row<D, power>(call, i, head.label, state);
       }
       loss *= state.coefficient;
     }
     static_cast<Real*>(call.row_loss)[i] = Real(loss);
     if (call.stats) {  // before the logits are overwritten in place
-      statistics_row<Real>(call, i, !dropped && call.divisor != 0);
+      statistics_row<Real>(call, i, !head.dropped() && call.divisor != 0);
     }
     if (call.d_student || call.d_teacher) {
       if (state.coefficient == 0) state.flags = kDropped;  // a divisor of 0
@@ -321,62 +319,33 @@ void backward_rows(const DistillCall& call, int64_t begin, int64_t end) {
   }
 }
 
-struct Forward {
+// Powers of exp(s / Ts) serve the hard term where the soft one has them at hand.
+struct Kernel {
+  template <class D>
+  static constexpr bool kServed = true,
+                        kPowers = D::kProbabilities;
+};
+struct Forward : Kernel {
   template <class Real, class D, HardPower power>
   static void run(const DistillCall& call, int64_t begin, int64_t end) {
     forward_rows<Real, D, power>(call, begin, end);
   }
 };
-struct Backward {
+struct Backward : Kernel {
   template <class Real, class D, HardPower power>
   static void run(const DistillCall& call, int64_t begin, int64_t end) {
     backward_rows<Real, D, power>(call, begin, end);
   }
 };
 
-template <class Direction, class Real, class D>
-void by_hard_power(const DistillCall& call, int64_t begin, int64_t end) {
-  if (!call.target && !call.soft_target) return Direction::template run<Real, D, kNoHard>(call, begin, end);
-  if constexpr (D::kProbabilities && sizeof(Real) == 4) {  // double is for checking, not for speed
-    const double t = call.options.temperature;
-    if (t == 1) return Direction::template run<Real, D, kSame>(call, begin, end);
-    if (t == 2) return Direction::template run<Real, D, kSquare>(call, begin, end);
-    if (t == 4) return Direction::template run<Real, D, kFourth>(call, begin, end);
-  }
-  Direction::template run<Real, D, kOwn>(call, begin, end);
-}
-
-template <class Direction, class Real>
-void by_divergence(const DistillCall& call, int64_t begin, int64_t end) {
-  if (call.options.soft_weight == 0) return by_hard_power<Direction, Real, NoDivergence>(call, begin, end);
-  switch (DivergenceKind(call.options.divergence)) {
-    case DivergenceKind::kForwardKl:
-      return by_hard_power<Direction, Real, ForwardKl>(call, begin, end);
-    case DivergenceKind::kReverseKl:
-      return by_hard_power<Direction, Real, ReverseKl>(call, begin, end);
-    case DivergenceKind::kSymmetric:
-      return by_hard_power<Direction, Real, Symmetric>(call, begin, end);
-    case DivergenceKind::kJsd:
-      return by_hard_power<Direction, Real, Jsd>(call, begin, end);
-    case DivergenceKind::kTvd:
-      return by_hard_power<Direction, Real, Tvd>(call, begin, end);
-    case DivergenceKind::kCrossEntropy:
-      return by_hard_power<Direction, Real, CrossEntropy>(call, begin, end);
-    case DivergenceKind::kMse:
-      return by_hard_power<Direction, Real, Mse>(call, begin, end);
-    case DivergenceKind::kNone:
-      return by_hard_power<Direction, Real, NoDivergence>(call, begin, end);
-  }
-}
-
 }  // namespace
 
 void distill_forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
-  call.is_fp64() ? by_divergence<Forward, double>(call, begin, end) : by_divergence<Forward, float>(call, begin, end);
+  run_rows<Forward>(call, call, begin, end);
 }
 
 void distill_backward_rows(const DistillCall& call, int64_t begin, int64_t end) {
-  call.is_fp64() ? by_divergence<Backward, double>(call, begin, end) : by_divergence<Backward, float>(call, begin, end);
+  run_rows<Backward>(call, call, begin, end);
 }
 
 }  // namespace TGT_ISA

@@ -19,7 +19,7 @@ void draw_normals(const Key& key, int64_t at, int count, float* to) {
   const InOrder in_order;
   const VUInt32 lanes = lane_numbers();
   for (int done = 0; done < count; done += 4 * kWordLanes) {
-    const Block<VUInt32> w = words(key, lanes + static_cast<uint32_t>((at + done) / 4));
+    const Block<VUInt32> w = philox_words(key, lanes + static_cast<uint32_t>((at + done) / 4));
     const Pair<VFloat> first = normal_pair<VFloat>(w.x0, w.x1), second = normal_pair<VFloat>(w.x2, w.x3);
     in_order.write(to + done, first.first, first.second, second.first, second.second);
   }
@@ -28,7 +28,7 @@ void draw_normals(const Key& key, int64_t at, int count, float* to) {
 void draw_truncated(const Key& key, int64_t at, int count, double bound, float* to) {
   const double mass = erf(bound * 0.7071067811865476);
   for (int done = 0; done < count; done += 4) {
-    const Block<uint32_t> w = words(key, static_cast<uint32_t>((at + done) / 4));
+    const Block<uint32_t> w = philox_words(key, static_cast<uint32_t>((at + done) / 4));
     to[done] = truncated_normal(w.x0, bound, mass);
     to[done + 1] = truncated_normal(w.x1, bound, mass);
     to[done + 2] = truncated_normal(w.x2, bound, mass);

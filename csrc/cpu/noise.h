@@ -20,7 +20,7 @@ inline Key key_of(const NoiseKey& noise, int64_t sample) {
 }
 
 template <class W>
-TGT_HD Block<W> words(const Key& key, W block) {
+TGT_HD Block<W> philox_words(const Key& key, W block) {
   return philox4x32(Block<W>{block, W{} + key.id_low, W{} + key.id_high, W{} + key.op_step}, key.seed_low,
                     key.seed_high);
 }
@@ -58,7 +58,7 @@ inline void draw_gumbels(const Key& key, uint32_t block, int count, float* to) {
   const InOrder in_order;
   const VUInt32 lanes = lane_numbers();
   for (int done = 0; done < count; done += 4 * kWordLanes) {
-    const Block<VUInt32> w = words(key, lanes + (block + static_cast<uint32_t>(done / 4)));
+    const Block<VUInt32> w = philox_words(key, lanes + (block + static_cast<uint32_t>(done / 4)));
     in_order.write(to + done, gumbel<VFloat>(w.x0), gumbel<VFloat>(w.x1), gumbel<VFloat>(w.x2), gumbel<VFloat>(w.x3));
   }
 }

@@ -22,7 +22,7 @@ inline StatusAt check_rows(const DistillCall& call) {
   return {};
 }
 
-// The divisor of the mean: the counted rows, or their weights.
+// The counted rows, or their weights.
 inline double counted(const DistillCall& call) {
   double sum = 0;
   for (int64_t i = 0; i < call.rows; ++i) {
@@ -31,11 +31,21 @@ inline double counted(const DistillCall& call) {
   return sum;
 }
 
+// The divisor of the weights, 1 for anything but a mean.
+inline void choose_divisor(DistillCall& call) {
+  if (static_cast<Reduction>(call.options.reduction) != Reduction::kMean) {
+    call.divisor = 1;
+  } else if (call.divisor < 0) {
+    call.divisor = counted(call);
+  }
+}
+
 template <class Real>
-void reduce(const DistillCall& call, void* loss) {
+void reduce(const DistillCall& call) {
+  if (static_cast<Reduction>(call.options.reduction) == Reduction::kNone) return;
   double sum = 0;
   for (int64_t i = 0; i < call.rows; ++i) sum += static_cast<const Real*>(call.row_loss)[i];
-  *static_cast<Real*>(loss) = Real(call.divisor == 0 ? 0 : sum);
+  *static_cast<Real*>(call.loss) = Real(call.divisor == 0 ? 0 : sum);
 }
 
 }  // namespace tgt::cpu

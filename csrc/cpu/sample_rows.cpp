@@ -260,7 +260,7 @@ void sample(const SampleCall& call, int64_t begin, int64_t end) {
   Scratch<Real> scratch(direct ? 0 : call.classes);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t position = i % call.positions;
-    const Block<uint32_t> w = words(key_of(call.noise, i / call.positions), static_cast<uint32_t>(position / 4));
+    const Block<uint32_t> w = philox_words(key_of(call.noise, i / call.positions), static_cast<uint32_t>(position / 4));
     const uint32_t four[4] = {w.x0, w.x1, w.x2, w.x3};
     const Real* values = reinterpret_cast<const Real*>(call.logits.row(i));
     if (!direct) {

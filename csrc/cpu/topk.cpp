@@ -38,20 +38,19 @@ StatusAt check_ids(const TopKCall& call) {
 
 }  // namespace
 
-StatusAt topk_forward(TopKCall call, double divisor, void* loss, int threads) {
+StatusAt topk_forward(TopKCall call, int threads) {
   DistillCall& base = call.base;
   StatusAt status = check_rows(base);
   if (status.status == Status::kOk && base.options.soft_weight != 0) status = check_ids(call);
   if (status.status != Status::kOk) return status;
-  const auto reduction = static_cast<Reduction>(base.options.reduction);
-  if (reduction == Reduction::kMean) base.divisor = divisor >= 0 ? divisor : counted(base);
+  choose_divisor(base);
   parallel_for(
       base.rows, row_grain(base.classes), threads,
       [](void* context, int64_t begin, int64_t end) {
         kernels().topk_forward(*static_cast<const TopKCall*>(context), begin, end);
       },
       &call);
-  if (reduction != Reduction::kNone) call.is_fp64() ? reduce<double>(base, loss) : reduce<float>(base, loss);
+  call.is_fp64() ? reduce<double>(base) : reduce<float>(base);
   return {};
 }
 

@@ -4,9 +4,8 @@
 
 namespace tgt::cpu {
 
-// Row losses, their reduction, and the gradient and row states whose pointers are set. `divisor` replaces the
-// divisor of the mean; below 0: none given. On an error nothing is written.
-StatusAt topk_forward(TopKCall call, double divisor, void* loss, int threads);
+// Row losses, their reduction, and the gradient and row states whose pointers are set. On an error nothing is written.
+StatusAt topk_forward(TopKCall call, int threads);
 
 // The gradient from the logits, the top k, the row states and the upstream gradient.
 void topk_backward(TopKCall call, int threads);

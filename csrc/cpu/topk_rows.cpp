@@ -3,6 +3,7 @@
 // A student's row is read block by block into the first-level cache, where the top-k classes are taken out and the
 // tail is summed online: one read of memory. The gradient reads the row once more, from the second-level cache. What
 // concerns those classes is done in double.
+#include "open_row.h"
 #include "topk_row.h"
 
 namespace tgt {
@@ -188,7 +189,7 @@ double forward_row(const TopKCall& call, int64_t i, int64_t label, TopKRow& topk
   const DistillOptions& options = base.options;
   const TailForm form = call.topk.form;
   bool valid = true;
-  if (std::is_same<D, NoDivergence>::value) {
+  if (!D::kSoft) {
     topk.clear();
   } else {
     valid = topk.read(call, i);
@@ -206,7 +207,7 @@ double forward_row(const TopKCall& call, int64_t i, int64_t label, TopKRow& topk
          : sum_tail<Real, power, false>(s, count, Real(inverse_t), tail);
   });
   const TopKSums sums = topk.sums(options);
-  const bool none = form == TailForm::kRenormalize && !std::is_same<D, NoDivergence>::value;
+  const bool none = form == TailForm::kRenormalize && D::kSoft;
   valid = valid && topk.numbers();
   valid = valid && (sums.student_max > -HUGE_VAL || (!none && tail.max > -HUGE_VAL));
   if (!valid) {
@@ -215,11 +216,11 @@ double forward_row(const TopKCall& call, int64_t i, int64_t label, TopKRow& topk
   }
   settle_topk(state, tail, sums, topk.tail_log_prob, options, form);
   const TailClass rest = tail_class(state, options, topk.tail_log_prob);
-  if constexpr (!std::is_same<D, NoDivergence>::value) {
+  if constexpr (D::kSoft) {
     if (!soft_is_infinite<D>(rest, form, sums.missing)) {
       topk.add<D>(state, options, state.x, state.y);
       add_tail<D>(rest, tail, state, form, options, state.x, state.y);
-      if (std::is_same<D, Jsd>::value && spread(state, form)) add_spread<Real>(call, i, topk, state);
+      if (D::kMixture && spread(state, form)) add_spread<Real>(call, i, topk, state);
     }
   }
   return topk_row_loss<D>(state, rest, tail, sums, form, options, of_label);
@@ -228,18 +229,14 @@ double forward_row(const TopKCall& call, int64_t i, int64_t label, TopKRow& topk
 template <class Real, class D, HardPower power>
 void forward_rows(const TopKCall& call, int64_t begin, int64_t end) {
   const DistillCall& base = call.base;
-  const DistillOptions& options = base.options;
   TopKRow topk(call);
   for (int64_t i = begin; i < end; ++i) {
-    const double weight = base.weight ? base.weight[i] : 1;
-    const int64_t label = base.target ? base.target[i] : options.unlabeled_index;
+    const RowHead head = open_row(base, i);
     TopKState state{};
-    const bool dropped = weight == 0 || (base.target && label == options.ignore_index);
-    const bool labelled = base.target && label != options.unlabeled_index;
-    state.flags = dropped ? kDropped : labelled ? kHard : 0;
-    state.coefficient = base.divisor == 0 ? 0 : weight / base.divisor;
+    state.flags = head.flags;
+    state.coefficient = head.coefficient;
     double loss = 0;
-    if (!dropped) loss = state.coefficient * forward_row<Real, D, power>(call, i, label, topk, state);
+    if (!head.dropped()) loss = state.coefficient * forward_row<Real, D, power>(call, i, head.label, topk, state);
     static_cast<Real*>(base.row_loss)[i] = Real(loss);
     if (base.d_student) {
       if (state.coefficient == 0) state.flags = kDropped;  // a divisor of 0
@@ -257,7 +254,7 @@ void backward_rows(const TopKCall& call, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     TopKState state = call.row_state[i];
     if (state.coefficient == 0) state.flags = kDropped;
-    if (std::is_same<D, NoDivergence>::value || int(state.flags) & (kDropped | kInvalid)) {
+    if (!D::kSoft || int(state.flags) & (kDropped | kInvalid)) {
       topk.clear();
     } else {
       topk.read(call, i);
@@ -267,58 +264,33 @@ void backward_rows(const TopKCall& call, int64_t begin, int64_t end) {
   }
 }
 
-struct Forward {
+// The tail's exponentials are those of the soft term, be it wanted or not.
+struct Kernel {
+  template <class D>
+  static constexpr bool kServed = D::kTopK || !D::kSoft,
+                        kPowers = true;
+};
+struct Forward : Kernel {
   template <class Real, class D, HardPower power>
   static void run(const TopKCall& call, int64_t begin, int64_t end) {
     forward_rows<Real, D, power>(call, begin, end);
   }
 };
-struct Backward {
+struct Backward : Kernel {
   template <class Real, class D, HardPower power>
   static void run(const TopKCall& call, int64_t begin, int64_t end) {
     backward_rows<Real, D, power>(call, begin, end);
   }
 };
 
-template <class Direction, class Real, class D>
-void by_hard_power(const TopKCall& call, int64_t begin, int64_t end) {
-  if (!call.base.target) return Direction::template run<Real, D, kNoHard>(call, begin, end);
-  if constexpr (sizeof(Real) == 4) {  // double is for checking, not for speed
-    const double t = call.base.options.temperature;
-    if (t == 1) return Direction::template run<Real, D, kSame>(call, begin, end);
-    if (t == 2) return Direction::template run<Real, D, kSquare>(call, begin, end);
-    if (t == 4) return Direction::template run<Real, D, kFourth>(call, begin, end);
-  }
-  Direction::template run<Real, D, kOwn>(call, begin, end);
-}
-
-template <class Direction, class Real>
-void by_divergence(const TopKCall& call, int64_t begin, int64_t end) {
-  if (call.base.options.soft_weight == 0) {
-    return by_hard_power<Direction, Real, NoDivergence>(call, begin, end);
-  }
-  switch (DivergenceKind(call.base.options.divergence)) {
-    case DivergenceKind::kForwardKl:
-      return by_hard_power<Direction, Real, ForwardKl>(call, begin, end);
-    case DivergenceKind::kReverseKl:
-      return by_hard_power<Direction, Real, ReverseKl>(call, begin, end);
-    case DivergenceKind::kJsd:
-      return by_hard_power<Direction, Real, Jsd>(call, begin, end);
-    case DivergenceKind::kCrossEntropy:
-      return by_hard_power<Direction, Real, CrossEntropy>(call, begin, end);
-    default:  // no others reach the core
-      return;
-  }
-}
-
 }  // namespace
 
 void topk_forward_rows(const TopKCall& call, int64_t begin, int64_t end) {
-  call.is_fp64() ? by_divergence<Forward, double>(call, begin, end) : by_divergence<Forward, float>(call, begin, end);
+  run_rows<Forward>(call, call.base, begin, end);
 }
 
 void topk_backward_rows(const TopKCall& call, int64_t begin, int64_t end) {
-  call.is_fp64() ? by_divergence<Backward, double>(call, begin, end) : by_divergence<Backward, float>(call, begin, end);
+  run_rows<Backward>(call, call.base, begin, end);
 }
 
 }  // namespace TGT_ISA

@@ -29,16 +29,11 @@ struct Plan {
   bool bulk = true;  // bulk copies where alignment and chip allow
 };
 
-// The mean's divisor is *divisor_at where that is set, else `divisor` where that is >= 0, else what is counted.
-// `workspace`: a double. Row losses are weighted, not divided.
-Failure distill_forward(const DistillCall& call, const double* divisor_at, double divisor, double* workspace,
-                        void* loss, Plan plan, cudaStream_t stream);
+Failure distill_forward(const DistillCall& call, Plan plan, cudaStream_t stream);
 Failure distill_backward(const DistillCall& call, cudaStream_t stream);
-Failure distill_scale(int64_t rows, int64_t classes, const Matrix& grad, const void* factor, bool factor_per_row,
-                      cudaStream_t stream);
+Failure distill_scale(const ScaleCall& call, cudaStream_t stream);
 
-Failure topk_forward(const TopKCall& call, const double* divisor_at, double divisor, double* workspace, void* loss,
-                     Plan plan, cudaStream_t stream);
+Failure topk_forward(const TopKCall& call, Plan plan, cudaStream_t stream);
 Failure topk_backward(const TopKCall& call, cudaStream_t stream);
 
 // Integers that live on the device replace those of the key: a replayed graph sees them advance.

@@ -67,20 +67,19 @@ cudaError_t forward_rows(DeviceCall d, const Plan& plan, cudaStream_t stream) {
 }
 
 template <class Real>
-cudaError_t launch_distill_scale(int64_t rows, int64_t classes, const Matrix& grad, const void* factor, bool per_row,
-                                 cudaStream_t stream) {
-  const int64_t vectors = (classes + kVector - 1) / kVector;
-  const int64_t tiles = rows * ((vectors + kScaleThreads - 1) / kScaleThreads);
+cudaError_t launch_distill_scale(const ScaleCall& call, cudaStream_t stream) {
+  const int64_t vectors = (call.classes + kVector - 1) / kVector;
+  const int64_t tiles = call.rows * ((vectors + kScaleThreads - 1) / kScaleThreads);
   return launch(distill_scale_kernel<Real>, tiles < kScaleBlocks ? tiles : kScaleBlocks, kScaleThreads, 0, 1, stream,
-                grad, rows, classes, aligned_rows(grad), static_cast<const Real*>(factor), per_row);
+                call.grad, call.rows, call.classes, aligned_rows(call.grad), static_cast<const Real*>(call.factor),
+                call.factor_per_row);
 }
 
 }  // namespace
 
-Failure distill_forward(const DistillCall& call, const double* divisor_at, double divisor, double* workspace,
-                        void* loss, Plan plan, cudaStream_t stream) {
+Failure distill_forward(const DistillCall& call, Plan plan, cudaStream_t stream) {
   DeviceCall d = device_call(call);
-  const Failure uncounted = choose_divisor(d, divisor_at, divisor, workspace, stream);
+  const Failure uncounted = choose_divisor(d, stream);
   if (uncounted.error != cudaSuccess) return uncounted;
   if (call.rows > 0 && call.stats) {  // before the logits are overwritten in place
     const cudaError_t error =
@@ -92,7 +91,7 @@ Failure distill_forward(const DistillCall& call, const double* divisor_at, doubl
     const cudaError_t error = forward_rows(d, plan, stream);
     if (error != cudaSuccess) return {error, "distill_fwd_kernel"};
   }
-  return reduce_rows(d, call.is_fp64(), loss, stream);
+  return reduce_rows(d, call.is_fp64(), stream);
 }
 
 Failure distill_backward(const DistillCall& call, cudaStream_t stream) {
@@ -105,18 +104,16 @@ Failure distill_backward(const DistillCall& call, cudaStream_t stream) {
   return {error, "distill_bwd_kernel"};
 }
 
-Failure distill_scale(int64_t rows, int64_t classes, const Matrix& grad, const void* factor, bool factor_per_row,
-                      cudaStream_t stream) {
-  if (rows == 0) return {};
-  Matrix all = grad;
-  if (!factor_per_row && grad.stride == classes) {  // one factor, dense rows: one long row, aligned where it starts
-    classes *= rows;
-    rows = 1;
-    all.stride = 0;
+Failure distill_scale(const ScaleCall& given, cudaStream_t stream) {
+  if (given.rows == 0) return {};
+  ScaleCall call = given;
+  if (!call.factor_per_row && call.grad.stride == call.classes) {  // one factor, dense rows: one long row
+    call.classes *= call.rows;
+    call.rows = 1;
+    call.grad.stride = 0;  // aligned where it starts
   }
-  const cudaError_t error = grad.type == DType::kFloat64
-                                ? launch_distill_scale<double>(rows, classes, all, factor, factor_per_row, stream)
-                                : launch_distill_scale<float>(rows, classes, all, factor, factor_per_row, stream);
+  const cudaError_t error = call.grad.type == DType::kFloat64 ? launch_distill_scale<double>(call, stream)
+                                                              : launch_distill_scale<float>(call, stream);
   return {error, "distill_scale_kernel"};
 }
 

@@ -31,7 +31,7 @@ TGT_DEVICE RowHead open_row(const DeviceCall& d, int64_t i) {
       !(head.weight > 0 && head.weight < HUGE_VAL) || (call.target && head.label == call.options.ignore_index);
   dropped |= labelled && (head.label < 0 || head.label >= call.classes);
   head.flags = dropped ? kDropped : labelled ? kHard : 0;
-  const double divisor = d.divisor_at ? *d.divisor_at : call.divisor;
+  const double divisor = call.divisor_at ? *call.divisor_at : call.divisor;
   head.coefficient = divisor == 0 || dropped ? 0 : head.weight / divisor;
   return head;
 }
@@ -202,7 +202,7 @@ TGT_DEVICE void finish_row(const DeviceCall& d, const Team& team, const Source& 
     const Sums<double> all = add_all(team, mine, 2);
     state.x = all.x;
     state.y = all.y;
-  } else if constexpr (std::is_same<D, Mse>::value) {
+  } else if constexpr (D::kSquares) {
     constexpr double kFits = 1e37;
     state.x = sums.x < kFits ? sums.x : sums.y / (kSmall * kSmall);
   }

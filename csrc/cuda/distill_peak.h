@@ -20,7 +20,7 @@ struct Peaked {
 template <class D>
 TGT_DEVICE Peaked peaked_of(const DistillCall& call, const RowState& state) {
   const int flags = static_cast<int>(state.flags);
-  const bool hard = (flags & kHard) && !(flags & kInfiniteHard) && !std::is_same<D, Mse>::value;
+  const bool hard = (flags & kHard) && !(flags & kInfiniteHard) && !D::kSquares;
   const bool of_q = D::kProbabilities && peaked(state.student_sum);
   return {call.d_student.data && (of_q || (hard && peaked(state.hard_sum))),
           call.d_teacher.data && D::kProbabilities && peaked(state.teacher_sum)};

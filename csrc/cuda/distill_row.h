@@ -4,8 +4,6 @@
 // plain additions in a fixed tree: in Real within a warp, in double beyond.
 #pragma once
 
-#include <type_traits>
-
 #include "team.h"
 #include "vectors.h"
 
@@ -28,7 +26,6 @@ namespace tgt::cuda {
 // A call as the kernels read it. Every pointer is to memory of the device.
 struct DeviceCall {
   DistillCall call;
-  const double* divisor_at = nullptr;                     // of the mean, when it is known to the device alone
   double unit = 1;                                        // of log-probabilities in nats, see units_of
   int64_t vectors_per_block = 0;                          // of a row, with clusters
   bool student_aligned = false, teacher_aligned = false;  // rows start at multiples of 16 bytes
@@ -57,7 +54,7 @@ struct Constants {
 // stay in range, whatever the logits. The others' terms are bounded. A power of 2: it rounds nothing.
 template <class D>
 TGT_DEVICE constexpr bool in_units() {
-  return D::kShiftedSums || std::is_same<D, Mse>::value;
+  return D::kShiftedSums || D::kSquares;
 }
 template <class D>
 TGT_DEVICE double units_of(const DeviceCall& d) {
@@ -181,10 +178,7 @@ TGT_DEVICE void inspect(const Eight<Real>& s, const Eight<Real>& t, int64_t coun
 
 template <class D>
 TGT_DEVICE bool is_infinite(int unusual) {
-  constexpr bool kBoth = std::is_same<D, Symmetric>::value || std::is_same<D, Mse>::value;
-  constexpr bool kStudent = std::is_same<D, ForwardKl>::value || std::is_same<D, CrossEntropy>::value;
-  constexpr bool kTeacher = std::is_same<D, ReverseKl>::value;
-  return ((kBoth || kStudent) && (unusual & kStudentOnly)) || ((kBoth || kTeacher) && (unusual & kTeacherOnly));
+  return (D::kNeedsStudent && (unusual & kStudentOnly)) || (D::kNeedsTeacher && (unusual & kTeacherOnly));
 }
 
 constexpr double kSmall = 8.470329472543003e-22;  // 2^-70: squares in units of its inverse stay in range
@@ -238,7 +232,7 @@ TGT_DEVICE void add_sums(const Eight<Real>& s, const Eight<Real>& t, const Const
       sums.student += c.q;
       sums.teacher += c.p;
     }
-    if constexpr (std::is_same<D, Mse>::value) {
+    if constexpr (D::kSquares) {
       const Real difference = c.b - c.a, in_nats = difference * row.in_nats,
                  small = difference * (row.in_nats * Real(kSmall));
       sums.x = fused(in_nats, in_nats, sums.x);
@@ -318,8 +312,9 @@ struct Factors {
 
 template <class D, class Real>
 TGT_DEVICE Factors<Real> factors_of(const DeviceCall& d, const RowState& state, const Terms& terms, double upstream) {
-  constexpr bool kForward = std::is_same<D, ForwardKl>::value || std::is_same<D, CrossEntropy>::value;
-  constexpr bool kReverse = std::is_same<D, ReverseKl>::value;  // whose other gradient is a difference of probabilities
+  constexpr bool kForward = D::kNeedsStudent && !D::kNeedsTeacher;
+  constexpr bool kReverse =
+      D::kNeedsTeacher && !D::kNeedsStudent;  // whose other gradient is a difference of probabilities
   const DistillOptions& options = d.call.options;
   const double unit = units_of<D>(d);
   const int flags = static_cast<int>(state.flags);
@@ -350,14 +345,19 @@ TGT_DEVICE Real soft_gradient(Real of_class, Real factor) {
   return factor == 0 ? Real(0) : of_class * factor;
 }
 
+// A forward and a reverse divergence, of which one gradient is a difference of probabilities.
+template <class D>
+constexpr bool is_two_sided() {
+  return D::kShiftedSums && D::kNeedsStudent && D::kNeedsTeacher;
+}
 template <class D, class Real>
 TGT_DEVICE Real d_student(const Class<Real>& c, const Constants<Real>& row, const Factors<Real>& f) {
-  if constexpr (!std::is_same<D, Symmetric>::value) return D::d_student(c, row.mixture, f.x, f.y);
+  if constexpr (!is_two_sided<D>()) return D::d_student(c, row.mixture, f.x, f.y);
   return fused(c.q - c.p, row.nat, ReverseKl::d_student(c, row.mixture, f.x, f.y));
 }
 template <class D, class Real>
 TGT_DEVICE Real d_teacher(const Class<Real>& c, const Constants<Real>& row, const Factors<Real>& f) {
-  if constexpr (!std::is_same<D, Symmetric>::value) return D::d_teacher(c, row.mixture, f.x, f.y);
+  if constexpr (!is_two_sided<D>()) return D::d_teacher(c, row.mixture, f.x, f.y);
   return fused(c.p - c.q, row.nat, ForwardKl::d_teacher(c, row.mixture, f.x, f.y));
 }
 

@@ -57,7 +57,7 @@ __global__ void TGT_BOUNDS(kStatsThreads, 1) distill_stats_kernel(const TGT_GRID
   const BlockTeam team;
   const int64_t i = block_in_grid();
   Real* out = static_cast<Real*>(call.stats) + i;
-  if ((open_row(d, i).flags & kDropped) || (d.divisor_at ? *d.divisor_at : call.divisor) == 0) {
+  if ((open_row(d, i).flags & kDropped) || (call.divisor_at ? *call.divisor_at : call.divisor) == 0) {
     if (team.thread < 6) out[team.thread * call.rows] = 0;
     return;
   }

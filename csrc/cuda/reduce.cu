@@ -43,35 +43,33 @@ __global__ void TGT_BOUNDS(kReduceThreads, 1)
 namespace {
 
 template <class Real>
-cudaError_t launch_distill_reduce(const DeviceCall& d, void* loss, cudaStream_t stream) {
+cudaError_t launch_distill_reduce(const DeviceCall& d, cudaStream_t stream) {
   return launch(distill_reduce_kernel<Real>, 1, kReduceThreads, kTeamBytes, 1, stream,
-                static_cast<const Real*>(d.call.row_loss), d.call.rows, d.divisor_at, d.call.divisor,
-                static_cast<Real*>(loss));
+                static_cast<const Real*>(d.call.row_loss), d.call.rows, d.call.divisor_at, d.call.divisor,
+                static_cast<Real*>(d.call.loss));
 }
 
 }  // namespace
 
-Failure choose_divisor(DeviceCall& d, const double* divisor_at, double divisor, double* workspace,
-                       cudaStream_t stream) {
-  if (static_cast<Reduction>(d.call.options.reduction) != Reduction::kMean) return {};
-  if (divisor_at) {
-    d.divisor_at = divisor_at;
-  } else if (divisor >= 0) {
-    d.call.divisor = divisor;
-  } else if (!d.call.weight && !d.call.target) {
-    d.call.divisor = static_cast<double>(d.call.rows);
-  } else {
-    const cudaError_t error = launch(distill_count_kernel, 1, kReduceThreads, kTeamBytes, 1, stream, d, workspace);
+Failure choose_divisor(DeviceCall& d, cudaStream_t stream) {
+  DistillCall& call = d.call;
+  if (static_cast<Reduction>(call.options.reduction) != Reduction::kMean) {
+    call.divisor = 1;
+    call.divisor_at = nullptr;
+  } else if (!call.divisor_at && call.divisor < 0 && !call.weight && !call.target) {
+    call.divisor = static_cast<double>(call.rows);
+  } else if (!call.divisor_at && call.divisor < 0) {
+    const cudaError_t error = launch(distill_count_kernel, 1, kReduceThreads, kTeamBytes, 1, stream, d, call.workspace);
     if (error != cudaSuccess) return {error, "distill_count_kernel"};
-    d.divisor_at = workspace;
+    call.divisor_at = call.workspace;
   }
   return {};
 }
 
-Failure reduce_rows(const DeviceCall& d, bool is_fp64, void* loss, cudaStream_t stream) {
+Failure reduce_rows(const DeviceCall& d, bool is_fp64, cudaStream_t stream) {
   if (static_cast<Reduction>(d.call.options.reduction) == Reduction::kNone) return {};
   const cudaError_t error =
-      is_fp64 ? launch_distill_reduce<double>(d, loss, stream) : launch_distill_reduce<float>(d, loss, stream);
+      is_fp64 ? launch_distill_reduce<double>(d, stream) : launch_distill_reduce<float>(d, stream);
   return {error, "distill_reduce_kernel"};
 }
 

@@ -6,10 +6,10 @@
 
 namespace tgt::cuda {
 
-// Sets the call's divisor from what `distill_forward` is given (api.h), or has it counted into the workspace.
-Failure choose_divisor(DeviceCall& d, const double* divisor_at, double divisor, double* workspace, cudaStream_t stream);
+// Settles the divisor of the weights, 1 for anything but a mean; what is to be counted goes to the workspace.
+Failure choose_divisor(DeviceCall& d, cudaStream_t stream);
 
 // The loss from the weighted losses of the rows; with "none" those are the loss.
-Failure reduce_rows(const DeviceCall& d, bool is_fp64, void* loss, cudaStream_t stream);
+Failure reduce_rows(const DeviceCall& d, bool is_fp64, cudaStream_t stream);
 
 }  // namespace tgt::cuda

@@ -68,16 +68,15 @@ cudaError_t forward_rows(TopKDeviceCall d, bool is_fp64, const Plan& plan, cudaS
 
 }  // namespace
 
-Failure topk_forward(const TopKCall& call, const double* divisor_at, double divisor, double* workspace, void* loss,
-                     Plan plan, cudaStream_t stream) {
+Failure topk_forward(const TopKCall& call, Plan plan, cudaStream_t stream) {
   TopKDeviceCall d = device_call(call);
-  const Failure uncounted = choose_divisor(d.base, divisor_at, divisor, workspace, stream);
+  const Failure uncounted = choose_divisor(d.base, stream);
   if (uncounted.error != cudaSuccess) return uncounted;
   if (call.base.rows > 0) {
     const cudaError_t error = forward_rows(d, call.is_fp64(), plan, stream);
     if (error != cudaSuccess) return {error, "topk_fwd_kernel"};
   }
-  return reduce_rows(d.base, call.is_fp64(), loss, stream);
+  return reduce_rows(d.base, call.is_fp64(), stream);
 }
 
 Failure topk_backward(const TopKCall& call, cudaStream_t stream) {

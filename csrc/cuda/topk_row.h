@@ -162,7 +162,7 @@ TGT_DEVICE Pair divergence_sums(const TopKDeviceCall& d, const Team& team, const
   own.each([&](int64_t, double s, double a) {
     D::add(topk_class(s, a, shared.state, 1 / options.temperature), mixture, sum.x, sum.y);
   });
-  if constexpr (std::is_same<D, Jsd>::value) {
+  if constexpr (D::kMixture) {
     if (!spread(shared.state, d.topk.form)) return sum;
     const TailScale<Real> scale = tail_scale<Real>(options, shared.state.tail_max, shared.state.peak);
     const TopKFactors<Real> f = shared.factors;

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tgt_fast._ranges import named_range
 from tgt_fast.explore.options import SamplerOptions
-from tgt_fast.kernels.reference.latent import philox4x32
+from tgt_fast.kernels.philox import philox4x32
 from tgt_fast.ops.latent import perturb_latents
 from tgt_fast.teacher import Latents, Teacher, tree
 from tgt_fast.teacher.key import Key

@@ -167,8 +167,8 @@ def contrastive_distillation_loss(
         memory_budget: bytes of a chunk's scores and of what stands beside them; 64 MiB by default on a CPU, 2 GiB on a
             device. One query at least.
         return_stats: also return a :class:`DistillStats` from the same pass.
-        backend: whose row kernel runs on a chunk: ``"auto"`` or ``"native"``. ``"reference"`` is the formula above, in
-            float64, with all scores in memory.
+        backend: whose row kernel runs on a chunk: ``"auto"``, ``"native"`` or ``"triton"``. ``"reference"`` is the
+            formula above, in float64, with all scores in memory.
 
     Returns:
         The loss, float32 (float64 when an input is float64): 0-d, or ``(N,)`` for ``"none"``. With ``return_stats`` the

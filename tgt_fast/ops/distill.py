@@ -200,7 +200,7 @@ def distillation_loss(
         inplace: write the gradient over ``student_logits``, which saves one buffer of their size. They must not be used
             afterwards, and backward runs once.
         return_stats: also return a :class:`DistillStats` from the same pass.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``.
+        backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         The loss, float32 (float64 when an input is float64): 0-d, or ``(...)`` for ``"none"``. With ``return_stats``

@@ -54,7 +54,7 @@ def perturb_latents(
             function; one random word a number, so other numbers than without), in standard deviations, > 0.
         sphere_radius: rescale each result to this l2 norm; ``"keep"`` keeps the norm of its ``z``.
         op: the random stream, ``"perturb"`` or ``"restart"``.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``.
+        backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         A tensor like ``z``.
@@ -141,7 +141,7 @@ def ascend_latents(
         sigma: noise of the step, >= 0, in units of ``scale``, keyed as in :func:`perturb_latents` but of a stream of
             its own: a number, or a tensor a sample, ``(B,)``.
         seed, sample_ids, step, replica: the key of the noise, see :func:`perturb_latents`.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``.
+        backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         A tensor like ``z``, detached. A sample whose gradient is 0 or not finite takes no step (its noise and

@@ -42,8 +42,10 @@ def seen_by_dispatcher(*tensors: Any) -> bool:
         return False  # no compiled kernel serves them: the reference does, in plain PyTorch
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return all(type(t) in PLAIN or isinstance(t, _TRACED) for t in tensors if isinstance(t, Tensor))
-    for tensor in tensors:  # noqa: SIM110, a loop costs a third of any(), and this runs at every call
-        if type(tensor) not in PLAIN and isinstance(tensor, _TRACED):  # which is slow to say no
+    for tensor in tensors:  # a loop costs a third of any(), and this runs at every call
+        if tensor is None or type(tensor) in PLAIN:
+            continue
+        if isinstance(tensor, _TRACED):  # which is slow to say no
             return True
     return False
 

@@ -226,8 +226,8 @@ def linear_distillation_loss(
             that takes no more than as many bytes again, else in blocks of 8 MiB. The result hardly depends on it: the
             sums over rows are rounded in another order.
         return_stats: also return a :class:`DistillStats` from the same pass.
-        backend: whose row kernel runs on a chunk: ``"auto"`` or ``"native"``. ``"reference"`` is the formula above, in
-            float64, with all logits in memory.
+        backend: whose row kernel runs on a chunk: ``"auto"``, ``"native"`` or ``"triton"``. ``"reference"`` is the
+            formula above, in float64, with all logits in memory.
 
     Returns:
         The loss, float32 (float64 when an input is float64): 0-d, or ``(...)`` for ``"none"``. With ``return_stats``

@@ -5,6 +5,8 @@ On a device nothing waits for it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,11 +23,12 @@ from tgt_fast.kernels.calls import (
     upstream,
 )
 from tgt_fast.kernels.native import core, cuda
-from tgt_fast.kernels.native.distill_calls import core_options, matrix, pointer, split_divisor
+from tgt_fast.kernels.native.abi import matrix, option_values, packer, pointer, split_divisor
 from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.kernels.row_checks import bad_share, bad_target, bad_weight
 
 AUTO_PLAN = (0, 0, True)  # path, blocks a row, bulk copies: chosen by size (csrc/cuda/distill.h)
+_NOTHING = (0, 0, 0)  # a Matrix
 
 
 def takes_shares(call: DistillCall) -> bool:
@@ -35,34 +38,81 @@ def takes_shares(call: DistillCall) -> bool:
 
 def forward(call: DistillCall, out: Outputs, *, plan: tuple[int, int, bool] = AUTO_PLAN) -> None:
     """Row losses, their reduction and the wanted gradients, in one pass over the logits."""
-    options, student, teacher = call.options, call.student, call.teacher
-    assert isinstance(teacher, Tensor)
-    rows, classes = student.shape
+    run_forward("distill_forward", call, out, plan)
+
+
+def backward(call: DistillCall, row_state: Tensor, d_loss: Tensor, grads: Gradients) -> None:
+    """The gradients from logits and saved row statistics, with the upstream gradient applied before rounding."""
+    run_backward("distill_backward", call, row_state, d_loss, grads)
+
+
+def run_forward(
+    kernel: str, call: DistillCall, out: Outputs, plan: tuple[int, int, bool], topk: tuple[Any, ...] | None = None
+) -> tuple[int, int]:
+    """(status, row) of a kernel. ``topk``: the fields of the teacher's top k, in the place of its logits."""
+    student, teacher = call.student, call.teacher
     target, weight, row_loss = prepared(call, out)
-    written = (
-        pointer(row_loss), pointer(out.loss), matrix(out.d_student), matrix(out.d_teacher), pointer(out.row_state),
-        pointer(out.stats),
-    )  # fmt: skip
     engine = cuda.engine(student)
-    if engine is not None:
-        divisor_at, divisor = split_divisor(call.divisor)
-        workspace = student.new_empty(1, dtype=torch.float64)
-        with engine.current(student) as stream:
-            engine.core.cuda_distill_forward(
-                core_options(engine.core, options), rows, classes, matrix(student), matrix(teacher), pointer(target),
-                pointer(weight), pointer(divisor_at), divisor, pointer(workspace), *written, plan, stream,
-            )  # fmt: skip
-        return
-    compiled, labels, shares = core(), *_labels_or_shares(target)
-    status, row = compiled.distill_forward(
-        core_options(compiled, options), rows, classes, matrix(student), matrix(teacher), pointer(labels),
-        pointer(weight), -1.0 if call.divisor is None else float(call.divisor), *written, matrix(shares), threads(),
+    on_device = engine is not None
+    divisor_at, divisor = split_divisor(call.divisor, on_device)
+    workspace = student.new_empty(1, dtype=torch.float64) if on_device else None
+    state = pointer(out.row_state)
+    values = (
+        *option_values(call.options), *student.shape, *matrix(student),
+        *(matrix(teacher) if isinstance(teacher, Tensor) else _NOTHING), *_target(target), pointer(weight), divisor,
+        pointer(divisor_at), pointer(workspace), pointer(out.loss), pointer(row_loss), *matrix(out.d_student),
+        *matrix(out.d_teacher), state if topk is None else 0, pointer(out.stats), 0, False, 0,
     )  # fmt: skip
+    name = "DistillCall"
+    if topk is not None:
+        name, values = "TopKCall", (*values, *topk, state)
+    if engine is not None:
+        with engine.current(student) as stream:
+            getattr(engine.core, f"cuda_{kernel}")(packer(engine.core, name)(*values), plan, stream)
+        return 0, 0
+    compiled = core()
+    status, row = getattr(compiled, kernel)(packer(compiled, name)(*values), threads())
     if status:
-        refuse_row(status, row, classes, target, weight, options)
+        _refuse_row(status, row, student.shape[1], target, weight, call.options)
+    return status, row
 
 
-def refuse_row(
+def run_backward(
+    kernel: str, call: DistillCall, row_state: Tensor, d_loss: Tensor, grads: Gradients,
+    topk: tuple[Any, ...] | None = None,
+) -> None:  # fmt: skip
+    """Runs a kernel. ``topk``: as in :func:`run_forward`."""
+    student, teacher = call.student, call.teacher
+    target, d_loss = dense(call.target), upstream(d_loss, accumulate_dtype(student, teacher))
+    state = pointer(row_state)
+    values = (
+        *option_values(call.options), *student.shape, *matrix(student),
+        *(matrix(teacher) if isinstance(teacher, Tensor) else _NOTHING), *_target(target), 0, -1.0, 0, 0, 0, 0,
+        *matrix(grads[0]), *matrix(grads[1]), state if topk is None else 0, 0, pointer(d_loss), d_loss.dim() > 0, 0,
+    )  # fmt: skip
+    name = "DistillCall"
+    if topk is not None:
+        name, values = "TopKCall", (*values, *topk, state)
+    run(kernel, name, student, values)
+
+
+def run(kernel: str, name: str, at: Tensor, values: tuple[Any, ...]) -> None:
+    """Runs a kernel that takes a struct alone, on the device of a tensor."""
+    engine = cuda.engine(at)
+    if engine is None:
+        compiled = core()
+        getattr(compiled, kernel)(packer(compiled, name)(*values), threads())
+        return
+    with engine.current(at) as stream:
+        getattr(engine.core, f"cuda_{kernel}")(packer(engine.core, name)(*values), stream)
+
+
+def _target(target: Tensor | None) -> tuple[int, int, int, int]:
+    """The fields of labels, and of shares of the classes in their place."""
+    return (0, *matrix(target)) if is_soft(target) else (pointer(target), *_NOTHING)
+
+
+def _refuse_row(
     status: int, row: int, classes: int, target: Tensor | None, weight: Tensor | None, options: DistillOptions
 ) -> None:
     """The error that the core found in a row's label or weight, if it found one there."""
@@ -74,35 +124,7 @@ def refuse_row(
         raise ArgumentError(bad_weight(row, float(weight[row])))
 
 
-def backward(call: DistillCall, row_state: Tensor, d_loss: Tensor, grads: Gradients) -> None:
-    """The gradients from logits and saved row statistics, with the upstream gradient applied before rounding."""
-    student, teacher = call.student, call.teacher
-    assert isinstance(teacher, Tensor)
-    target, d_loss = dense(call.target), upstream(d_loss, accumulate_dtype(student, teacher))
-    labels, shares = _labels_or_shares(target)
-    given = (
-        *student.shape, matrix(student), matrix(teacher), pointer(labels), pointer(row_state), pointer(d_loss),
-        d_loss.dim() > 0, *map(matrix, grads),
-    )  # fmt: skip
-    engine = cuda.engine(student)
-    if engine is None:
-        core().distill_backward(core_options(core(), call.options), *given, matrix(shares), threads())
-        return
-    with engine.current(student) as stream:
-        engine.core.cuda_distill_backward(core_options(engine.core, call.options), *given, stream)
-
-
-def _labels_or_shares(target: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, target) if is_soft(target) else (target, None)
-
-
 def scale_(grad: Tensor, d_loss: Tensor) -> None:
     """grad *= d_loss, a factor for all rows or one a row; reads nothing but the factor when that is 1."""
     d_loss = upstream(d_loss, accumulate_dtype(grad, grad))
-    given = (*grad.shape, matrix(grad), pointer(d_loss), d_loss.dim() > 0)
-    engine = cuda.engine(grad)
-    if engine is None:
-        core().distill_scale(*given, threads())
-        return
-    with engine.current(grad) as stream:
-        engine.core.cuda_distill_scale(*given, stream)
+    run("distill_scale", "ScaleCall", grad, (*grad.shape, *matrix(grad), pointer(d_loss), d_loss.dim() > 0))

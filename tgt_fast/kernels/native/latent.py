@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tgt_fast._forks import threads
 from tgt_fast.kernels.latent_calls import accumulate_dtype, on_device, samples, vector
 from tgt_fast.kernels.native import DTYPES, core, cuda
+from tgt_fast.kernels.native.abi import packer, pointer
 from tgt_fast.kernels.options import OP_ASCEND, RADIUS_NORMS, STEP_NORMS
 
 _UINT64 = (1 << 64) - 1
@@ -21,27 +24,38 @@ class _Factor:
         self.number = float(value) if isinstance(value, (int, float)) else 0.0
 
     def packed(self) -> tuple[float, int]:
-        return self.number, _pointer(self.tensor)
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+        return self.number, pointer(self.tensor)
 
 
 def noise(
-    seed: int | Tensor, sample_ids: Tensor, step: int | Tensor, replica: int, op: int
-) -> tuple[int, int, int, int, int]:
-    return int(seed) & _UINT64, sample_ids.data_ptr(), int(step), int(replica), op
+    seed: int | Tensor, sample_ids: Tensor, step: int | Tensor, replica: int, op: int, truncation: float = 0.0
+) -> tuple[Any, ...]:
+    """The fields of NoiseKey."""
+    return int(seed) & _UINT64, sample_ids.data_ptr(), int(step), int(replica), op, truncation
 
 
-def device_noise(
-    seed: int | Tensor, sample_ids: Tensor, step: int | Tensor, replica: int, op: int
-) -> tuple[tuple[int, int, int, int, int], tuple[int, int]]:
-    """The key with its integers that live on the device left there: numbers, and addresses that replace them."""
-    (seed_number, seed_at), (step_number, step_at) = (
-        (0, value.data_ptr()) if isinstance(value, Tensor) else (value, 0) for value in (seed, step)
+def run(
+    kernel: str, name: str, at: Tensor, before: tuple[Any, ...], after: tuple[Any, ...], *, seed: int | Tensor,
+    sample_ids: Tensor, step: int | Tensor, replica: int, op: int, truncation: float = 0.0,
+) -> None:  # fmt: skip
+    """Runs a kernel on the device of a tensor; ``before`` and ``after`` are the fields of its struct round the noise.
+
+    Integers of the key that live on the device are left there: their addresses replace them.
+    """
+    engine = cuda.engine(at)
+    if engine is None:
+        compiled = core()
+        key = noise(seed, sample_ids, step, replica, op, truncation)
+        getattr(compiled, kernel)(packer(compiled, name)(*before, *key, *after), threads())
+        return
+    (seed, seed_at), (step, step_at) = (
+        (0, value.data_ptr()) if isinstance(value, Tensor) else (value, 0)
+        for value in (on_device(at.device, seed), on_device(at.device, step))
     )
-    return noise(seed_number, sample_ids, step_number, replica, op), (seed_at, step_at)
+    key = noise(seed, sample_ids, step, replica, op, truncation)
+    with engine.current(at) as stream:
+        packed = packer(engine.core, name)(*before, *key, *after)
+        getattr(engine.core, f"cuda_{kernel}")(packed, (seed_at, step_at), stream)
 
 
 def perturb(
@@ -65,19 +79,12 @@ def perturb(
     scale = None if per_coordinate is None else vector(per_coordinate, dtype)
     out = torch.empty_like(z)
     radius = -1.0 if sphere_radius == "keep" else 0.0 if sphere_radius is None else float(sphere_radius)
-    engine = cuda.engine(z)
-    if engine is not None:
-        seed, step = on_device(z.device, seed), on_device(z.device, step)
-        key = device_noise(seed, sample_ids, step, int(replica), op)
-        with engine.current(z) as stream:
-            engine.core.cuda_latent_perturb(
-                *z.shape, DTYPES[z.dtype], z.data_ptr(), out.data_ptr(), sigma.packed(), _pointer(scale), *key,
-                truncation or 0.0, radius, stream,
-            )  # fmt: skip
-        return out
-    core().latent_perturb(
-        *z.shape, DTYPES[z.dtype], z.data_ptr(), out.data_ptr(), sigma.packed(), _pointer(scale),
-        noise(seed, sample_ids, step, replica, op), truncation or 0.0, radius, threads(),
+    before = (
+        *z.shape, DTYPES[z.dtype], z.data_ptr(), out.data_ptr(), *sigma.packed(), pointer(scale),
+    )  # fmt: skip
+    run(
+        "latent_perturb", "PerturbCall", z, before, (radius,), seed=seed, sample_ids=sample_ids, step=step,
+        replica=replica, op=op, truncation=truncation or 0.0,
     )  # fmt: skip
     return out
 
@@ -103,21 +110,13 @@ def ascend(
     sample_ids = sample_ids.contiguous()
     steps, sigmas, radii = _Factor(step_size, dtype), _Factor(sigma, dtype), _Factor(radius, dtype)
     out = torch.empty_like(z)
-    types = tuple(DTYPES[tensor.dtype] for tensor in (z, grad, z if anchor is None else anchor))
-    engine = cuda.engine(z)
-    if engine is not None:
-        seed, step = on_device(z.device, seed), on_device(z.device, step)
-        key = device_noise(seed, sample_ids, step, int(replica), OP_ASCEND)
-        with engine.current(z) as stream:
-            engine.core.cuda_latent_ascend(
-                *z.shape, types, z.data_ptr(), grad.data_ptr(), _pointer(anchor), out.data_ptr(), steps.packed(),
-                sigmas.packed(), radii.packed(), _pointer(unit), STEP_NORMS.index(norm),
-                RADIUS_NORMS.index(radius_norm), *key, stream,
-            )  # fmt: skip
-        return out
-    core().latent_ascend(
-        *z.shape, types, z.data_ptr(), grad.data_ptr(), _pointer(anchor), out.data_ptr(), steps.packed(),
-        sigmas.packed(), radii.packed(), _pointer(unit), STEP_NORMS.index(norm), RADIUS_NORMS.index(radius_norm),
-        noise(seed, sample_ids, step, replica, OP_ASCEND), threads(),
+    types = (DTYPES[tensor.dtype] for tensor in (z, grad, z if anchor is None else anchor))
+    before = (
+        *z.shape, *types, z.data_ptr(), grad.data_ptr(), pointer(anchor), out.data_ptr(), *steps.packed(),
+        *sigmas.packed(), *radii.packed(), pointer(unit), STEP_NORMS.index(norm), RADIUS_NORMS.index(radius_norm),
+    )  # fmt: skip
+    run(
+        "latent_ascend", "AscendCall", z, before, (), seed=seed, sample_ids=sample_ids, step=step, replica=replica,
+        op=OP_ASCEND,
     )  # fmt: skip
     return out

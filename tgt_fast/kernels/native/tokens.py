@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from tgt_fast._forks import threads
-from tgt_fast.kernels.latent_calls import accumulate_dtype, on_device
+from tgt_fast.kernels.latent_calls import accumulate_dtype
 from tgt_fast.kernels.memory import workspace
-from tgt_fast.kernels.native import core, cuda
-from tgt_fast.kernels.native.distill_calls import matrix, pointer
-from tgt_fast.kernels.native.latent import device_noise, noise
+from tgt_fast.kernels.native import core
+from tgt_fast.kernels.native.abi import matrix, packer, pointer
+from tgt_fast.kernels.native.latent import noise, run
 from tgt_fast.kernels.options import OP_GUMBEL, OP_TOKENS, SampleOptions, SoftOptions, SoftState
 from tgt_fast.kernels.tokens_table import given_back, taken
 
@@ -38,16 +38,9 @@ def sample(
     shape = (*logits.shape, logits.shape[0] // sample_ids.shape[0])
     least = -math.inf if options.min_p is None else math.log(options.min_p)
     filters = (options.temperature, options.top_k or 0, 1.0 if options.top_p is None else options.top_p, least)
-    engine = cuda.engine(logits)
-    if engine is not None:
-        seed, step = on_device(logits.device, seed), on_device(logits.device, step)
-        key = device_noise(seed, sample_ids, step, int(replica), OP_TOKENS)
-        with engine.current(logits) as stream:
-            engine.core.cuda_tokens_sample(*shape, matrix(logits), filters, *key, tokens.data_ptr(), stream)
-        return tokens
-    core().tokens_sample(
-        *shape, matrix(logits), filters, noise(seed, sample_ids, step, replica, OP_TOKENS), tokens.data_ptr(),
-        threads(),
+    run(
+        "tokens_sample", "SampleCall", logits, (*shape, *matrix(logits), *filters), (tokens.data_ptr(),), seed=seed,
+        sample_ids=sample_ids, step=step, replica=replica, op=OP_TOKENS,
     )  # fmt: skip
     return tokens
 
@@ -76,12 +69,17 @@ class _Soft:
     def buffer(self) -> Tensor:
         return workspace((self.rows, self.classes), self.dtype)
 
-    def call(self, kernel: Any, at: slice, state: Tensor, weights: Tensor | None, *rest: Any) -> None:
-        kernel(
+    def call(
+        self, kernel: str, at: slice, state: Tensor, weights: Tensor | None, *, chosen: Tensor | None = None,
+        slope: Tensor | None = None, d_logits: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        compiled = core()
+        values = (
             at.start, at.stop - at.start, self.classes, self._positions, self.dtype == torch.float64,
-            matrix(self.logits[at]), self._options.tau, self._options.gumbel, self._key, state[0, at].data_ptr(),
-            state[1, at].data_ptr(), pointer(weights), *rest, threads(),
+            *matrix(self.logits[at]), self._options.tau, self._options.gumbel, *self._key, state[0, at].data_ptr(),
+            state[1, at].data_ptr(), pointer(weights), pointer(chosen), pointer(slope), *matrix(d_logits),
         )  # fmt: skip
+        getattr(compiled, kernel)(packer(compiled, "SoftCall")(*values), threads())
 
 
 def soft_forward(
@@ -99,16 +97,16 @@ def soft_forward(
     job = _Soft(logits, table, options, seed, sample_ids, step, replica)
     state = torch.empty(2, job.count, dtype=job.dtype, device="cpu")
     chosen = torch.empty(job.count if options.hard else 0, dtype=torch.int64, device="cpu")
-    kernel = core().tokens_soft_forward
+    kernel = "tokens_soft_forward"
     if options.hard:
         if job.count:
-            job.call(kernel, slice(0, job.count), state, None, chosen.data_ptr())
+            job.call(kernel, slice(0, job.count), state, None, chosen=chosen)
         out = taken(table, chosen)
     else:
         sums = torch.empty(job.count, table.shape[1], dtype=job.dtype, device="cpu")
         weights = job.buffer()
         for at in job.chunks(job.rows):
-            job.call(kernel, at, state, weights, 0)
+            job.call(kernel, at, state, weights)
             torch.mm(weights[: at.stop - at.start], job.table, out=sums[at])
         out = sums.div_(state[1][:, None]).to(table.dtype)
     return out, SoftState(state, chosen) if keep else None
@@ -129,7 +127,7 @@ def soft_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients to logits and table, from probabilities made anew, a chunk of rows at a time."""
     job = _Soft(logits, table, options, seed, sample_ids, step, replica)
-    upstream, kernel = d_out.detach().to(job.dtype), core().tokens_soft_backward
+    upstream, kernel = d_out.detach().to(job.dtype), "tokens_soft_backward"
     rows = state.rows.contiguous()
     d_logits = workspace(logits.shape, logits.dtype) if wanted[0] else None
     soft_table = wanted[1] and not options.hard
@@ -144,7 +142,7 @@ def soft_backward(
             here = d_logits[at] if slope is None else slope[:count]
             torch.mm(upstream[at], job.table.T, out=here)
         part = None if d_logits is None else d_logits[at]
-        job.call(kernel, at, rows, weights, pointer(here), matrix(part))
+        job.call(kernel, at, rows, weights, slope=here, d_logits=part)
         if d_table is not None and weights is not None:
             d_table.addmm_(weights[:count].T, upstream[at])
     if options.hard and wanted[1]:

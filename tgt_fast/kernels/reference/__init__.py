@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from tgt_fast.kernels.reference.distill import distillation_loss
-from tgt_fast.kernels.reference.latent import ascend, perturb, philox4x32, standard_normal
+from tgt_fast.kernels.reference.latent import ascend, perturb, standard_normal
 
 __all__ = [
     "ascend",
     "distillation_loss",
     "perturb",
-    "philox4x32",
     "refusal",
     "standard_normal",
     "status",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tgt_fast.kernels.options import OP_GUMBEL, OP_TOKENS, SampleOptions, SoftOptions, SoftState
-from tgt_fast.kernels.reference.latent import philox_words
+from tgt_fast.kernels.philox import philox_words
 from tgt_fast.kernels.tokens_table import given_back
 
 __all__ = ["gumbel_noise", "sample", "soft_backward", "soft_embedding", "soft_forward", "token_uniform"]
