@@ -16,7 +16,7 @@ pytest.importorskip("peft")
 import peft
 
 import tgt_fast as tgt
-from tgt_fast.ops import _adapters
+from tgt_fast.ops import _heads
 
 HIDDEN, CLASSES = 6, 11
 X = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
@@ -39,7 +39,7 @@ class Model(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _unsearched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(_adapters, "_looked_for", set())
+    monkeypatch.setattr(_heads, "_looked_for", set())
     yield
     gc.collect()
 
@@ -116,7 +116,7 @@ def test_heads_whose_weight_is_all_there_is_are_silent(case: str) -> None:
 def test_the_search_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     adapted("lm_head")
     searches = []
-    monkeypatch.setattr(_adapters, "_layers_on", lambda weight: searches.append(1) or [])
+    monkeypatch.setattr(_heads, "_layers_on", lambda weight: searches.append(1) or [])
     kept = []
     for _ in range(50):  # memory that moves at each step
         kept.append(torch.randn(CLASSES, HIDDEN))
@@ -128,11 +128,11 @@ def test_a_table_under_adapters_is_the_layers_own() -> None:
     model = adapted("embed")
     layer = model.embed
     every = torch.arange(CLASSES)
-    torch.testing.assert_close(_adapters.with_adapters(layer, layer.weight), layer(every))
+    torch.testing.assert_close(_heads.with_adapters(layer, layer.weight), layer(every))
     layer.enable_adapters(False)
-    assert _adapters.with_adapters(layer, layer.weight) is layer.weight
+    assert _heads.with_adapters(layer, layer.weight) is layer.weight
     plain = nn.Embedding(3, 2)
-    assert _adapters.with_adapters(plain, plain.weight) is plain.weight
+    assert _heads.with_adapters(plain, plain.weight) is plain.weight
 
 
 def test_a_student_under_lora_reads_relaxed_texts_with_its_own_table() -> None:

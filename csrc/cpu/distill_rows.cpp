@@ -322,8 +322,9 @@ void backward_rows(const DistillCall& call, int64_t begin, int64_t end) {
 // Powers of exp(s / Ts) serve the hard term where the soft one has them at hand.
 struct Kernel {
   template <class D>
-  static constexpr bool kServed = true,
-                        kPowers = D::kProbabilities;
+  static constexpr bool kServed = true;
+  template <class D>
+  static constexpr bool kPowers = D::kProbabilities;
 };
 struct Forward : Kernel {
   template <class Real, class D, HardPower power>

@@ -267,8 +267,9 @@ void backward_rows(const TopKCall& call, int64_t begin, int64_t end) {
 // The tail's exponentials are those of the soft term, be it wanted or not.
 struct Kernel {
   template <class D>
-  static constexpr bool kServed = D::kTopK || !D::kSoft,
-                        kPowers = true;
+  static constexpr bool kServed = D::kTopK || !D::kSoft;
+  template <class D>
+  static constexpr bool kPowers = true;
 };
 struct Forward : Kernel {
   template <class Real, class D, HardPower power>

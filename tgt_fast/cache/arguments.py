@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, DeviceError
-from tgt_fast.ops._readable import readable
+from tgt_fast.ops._checks import readable
 
 
 def flag(op: str, name: str, value: Any) -> bool:

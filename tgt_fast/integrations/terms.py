@@ -11,7 +11,7 @@ from torch import Tensor
 from tgt_fast.errors import ShapeError
 from tgt_fast.kernels.options import DistillStats
 from tgt_fast.losses import DistillationLoss, LinearDistillationLoss
-from tgt_fast.ops._adapters import adapters_seen_to
+from tgt_fast.ops._heads import adapters_seen_to
 from tgt_fast.ops.topk import TeacherTopK
 
 IGNORED: Final = -100  # the label that the frameworks' own counts leave out

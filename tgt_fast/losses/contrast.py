@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from tgt_fast.kernels.options import DistillStats
 from tgt_fast.losses.settings import Settings, setting
-from tgt_fast.ops._contrast_arguments import OP, make_temperatures
 from tgt_fast.ops._distill_arguments import make_options
-from tgt_fast.ops.contrast import contrastive_distillation_loss
+from tgt_fast.ops.contrast import OP, contrastive_distillation_loss, make_temperatures
 from tgt_fast.ops.counts import counting_group
 
 _USUAL = {

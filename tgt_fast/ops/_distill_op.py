@@ -12,8 +12,8 @@ from tgt_fast.kernels import select
 from tgt_fast.kernels.calls import Direct, DistillCall, Gradients, Outputs, gradients, outputs
 from tgt_fast.kernels.options import DistillOptions, TopK
 from tgt_fast.ops import library
+from tgt_fast.ops._checks import all_readable, upstream
 from tgt_fast.ops._distill_arguments import OP, check_values, settled
-from tgt_fast.ops._readable import all_readable, upstream
 from tgt_fast.ops.library import or_nothing
 
 # Of a call: a record's log-probabilities stand in the teacher's place. A divisor is a tensor or a number.

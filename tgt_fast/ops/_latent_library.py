@@ -10,8 +10,8 @@ from torch import Tensor
 from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.kernels import select
 from tgt_fast.ops import library
+from tgt_fast.ops._checks import all_readable, upstream
 from tgt_fast.ops._noise import KEY, KEY_COUNT, check_key, for_kernel, packed, unpacked
-from tgt_fast.ops._readable import all_readable, upstream
 
 _KEEP = -1.0  # the sphere through z itself
 

@@ -14,10 +14,10 @@ from tgt_fast.kernels import late, linear_chunks, select
 from tgt_fast.kernels.linear_call import result_dtype
 from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, LinearForward, LinearOptions, LinearTensors
 from tgt_fast.ops import _checks, library
+from tgt_fast.ops._checks import all_readable, upstream
 from tgt_fast.ops._distill_arguments import settled
 from tgt_fast.ops._distill_op import distill_scale_
 from tgt_fast.ops._linear_arguments import LARGE, OP, check_values
-from tgt_fast.ops._readable import all_readable, upstream
 from tgt_fast.ops.library import or_nothing
 
 _HEADS: Final = (1, 2, 4, 5)  # weights and biases: their gradients are sums over rows

@@ -10,7 +10,7 @@ from torch import Tensor
 from tgt_fast.errors import ArgumentError, DeviceError, ShapeError
 from tgt_fast.kernels.options import MAX_REPLICA, MAX_SAMPLE_ID, MAX_STEP
 from tgt_fast.ops import _checks, library
-from tgt_fast.ops._readable import readable
+from tgt_fast.ops._checks import readable
 
 KEY: Final = (
     "Tensor? device_seed, int seed, Tensor sample_ids, Tensor? device_step, int step, Tensor? replicas, int replica"

@@ -13,9 +13,9 @@ from tgt_fast.kernels import late, select
 from tgt_fast.kernels.late import is_on
 from tgt_fast.kernels.options import LateSoft, SampleOptions, SoftOptions, SoftState
 from tgt_fast.ops import _checks, library
+from tgt_fast.ops._checks import all_readable, upstream
 from tgt_fast.ops._distill_op import dense_rows
 from tgt_fast.ops._noise import KEY, KEY_COUNT, check_key, for_kernel, packed, unpacked
-from tgt_fast.ops._readable import all_readable, upstream
 
 _SOFT = "float tau, bool gumbel, bool hard, Tensor? numbers"
 _SOFT_COUNT = 4

@@ -1,4 +1,4 @@
-"""The divisor of a mean whose rows are spread over processes."""
+"""Rows that are spread over processes: the divisor of their mean, and themselves, gathered."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tgt_fast._processes import connected
-from tgt_fast.errors import ArgumentError
+from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.kernels.calls import is_soft
 from tgt_fast.kernels.late import is_on
 from tgt_fast.kernels.linear_call import row_weights
@@ -80,3 +80,51 @@ def divisor_over(
         return divisor
     mine = weight_of_rows(student.shape[:-1], student.device, target, sample_weight, classes, options)
     return over_processes(group, mine)[0]
+
+
+def process_group(op: str, group: Any) -> Any:
+    """The group, by default that of all processes. Raises ArgumentError when there are no processes to speak of."""
+    if not connected():
+        raise ArgumentError(f"{op}: gather=True needs torch.distributed.init_process_group()")
+    return torch.distributed.group.WORLD if group is None else group
+
+
+def same_count(op: str, name: str, rows: Tensor, group: Any) -> None:
+    """On a CPU, where it costs no synchronisation: ShapeError unless every process brings as many rows."""
+    if rows.device.type != "cpu":
+        return
+    counts = [
+        torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(torch.distributed.get_world_size(group))
+    ]
+    torch.distributed.all_gather(counts, torch.tensor([rows.shape[0]], device=rows.device), group=group)
+    found = [int(count) for count in counts]
+    if len(set(found)) > 1:
+        raise ShapeError(f"{op}: the processes bring {found} rows of {name}; they must bring equally many")
+
+
+def gathered(rows: Tensor, group: Any) -> Tensor:
+    """The rows of all processes, in the order of their ranks.  [M, ...] -> [W M, ...]
+
+    Differentiable: in backward a process gets the sum of what all of them found for its rows.
+    """
+    made: Tensor = _Gather.apply(rows, group)
+    return made
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: Any) -> Tensor:
+        ctx.group, ctx.count = group, rows.shape[0]
+        world = torch.distributed.get_world_size(group)
+        out = rows.new_empty(world * rows.shape[0], *rows.shape[1:])
+        torch.distributed.all_gather_into_tensor(out, rows.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> Any:  # type: ignore[override]
+        # Summed in float32 at least, as the gradients of rows are within a process.
+        dtype = torch.promote_types(d_out.dtype, torch.float32)
+        total = d_out.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=ctx.group)
+        start = torch.distributed.get_rank(ctx.group) * ctx.count
+        return total[start : start + ctx.count].to(d_out.dtype), None

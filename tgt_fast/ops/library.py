@@ -20,7 +20,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.errors import BackendError
 from tgt_fast.kernels.plain import PLAIN
-from tgt_fast.ops._readable import all_readable
+from tgt_fast.ops._checks import all_readable
 
 LIBRARY: Final = torch.library.Library("tgt_fast", "DEF")
 DIVISOR: Final = "Tensor? divisor, float? divisor_number"  # of a mean, on the device or as a number

@@ -14,8 +14,8 @@ from tgt_fast.kernels.linear_call import topk_of, vocabulary_of
 from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, DistillStats, LinearOptions, LinearTensors
 from tgt_fast.kernels.reference import linear as reference_linear
 from tgt_fast.ops import _checks
-from tgt_fast.ops._adapters import warn_of_adapters
 from tgt_fast.ops._distill_arguments import as_mask, flat_target, make_options, packed
+from tgt_fast.ops._heads import warn_of_adapters, whole_head
 from tgt_fast.ops._linear_arguments import (
     OP,
     check_teacher,
@@ -27,7 +27,6 @@ from tgt_fast.ops._linear_arguments import (
 )
 from tgt_fast.ops._linear_op import Call, Direct, Linear, chosen, packed_call, packed_heads
 from tgt_fast.ops._linear_op import linear_distillation_loss as linear_distillation_loss_op
-from tgt_fast.ops._sharded_heads import whole_head
 from tgt_fast.ops.counts import divisor_over
 from tgt_fast.ops.library import graph_wanted, seen_by_dispatcher, without_autocast
 from tgt_fast.ops.topk import TeacherTopK, check_where_asked, warn_where_small

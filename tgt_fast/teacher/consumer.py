@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels.select import BACKENDS
 from tgt_fast.ops import _checks
-from tgt_fast.ops._adapters import with_adapters
+from tgt_fast.ops._heads import with_adapters
 from tgt_fast.ops.tokens import soft_embedding
 from tgt_fast.teacher.alignment import align_vocabularies
 from tgt_fast.teacher.key import Key

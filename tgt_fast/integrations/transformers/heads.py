@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tgt_fast.errors import ArgumentError
 from tgt_fast.explore.guard import preserve_student
 from tgt_fast.integrations.terms import Projection
-from tgt_fast.ops._adapters import is_adapted, with_adapters
+from tgt_fast.ops._heads import is_adapted, with_adapters
 from tgt_fast.ops.library import without_autocast
 from tgt_fast.teacher import tree
 
