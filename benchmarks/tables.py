@@ -254,8 +254,8 @@ def gpu(record: dict[str, Any]) -> str:
 _OF_TESTS = {"failed": "failed", "skipped": "skipped", "missing": "not reached"}
 PEERS = ("liger", "orda", "quack", "cce")
 _CALLED = {"compile": "torch.compile", "chunked": "chunks", "linear_cross_entropy": "`linear_cross_entropy`"}
-GPU_NOUNS = ("distill", "linear", "topk", "latent", "tokens", "explore", "contrast")
-NOT_YET = {f"{noun}-cuda": "*Not yet measured on a GPU.*" for noun in GPU_NOUNS}
+GPU_OPS = ("distill", "linear", "topk", "latent", "tokens", "explore", "contrast")
+NOT_YET = {f"{noun}-cuda": "*Not yet measured on a GPU.*" for noun in GPU_OPS}
 NOT_YET["gpu-cuda"] = "*Nothing has run on a GPU yet.*"
 CACHE_RIVALS = ("over_memmap", "over_pread", "over_safe_open", "over_file")
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {

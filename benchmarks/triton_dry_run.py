@@ -46,7 +46,7 @@ import torch
 import tgt_fast
 from tgt_fast.bench import explore
 from tgt_fast.bench.case import Case
-from tgt_fast.bench.nouns import NOUNS
+from tgt_fast.bench.ops import OPS
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 SETS: Final = ("bench", "tests", "fragile", "options")
@@ -72,7 +72,7 @@ class _NoGenerator:
 def bench_forms() -> dict[str, Form]:
     """The calls that are timed, at their full shapes, where Triton has kernels for them."""
     made: dict[str, Form] = {}
-    for noun, cases in NOUNS.items():
+    for noun, cases in OPS.items():
         for case in (*cases(torch.device("cuda"), True), *cases(torch.device("cuda"), False)):
             if noun == "explore":  # through a network, which computes on a CPU what it is given
                 spec = explore.Spec(int(case.numbers["batch"]), False)

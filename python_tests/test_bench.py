@@ -26,7 +26,7 @@ from tgt_fast.bench.case import Check
 from tgt_fast.bench.check import edge_rows, relative_error, result_bar
 from tgt_fast.bench.distill import DistillWork, Spec
 from tgt_fast.bench.load import Load, Watch
-from tgt_fast.bench.nouns import NOUNS
+from tgt_fast.bench.ops import OPS
 from tgt_fast.bench.row import Row, Standing
 from tgt_fast.bench.run import Plan, measure
 
@@ -71,7 +71,7 @@ def test_the_command_prints_and_writes_everything(tmp_path: Path, capsys: pytest
     assert record["versions"]["torch"] == torch.__version__
     fixed = "tgt-fast bench --device cpu --shapes quick --seconds 0.001 --rivals eager,liger,quack"
     assert record["command"] == fixed
-    assert list(dict.fromkeys(row["noun"] for row in record["rows"])) == list(NOUNS)
+    assert list(dict.fromkeys(row["noun"] for row in record["rows"])) == list(OPS)
     for row in record["rows"]:
         assert row["status"] == "ok"
         assert row["milliseconds"]["ours"] > 0
@@ -159,7 +159,7 @@ def test_the_plot_fits_a_screen_whatever_it_shows(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(roofline, "png", lambda made: tuple(made.get_size_inches()))  # not drawn, which takes seconds
     few = [row(rival=3.0)]
-    many = [replace(few[0], case=replace(few[0].case, noun=noun)) for noun in NOUNS for _ in range(30)]
+    many = [replace(few[0], case=replace(few[0].case, noun=noun)) for noun in OPS for _ in range(30)]
     sizes = [roofline.roofline(rows, 1e10, "a machine") for rows in (few, many, [])]
     assert all(height <= 1.05 * width for width, height in sizes)
     assert all(width <= 13 for width, _ in sizes)
@@ -383,7 +383,7 @@ def test_a_missing_gpu_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_gpu_cases_cover_what_is_promised() -> None:
     cuda = torch.device("cuda")
-    found = {(case.op, case.shape, case.dtype): case for case in NOUNS["distill"](cuda, False)}
+    found = {(case.op, case.shape, case.dtype): case for case in OPS["distill"](cuda, False)}
     for classes in (32000, 128256, 151936):
         shape = f"8192 x {classes}"
         element = 8192 * classes
@@ -393,7 +393,7 @@ def test_the_gpu_cases_cover_what_is_promised() -> None:
             assert (f"{divergence} + CE", shape, torch.bfloat16) in found
     assert ("forward_kl + CE", "4096 x 1000", torch.bfloat16) in found
     assert ("forward_kl + CE", "256 x 10", torch.bfloat16) in found
-    latents = NOUNS["latent"](cuda, False)
+    latents = OPS["latent"](cuda, False)
     assert {case.unit_bytes for case in latents} == {256 << 20}
     assert {case.dtype for case in latents} == {torch.bfloat16, torch.float32}
     assert sum(case.compiled for case in [*found.values(), *latents]) <= 14  # each takes seconds to compile
@@ -445,7 +445,7 @@ def test_the_gpu_clock_charges_the_longer_of_device_and_host(monkeypatch: pytest
 
 def test_peak_memory_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # the child knows nothing of the tiny cases
-    case = NOUNS["distill"](CPU, True)[0]
+    case = OPS["distill"](CPU, True)[0]
     found = memory.peak_in_fresh_process(case, "ours:native", quick=True, number=0)
     if found is None:
         pytest.skip("this system does not tell a process its peak memory")

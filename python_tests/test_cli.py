@@ -50,11 +50,11 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_help_of_bench_lists_every_op(capsys: pytest.CaptureFixture[str]) -> None:
-    from tgt_fast.bench.nouns import NOUNS
+    from tgt_fast.bench.ops import OPS
 
-    assert tuple(NOUNS) == cli.BENCH_OPS
+    assert tuple(OPS) == cli.BENCH_OPS
     status("bench", "--help")
-    assert f"{', '.join(NOUNS)} (default: all)" in " ".join(capsys.readouterr().out.split())
+    assert f"{', '.join(OPS)} (default: all)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,7 +95,7 @@ def test_the_worker(
         unknown = process.run({"task": "call", "name": "no such call"}, 60.0)
         assert (unknown.status, unknown.reason) == ("failed", "KeyError: 'no such call'")
         found = process.run({"task": "cases", "quick": True}, 60.0)
-        assert {case["noun"] for case in found.value} == set(script["cases"].NOUNS)
+        assert {case["noun"] for case in found.value} == set(script["cases"].OPS)
         task = {"task": "case", "noun": "latent", "number": 0, "quick": True, "seconds": 0.01, "copy_rate": 1e9}
         made = process.run({**task, "rivals": ["none"], "late": False}, 60.0)
         assert [(row["backend"], row["status"]) for row in made.value] == [("native", "ok")]
@@ -358,7 +358,7 @@ def test_the_readme_takes_in_what_a_call_without_rivals_has_written(
         "command": "gpu.sh", "hardware": "a chip", "driver": "1.2", "commit": "abc", "date": "today",
         "versions": {"torch": "2"}, "copy_bytes_per_second": 4e12,
     }  # fmt: skip
-    for noun in tables.GPU_NOUNS:
+    for noun in tables.GPU_OPS:
         (tmp_path / f"{noun}-cuda.json").write_text(json.dumps({**origin, "rows": [row, {"status": "skipped"}]}))
     summary = {
         "kernels": {"one": {"status": "ok"}, "two": {"status": "hung"}}, "checks": {"a case": "ok"},

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tgt_fast.bench.nouns import NOUNS
+from tgt_fast.bench.ops import OPS
 
 
 @pytest.fixture
@@ -31,10 +31,10 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 def test_the_bench_has_a_form_of_every_case_with_kernels_in_triton(script: ModuleType) -> None:
     names = list(script.bench_forms())
-    assert {name.split()[1].rstrip(":") for name in names} == set(NOUNS) - {"topk"}
+    assert {name.split()[1].rstrip(":") for name in names} == set(OPS) - {"topk"}
     gpu = torch.device("cuda")
     for noun in ("distill", "latent", "contrast", "explore"):
-        assert {f"bench {noun}: {case.title}" for case in NOUNS[noun](gpu, False)} <= set(names)
+        assert {f"bench {noun}: {case.title}" for case in OPS[noun](gpu, False)} <= set(names)
     assert not any("sample" in name for name in names)
 
 

@@ -12,7 +12,7 @@ from tgt_fast import _interrupted
 from tgt_fast.demos.catalog import DEMOS, Demo
 from tgt_fast.errors import TgtError
 
-# Those of bench/nouns.py, which imports all that it measures
+# Those of bench/ops.py, which imports all that it measures
 BENCH_OPS = ("distill", "latent", "explore", "linear", "topk", "tokens", "contrast")
 
 

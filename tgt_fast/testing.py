@@ -24,9 +24,9 @@ from tgt_fast.kernels.options import (
     TopK,
 )
 from tgt_fast.ops import _distill_op as distill
-from tgt_fast.ops import _latent_library as latent
+from tgt_fast.ops import _latent_op as latent
 from tgt_fast.ops import _linear_op as linear
-from tgt_fast.ops import _tokens_library as tokens
+from tgt_fast.ops import _tokens_op as tokens
 from tgt_fast.ops.topk import TeacherTopK, topk_teacher
 
 __all__ = ["op_samples"]

@@ -10,7 +10,7 @@ from typing import Any
 from isolated import DIED, HUNG, OK, Isolated, Outcome
 from results import Results, same_case
 
-NOUNS = ("distill", "latent", "linear", "topk", "tokens", "explore", "contrast")  # in the order of their worth
+OPS = ("distill", "latent", "linear", "topk", "tokens", "explore", "contrast")  # in the order of their worth
 LIMIT, LIMIT_WITH_RIVALS = 45.0, 100.0  # seconds a case, its float64 truth and compilers included
 FIRST = 128256  # classes
 
@@ -32,12 +32,12 @@ class Bench:
         listed = self.process.run({"task": "cases", "quick": self.quick}, 60.0)
         if listed.status != OK:
             return listed
-        known = {noun: place for place, noun in enumerate(NOUNS)}
+        known = {noun: place for place, noun in enumerate(OPS)}
         self._cases = sorted(listed.value, key=lambda c: (known.get(c["noun"], 99), c["classes"] != FIRST))
         made = self.process.run({"task": "origin", "command": self.command}, 60.0)
         if made.status == OK:
             self._origin = made.value
-            self.results.carry_over(NOUNS)
+            self.results.carry_over(OPS)
         return made
 
     @property

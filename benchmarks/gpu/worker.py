@@ -107,14 +107,14 @@ def call(device: Any, name: str) -> dict[str, Any]:
 def cases(device: Any, quick: bool) -> dict[str, Any]:
     """The cases to measure."""
     from tgt_fast.bench.case import dtype_name
-    from tgt_fast.bench.nouns import NOUNS
+    from tgt_fast.bench.ops import OPS
 
     found = [
         {
             "noun": noun, "number": number, "op": case.op, "shape": case.shape, "dtype": dtype_name(case.dtype),
             "classes": case.numbers.get("classes", 0),
         }
-        for noun, made in NOUNS.items()
+        for noun, made in OPS.items()
         for number, case in enumerate(made(device, quick))
     ]  # fmt: skip
     return {"status": "ok", "value": found}

@@ -62,9 +62,9 @@ def _call(work: Work, contender: str) -> Call:
 
 
 def _main(noun: str, number: int, contender: str, quick: bool) -> int:
-    from tgt_fast.bench.nouns import NOUNS
+    from tgt_fast.bench.ops import OPS
 
-    cases = NOUNS[noun](torch.device("cpu"), quick)
+    cases = OPS[noun](torch.device("cpu"), quick)
     smallest = min((case for case in cases if contender.startswith("ours:") or contender in case.rivals),
                    key=lambda case: case.bytes_moved)  # fmt: skip
     _call(smallest.build(), contender)()  # what is loaded at first use is no part of a call

@@ -15,7 +15,7 @@ from tgt_fast.bench import memory, rivals
 from tgt_fast.bench.case import Call, Case, UnfitError, Work
 from tgt_fast.bench.copying import copier
 from tgt_fast.bench.load import Watch
-from tgt_fast.bench.nouns import NOUNS
+from tgt_fast.bench.ops import OPS
 from tgt_fast.bench.row import DIFFERS, FAILED, OK, SKIPPED, WRONG, Row, Standing
 from tgt_fast.bench.timing import Timing, medians
 from tgt_fast.errors import ArgumentError
@@ -31,14 +31,14 @@ class Plan:
     """The selection of what is measured."""
 
     device: torch.device
-    nouns: Sequence[str] = tuple(NOUNS)
+    nouns: Sequence[str] = tuple(OPS)
     quick: bool = False
     seconds: float | None = None  # of timing a case; None: a default for the device
     backends: Sequence[str] = (AVAILABLE,)
     rivals: Sequence[str] = (AVAILABLE,)
 
     def __post_init__(self) -> None:
-        _check("--ops", self.nouns, tuple(NOUNS))
+        _check("--ops", self.nouns, tuple(OPS))
         _check("--backends", self.backends, (*BACKENDS, AVAILABLE))
         _check("--rivals", self.rivals, (*rivals.ALL, AVAILABLE, "none"))
         if self.seconds is not None and not 0 < self.seconds < float("inf"):
@@ -68,7 +68,7 @@ def measure(plan: Plan, copy_rate: float) -> Iterator[Row]:
     """The rows, as they come."""
     started = time.perf_counter()
     for noun in plan.nouns:
-        for number in range(len(NOUNS[noun](plan.device, plan.quick))):
+        for number in range(len(OPS[noun](plan.device, plan.quick))):
             late = time.perf_counter() - started > _PATIENCE.get(plan.device.type, 600.0)
             yield from measure_case(plan, noun, number, copy_rate, late=late)
 
@@ -76,7 +76,7 @@ def measure(plan: Plan, copy_rate: float) -> Iterator[Row]:
 def measure_case(plan: Plan, noun: str, number: int, copy_rate: float, *, late: bool = False) -> list[Row]:
     """The rows of one case, one a backend. ``late``: no rival is started that has to compile itself."""
     begun, watch = time.perf_counter(), Watch()
-    rows = _rows(NOUNS[noun](plan.device, plan.quick)[number], plan, number, late)
+    rows = _rows(OPS[noun](plan.device, plan.quick)[number], plan, number, late)
     load = watch.load()
     for row in rows:
         row.copy_rate, row.load = copy_rate, load

@@ -14,7 +14,7 @@ from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.kernels import select
 from tgt_fast.kernels.options import OP_PERTURB, OP_RESTART, RADIUS_NORMS, STEP_NORMS
 from tgt_fast.ops import _checks
-from tgt_fast.ops._latent_library import ascend_as_op, perturb, perturb_as_op
+from tgt_fast.ops._latent_op import ascend_as_op, perturb, perturb_as_op
 from tgt_fast.ops._noise import for_kernel, noise_key
 from tgt_fast.ops.library import seen_by_dispatcher
 

@@ -13,7 +13,7 @@ from tgt_fast.kernels import select
 from tgt_fast.ops import _checks
 from tgt_fast.ops._distill_op import dense_rows
 from tgt_fast.ops._noise import for_kernel, noise_key
-from tgt_fast.ops._tokens_library import sample_as_op, sample_options, soft_as_op, soft_embed, soft_options
+from tgt_fast.ops._tokens_op import sample_as_op, sample_options, soft_as_op, soft_embed, soft_options
 from tgt_fast.ops.library import seen_by_dispatcher
 
 _LARGE = 1e30

@@ -10,7 +10,7 @@ import torch
 from tgt_fast.bench import contrast, distill, explore, latent, linear, tokens, topk
 from tgt_fast.bench.case import Case
 
-NOUNS: Final[dict[str, Callable[[torch.device, bool], list[Case]]]] = {
+OPS: Final[dict[str, Callable[[torch.device, bool], list[Case]]]] = {
     "distill": distill.cases,
     "latent": latent.cases,
     "explore": explore.cases,
