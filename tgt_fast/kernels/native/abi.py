@@ -23,9 +23,9 @@ STRUCTS: Final = {
     "DistillOptions": "divergence:i reduction:i beta:d temperature:d teacher_temperature:d soft_weight:d hard_weight:d "
     "label_smoothing:d ignore_index:q unlabeled_index:q",
     "Matrix": "data:P stride:q type:i",
-    "DistillCall": "options:DistillOptions rows:q classes:q student:Matrix teacher:Matrix target:P soft_target:Matrix weight:P divisor:d "
-    "divisor_at:P workspace:P loss:P row_loss:P d_student:Matrix d_teacher:Matrix row_state:P stats:P upstream:P "
-    "upstream_per_row:? bad_row:P",
+    "DistillCall": "options:DistillOptions rows:q classes:q student:Matrix teacher:Matrix target:P soft_target:Matrix "
+    "weight:P divisor:d divisor_at:P workspace:P loss:P row_loss:P d_student:Matrix d_teacher:Matrix row_state:P "
+    "stats:P upstream:P upstream_per_row:? bad_row:P",
     "ScaleCall": "rows:q classes:q grad:Matrix factor:P factor_per_row:?",
     "TopK": "ids:P id_stride:q entries:q log_probs:Matrix tail_log_prob:Matrix form:i",
     "TopKCall": "base:DistillCall topk:TopK row_state:P",

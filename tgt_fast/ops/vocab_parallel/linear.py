@@ -25,8 +25,8 @@ from tgt_fast.kernels.options import (
 )
 from tgt_fast.kernels.vocabulary import Vocabulary
 from tgt_fast.ops import _checks, library
-from tgt_fast.ops._heads import warn_of_adapters
 from tgt_fast.ops._distill_arguments import check_classes, check_rows, flat_labels
+from tgt_fast.ops._heads import warn_of_adapters
 from tgt_fast.ops._linear_arguments import OP, check_head, warn_of_trained_teacher
 from tgt_fast.ops._linear_op import Call, Linear
 from tgt_fast.ops.counts import divisor_over
