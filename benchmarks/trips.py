@@ -31,7 +31,9 @@ _RECORDS: Final = (
     "kernels.native.topk", "kernels.reference.sparse", "kernels.reference.topk",
 )  # fmt: skip
 # What a backend is chosen among, and what is asked for by name alone.
-_CHOICE: Final = ("kernels.reference", "kernels.triton", "kernels.native.latent", "kernels.native.tokens")
+_CHOICE: Final = (
+    "kernels.reference", "kernels.triton", "kernels.native.latent", "kernels.native.tokens", "ops.vocab_parallel",
+)  # fmt: skip
 _NATIVE: Final = {
     "ops.distill": ("kernels.native.distill",), "ops.linear": ("kernels.native.distill",),
     "explore.sampler": ("kernels.native.latent",),
@@ -42,7 +44,17 @@ TRIPS: Final = {
     "loss, CUDA": Trip(("ops.distill",), ("kernels.triton", *_OPS, *_FORMS, *_CHOICE)),
     "loss from hidden states": Trip(("ops.linear",), (*_NO_DEVICE, *_OPS[:-2], *_CHOICE)),
     "exploration along the gradient": Trip(
-        ("explore.sampler",), (*_NO_DEVICE, *_FORMS, *_RECORDS, "ops.tokens", "kernels.reference", "losses", "teacher")
+        ("explore.sampler",),
+        (
+            *_NO_DEVICE,
+            *_FORMS,
+            *_RECORDS,
+            "ops.tokens",
+            "kernels.reference",
+            "losses",
+            "teacher",
+            "ops.vocab_parallel",
+        ),
     ),
     "read of a cache": Trip(("cache.cache",), ("kernels", "ops", "explore", "losses", "teacher", "features")),
 }
