@@ -51,7 +51,7 @@ def opened(kernel: Any, call: DistillCall) -> Tensor:
     plain = options._replace(reduction="none")
     if kind in SECOND_PASS:
         plain = plain._replace(divergence="cross_entropy")
-    state = state_of(kernel, call, plain)
+    state = state_of(kernel, _labelled_somewhere(call), plain)
     made[:, :STATE] = state
     made[:, OTHERS_STUDENT:STATE] = 0
     dropped = has(state, DROPPED)
@@ -87,6 +87,13 @@ def _drop(made: Tensor, call: DistillCall) -> None:
     made[:, FLAGS] = dropped.to(torch.float64) * DROPPED
 
 
+def _labelled_somewhere(call: DistillCall) -> DistillCall:
+    """The call with some label for each row that may have one elsewhere, or kernels on a device skip its hard sums."""
+    if call.target is None or call.options.hard_weight == 0:
+        return call
+    return call._replace(target=torch.where(call.target == call.options.unlabeled_index, 0, call.target))
+
+
 def state_of(kernel: Any, call: DistillCall, options: DistillOptions) -> Tensor:
     """The state that a kernel leaves of these rows, each by itself."""
     call = call._replace(
@@ -102,8 +109,8 @@ def _side_by_side(kernel: Any, call: DistillCall, made: Tensor) -> Tensor:
     options, made = call.options, made.clone()
     soft = options.soft_weight != 0
     plain = options._replace(reduction="none", divergence="forward_kl", soft_weight=1.0, hard_weight=1.0)
-    none = torch.full((made.shape[0],), -1, dtype=torch.int64, device=made.device)
-    student = call._replace(teacher=call.student, target=none)
+    some = torch.zeros(made.shape[0], dtype=torch.int64, device=made.device)
+    student = call._replace(teacher=call.student, target=some)
     ts = options.temperature
     own = state_of(kernel, student, plain._replace(teacher_temperature=ts, label_smoothing=0.0, unlabeled_index=-1))
     bad, empty = _extremes(call.student)
