@@ -347,17 +347,15 @@ TGT_DEVICE Real soft_gradient(Real of_class, Real factor) {
 
 // A forward and a reverse divergence, of which one gradient is a difference of probabilities.
 template <class D>
-constexpr bool is_two_sided() {
-  return D::kShiftedSums && D::kNeedsStudent && D::kNeedsTeacher;
-}
+constexpr bool kTwoSided = D::kShiftedSums && D::kNeedsStudent && D::kNeedsTeacher;
 template <class D, class Real>
 TGT_DEVICE Real d_student(const Class<Real>& c, const Constants<Real>& row, const Factors<Real>& f) {
-  if constexpr (!is_two_sided<D>()) return D::d_student(c, row.mixture, f.x, f.y);
+  if constexpr (!kTwoSided<D>) return D::d_student(c, row.mixture, f.x, f.y);
   return fused(c.q - c.p, row.nat, ReverseKl::d_student(c, row.mixture, f.x, f.y));
 }
 template <class D, class Real>
 TGT_DEVICE Real d_teacher(const Class<Real>& c, const Constants<Real>& row, const Factors<Real>& f) {
-  if constexpr (!is_two_sided<D>()) return D::d_teacher(c, row.mixture, f.x, f.y);
+  if constexpr (!kTwoSided<D>) return D::d_teacher(c, row.mixture, f.x, f.y);
   return fused(c.p - c.q, row.nat, ForwardKl::d_teacher(c, row.mixture, f.x, f.y));
 }
 
