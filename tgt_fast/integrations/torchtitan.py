@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tgt_fast._optional import optional
-from tgt_fast.errors import ArgumentError
+from tgt_fast.errors import ArgumentError, DependencyError
 from tgt_fast.integrations.terms import Said, linear_terms, logits_terms
 from tgt_fast.losses import DistillationLoss, LinearDistillationLoss
 from tgt_fast.ops.topk import TeacherTopK
@@ -21,7 +20,12 @@ from tgt_fast.ops.topk import TeacherTopK
 if TYPE_CHECKING:
     from torchtitan.components.loss import BaseLoss
 else:
-    BaseLoss = optional("torchtitan.components.loss", "torchtitan", "tgt_fast.integrations.torchtitan").BaseLoss
+    try:
+        from torchtitan.components.loss import BaseLoss
+    except ImportError as error:
+        raise DependencyError(
+            f"tgt_fast.integrations.torchtitan needs torchtitan (github.com/pytorch/torchtitan): {error}"
+        ) from error
 
 
 class TGTLoss(BaseLoss):
