@@ -91,12 +91,13 @@ def test_step_noise_differs_from_step_to_step() -> None:
     """A constant disagreement has no gradient, so that only the noise moves: its steps must not repeat."""
     teacher = Teacher(nn.Identity(), nn.Identity(), lambda x: 0 * x[:, :3])
     z = []
+    call: dict[str, Any] = {"student": lambda x: 0 * x[:, :3], "sample_ids": torch.arange(2000)}
     for steps in (1, 2):
         sampler = LatentSampler(teacher, "gradient", sigma=0.0, steps=steps, step_noise=1.0, units="absolute")
-        z.append(sampler(torch.zeros(2000, 4), student=lambda x: 0 * x[:, :3], step=0).latents.z)
+        z.append(sampler(torch.zeros(2000, 4), step=0, **call).latents.z)
     assert z[0].std().item() == pytest.approx(1.0, abs=0.05)
     assert z[1].std().item() == pytest.approx(2**0.5, abs=0.05)
-    later = sampler(torch.zeros(2000, 4), student=lambda x: 0 * x[:, :3], step=1).latents.z  # nor those of another call
+    later = sampler(torch.zeros(2000, 4), step=1, **call).latents.z  # nor those of another call
     assert torch.stack([z[1].flatten(), later.flatten()]).corrcoef()[0, 1].abs() < 0.06
 
 
