@@ -21,6 +21,7 @@ from torch import Tensor
 import tgt_fast as tgt
 from tgt_fast.kernels.calls import Outputs
 from tgt_fast.kernels.native import cuda
+from tgt_fast.kernels.native.abi import packer
 from tgt_fast.kernels.options import DIVERGENCES
 
 plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
@@ -182,8 +183,7 @@ def test_seed_and_step_may_live_on_the_device(emulated: ModuleType) -> None:
         engine = cuda.engine(z)
         assert engine is not None
         seed, step, ids, out = torch.tensor((5 << 40) + 3), torch.tensor(9), torch.arange(4), torch.empty_like(z)
-        engine.core.cuda_latent_perturb(
-            4, 33, 0, z.data_ptr(), out.data_ptr(), (1.0, 0), 0, (0, ids.data_ptr(), 0, 0, 0),
-            (seed.data_ptr(), step.data_ptr()), 0.0, 0.0, 0,
-        )  # fmt: skip
+        key = (0, ids.data_ptr(), 0, 0, 0, 0.0)
+        call = packer(engine.core, "PerturbCall")(4, 33, 0, z.data_ptr(), out.data_ptr(), 1.0, 0, 0, *key, 0.0)
+        engine.core.cuda_latent_perturb(call, (seed.data_ptr(), step.data_ptr()), 0)
     assert torch.equal(out, want)

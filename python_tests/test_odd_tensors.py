@@ -314,8 +314,7 @@ def test_targets_that_are_no_indices(call: str) -> None:
     function, given = CALLS[call]
     target = given["target"]
     one_hot = torch.nn.functional.one_hot(target, 5)
-    for each in (one_hot, one_hot.float(), one_hot.bool()):
-        with pytest.raises(ShapeError, match=r"target .*a number a class.*argmax\(-1\).*cross_entropy"):
-            function(**{**given, "target": each})
+    with pytest.raises(ShapeError, match="shares of the classes need as many as there are, got 4"):
+        function(**{**given, "target": one_hot[:, :4]})
     with pytest.raises(ShapeError, match=r"target\.squeeze\(-1\)"):
         function(**{**given, "target": target[:, None]})

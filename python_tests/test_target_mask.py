@@ -107,7 +107,7 @@ def maps(*, channels_last: bool = False, height: int = 4) -> Tensor:
 @pytest.mark.parametrize("given", [maps(), maps(channels_last=True, height=3)], ids=["square", "channels last"])
 def test_maps_without_labels_warn_once(given: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_distill_arguments, "_warned_of_maps", False)
-    with pytest.warns(UserWarning, match=r"maps.*movedim\(1, -1\)") as caught:
+    with pytest.warns(UserWarning, match=r"maps.*class_dim=1") as caught:
         tgt.distillation_loss(given, given)
     assert len(caught) == 1
     with warnings.catch_warnings():

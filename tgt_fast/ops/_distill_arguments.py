@@ -236,7 +236,7 @@ def _misfit(label: str, tensor: Tensor, name: str, student: Tensor) -> str:
 
 def _is_a_number_a_class(target: Tensor, student: Tensor, classes: int | None) -> bool:
     """True if it has the shape of shares of the classes, such as one-hot rows, and not that of labels."""
-    if not isinstance(target, Tensor) or target.is_complex():
+    if not isinstance(target, Tensor) or target.is_complex() or target.is_nested:  # a nested one has no shape to ask
         return False
     return target.shape == (*student.shape[:-1], student.shape[-1] if classes is None else classes)
 
