@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -26,6 +27,8 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     monkeypatch.syspath_prepend(folder)
     made = importlib.import_module("triton_dry_run")
     monkeypatch.setattr(made, "RESULT", tmp_path / "result.json")
+    # The script takes it away, for a process of its own; the tests that come after this one have it again.
+    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))
     return made
 
 
