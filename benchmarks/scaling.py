@@ -12,10 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import os
-import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +21,7 @@ from typing import Any
 import torch
 from harness import save
 from torch import nn
+from worlds import found_by
 
 import tgt_fast as tgt
 from tgt_fast.bench.record import origin
@@ -162,16 +160,7 @@ def measured() -> list[dict[str, Any]]:
                 "gather": lambda w: ring(w, 4 * NUMBERS)}  # fmt: skip
     rows = []
     for world in WORLDS:
-        with tempfile.TemporaryDirectory() as folder:
-            workers = [multiprocessing.Process(target=_worker, args=(rank, world, folder)) for rank in range(world)]
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-            if any(worker.exitcode for worker in workers):
-                sys.exit("a process failed")
-            found = json.loads(Path(folder, "found.json").read_text())
-        for name, (sent, seconds) in found.items():
+        for name, (sent, seconds) in found_by(_worker, world).items():
             row = {"world": world, "what": name, "calculated": formulas[name](world), "sent": sent, "seconds": seconds}
             rows.append(row)
             print(row)

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness import save
+from worlds import found_by
 
 import tgt_fast as tgt
 from tgt_fast.bench.record import origin
@@ -66,16 +64,8 @@ def _worker(rank: int, world: int, folder: str) -> None:
 
 def timed(world: int) -> dict[str, float]:
     """Seconds of each call."""
-    with tempfile.TemporaryDirectory() as folder:
-        workers = [multiprocessing.Process(target=_worker, args=(rank, world, folder)) for rank in range(world)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        if any(worker.exitcode for worker in workers):
-            sys.exit("a process failed")
-        found: dict[str, float] = json.loads(Path(folder, "found.json").read_text())
-        return found
+    found: dict[str, float] = found_by(_worker, world)
+    return found
 
 
 def main() -> None:
