@@ -15,7 +15,7 @@ from tgt_fast.kernels.calls import DistillCall, is_soft
 from tgt_fast.kernels.late import is_on, shown
 from tgt_fast.kernels.options import DIVERGENCES, REDUCTIONS, TEMPERATURES, DistillOptions, TopK
 from tgt_fast.ops import _checks
-from tgt_fast.ops._row_checks import check_entries, check_ids, check_row_values
+from tgt_fast.ops._checks import check_entries, check_ids, check_row_values
 from tgt_fast.ops.topk import TeacherTopK, check_options
 
 OP = "distillation_loss"

@@ -13,8 +13,8 @@ from tgt_fast.kernels.linear_call import topk_of, vocabulary_of
 from tgt_fast.kernels.options import DistillOptions, LinearOptions, LinearTensors
 from tgt_fast.kernels.vocabulary import Vocabulary
 from tgt_fast.ops import _checks
+from tgt_fast.ops._checks import check_entries, check_ids, check_row_values
 from tgt_fast.ops._distill_arguments import check_classes, check_rows
-from tgt_fast.ops._row_checks import check_entries, check_ids, check_row_values
 from tgt_fast.ops.topk import TeacherTopK, check_options
 from tgt_fast.ops.vocabulary import check_labels_exist, check_vocabulary, check_vocabulary_values
 

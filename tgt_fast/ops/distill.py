@@ -15,6 +15,7 @@ from tgt_fast.kernels.options import DistillStats, TopK
 from tgt_fast.kernels.reference import distill as reference_distill
 from tgt_fast.kernels.reference import topk as reference_topk
 from tgt_fast.ops import _checks, _distill_op
+from tgt_fast.ops._checks import check_entries
 from tgt_fast.ops._distill_arguments import (
     OP,
     as_mask,
@@ -28,7 +29,6 @@ from tgt_fast.ops._distill_arguments import (
     packed,
 )
 from tgt_fast.ops._distill_op import dense_rows, packed_call, tensors_of, with_graph
-from tgt_fast.ops._row_checks import check_entries
 from tgt_fast.ops.counts import divisor_over
 from tgt_fast.ops.library import graph_wanted, seen_by_dispatcher
 from tgt_fast.ops.topk import TeacherTopK, check_where_asked, rows_of, warn_where_small

@@ -18,8 +18,7 @@ from tgt_fast.kernels.late import is_on
 from tgt_fast.kernels.options import TAILS, TEMPERATURES, TOPK_DIVERGENCES, DistillOptions, TopK
 from tgt_fast.kernels.row_checks import bad_id, find_bad_id
 from tgt_fast.ops import _checks
-from tgt_fast.ops._checks import all_readable
-from tgt_fast.ops._row_checks import check_log_probs, counted_rows, warn_of_small_log_probs
+from tgt_fast.ops._checks import all_readable, check_log_probs, counted_rows, warn_of_small_log_probs
 
 OP: Final = "TeacherTopK"
 CHECK_VARIABLE: Final = "TGT_FAST_CHECK_RECORDS"

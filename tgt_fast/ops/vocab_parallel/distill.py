@@ -13,6 +13,7 @@ from tgt_fast.kernels.calls import Direct, DistillCall
 from tgt_fast.kernels.late import beside, is_on
 from tgt_fast.kernels.options import DistillOptions, DistillStats
 from tgt_fast.ops import _checks
+from tgt_fast.ops._checks import check_entries, check_ids, check_row_values
 from tgt_fast.ops._distill_arguments import (
     OP,
     as_mask,
@@ -24,7 +25,6 @@ from tgt_fast.ops._distill_arguments import (
     packed,
 )
 from tgt_fast.ops._distill_op import dense_rows, packed_call, tensors_of, with_graph
-from tgt_fast.ops._row_checks import check_entries, check_ids, check_row_values
 from tgt_fast.ops.counts import divisor_over
 from tgt_fast.ops.library import graph_wanted, seen_by_dispatcher
 from tgt_fast.ops.topk import TeacherTopK, check_where_asked, rows_of, warn_where_small
