@@ -19,7 +19,7 @@ from tgt_fast.cache.arguments import as_loader, flag
 from tgt_fast.cache.fingerprint import Fingerprint, teacher_fingerprint, warn_of_unseen
 from tgt_fast.cache.index import MISSING, Ids, Places
 from tgt_fast.cache.layout import Layout, Rows
-from tgt_fast.cache.outputs import LABELS, LATENTS, OP, Settings
+from tgt_fast.cache.outputs import LABELS, LATENTS, OP, Settings, as_latents
 from tgt_fast.cache.processes import packed, unpacked
 from tgt_fast.cache.query import SampleIds, as_ids, ask, missing_rows
 from tgt_fast.cache.store import Store
@@ -168,6 +168,11 @@ class TeacherCache:
         self.fingerprint: Fingerprint = fingerprint
         self.settings = Settings.of(fingerprint.parts)
 
+    @property
+    def teacher(self) -> Callable[..., Any] | None:
+        """Who is asked for what is missing; None: nobody."""
+        return self._teacher
+
     # Reading
 
     def label(self, x: Any, sample_ids: SampleIds) -> TeacherTopK | Tensor:
@@ -185,16 +190,23 @@ class TeacherCache:
             UnknownIdError: rows are missing and there is no teacher.
             ShapeError, DTypeError, ArgumentError, CacheError: ids or outputs that do not fit; a disk that is full.
         """
-        ids, store = as_ids(sample_ids), self._open()
-        where = self._find(ids)
-        while store.layout is None or _lacks(where):  # again if a file was cut while the teacher computed
-            which = missing_rows(ids, where)
-            if not store.writable:
-                return self._labels(self._mixed(x, ids, where, which), x)
-            layout, rows = self._compute(x, which, ids)
-            store.append(ids[which], rows, layout)
-            where = store.find(ids)
-        return self._labels(store.gather(where, self._names(LABELS)), x)
+        return self._labels(self._served(x, sample_ids, LABELS), x)
+
+    def encode(self, x: Any, sample_ids: SampleIds) -> Latents:
+        """``teacher.encode(x)`` as :meth:`label` gives labels: read where it is stored, else computed and stored.
+
+        Raises:
+            ArgumentError: the cache was made without ``latents=True``. And what :meth:`label` raises.
+        """
+        return self.label_and_encode(x, sample_ids)[1]
+
+    def label_and_encode(self, x: Any, sample_ids: SampleIds) -> tuple[TeacherTopK | Tensor, Latents]:
+        """Both at once, which a step of training needs of its real examples."""
+        self._check_latents()
+        rows = self._served(x, sample_ids, (*LABELS, *LATENTS))
+        mine = {name: rows[name] for name in self._names(LATENTS)}
+        labels = {name: raw for name, raw in rows.items() if name not in mine}
+        return self._labels(labels, x), as_latents(self._layout().unpack(mine), tree.first_device(x))
 
     def read(self, sample_ids: SampleIds) -> TeacherTopK | Tensor:
         """The rows of these ids, in that order, on the CPU; the teacher is not asked.
@@ -211,10 +223,8 @@ class TeacherCache:
             UnknownIdError: some are not stored.
             ArgumentError: the cache was made without ``latents=True``.
         """
-        if not self.settings.latents:
-            raise ArgumentError(f"{OP}: {self.folder} stores no latents; make the cache with latents=True")
-        found = self._layout().unpack(self._read(sample_ids, LATENTS))
-        return Latents(found["latents"], found.get("latents_mask"))
+        self._check_latents()
+        return as_latents(self._layout().unpack(self._read(sample_ids, LATENTS)), torch.device("cpu"))
 
     def missing(self, sample_ids: SampleIds) -> Tensor:
         """``(B,)`` bool: which of these ids are not stored. Takes in what other writers have finished."""
@@ -366,6 +376,23 @@ class TeacherCache:
         """The blocks that hold them."""
         return self._layout().holding(tuple(fields))
 
+    def _check_latents(self) -> None:
+        if not self.settings.latents:
+            raise ArgumentError(f"{OP}: {self.folder} stores no latents; make the cache with latents=True")
+
+    def _served(self, x: Any, sample_ids: SampleIds, fields: Sequence[str]) -> Rows:
+        """The rows of these ids, of which the teacher makes what is missing."""
+        ids, store = as_ids(sample_ids), self._open()
+        where = self._find(ids)
+        while store.layout is None or _lacks(where):  # again if a file was cut while the teacher computed
+            which = missing_rows(ids, where)
+            if not store.writable:
+                return self._mixed(x, ids, where, which, fields)
+            layout, rows = self._compute(x, which, ids)
+            store.append(ids[which], rows, layout)
+            where = store.find(ids)
+        return store.gather(where, self._names(fields))
+
     def _find(self, ids: Ids) -> Places:
         store = self._open()
         where = store.find(ids)
@@ -398,10 +425,10 @@ class TeacherCache:
         layout, tensors = self.settings.fields(outputs, latents, len(which))
         return layout, layout.pack(tensors)
 
-    def _mixed(self, x: Any, ids: Ids, where: Places, which: Ids) -> Rows:
+    def _mixed(self, x: Any, ids: Ids, where: Places, which: Ids, fields: Sequence[str]) -> Rows:
         """Rows of a batch of which some are stored and the others are computed, and not kept."""
         store = self._open()
-        names, have = self._names(LABELS), where != MISSING
+        names, have = self._names(fields), where != MISSING
         stored = store.gather(where[have], names)  # first: a file may be cut while a teacher computes
         layout, rows = self._compute(x, which, ids)
         store.agree(layout)

@@ -14,7 +14,8 @@ from tgt_fast.cache.cache import TeacherCache
 from tgt_fast.cache.query import SampleIds
 from tgt_fast.errors import ArgumentError
 from tgt_fast.ops.topk import TeacherTopK
-from tgt_fast.teacher import TeacherEnsemble
+from tgt_fast.teacher import Latents, TeacherEnsemble
+from tgt_fast.teacher.teacher import Opinion
 
 _OP: Final = "EnsembleCache"
 
@@ -59,17 +60,43 @@ class EnsembleCache:
         Raises:
             ArgumentError: the caches hold records.
         """
+        return self.ensemble.combined(self._logits(x, sample_ids), x)
+
+    def _logits(self, x: Any, sample_ids: SampleIds) -> dict[str, Tensor]:
         answers: dict[str, Tensor] = {}
         for name, made in self.each(x, sample_ids).items():
             if isinstance(made, TeacherTopK):
                 raise ArgumentError(f"{_OP}: records cannot be mixed: make the cache with k=None, or take each()")
             answers[name] = made
-        return self.ensemble.combined(answers, x)
+        return answers
 
     def each(self, x: Any, sample_ids: SampleIds) -> dict[str, Tensor | TeacherTopK]:
         """Answers of each teacher, by name, in its own classes."""
         data = self.ensemble.data_of(x)
         return {name: cache.label(data, sample_ids) for name, cache in self.caches.items()}
+
+    def opinions(self, x: Any, sample_ids: SampleIds) -> tuple[Opinion, ...]:
+        """The distributions that soft terms are taken of, as :meth:`tgt_fast.TeacherEnsemble.opinions` gives them.
+
+        Raises:
+            ArgumentError: the caches hold records.
+        """
+        return self.ensemble.opinions_of(self._logits(x, sample_ids), x)
+
+    @property
+    def generator(self) -> TeacherCache:
+        """The cache of the teacher that encodes and decodes."""
+        names = (name for name, teacher in self.ensemble.members.items() if teacher is self.ensemble.generator)
+        return self.caches[next(names)]
+
+    def encode(self, x: Any, sample_ids: SampleIds) -> Latents:
+        """``ensemble.encode(x)``, with ``latents=True``."""
+        return self.generator.encode(self.ensemble.data_of(x), sample_ids)
+
+    def flush(self) -> None:
+        """Write the rows that wait in memory."""
+        for cache in self.caches.values():
+            cache.flush()
 
     def fill(self, loader: Iterable[Any], *, columns: Sequence[Any] | None = None, **options: Any) -> int:
         """:meth:`tgt_fast.TeacherCache.fill` of each; how many rows were computed in all."""

@@ -98,7 +98,7 @@ class Settings:
 
 
 LABELS: Final = (CLASS_IDS, "log_probs", "tail_log_prob", "logits")
-LATENTS: Final = ("latents", "latents_mask")
+LATENTS: Final = ("latents", "latents_mask", "latents_source")
 
 
 def _latents(latents: Latents | Tensor | None, n: int) -> dict[str, Tensor]:
@@ -107,7 +107,11 @@ def _latents(latents: Latents | Tensor | None, n: int) -> dict[str, Tensor]:
     if not isinstance(latents, Latents):
         raise DTypeError(f"{OP}: this cache stores latents, and they must be Latents or a tensor, got {latents!r}")
     latents.check(n, OP)
-    found = {"latents": latents.z}
-    if latents.mask is not None:
-        found["latents_mask"] = latents.mask
-    return found
+    optional = {"latents_mask": latents.mask, "latents_source": latents.source}
+    return {"latents": latents.z, **{name: x for name, x in optional.items() if x is not None}}
+
+
+def as_latents(tensors: dict[str, Tensor], device: torch.device) -> Latents:
+    """The inverse of :func:`_latents`, on a device."""
+    found = (None if (x := tensors.get(name)) is None else x.to(device) for name in LATENTS[1:])
+    return Latents(tensors["latents"].to(device), *found)

@@ -11,7 +11,9 @@ from torch import Tensor
 from tgt_fast._bars import batches
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.explore.anchors import PoolBuilder
+from tgt_fast.explore.cached import check_cache, needed_ids
 from tgt_fast.explore.processes import of_all_processes
+from tgt_fast.ops.topk import TeacherTopK
 from tgt_fast.teacher import Latents, Teacher, tree
 from tgt_fast.teacher.batches import Columns, check_loader, split_batches
 
@@ -96,11 +98,13 @@ def measure(
     loader: Iterable[Any],
     columns: Sequence[Any] | None,
     per_class: int | None,
+    cache: Any = None,
     *,
     padding: bool,
     progress: bool | None = None,
 ) -> tuple[StreamingStd, PoolBuilder | None]:
     """The moments of a loader's latents and, with ``per_class``, balanced anchors."""
+    check_cache("calibrate", cache)
     std, pool = StreamingStd(), None if per_class is None else PoolBuilder(per_class)
     parts = Columns("calibrate", columns)
     check_loader("calibrate", loader)
@@ -112,10 +116,10 @@ def measure(
             continue
         if teacher.device is not None:
             x = tree.map_batched(lambda leaf: leaf.to(teacher.device), x)
-        latents = teacher.encode(x)
+        latents = teacher.encode(x) if cache is None else cache.encode(x, needed_ids("calibrate", ids))
         std.update(latents)
         if pool is not None:
-            pool.add(latents, labels_of(teacher, x, y), ids)
+            pool.add(latents, labels_of(teacher, x, y, cache, ids), ids)
     return std, pool
 
 
@@ -125,12 +129,13 @@ def measure_together(
     loader: Iterable[Any],
     columns: Sequence[Any] | None,
     per_class: int | None,
+    cache: Any = None,
     progress: bool | None = None,
 ) -> tuple[StreamingStd, PoolBuilder | None]:
     """The same of the loaders of all processes, in the order of their ranks: equal to the bit in each."""
 
     def of_this() -> Any:
-        std, pool = measure(teacher, loader, columns, per_class, padding=False, progress=progress)
+        std, pool = measure(teacher, loader, columns, per_class, cache, padding=False, progress=progress)
         return std.moments(), None if pool is None else pool.parts()
 
     std, pool = StreamingStd(), None if per_class is None else PoolBuilder(per_class)
@@ -143,10 +148,10 @@ def measure_together(
 
 
 @torch.no_grad()
-def labels_of(teacher: Teacher, x: Any, y: Tensor | None) -> Tensor:
+def labels_of(teacher: Teacher, x: Any, y: Tensor | None, cache: Any = None, ids: Tensor | None = None) -> Tensor:
     """The class of each example, int64 [B]: y, or, where it is missing or negative, the labeler's argmax."""
     if y is None:
-        return _opinion(teacher, x)
+        return _opinion(teacher, x, cache, ids)
     if not isinstance(y, Tensor) or y.is_floating_point() or y.dtype == torch.bool:
         found = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise DTypeError(f"calibrate: labels must be a tensor of integer classes, got {found}")
@@ -155,12 +160,16 @@ def labels_of(teacher: Teacher, x: Any, y: Tensor | None) -> Tensor:
     y = y.to(torch.int64)
     if bool((y >= 0).all()):
         return y
-    opinion = _opinion(teacher, x)
+    opinion = _opinion(teacher, x, cache, ids)
     return torch.where(y.to(opinion.device) >= 0, y.to(opinion.device), opinion)
 
 
-def _opinion(teacher: Teacher, x: Any) -> Tensor:
-    logits = teacher.label(x)
+def _opinion(teacher: Teacher, x: Any, cache: Any, ids: Tensor | None) -> Tensor:
+    logits = teacher.label(x) if cache is None else cache.label(x, ids)
+    if isinstance(logits, TeacherTopK):
+        if logits.ids.ndim == 2:
+            return logits.ids.gather(1, logits.log_probs.argmax(1, keepdim=True)).squeeze(1)
+        logits = logits.log_probs
     if logits.ndim != 2:
         raise ShapeError(
             "calibrate: balanced anchors need one class an example, but the labeler gives logits of shape "

@@ -32,15 +32,17 @@ def chain_latents(
     key: Key,
     scale_of: Callable[[Latents], Tensor | None],
     options: SamplerOptions,
+    encodings: Latents | None = None,
 ) -> Latents:
     """Positions of these examples' chains, as a leaf that requires grad, [replicas * B, ...].
 
     A chain that is unknown, and any with probability ``restart_probability``, (re)starts at Enc(x) + noise;
-    only those examples are encoded. The gradient that a later backward brings to the leaf moves the bank.
+    only those examples are encoded, where their ``encodings`` are not given. The gradient that a later backward
+    brings to the leaf moves the bank.
     """
     count = key.ids.shape[0]
     if not count:
-        nothing = teacher.encode(x)
+        nothing = teacher.encode(x) if encodings is None else encodings
         return replace(nothing, z=nothing.z.requires_grad_())
     host = key.on(_CPU)
     keys = [host.of_replica(replica) for replica in range(options.replicas)]
@@ -52,7 +54,11 @@ def chain_latents(
     encoded: Latents | None = None
     places = torch.cumsum(fresh.any(0), 0) - 1  # [B], an example's row among the encoded ones
     if fresh.any():
-        encoded = teacher.encode(x if fresh.any(0).all() else tree.take(x, fresh.any(0).nonzero().flatten()))
+        every, rows_of_fresh = bool(fresh.any(0).all()), fresh.any(0).nonzero().flatten()
+        if encodings is None:
+            encoded = teacher.encode(x if every else tree.take(x, rows_of_fresh))
+        else:
+            encoded = encodings if every else tree.take(encodings, rows_of_fresh)
 
     where: list[Latents] = []  # pieces of the batch, and beside them their anchors and their rows in it
     anchors: list[Latents] = []

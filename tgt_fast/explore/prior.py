@@ -14,15 +14,18 @@ from tgt_fast.teacher import Latents, Teacher
 from tgt_fast.teacher.key import Key
 
 
-def prior_latents(teacher: Teacher, x: Any, key: Key, options: SamplerOptions) -> Latents:
-    """prior(sigma * noise): zeros in the shape of the latents, noised, through the teacher's prior."""
-    return teacher.from_prior(with_noise(_origin(teacher, x, key), None, key, options))
+def prior_latents(teacher: Teacher, x: Any, key: Key, options: SamplerOptions, known: Latents | None = None) -> Latents:
+    """prior(sigma * noise): zeros in the shape of the latents, noised, through the teacher's prior.
+
+    ``known``: Enc(x), whose shape it is, where that need not be computed.
+    """
+    return teacher.from_prior(with_noise(_origin(teacher, x, key, known), None, key, options))
 
 
-def _origin(teacher: Teacher, x: Any, key: Key) -> Latents:
+def _origin(teacher: Teacher, x: Any, key: Key, known: Latents | None) -> Latents:
     if isinstance(teacher.prior, tuple):
         like: Tensor | None = next((t for t in teacher.frozen_tensors() if t.is_floating_point()), None)
         dtype = torch.get_default_dtype() if like is None else like.dtype
         return Latents(torch.zeros(key.ids.shape[0], *teacher.prior, dtype=dtype, device=key.ids.device))
-    anchors = teacher.encode(x)
+    anchors = teacher.encode(x) if known is None else known
     return replace(anchors, z=torch.zeros_like(anchors.z))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tgt_fast._ranges import named_range
-from tgt_fast.errors import ArgumentError, ShapeError
+from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.explore.anchors import AnchorPool, Anchors
 from tgt_fast.explore.bank import LatentBank, latest
 from tgt_fast.explore.calibration import StreamingStd, measure, measure_together
@@ -212,6 +212,7 @@ class LatentSampler(Adjustable):
         step: int | Tensor | None = None,
         occurrence: Tensor | None = None,
         logits_of: LogitsOf = None,
+        latents: Latents | Tensor | None = None,
     ) -> Synthetic:
         """Explore from a batch.
 
@@ -230,6 +231,8 @@ class LatentSampler(Adjustable):
                 of one step, or processes, may hold copies of one example; by default counted within the call, in
                 the order of its rows. :meth:`tgt_fast.TGTObjective.occurrences` counts over calls.
             logits_of: in the place of the sampler's own, in this call.
+            latents: ``Enc(x)`` of the B examples where it is known already, as a :class:`tgt_fast.TeacherCache` gives
+                it; the encoder is then not asked. Not looked at where nothing is encoded (``encodes``).
 
         Returns:
             :class:`Synthetic` of replicas * B examples; detached, except in persistent mode.
@@ -248,13 +251,14 @@ class LatentSampler(Adjustable):
         key = self._counters.key(*where, sample_ids, step, occurrence, self.options)
         options = self.options if logits_of is None else dataclasses.replace(self.options, logits_of=logits_of)
         drawn = self._drawn(key) if self.options.anchors == "balanced" else None
+        known = self._checked_latents(latents, where[0])
         with named_range(f"explore ({self.mode})"):
             if self.mode == "persistent":
-                latents = chain_latents(self.teacher, self._bank, x, key, self._scale_for, self.options)
+                latents = chain_latents(self.teacher, self._bank, x, key, self._scale_for, self.options, known)
                 made = decoded(self.teacher, latents, key, self.options.replicas, relaxed=True)
                 logits = self.teacher.label(made)
             else:
-                latents = tree.concat(self._explored(x, student, key, drawn, options))
+                latents = tree.concat(self._explored(x, known, student, key, drawn, options))
                 made, logits = self._examples(self.teacher, latents, key, self.options.replicas)
         self._counters.advance(key.ids.shape[0], ids=sample_ids is None, step=step is None)
         ids = key.ids.repeat(self.options.replicas)
@@ -273,6 +277,7 @@ class LatentSampler(Adjustable):
         columns: Sequence[Any] | None = None,
         group: Any = None,
         progress: bool | None = None,
+        cache: Any = None,
     ) -> LatentSampler:
         """Measure ``scale``, the standard deviation of Enc(x) over a loader, and collect balanced anchors.
 
@@ -289,6 +294,8 @@ class LatentSampler(Adjustable):
                 first process first (their ids are then the loader's, or places in each one's part). Each process
                 calls, even with no data. Examples that a ``DistributedSampler`` repeats as padding are left out.
             progress: show a bar; None: on a terminal, where it takes longer than a second.
+            cache: a :class:`tgt_fast.TeacherCache` with ``latents=True``, or an ensemble's, which then gives Enc(x) and
+                the labeler's argmax by the loader's ids, and keeps what it lacked.
 
         Returns:
             The sampler itself.
@@ -298,7 +305,7 @@ class LatentSampler(Adjustable):
                 be read in more than one way.
         """
         per_class = checked_integer("per_class", per_class, 1, MAX_SAMPLE_ID)
-        given = self.teacher, loader, columns, per_class if self.options.anchors == "balanced" else None
+        given = self.teacher, loader, columns, per_class if self.options.anchors == "balanced" else None, cache
         together = counting_group("calibrate", group, name="group")
         if together is None:
             std, pool = measure(*given, padding=True, progress=progress)
@@ -356,15 +363,16 @@ class LatentSampler(Adjustable):
         self.scale, self._bank, self._pool = checked.scale, checked.bank, checked.pool
 
     def _explored(
-        self, x: Any, student: Callable[..., Any] | None, key: Key, drawn: Anchors | None, options: SamplerOptions
-    ) -> list[Latents]:
+        self, x: Any, known: Latents | None, student: Callable[..., Any] | None, key: Key, drawn: Anchors | None,
+        options: SamplerOptions,
+    ) -> list[Latents]:  # fmt: skip
         """The latents of each replica."""
         keys = [key.of_replica(replica) for replica in range(options.replicas)]
         if self.mode == "prior":
-            return [prior_latents(self.teacher, x, k, options) for k in keys]
+            return [prior_latents(self.teacher, x, k, options, known) for k in keys]
         if self.mode == "gradient":
             student = checked_student(self.teacher, student)
-        anchors = self.teacher.encode(x) if drawn is None else drawn.latents
+        anchors = drawn.latents if drawn is not None else self.teacher.encode(x) if known is None else known
         scale = self._scale_for(anchors)
         found = [with_noise(anchors, scale, k, options) for k in keys]
         if self.mode == "random" or student is None:
@@ -375,6 +383,20 @@ class LatentSampler(Adjustable):
         histories = [history for _, history in ascended]
         self.last_disagreement = [sum(values) / len(values) for values in zip(*histories, strict=True)]
         return [latents for latents, _ in ascended]
+
+    @property
+    def encodes(self) -> bool:
+        """Whether a call looks at ``Enc(x)``; else balanced anchors, or a prior of a given shape, take its place."""
+        prior = self.mode == "prior" and isinstance(self.teacher.prior, tuple)
+        return not prior and self.options.anchors != "balanced"
+
+    def _checked_latents(self, given: Latents | Tensor | None, count: int) -> Latents | None:
+        if given is None or not self.encodes:
+            return None
+        if not isinstance(given, (Latents, Tensor)):
+            raise DTypeError(f"LatentSampler: latents must be a tensor or Latents, got {type(given).__name__}")
+        latents = Latents(given) if isinstance(given, Tensor) else given
+        return tree.detach(latents.check(count, "LatentSampler"))
 
     def _drawn(self, key: Key) -> Anchors:
         """Balanced anchors."""

@@ -151,7 +151,15 @@ class TeacherEnsemble(Teacher):
         if self.combine != "per_teacher":
             return super().opinions(x)
         self._keep_frozen()
-        asked = self._asked(x)
+        return self._each(self._asked(x))
+
+    def opinions_of(self, answers: Mapping[str, Tensor], x: Inputs = None) -> tuple[Opinion, ...]:
+        """:meth:`opinions` of logits that the teachers have given already, as :meth:`combined` takes them."""
+        if self.combine != "per_teacher":
+            return (Opinion(self.combined(answers, x), None),)
+        return self._each(self._with_shares(answers, x))
+
+    def _each(self, asked: Mapping[str, tuple[Tensor, float | Tensor]]) -> tuple[Opinion, ...]:
         made = []
         for name, (logits, weight) in asked.items():
             wide, known = self._over_all(name, logits, self._classes(asked))
@@ -165,11 +173,14 @@ class TeacherEnsemble(Teacher):
             answers: [B, ..., C] of each teacher.
             x: the data, where ``route`` looks at it.
         """
+        return self._combined(self._with_shares(answers, x))
+
+    def _with_shares(self, answers: Mapping[str, Tensor], x: Inputs) -> dict[str, tuple[Tensor, float | Tensor]]:
         missing = [name for name in self.members if name not in answers]
         if missing:
             raise ArgumentError(f"{_OP}: no answers of {missing}")
         shares = self._shares(x, next(iter(answers.values())))
-        return self._combined({name: (answers[name], shares[name]) for name in self.members})
+        return {name: (answers[name], shares[name]) for name in self.members}
 
     def data_of(self, x: Inputs) -> Inputs:
         """The data without the column that routes it."""

@@ -18,14 +18,16 @@ from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.losses.distill import DistillationLoss
 from tgt_fast.ops import _checks
 from tgt_fast.ops.counts import counting_group, over_processes, weight_of_rows
-from tgt_fast.teacher import Teacher, tree
+from tgt_fast.teacher import Latents, Teacher, tree
 from tgt_fast.teacher.batches import Batch, checked_batches
 from tgt_fast.teacher.returned import LogitsOf, check_logits_of
 from tgt_fast.teacher.sharing import warn_of_shared
 from tgt_fast.teacher.teacher import Opinion
+from tgt_fast.train.cached import Known
 from tgt_fast.train.opinions import hard_of, soft_of
 
 if TYPE_CHECKING:
+    from tgt_fast.cache import EnsembleCache, TeacherCache
     from tgt_fast.explore import LatentSampler, Synthetic
 
 
@@ -69,16 +71,22 @@ class TGTObjective:
         logits_of: where the logits are in what the student returns, also when the sampler asks it: a name (an attribute
             or key), an index, or a function of what it returned. By default a tensor is them; of a tuple, dict or
             output object, what is named ``logits``, or the first floating-point tensor of at least two dimensions.
+        cache: a :class:`TeacherCache` of this teacher, or the :class:`tgt_fast.cache.EnsembleCache` of this ensemble:
+            labels of real examples come from it, by ``sample_ids``, and, if it was made with ``latents=True``, what the
+            sampler takes for Enc(x); what it lacks is computed and kept. After an epoch neither labeler nor encoder
+            runs on real examples. With ``k=None`` and ``dtype=None`` the bits are those of a teacher that is asked,
+            as far as its own do not depend on the other rows of a batch. Augmented and mixed data, which differ from
+            epoch to epoch, have no place in a cache, and are refused where that is seen (on a CPU).
 
     A batch x that is a dict goes into a student of transformers or peft as keywords, and so it does into any with
     several parameters that names its keys; one with a single parameter gets the dict.
 
-    ``teacher``, ``sampler``, ``loss``, its settings, ``synthetic_weight``, ``count_group`` and ``logits_of`` are
-    attributes that can be changed between calls; the next call goes by what they are then.
+    ``teacher``, ``sampler``, ``loss``, its settings, ``synthetic_weight``, ``count_group``, ``logits_of`` and ``cache``
+    are attributes that can be changed between calls; the next call goes by what they are then.
 
     Raises:
         ArgumentError: a teacher that is no :class:`Teacher`, a loss with another reduction or with ``return_stats``, a
-            negative weight, or a sampler with a loss that has no soft term.
+            negative weight, a sampler with a loss that has no soft term, or the cache of another teacher.
 
     Source: Zaheer et al., "Teacher Guided Training: An Efficient Framework for Knowledge Transfer", ICLR 2023. The
     weight of the synthetic term is ours.
@@ -101,6 +109,7 @@ class TGTObjective:
         synthetic_weight: float = 1.0,
         count_group: Any = None,
         logits_of: LogitsOf = None,
+        cache: TeacherCache | EnsembleCache | None = None,
     ) -> None:
         self.teacher = teacher
         self.sampler = sampler
@@ -108,6 +117,8 @@ class TGTObjective:
         self.synthetic_weight = synthetic_weight
         self.count_group = count_group
         self.logits_of = logits_of
+        self.cache = cache
+        self._known: Known | None = None
         self._met: int | None = None  # the student that was last looked at
         self._options()
         self._group()
@@ -134,6 +145,7 @@ class TGTObjective:
             raise ArgumentError(
                 "TGTObjective: a loss with soft_weight=0 ignores synthetic examples; leave the sampler out"
             )
+        self._known = Known.of(self.cache, self.teacher, self._known)
         return options
 
     def __call__(
@@ -149,6 +161,7 @@ class TGTObjective:
         synthetic_normalizer: float | Tensor | None = None,
         occurrence: Tensor | None = None,
         logits_of: LogitsOf = None,
+        synthetic: Synthetic | None = None,
     ) -> ObjectiveOutput:
         """The loss on one batch; its ``backward()`` is yours to call.
 
@@ -168,6 +181,8 @@ class TGTObjective:
             occurrence: (n,) int64, for the sampler: which copy of its id each row is, where calls of one step hold
                 copies of one example; see :meth:`occurrences`.
             logits_of: in the place of the objective's own, in this call.
+            synthetic: examples that are there already (:meth:`LatentSampler.prefetch`, :func:`fit` with ``prefetch``),
+                in the place of a call of the sampler, of which there need be none.
 
         Returns:
             ``{"loss", "parts": {"hard", "soft", "synthetic"}}``, 0-d; the parts are detached and add up to
@@ -176,9 +191,11 @@ class TGTObjective:
         Raises:
             ShapeError: student, teacher and labels do not fit together. Errors of the sampler are passed on.
             DTypeError: there are no logits in what the student returned.
-            ArgumentError: the student is the teacher's labeler.
+            ArgumentError: the student is the teacher's labeler; a ``cache`` without ``sample_ids``.
         """
         options = self._options()
+        if synthetic is not None:
+            self._check_made(synthetic)
         if not torch.compiler.is_compiling():
             refuse_labeler("TGTObjective", self.teacher, student)
             if id(student) != self._met:
@@ -187,8 +204,12 @@ class TGTObjective:
         logits_of = self.logits_of if logits_of is None else check_logits_of("TGTObjective", logits_of)
         class_dim = getattr(self.loss, "class_dim", -1)
         class_dim = self.teacher.class_dim if class_dim == -1 else class_dim
+        latents: Latents | None = None
         with torch.no_grad():
-            opinions = self.teacher.opinions(x)
+            if self._known is None:
+                opinions = self.teacher.opinions(x)
+            else:
+                opinions, latents = self._known(x, sample_ids, encode=synthetic is None and self._asks_latents())
         with named_range("student"):
             logits = student_logits("TGTObjective", student, self.teacher.student_view(x), logits_of, class_dim)
         if isinstance(y, Tensor) and y.dim() == logits.dim():  # shares of the classes, in the layout of the logits
@@ -198,7 +219,10 @@ class TGTObjective:
         if group is None:  # at once, which may give the logits' memory back
             with named_range("loss"):
                 real = self._real(options, logits, opinions, y, sample_weight, normalizer)
-        made = self._explored(student, x, sample_ids, step, {"occurrence": occurrence, "logits_of": logits_of})
+        made = synthetic
+        if made is None or not is_on(self.synthetic_weight):
+            given = {"occurrence": occurrence, "logits_of": logits_of, "latents": latents}
+            made = self._explored(student, x, sample_ids, step, given)
         if made is not None:
             with named_range("student (synthetic)"):
                 view = self.teacher.student_view(made.x)
@@ -211,7 +235,7 @@ class TGTObjective:
                 real = self._real(options, logits, opinions, y, sample_weight, normalizer)
         loss, hard = real
         soft = loss.detach() - hard
-        synthetic = torch.zeros_like(soft)
+        of_made = torch.zeros_like(soft)
         if made is not None:
             with named_range("loss (synthetic)"):
                 theirs: tuple[Opinion, ...] = (Opinion(made.teacher_logits, None),)
@@ -219,8 +243,19 @@ class TGTObjective:
                     theirs = self.teacher.opinions(made.x)
                 term = self._soft(options, synthetic_logits, theirs, None, synthetic_normalizer)
                 term = self.synthetic_weight * term
-            loss, synthetic = loss + term, term.detach()
-        return {"loss": loss, "parts": {"hard": hard, "soft": soft, "synthetic": synthetic}}
+            loss, of_made = loss + term, term.detach()
+        return {"loss": loss, "parts": {"hard": hard, "soft": soft, "synthetic": of_made}}
+
+    def _asks_latents(self) -> bool:
+        """Whether the sampler will ask for Enc(x)."""
+        return self.sampler is not None and is_on(self.synthetic_weight) and bool(self.sampler.encodes)
+
+    def _check_made(self, synthetic: Any) -> None:
+        if not all(hasattr(synthetic, name) for name in ("x", "teacher_logits")):
+            raise ArgumentError(
+                f"TGTObjective: synthetic must be what a sampler made, a tgt_fast.Synthetic, got "
+                f"{type(synthetic).__name__}"
+            )
 
     def _group(self) -> Any:
         """The processes that count together, if there are several."""
@@ -351,5 +386,7 @@ class TGTObjective:
         if class_dim == -1:
             return logits, *others
         dims = logits.dim()
-        moved = (x if x is None or x.dim() != dims else x.movedim(-1, class_dim) for x in (logits, *others))
+        moved = (
+            x if not isinstance(x, Tensor) or x.dim() != dims else x.movedim(-1, class_dim) for x in (logits, *others)
+        )
         return tuple(moved)

@@ -37,9 +37,9 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 class Objective(Protocol):
     """The objective that :func:`fit` minimises: a ``TGTObjective``, or any callable that can be called like one.
 
-    Four attributes are used where they exist: ``teacher``, whose parameters the optimizer must not hold; ``sampler``,
-    whose state goes into checkpoints; and for ``accumulate`` ``normalizers``, which it needs, and ``occurrences``: what
-    it gives that is not None is passed as ``occurrence=``.
+    Five attributes are used where they exist: ``teacher``, whose parameters the optimizer must not hold; ``sampler``,
+    whose state goes into checkpoints; ``cache``, which is flushed then; and for ``accumulate`` ``normalizers``, which
+    it needs, and ``occurrences``: what it gives that is not None is passed as ``occurrence=``.
     """
 
     def __call__(
@@ -239,6 +239,9 @@ class Run:
         if self.average is not None:
             extra["ema"] = self.average.values
         self.parallel.settle()
+        cache = getattr(self.objective, "cache", None)
+        if cache is not None:  # or a resumed run would compute its rows again, beside other rows
+            cache.flush()
         with saved_by_all(processes.count > 1):
             checkpoint.save_together(processes, folder, self.model, self._parts(), result.steps, extra)
 
