@@ -59,6 +59,8 @@ def test_the_main_docstrings_hold_examples() -> None:
         tgt_fast.teacher.TimmLabeler,
         tgt_fast.LatentSampler,
         tgt_fast.TeacherCache,
+        tgt_fast.synthesize,
+        tgt_fast.SyntheticDataset,
         tgt_fast.teacher_fingerprint,
         tgt_fast.TGTObjective,
         tgt_fast.explain,

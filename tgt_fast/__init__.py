@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tgt_fast import losses as losses
     from tgt_fast import ops as ops
     from tgt_fast import report as report
+    from tgt_fast import synthesis as synthesis
     from tgt_fast import teacher as teacher
     from tgt_fast import testing as testing
     from tgt_fast import train as train
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from tgt_fast.ops.tokens import sample_tokens, soft_embedding
     from tgt_fast.ops.topk import TeacherTopK, topk_teacher
     from tgt_fast.ops.vocabulary import align_logits
+    from tgt_fast.synthesis import SyntheticDataset, synthesize
     from tgt_fast.teacher import Latents, Teacher, TeacherEnsemble
     from tgt_fast.train import TGTObjective, fit
 
@@ -55,6 +57,7 @@ __all__ = [
     "Latents",
     "LinearDistillationLoss",
     "Synthetic",
+    "SyntheticDataset",
     "TGTObjective",
     "Teacher",
     "TeacherCache",
@@ -73,6 +76,7 @@ __all__ = [
     "release_buffers",
     "sample_tokens",
     "soft_embedding",
+    "synthesize",
     "teacher_fingerprint",
     "topk_teacher",
 ]
@@ -86,6 +90,7 @@ _MODULES: Final = (
     "losses",
     "ops",
     "report",
+    "synthesis",
     "teacher",
     "testing",
     "train",
@@ -100,6 +105,7 @@ _WHERE: Final = {
     "Latents": "tgt_fast.teacher",
     "LinearDistillationLoss": "tgt_fast.losses.linear",
     "Synthetic": "tgt_fast.explore",
+    "SyntheticDataset": "tgt_fast.synthesis",
     "TGTObjective": "tgt_fast.train",
     "Teacher": "tgt_fast.teacher",
     "TeacherEnsemble": "tgt_fast.teacher",
@@ -117,6 +123,7 @@ _WHERE: Final = {
     "release_buffers": "tgt_fast.kernels.native",
     "sample_tokens": "tgt_fast.ops.tokens",
     "soft_embedding": "tgt_fast.ops.tokens",
+    "synthesize": "tgt_fast.synthesis",
     "teacher_fingerprint": "tgt_fast.cache",
     "topk_teacher": "tgt_fast.ops.topk",
 }

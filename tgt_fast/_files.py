@@ -69,6 +69,16 @@ class NewFile:
         os.replace(self.place, path)
         self._path = None
 
+    def take_free_name(self, path: Path) -> None:
+        """Unless it is taken: of several writers the first one's file stands. To be synced before."""
+        try:
+            os.link(self.place, path)  # fails where the name is taken
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links: the window between question and answer stays
+            if not os.path.lexists(path):
+                self.take_name(path)
+
     def sync(self) -> None:
         """Have what was written on the disk."""
         self.file.flush()

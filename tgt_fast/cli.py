@@ -1,4 +1,4 @@
-"""The command line: ``tgt-fast demo``, ``report``, ``bench``, ``profile``, ``cache`` and ``doctor``."""
+"""The command line: ``tgt-fast demo``, ``report``, ``bench``, ``profile``, ``cache``, ``synthesize`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tgt_fast
 from tgt_fast import _interrupted
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _doctor()
         elif given.command == "cache":
             return _cache(given)
+        elif given.command == "synthesize":
+            _synthesize(given)
         elif given.command == "bench":
             return _bench(given)
         elif given.command == "profile":
@@ -40,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tgt-fast: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        kept = given is not None and given.command == "cache"  # what it has
+        kept = given is not None and given.command in ("cache", "synthesize")  # what it has
         written = ", ".join(map(str, _results()))
         _interrupted.say("" if kept else f"after it wrote {written}" if written else _interrupted.NOTHING)
         return _interrupted.STATUS
@@ -129,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
             help=f"profile your own step: a function without arguments that returns {gives}",
         )  # fmt: skip
     _add_cache(commands)
+    _add_synthesize(commands)
     commands.add_parser("doctor", help="what was built, what can run here, and why the rest cannot")
     return parser
 
@@ -199,6 +203,69 @@ def _add_cache(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         verbs.add_parser(verb, help=does).add_argument("folder", type=Path, help="of the cache")
 
 
+def _add_synthesize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "synthesize",
+        help="synthetic examples with the teacher's labels, made once and kept in a folder",
+        description="Make synthetic examples from every sample of a data set and keep them, with what the teacher says "
+        "of them, in a folder. Run it again to go on where it was stopped. The rows are the same, bit for bit, for any "
+        "number of workers and every engine.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    left_out: dict[str, Any] = {"default": argparse.SUPPRESS}
+    for name, gives, required in (
+        ("teacher", "a tgt.Teacher, or a tgt.LatentSampler, which has its own options", True),
+        ("data", "batches (ids, x) or (ids, x, y), the same each time", True),
+        ("student", "the student, for --mode gradient", False),
+    ):
+        parser.add_argument(
+            f"--{name}", required=required, metavar="MODULE:FACTORY",
+            help=f"a function without arguments that returns {gives}", **left_out,
+        )  # fmt: skip
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="made if need be", **left_out)
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="synthetic examples a real one")
+    parser.add_argument("--step", type=int, default=0, metavar="N", help="part of the key of noise and of rows")
+    parser.add_argument(
+        "--topk", type=int, metavar="K", help="store records of K classes (default: logits)", **left_out
+    )
+    parser.add_argument("--latents", action="store_true", help="store the latents, too")
+    parser.add_argument("--format", choices=("safetensors",), default="safetensors", help="of the files")
+    parser.add_argument("--shard-bytes", type=int, default=64 << 20, metavar="N", help="of rows in a file, about")
+    parser.add_argument("--preview", type=int, metavar="N", help="make N examples, show them, store none", **left_out)
+
+    work = parser.add_argument_group("workers")
+    work.add_argument(
+        "--engine", choices=("local", "torchrun"), default="local",
+        help="processes of this machine; those of torchrun, which it starts unless it runs in one",
+    )  # fmt: skip
+    work.add_argument("--workers", type=int, default=1, metavar="N", help="processes, a teacher each")
+    work.add_argument("--gpus-per-worker", type=float, default=0, metavar="G", help="0: a worker computes on the CPU")
+    work.add_argument("--threads", type=int, default=1, metavar="N", help="a worker's; last bits may depend on it")
+
+    options = parser.add_argument_group("the sampler's options (defaults: those of tgt.LatentSampler)")
+    options.add_argument("--mode", choices=("prior", "random", "gradient"), **left_out)
+    options.add_argument("--units", choices=("std", "absolute"), **left_out)
+    options.add_argument("--divergence", metavar="NAME", **left_out)
+    for name in ("sigma", "step-size", "radius", "step-noise", "temperature", "truncation"):
+        options.add_argument(f"--{name}", type=float, metavar="X", **left_out)
+    for name in ("steps", "seed"):
+        options.add_argument(f"--{name}", type=int, metavar="N", **left_out)
+    options.add_argument(
+        "--calibrate",
+        type=int,
+        default=64,
+        metavar="N",
+        help="first batches that the unit of --units std is measured on",
+    )
+
+    filters = parser.add_argument_group("filters: examples beyond a bound are dropped, and counted")
+    filters.add_argument("--max-entropy", type=float, metavar="H", help="of the labeler, in nats", **left_out)
+    filters.add_argument(
+        "--min-agreement", type=float, metavar="P", help="of labels of an example and its reconstruction", **left_out
+    )
+    filters.add_argument("--max-distance", type=float, metavar="D", help="of latents after encoding again", **left_out)
+
+
 def _results() -> dict[Path, None]:
     """Files that were written so far; the module is imported by commands that write."""
     written: dict[Path, None] = getattr(sys.modules.get("tgt_fast.report.output"), "written", {})
@@ -256,6 +323,14 @@ def _cache(given: argparse.Namespace) -> int:
             version=getattr(given, "teacher_version", None),
         )
     return 0
+
+
+def _synthesize(given: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from tgt_fast.synthesis import command
+
+    command.run(vars(given), Console())
 
 
 def _bench(given: argparse.Namespace) -> int:

@@ -168,7 +168,7 @@ def differences(stored: Fingerprint, given: Fingerprint) -> str:
     for name in sorted({*stored.parts, *given.parts}):
         one, two = stored.parts.get(name), given.parts.get(name)
         if one != two:
-            if name in _HASHES:
+            if name.endswith(_HASHES):
                 one, two = (f"{x[:12]}..." if isinstance(x, str) else "none" for x in (one, two))
             found.append(f"{name} (stored {one}, given {two})")
     return "they differ in " + ", ".join(found)

@@ -50,11 +50,12 @@ class Identity:
 
     Args:
         latents: whether a Teacher is asked for latents, too; then its encoder belongs to what it is.
+        generator: whether it makes examples; then so do its decoder, its prior and what students are shown.
     """
 
-    def __init__(self, *, latents: bool = False) -> None:
+    def __init__(self, *, latents: bool = False, generator: bool = False) -> None:
         self.unseen: list[str] = []
-        self._latents = latents
+        self._latents, self._generator = latents, generator
         self._code, self._weights = hashlib.sha256(), hashlib.sha256()
         self._visited: dict[int, int] = {}
         self._alive: list[Any] = []  # objects made on the way, or an id would be used twice
@@ -172,7 +173,7 @@ class Identity:
 
     def _apart(self, path: str, thing: Any, depth: int) -> str:
         """Digests of an element that has no place among the others."""
-        other = Identity(latents=self._latents)
+        other = Identity(latents=self._latents, generator=self._generator)
         other._visited, other._alive = dict(self._visited), self._alive
         other._walk(path, thing, depth + 1)
         self.unseen += other.unseen
@@ -193,11 +194,16 @@ class Identity:
             yield "combination", settings
         if self._latents:
             yield "encoder", teacher.encoder
+        if self._generator:
+            yield from (("decoder", teacher.decoder), ("prior", teacher.prior))
+            yield "student_transform", teacher._parts["student_transform"]
         kind = type(teacher)
         if not is_own(kind.__module__):
             return
         self._say(name_of(kind))
-        for entry in ("label", "_label", *(("encode", "_encode") if self._latents else ())):
+        encoding = ("encode", "_encode") if self._latents else ()
+        making = ("decode", "_decode", "join", "from_prior", "student_view") if self._generator else ()
+        for entry in ("label", "_label", *encoding, *making):
             if is_own(getattr(kind, entry).__module__):
                 yield entry, getattr(kind, entry)
                 yield from members(kind, entry)

@@ -7,7 +7,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-Ids = NDArray[np.int64]
+from tgt_fast.cache.keys import SAMPLES, Keys, Packed
+
+Ids = Packed
 Places = NDArray[np.int64]  # segment << ROW_BITS | row; MISSING where there is none
 
 ROW_BITS: Final = 32
@@ -33,10 +35,10 @@ def in_order(where: Places) -> tuple[int, slice] | None:
 
 
 class Index:
-    """16 bytes a sample. Of an id that is added twice the first place stays."""
+    """16 bytes a sample, of several numbers a key 20. Of an id that is added twice the first place stays."""
 
-    def __init__(self) -> None:
-        self.ids: Ids = np.empty(0, np.int64)
+    def __init__(self, keys: Keys = SAMPLES) -> None:
+        self.ids: Ids = np.empty(0, keys.dtype)
         self._places: Places = np.empty(0, np.int64)
 
     def __len__(self) -> int:
@@ -47,7 +49,8 @@ class Index:
         size = len(self.ids)
         if not size:
             return np.full(len(ids), MISSING, np.int64)
-        if self.ids[-1] - self.ids[0] == size - 1:  # consecutive ids, as those of a whole data set: no search
+        # Consecutive ids, as those of a whole data set: no search.
+        if self.ids.dtype == np.int64 and self.ids[-1] - self.ids[0] == size - 1:
             at = ids - self.ids[0]
             if len(at) and at.view(np.uint64).max() < size:  # none is negative, either
                 found: Places = self._places.take(at)

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tgt_fast.cache.keys import KINDS, SAMPLES, Keys
 from tgt_fast.errors import CacheError, DTypeError
 
 Bytes = NDArray[np.uint8]  # [rows, bytes of a row]: of any dtype, also of those that numpy does not have
@@ -100,12 +101,21 @@ class Block:
         return found
 
 
+def _kind(name: str) -> str:
+    """Of a field: of latents, of data, or of what the teacher said."""
+    if name.startswith("latents"):
+        return "latents"
+    return "x" if name == "x" or name.startswith("x.") else ""
+
+
 @dataclass(frozen=True)
 class Layout:
-    """The fields of every sample of a cache, and the number of classes that its logits had."""
+    """The fields of every sample of a cache, the number of classes that its logits had, and how rows are told apart."""
 
     fields: Mapping[str, Field]
     classes: int
+    keys: Keys = SAMPLES
+    tree: str = ""  # of data that is no tensor: a pytree's structure, whose leaves the fields of data are
 
     @cached_property
     def row_bytes(self) -> int:
@@ -115,14 +125,16 @@ class Layout:
     def blocks(self) -> dict[str, Block]:
         """By the name of the tensor in a shard: that of the field, where it is alone."""
         found = {}
-        for together, latents in (("labels", False), ("latents_with_mask", True)):
-            fields = {name: field for name, field in self.fields.items() if name.startswith("latents") == latents}
+        for together, kind in (("labels", ""), ("latents_with_mask", "latents"), ("data", "x")):
+            fields = {name: field for name, field in self.fields.items() if _kind(name) == kind}
             if fields:
                 found[together if len(fields) > 1 else next(iter(fields))] = Block(fields)
         return found
 
     @staticmethod
-    def of(tensors: Mapping[str, Tensor], classes: int) -> Layout:
+    def of(
+        tensors: Mapping[str, Tensor], classes: int, *, op: str = "TeacherCache", keys: Keys = SAMPLES, tree: str = ""
+    ) -> Layout:
         """That of some samples.
 
         Raises:
@@ -130,8 +142,9 @@ class Layout:
         """
         for name, tensor in tensors.items():
             if tensor.dtype not in NAMES:
-                raise DTypeError(f"TeacherCache: {name} of dtype {tensor.dtype} cannot be stored")
-        return Layout({name: Field(x.dtype, tuple(x.shape[1:])) for name, x in sorted(tensors.items())}, classes)
+                raise DTypeError(f"{op}: {name} of dtype {tensor.dtype} cannot be stored")
+        fields = {name: Field(x.dtype, tuple(x.shape[1:])) for name, x in sorted(tensors.items())}
+        return Layout(fields, classes, keys, tree)
 
     def difference(self, other: Layout) -> str:
         """The difference of another, in words; empty where there is none."""
@@ -140,6 +153,8 @@ class Layout:
             one, two = self.fields.get(name), other.fields.get(name)
             if one != two:
                 found.append(f"{name}: {one or 'none'} and {two or 'none'}")
+        if self.tree != other.tree:
+            found.append("the structure of x")
         return "; ".join(found)
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Rows:
@@ -172,7 +187,12 @@ class Layout:
         fields = {name: {"dtype": NAMES[x.dtype], "shape": list(x.shape)} for name, x in self.fields.items()}
         # Where they begin in a row of several, for other readers of the files; here it follows from the fields.
         rows = {name: block.offsets for name, block in self.blocks.items() if len(block.fields) > 1}
-        return {"classes": self.classes, "fields": fields, "offsets": rows}
+        found = {"classes": self.classes, "fields": fields, "offsets": rows}
+        if self.keys != SAMPLES:
+            found["keys"] = list(self.keys.columns)
+        if self.tree:
+            found["tree"] = self.tree
+        return found
 
     @staticmethod
     def from_json(found: Any) -> Layout:
@@ -185,6 +205,10 @@ class Layout:
                 str(name): Field(DTYPES[x["dtype"]], tuple(int(n) for n in x["shape"]))
                 for name, x in sorted(found["fields"].items())
             }
-            return Layout(fields, int(found["classes"]))
+            columns = tuple(found.get("keys", SAMPLES.columns))
+            keys = next((kind for kind in KINDS if kind.columns == columns), None)
+            if keys is None:
+                raise ValueError(f"rows with the keys {columns}")
+            return Layout(fields, int(found["classes"]), keys, str(found.get("tree", "")))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CacheError(f"a manifest without a readable layout: {error!r}") from error

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ _REMEDY: Final = "the shards beside it are as they were: put its copy back, or f
 class Manifest:
     fingerprint: Fingerprint
     layout: Layout
+    notes: Mapping[str, Any] = field(default_factory=dict)  # what else is to be known, and need not agree
 
     @staticmethod
     def read(folder: Path) -> Manifest | None:
@@ -60,7 +61,7 @@ class Manifest:
         if fingerprint != digest:
             raise CacheError(f"{path} was changed: its fingerprint is not that of its parts")
         try:
-            return Manifest(fingerprint, Layout.from_json(found.get("rows")))
+            return Manifest(fingerprint, Layout.from_json(found.get("rows")), dict(found.get("notes", {})))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise CacheError(f"{path} does not say what a row is: {error!r}; {_REMEDY}") from error
 
@@ -75,13 +76,7 @@ class Manifest:
         with new_file(folder) as new:
             new.file.write(text.encode())
             new.sync()
-            try:
-                os.link(new.place, path)  # fails where the name is taken, so of several writers one wins
-            except FileExistsError:
-                pass
-            except OSError:  # a file system without hard links: the window between question and answer stays
-                if not os.path.lexists(path):
-                    new.take_name(path)
+            new.take_free_name(path)
         sync(folder)
         standing = Manifest.read(folder)
         assert standing is not None
@@ -89,7 +84,9 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         fingerprint = {"sha256": str(self.fingerprint), **self.fingerprint.parts}
-        contents = {"format": FORMAT, "fingerprint": fingerprint, "rows": self.layout.to_json()}
+        contents: dict[str, Any] = {"format": FORMAT, "fingerprint": fingerprint, "rows": self.layout.to_json()}
+        if self.notes:
+            contents["notes"] = dict(self.notes)
         return {**contents, "checksum": _checksum(contents)}
 
     def accept(self, folder: Path, given: Fingerprint) -> None:
@@ -99,7 +96,8 @@ class Manifest:
         """
         if self.fingerprint != given:
             raise StaleCacheError(
-                f"the cache in {folder} was made under fingerprint {self.fingerprint}, but here it is {given}: "
+                f"the {self.layout.keys.rows} in {folder} was made under fingerprint {self.fingerprint}, but here "
+                f"it is {given}: "
                 f"{differences(self.fingerprint, given)}. Use another folder, or delete this one"
             )
 

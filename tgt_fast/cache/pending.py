@@ -15,7 +15,7 @@ class Pending:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._ids: Ids = np.empty(0, np.int64)
+        self._ids: Ids = np.empty(0, layout.keys.dtype)
         self._blocks = layout.empty(0)
         self._rows: dict[int, int] = {}
         self.since = time.monotonic()
@@ -30,7 +30,7 @@ class Pending:
 
     @property
     def bytes(self) -> int:
-        return len(self._rows) * (self._layout.row_bytes + 8)
+        return len(self._rows) * (self._layout.row_bytes + 8 * len(self._layout.keys.columns))
 
     def find(self, ids: Ids, where: Places, number: int | None) -> None:
         """Write the places of those ids that are here into ``where``; the segment's number is ``number``."""
@@ -51,7 +51,7 @@ class Pending:
 
     def _grow(self, capacity: int) -> None:
         used = len(self._rows)
-        blocks, ids = self._layout.empty(capacity), np.empty(capacity, np.int64)
+        blocks, ids = self._layout.empty(capacity), np.empty(capacity, self._ids.dtype)
         ids[:used] = self._ids[:used]
         for name, rows in self._blocks.items():
             blocks[name][:used] = rows[:used]

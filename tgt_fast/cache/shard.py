@@ -29,18 +29,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tgt_fast._files import MARK, new_file, sync
 from tgt_fast._opening import open_file, parse_json
 from tgt_fast.cache.checksums import Checked, TornError, crcs
 from tgt_fast.cache.index import Places
+from tgt_fast.cache.keys import Packed
 from tgt_fast.cache.layout import DTYPES, NAMES, Bytes, Field, Layout, Rows
 
 SUFFIX: Final = ".safetensors"
 TORN: Final = ".torn"  # added to the name of a shard that was set aside
 _OURS: Final = re.compile(rf"\d{{20}}-{MARK}.*{re.escape(SUFFIX)}")
-IDS: Final = "sample_ids"
 FORMAT: Final = "3"
 _CRC: Final = "crc32."  # in front of the name of a tensor
 _CUT: Final = "it was cut short since it was opened"
@@ -66,7 +65,8 @@ class Shard:
             start, header = _read_header(file.read(8), file, size)
             metadata: dict[str, str] = header.pop("__metadata__", None) or {}
             spans = _spans(header, size - start)
-            shape = header[IDS]["shape"] if IDS in header else []
+            keys = layout.keys
+            shape = header[keys.tensor]["shape"] if keys.tensor in header else []
             self.rows = int(shape[0]) if shape else -1
             kinds = {name: _kind(entry) for name, entry in header.items()}
             if kinds != _kinds(layout, self.rows):
@@ -81,11 +81,15 @@ class Shard:
             except ValueError as error:  # it is shorter by now
                 raise TornError(_CUT) from error
         whole: Bytes = np.frombuffer(self._map, np.uint8)
-        widths = {IDS: 8, **{name: block.stored.row_bytes for name, block in layout.blocks.items()}}
+        widths = {
+            keys.tensor: 8 * len(keys.columns),
+            **{name: block.stored.row_bytes for name, block in layout.blocks.items()},
+        }
         parts = {name: whole[start + a : start + b].reshape(self.rows, widths[name]) for name, (a, b) in spans.items()}
         self._checked = {name: Checked(part, expected[name]) for name, part in parts.items()}
-        self._checked.pop(IDS).check()
-        self.ids: NDArray[np.int64] = np.frombuffer(parts.pop(IDS).tobytes(), "<i8")
+        self._checked.pop(keys.tensor).check()
+        numbers = np.frombuffer(parts.pop(keys.tensor).tobytes(), "<i8").reshape(self.rows, len(keys.columns))
+        self.ids: Packed = keys.pack(numbers)
         self.blocks: Rows = parts
 
     @property
@@ -117,7 +121,7 @@ def is_shard(name: str) -> bool:
     return _OURS.fullmatch(name) is not None
 
 
-def write_shard(folder: Path, ids: NDArray[np.int64], rows: Rows, layout: Layout, fingerprint: str) -> Path:
+def write_shard(folder: Path, ids: Packed, rows: Rows, layout: Layout, fingerprint: str) -> Path:
     """Write rows, have them on the disk, and only then give the file its name; returns that.
 
     The name begins with the time, so that the shards of all writers have one order, and no two writers share one.
@@ -125,7 +129,8 @@ def write_shard(folder: Path, ids: NDArray[np.int64], rows: Rows, layout: Layout
     Raises:
         OSError: it cannot be written; nothing is left behind.
     """
-    parts: Rows = {IDS: ids.astype("<i8").view(np.uint8)[:, None], **rows}
+    numbers = np.ascontiguousarray(layout.keys.unpack(ids).astype("<i8"))
+    parts: Rows = {layout.keys.tensor: numbers.view(np.uint8), **rows}
     kinds = _kinds(layout, len(ids))
     sums = {name: crcs(parts[name]).tobytes().hex() for name in kinds}
     header: dict[str, Any] = {}
@@ -189,8 +194,8 @@ def _kinds(layout: Layout, rows: int) -> dict[str, Any]:
     def stored(field: Field) -> dict[str, Any]:
         return {"dtype": NAMES[field.dtype], "shape": [rows, *field.shape]}
 
-    ids = {"dtype": "I64", "shape": [rows]}
-    return {IDS: ids, **{name: stored(block.stored) for name, block in layout.blocks.items()}}
+    ids = {"dtype": "I64", "shape": [rows, *layout.keys.shape]}
+    return {layout.keys.tensor: ids, **{name: stored(block.stored) for name, block in layout.blocks.items()}}
 
 
 def _kind(entry: dict[str, Any]) -> dict[str, Any]:

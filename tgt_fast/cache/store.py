@@ -6,7 +6,7 @@ import itertools
 import os
 import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +17,7 @@ from tgt_fast._files import remove_dead
 from tgt_fast.cache.checksums import TornError
 from tgt_fast.cache.fingerprint import Fingerprint
 from tgt_fast.cache.index import MISSING, ROW_BITS, ROW_MASK, Ids, Index, Places, in_order, places
+from tgt_fast.cache.keys import SAMPLES, Keys
 from tgt_fast.cache.layout import Bytes, Layout, Rows
 from tgt_fast.cache.manifest import Manifest
 from tgt_fast.cache.pending import Pending
@@ -36,6 +37,9 @@ class Store:
         writable: whether rows may be added, and torn shards be set aside.
         shard_bytes, shard_seconds: rows wait in memory until they are so many bytes, or the first of them so old.
         checksums: compare a shard's checksum before its first row is read.
+        keys: what tells rows apart.
+        op: whose rows they are, for messages.
+        notes: for the manifest, if this process is the one that writes it.
     """
 
     def __init__(
@@ -47,15 +51,19 @@ class Store:
         shard_bytes: int,
         shard_seconds: float,
         checksums: bool,
+        keys: Keys = SAMPLES,
+        op: str = "TeacherCache",
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.writable = folder, writable
+        self._keys, self._op, self._notes = keys, op, notes or {}
         self._shard_bytes, self._shard_seconds, self.checksums = shard_bytes, shard_seconds, checksums
         self._process = os.getpid()
         self._watched: int | None = None  # the process whose end is waited for
         self._segments: list[Shard | Pending | None] = []  # None: a shard that was dropped
         self._unchecked: set[int] = set()
         self._seen: set[str] = set()  # names of files
-        self._index = Index()
+        self._index = Index(self._keys)
         self._pending: int | None = None  # its segment
         self.torn: dict[str, str] = {}  # what is wrong with each shard that was dropped, by name
         if writable:
@@ -64,7 +72,9 @@ class Store:
             remove_dead(folder)
         self.manifest = Manifest.read(folder)
         if self.manifest is None and not writable:
-            raise CacheError(f"there is no teacher cache in {folder}")
+            raise CacheError(f"there is no {keys.rows} in {folder}")
+        if self.manifest is not None and self.manifest.layout.keys != keys:
+            raise CacheError(f"{op}: {folder} holds a {self.manifest.layout.keys.rows}, and no {keys.rows}")
         if self.manifest is not None and fingerprint is not None:
             self.manifest.accept(folder, fingerprint)
         self.fingerprint = fingerprint
@@ -83,6 +93,11 @@ class Store:
     @property
     def layout(self) -> Layout | None:
         return None if self.manifest is None else self.manifest.layout
+
+    @property
+    def stored_fingerprint(self) -> Fingerprint | None:
+        """That of the rows in the folder."""
+        return None if self.manifest is None else self.manifest.fingerprint
 
     @property
     def shards(self) -> list[Shard]:
@@ -188,7 +203,7 @@ class Store:
         self._set_aside(shard.path, str(error))
 
     def _reindex(self) -> None:
-        self._index = Index()
+        self._index = Index(self._keys)
         for number, segment in enumerate(self._segments):
             if segment is not None and number != self._pending:
                 self._index.add(segment.ids, places(number, len(segment.ids)))
@@ -199,7 +214,7 @@ class Store:
             with reported(path, "rename"), suppress(FileNotFoundError):  # another process did
                 os.replace(path, path.with_name(path.name + TORN))
         then = "its rows count as missing" if self.writable else "its rows are left out"
-        warnings.warn(f"the shard {path} of a teacher cache is torn: {reason}; {then}", stacklevel=2)
+        warnings.warn(f"the shard {path} of a {self._keys.rows} is torn: {reason}; {then}", stacklevel=2)
 
     def check(self) -> dict[str, str]:
         """Compare every checksum now; what is wrong with each torn shard, by name."""
@@ -275,14 +290,14 @@ class Store:
         if self.manifest is None:
             assert self.fingerprint is not None
             with reported(self.folder, "write to"):
-                self.manifest = Manifest(self.fingerprint, layout).create(self.folder)
+                self.manifest = Manifest(self.fingerprint, layout, self._notes).create(self.folder)
             self.manifest.accept(self.folder, self.fingerprint)
             self.refresh()
         difference = self.manifest.layout.difference(layout)
         if difference:
             raise ShapeError(
-                f"TeacherCache: all rows of a cache share one layout; those in {self.folder} and these differ in "
-                f"{difference}. Pad samples to one size, or keep a cache a size"
+                f"{self._op}: all rows of a {self._keys.rows} share one layout; those in {self.folder} and these "
+                f"differ in {difference}. Pad samples to one size, or keep a folder a size"
             )
 
     def flush(self) -> None:
@@ -310,7 +325,7 @@ class Store:
         """Write what waits; let go of the maps."""
         if os.getpid() == self._process:
             self.flush()
-        self._segments, self._index, self._pending = [], Index(), None
+        self._segments, self._index, self._pending = [], Index(self._keys), None
 
     def _waiting(self) -> Pending | None:
         segment = None if self._pending is None else self._segments[self._pending]

@@ -1,0 +1,75 @@
+"""Provenance of synthetic examples: by which teacher, sampler and options they were made."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, Final
+
+from torch import Tensor
+
+from tgt_fast.cache.fingerprint import Fingerprint
+from tgt_fast.cache.identity import Identity
+from tgt_fast.cache.values import tensor_bytes
+from tgt_fast.explore import LatentSampler
+from tgt_fast.synthesis.filters import Filters
+
+_ALWAYS: Final = ("mode", "sigma", "truncation")
+_ANCHORED: Final = ("units", "anchors")
+_CLIMBING: Final = (
+    "step_size", "steps", "radius", "norm", "step_noise", "divergence", "beta", "temperature",
+)  # fmt: skip
+
+
+def provenance(
+    sampler: LatentSampler,
+    student: Callable[..., Any] | None,
+    filters: Filters,
+    *,
+    k: int | None,
+    temperature: float,
+    latents: bool,
+) -> Fingerprint:
+    """The fingerprint of what decides about the numbers in a row, apart from its key.
+
+    Options that the sampler's mode does not look at are left out, and so is what changes rounding alone: backends,
+    devices, and how the loader batches.
+    """
+    parts: dict[str, Any] = {"form": "synthetic examples"}
+    teacher = Identity(latents=True, generator=True)
+    teacher.add("teacher", sampler.teacher)
+    parts |= {"teacher_weights": teacher.weights, "teacher_code": teacher.code}
+    unseen = teacher.unseen
+    if sampler.mode == "gradient" and student is not None:
+        other = Identity()
+        other.add("student", student)
+        other.add("logits_of", sampler.logits_of)
+        parts |= {"student_weights": other.weights, "student_code": other.code}
+        unseen += other.unseen
+    names = _ALWAYS + (() if sampler.mode == "prior" else _ANCHORED)
+    names += _CLIMBING if sampler.mode == "gradient" else ()
+    parts |= {name: getattr(sampler, name) for name in names}
+    parts["seed"] = sampler.seed
+    if sampler.options.needs_scale:
+        parts["scale"] = _digest(sampler.scale)
+    if sampler.options.anchors == "balanced":
+        pool = {} if sampler._pool is None else sampler._pool.state_dict()
+        parts["pool"] = _digest(*(value for _, value in sorted(pool.items())))
+    parts |= {"k": k, "temperature": None if k is None else temperature, "latents": latents}
+    if k is not None:
+        parts["tail"] = "bucket"
+    parts |= {name: value for name, value in filters.bounds.items() if value is not None}
+    if filters.second is not None:
+        view = Identity()
+        view.add("second", filters.second)
+        parts |= {"second_code": view.code, "second_weights": view.weights}
+        unseen += view.unseen
+    return Fingerprint(parts, unseen)
+
+
+def _digest(*tensors: Tensor | None) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        for piece in () if tensor is None else tensor_bytes("sampler", tensor):
+            found.update(piece)
+    return found.hexdigest()[:16]
