@@ -229,7 +229,7 @@ def _add_synthesize(commands: argparse._SubParsersAction[argparse.ArgumentParser
         "--topk", type=int, metavar="K", help="store records of K classes (default: logits)", **left_out
     )
     parser.add_argument("--latents", action="store_true", help="store the latents, too")
-    parser.add_argument("--format", choices=("safetensors",), default="safetensors", help="of the files")
+    parser.add_argument("--format", choices=("safetensors", "parquet"), default="safetensors", help="of the files")
     parser.add_argument("--shard-bytes", type=int, default=64 << 20, metavar="N", help="of rows in a file, about")
     parser.add_argument("--preview", type=int, metavar="N", help="make N examples, show them, store none", **left_out)
 

@@ -20,7 +20,8 @@ from tgt_fast.cache.outputs import LABELS, Settings
 from tgt_fast.errors import ArgumentError, CacheError, UnknownIdError
 from tgt_fast.kernels.options import MAX_REPLICA, MAX_SAMPLE_ID, MAX_STEP
 from tgt_fast.ops.topk import TeacherTopK
-from tgt_fast.synthesis.folder import RowStore, beneath, open_rows
+from tgt_fast.synthesis.folder import DROPPED, RowStore, beneath, open_rows
+from tgt_fast.synthesis.parquet import is_parquet
 from tgt_fast.synthesis.rows import data_of, names_of_data
 from tgt_fast.teacher import Latents
 
@@ -73,7 +74,7 @@ class SyntheticDataset(Dataset[tuple[Any, ...]]):
 
     def __init__(self, folder: Any) -> None:
         self.folder = folder
-        self._rows: RowStore = open_rows(OP, folder, None, format="parquet" if _is_parquet(folder) else "safetensors")
+        self._rows: RowStore = open_rows(OP, folder, None, format="parquet" if is_parquet(folder) else "safetensors")
         layout, fingerprint = self._rows.layout, self._rows.stored_fingerprint
         if layout is None or fingerprint is None:
             raise CacheError(f"{OP}: there are no synthetic examples in {folder}")
@@ -146,7 +147,7 @@ class SyntheticDataset(Dataset[tuple[Any, ...]]):
     def dropped(self) -> Tensor:
         """The keys of what filters refused, int64 [n, 3]."""
         try:
-            return SyntheticDropped(beneath(self.folder, "dropped")).keys
+            return SyntheticDropped(beneath(self.folder, DROPPED)).keys
         except CacheError:
             return torch.empty(0, 3, dtype=torch.int64, device="cpu")
 
@@ -170,7 +171,7 @@ class SyntheticDropped:
     """The keys that filters refused, in a folder of their own."""
 
     def __init__(self, folder: Any) -> None:
-        rows = open_rows(OP, folder, None, format="parquet" if _is_parquet(folder) else "safetensors")
+        rows = open_rows(OP, folder, None, format="parquet" if is_parquet(folder) else "safetensors")
         self.keys = torch.from_numpy(SYNTHETIC.unpack(rows.ids()))
 
 
@@ -181,17 +182,6 @@ def _as_keys(keys: Any) -> Ids:
     if len(found) and ((found < 0) | (found >= np.array([MAX_SAMPLE_ID, MAX_REPLICA, MAX_STEP]))).any():
         raise UnknownIdError(f"{OP}: a key (id, replica, step) out of range: {found.tolist()!r:.200}")
     return SYNTHETIC.pack(found.astype(np.int64))
-
-
-def _is_parquet(folder: Any) -> bool:
-    from pathlib import Path
-
-    if isinstance(folder, str) and "://" in folder:
-        return True
-    try:
-        return any(Path(folder).glob("*.parquet"))
-    except TypeError:
-        return False  # which is refused by name
 
 
 def _collate(rows: list[TeacherTopK], *, collate_fn_map: Any = None) -> TeacherTopK:

@@ -13,8 +13,9 @@ from tgt_fast.cache.keys import SYNTHETIC
 from tgt_fast.cache.layout import Layout, Rows
 from tgt_fast.cache.store import Store
 from tgt_fast.errors import ArgumentError
+from tgt_fast.synthesis.parquet import SUFFIX, ParquetRows
 
-FORMATS: Final = ("safetensors",)
+FORMATS: Final = ("safetensors", "parquet")
 DROPPED: Final = "dropped"  # a folder in the folder, of the keys of examples that filters refused
 SHARD_SECONDS: Final = 60.0  # of work that a killed process loses at the most
 SHARD_BYTES: Final = 64 << 20
@@ -51,8 +52,10 @@ def open_rows(
         ArgumentError: no path; a folder of the other form.
         CacheError, StaleCacheError: it cannot be used, or was made by another teacher or with other options.
     """
+    if format == "parquet":
+        return ParquetRows(op, folder, fingerprint, shard_bytes=shard_bytes, shard_seconds=SHARD_SECONDS, notes=notes)
     path = as_path(op, "a folder", folder)
-    if fingerprint is not None and any(path.glob("*.parquet")):
+    if fingerprint is not None and any(path.glob(f"*{SUFFIX}")):
         raise ArgumentError(f'{op}: {path} holds Parquet files; go on with format="parquet", or use another folder')
     store = Store(
         path, fingerprint, writable=fingerprint is not None, shard_bytes=shard_bytes, shard_seconds=SHARD_SECONDS,
