@@ -65,6 +65,7 @@ def test_layouts(world: int, tmp_path: Path) -> None:
                     close(leaf.grad, grad)
                 for mine, theirs in zip(own, stats, strict=True):
                     close(mine, theirs)
+            records(mesh, placed[0])
         return refusals(mesh_of_one_dimension(world))
 
     for messages in all_made(in_processes(world, tmp_path, work)):
@@ -73,6 +74,37 @@ def test_layouts(world: int, tmp_path: Path) -> None:
         assert "vocab_group is for plain tensors" in messages[2]
         assert "beside a DTensor a plain tensor is whole in each process" in messages[3]
         assert "inplace=True needs student_logits that lie as the loss takes them" in messages[4]
+
+
+def records(mesh: Any, placements: list[Any]) -> None:
+    """A record, whole in each process, beside logits that lie somehow, and beside hidden states and a head."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    student, teacher, target, weight = CASES[0].inputs()
+    record = tgt.topk_teacher(teacher.nan_to_num(0.0, posinf=0.0), 5, 2.0, tail="uniform")
+    options = {"temperature": 2.0, "hard_weight": 1.0, "divergence": "reverse_kl"}
+    leaf, whole = distribute_tensor(student, mesh, placements).requires_grad_(), student.clone().requires_grad_()
+    loss = tgt.distillation_loss(whole, record, target, sample_weight=weight, **options)
+    (expected,) = torch.autograd.grad(loss, whole)
+    out = tgt.distillation_loss(leaf, record, target, sample_weight=weight, **options)
+    out.backward()
+    close(out, loss.detach())
+    assert leaf.grad.placements == leaf.placements
+    close(leaf.grad, expected)
+
+    generator = torch.Generator().manual_seed(5)
+    hidden, head = (torch.randn(*shape, generator=generator) for shape in ((len(student), 6), (student.shape[1], 6)))
+    rows = [p if p == Shard(0) else Replicate() for p in placements]
+    classes = [Shard(0) if p == Shard(1) else Replicate() for p in placements]
+    placed = [distribute_tensor(x, mesh, p).requires_grad_() for x, p in ((hidden, rows), (head, classes))]
+    leaves = [x.clone().requires_grad_() for x in (hidden, head)]
+    loss = tgt.linear_distillation_loss(*leaves, teacher_logits=record, target=target, **options)
+    loss.backward()
+    out = tgt.linear_distillation_loss(*placed, teacher_logits=record, target=target, **options)
+    out.backward()
+    close(out, loss.detach())
+    for mine, theirs in zip(placed, leaves, strict=True):
+        close(mine.grad, theirs.grad)
 
 
 def mesh_of_one_dimension(world: int) -> Any:

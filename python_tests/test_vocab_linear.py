@@ -10,14 +10,11 @@ import torch
 from numerics import relative_error
 from process_kit import all_made, in_processes, needs_processes
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from vocab_kit import CLASSES, OFFSETS, ROWS
 
 import tgt_fast as tgt
-from tgt_fast.errors import BackendError
-from tgt_fast.kernels.options import DistillOptions, LinearOptions, LinearTensors
-from tgt_fast.ops.vocab_parallel import shards
-from tgt_fast.ops.vocab_parallel.linear import linear_distillation_loss as of_shards
+from tgt_fast.kernels.linear_heads import Head
+from tgt_fast.ops.vocab_parallel import linear_library, shards
 
 WIDTH, TEACHER_WIDTH = 6, 5
 HEADS = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias")
@@ -118,16 +115,27 @@ def test_what_travels_and_what_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         here = slice(offsets[rank], offsets[rank + 1])
         tensors = inputs(dtype, options)
         tensors = {name: x[here] if name in SLICED else x for name, x in tensors.items()}
-        sent: list[tuple[int, ...]] = []
-        original = shards.reduced
+        sent: list[Any] = []
+        begin, end, product = shards.started, linear_library.finished, Head.logits
 
-        def counted(numbers: Tensor, operation: str, groups: tuple[str, ...]) -> Tensor:
+        def begun(numbers: Tensor, operation: str, groups: tuple[str, ...]) -> Tensor:
             sent.append(tuple(numbers.shape))
-            return original(numbers, operation, groups)
+            return begin(numbers, operation, groups)
+
+        def ended(numbers: Tensor, operation: str, groups: tuple[str, ...]) -> Tensor:
+            sent.append("sums")
+            return end(numbers, operation, groups)
+
+        def multiplied(head: Head, at: slice, slot: int) -> Tensor:
+            sent.append("product")
+            return product(head, at, slot)
 
         module = tgt.LinearDistillationLoss(vocab_group="world", **options)
         module(**tensors, target=target())
-        monkeypatch.setattr(shards, "reduced", counted)
+        monkeypatch.setattr(shards, "started", begun)
+        monkeypatch.setattr(linear_library, "started", begun)
+        monkeypatch.setattr(linear_library, "finished", ended)
+        monkeypatch.setattr(Head, "logits", multiplied)
         leaves = {name: x.clone().requires_grad_(name == "student_hidden") for name, x in tensors.items()}
         module(**leaves, target=target()).backward()
         messages = []
@@ -141,20 +149,13 @@ def test_what_travels_and_what_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         return sent, messages
 
     for sent, messages in all_made(in_processes(2, tmp_path, work)):
-        rows = [shape[0] for shape in sent[:-1:2]]
+        rows = [shape[0] for shape in sent if shape[1:] == (7,)]
         assert sum(rows) == ROWS
         assert len(rows) > 1
-        assert sent == [*(shape for n in rows for shape in ((n, 7), (n, 8))), (ROWS, WIDTH)]
+        # The sums of a chunk's hidden states are on their way while the next chunk is at work.
+        chunks = [["product", "product", (n, 7), (n, 8), "sums", (n * WIDTH,)] for n in rows]
+        assert sent == [*chunks[0][:4], chunks[0][5], *(one for chunk in chunks[1:] for one in chunk), "sums"]
         assert "vocab_map is not taken with vocab_group" in messages[0]
         assert "vocab_mask must hold a bool for each of the 37 classes of all processes" in messages[1]
         assert "but the processes have 37 classes between them" in messages[2]
         assert messages[3].startswith("BackendError: linear: backend 'reference' has all classes of a row")
-
-
-def test_a_traced_call_is_refused() -> None:
-    alone = shards.Shards((), 0, CLASSES, CLASSES, CLASSES)
-    with FakeTensorMode() as mode:
-        given = {name: mode.from_tensor(x) for name, x in inputs(torch.float32, {"teacher_logits": True}).items()}
-        t = LinearTensors(*(given[name] for name in HEADS[:3]), given["teacher_logits"], None, None)
-        with pytest.raises(BackendError, match="a call with vocab_group is not compiled; take this loss outside"):
-            of_shards(alone, t, None, None, None, LinearOptions(), DistillOptions(), False, "auto")

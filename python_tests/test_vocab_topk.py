@@ -16,16 +16,48 @@ from torch import Tensor
 from vocab_kit import CLASSES, ROWS, TERMS, Case, part_of
 
 import tgt_fast as tgt
-from tgt_fast.errors import ArgumentError
-from tgt_fast.kernels.options import TOPK_DIVERGENCES
+from tgt_fast.errors import ArgumentError, ShapeError
+from tgt_fast.kernels.options import TAILS, TOPK_DIVERGENCES
 
 CASES = [
     (divergence, tail, terms, kind)
     for at, (divergence, tail, kind) in enumerate(
-        itertools.product(TOPK_DIVERGENCES, ("bucket", "renormalize"), ("plain", "peaked", "masked"))
+        itertools.product(TOPK_DIVERGENCES, TAILS, ("plain", "peaked", "masked"))
     )
     for terms in (list(TERMS)[at % len(TERMS)],)
 ]
+
+
+# From hidden states: the record's tail, options, and how many of the student's classes the record knows.
+HEADS: tuple[tuple[str, dict[str, Any], int], ...] = (
+    ("bucket", {"divergence": "jsd", "hard_weight": 1.0, "label_smoothing": 0.1, "memory_budget": 700}, CLASSES),
+    ("uniform", {"divergence": "reverse_kl", "memory_budget": 700, "student_softcap": 4.0}, CLASSES),
+    ("renormalize", {"vocab_mask": torch.arange(CLASSES) % 5 != 3, "reduction": "none"}, CLASSES),
+    ("renormalize", {"vocab_size": 30, "divergence": "jsd", "hard_weight": 0.5}, CLASSES),
+    ("bucket", {"vocab_map": torch.arange(CLASSES - 4).flip(0) + 2}, CLASSES - 4),
+)
+
+
+def from_hidden(at: int, rank: int = 0, world: int = 1, **more: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of one of those, on all of the head or on a process's part."""
+    tail, options, classes = HEADS[at]
+    generator = torch.Generator().manual_seed(at)
+    hidden, head, bias, logits = (
+        torch.randn(*shape, generator=generator) for shape in ((ROWS, 6), (CLASSES, 6), (CLASSES,), (ROWS, classes))
+    )
+    record = tgt.topk_teacher(logits * 2, 5, 2.0, tail=tail)
+    target = torch.arange(ROWS) * 5 % 30
+    target[0], target[1] = -100, -1
+    if world > 1:
+        head, bias = part_of(head.t(), rank, world).t(), part_of(bias, rank, world)
+    leaves = {"student_hidden": hidden, "student_weight": head, "student_bias": bias}
+    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
+    loss = tgt.linear_distillation_loss(
+        **leaves, teacher_logits=record, target=target if "hard_weight" in options else None, temperature=2.0,
+        **options, **more,
+    )  # fmt: skip
+    (loss * torch.arange(1, ROWS + 1) if loss.dim() else loss).sum().backward()
+    return loss.detach(), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
 def inputs(tail: str, kind: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, tgt.TeacherTopK, Tensor]:
@@ -64,14 +96,17 @@ def test_records(world: int, tmp_path: Path) -> None:
             made.append(evaluated(part_of(student, rank, world), record, target, options))
         student, record, target = inputs("bucket", "plain", torch.float16)
         made.append(evaluated(part_of(student, rank, world), record, target, {"vocab_group": "world"}))
-        with pytest.raises(ArgumentError, match="a record's tail must be 'bucket' or 'renormalize', got 'uniform'"):
-            evaluated(part_of(student, rank, world), dataclasses.replace(record, tail="uniform"), target,
-                      {"vocab_group": "world"})  # fmt: skip
         with pytest.raises(ArgumentError, match="needs the teacher's logits"):
             evaluated(part_of(student, rank, world), record, target, {"vocab_group": "world", "return_stats": True})
-        return made
+        with pytest.raises(ShapeError, match=r"of all processes, has .* classes, the record 37"):
+            tgt.linear_distillation_loss(
+                torch.zeros(ROWS, 2), torch.zeros(19, 2), teacher_logits=record, temperature=2.0, vocab_group="world",
+                vocab_offsets=[19 * at for at in range(world + 1)],
+            )  # fmt: skip
+        return made, [from_hidden(at, rank, world, vocab_group="world") for at in range(len(HEADS))]
 
-    found = all_made(in_processes(world, tmp_path, work))
+    both = all_made(in_processes(world, tmp_path, work))
+    found, of_heads = [logits for logits, _ in both], [heads for _, heads in both]
     for (divergence, tail, terms, kind), *parts in zip(CASES, *(one[:-1] for one in found), strict=True):
         options = {"divergence": divergence, "reduction": "none", **TERMS[terms]}
         loss, grad = evaluated(*inputs(tail, kind), options)
@@ -83,3 +118,12 @@ def test_records(world: int, tmp_path: Path) -> None:
     loss, grad = evaluated(*inputs("bucket", "plain", torch.float16), {})
     torch.testing.assert_close(found[0][-1][0], loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.cat([one[-1][1] for one in found], dim=-1), grad, rtol=2e-3, atol=1e-6)
+    for at, (_, options, _) in enumerate(HEADS):
+        loss, grads = from_hidden(at)
+        parts = [one[at] for one in of_heads]
+        assert all(torch.equal(own, parts[0][0]) for own, _ in parts)
+        torch.testing.assert_close(parts[0][0], loss, rtol=1e-5, atol=1e-6)
+        assert all(torch.equal(own["student_hidden"], parts[0][1]["student_hidden"]) for _, own in parts)
+        for name, grad in grads.items():
+            whole = parts[0][1][name] if name == "student_hidden" else torch.cat([own[name] for _, own in parts])
+            assert_close(f"{name}, {options}", whole, grad, bar=2e-5, floor=1e-2)

@@ -8,8 +8,8 @@ products again. What the kernel takes for a teacher's chunk is what the teacher'
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from tgt_fast.kernels.options import (
     LinearTensors,
     TopK,
 )
+from tgt_fast.kernels.plain import PLAIN
 from tgt_fast.kernels.vocabulary import Vocabulary
 
 CPU_BUDGET: Final = 64 << 20  # bytes
@@ -50,6 +51,7 @@ def forward(
     want_stats: bool = False,
     upstream: Tensor | None = None,  # 0-d, or [N]; None: 1
     widest: int | None = None,  # classes, of any of the processes that must make the same chunks; None: those here
+    together: Callable[[list[Tensor]], None] | None = None,  # given each chunk's gradients of hidden states
 ) -> LinearForward:
     """Row losses, their reduction and the wanted gradients."""
     vocabulary = vocabulary_of(tensors, heads)
@@ -79,6 +81,8 @@ def forward(
             if grad is not None and upstream is not None:
                 grad.mul_(upstream[chunk.at])
         chunked.accumulate_grad(chunk, made.d_student, made.d_teacher)
+        if together is not None:
+            together(chunked.hidden_grads(chunk.at))
         parts.append(Outputs(made.loss, made.stats))
     losses = [part.loss for part in parts]
     loss = torch.cat(losses) if options.reduction == "none" else torch.stack(losses).sum(dtype=torch.float64)
@@ -117,6 +121,7 @@ class ChunkedLoss:
     ) -> None:  # fmt: skip
         self.device = t.student_hidden.device
         self.dtype = result_dtype(t)
+        self._traced = type(t.student_hidden) not in PLAIN  # a tracer must see where memory comes from
         self._count = t.student_hidden.shape[0]
         self._classes, self._missing = vocabulary.classes, vocabulary.missing
         default = CPU_BUDGET if self.device.type == "cpu" else DEVICE_BUDGET
@@ -129,7 +134,7 @@ class ChunkedLoss:
         self._teacher: Head | LogitsTeacher | RemappedTeacher | TopKTeacher
         topk = topk_of(t, heads)
         if topk is not None:
-            self._teacher = TopKTeacher(topk, vocabulary)
+            self._teacher = TopKTeacher(topk, None if heads.topk_classes is None else vocabulary)
         elif t.teacher_weight is None:
             self._teacher = LogitsTeacher(t.teacher, vocabulary.teacher_classes, wanted[3])
         else:
@@ -147,7 +152,7 @@ class ChunkedLoss:
         self.inplace = self._student.wanted and self._student.softcap is None
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and not self._traced:
             return memory.workspace(shape, dtype)
         return torch.empty(shape, dtype=dtype, device=self.device)
 
@@ -225,15 +230,23 @@ class ChunkedLoss:
 
     def set_row_scale(self, coefficient: Tensor, options: DistillOptions) -> None:
         """Each row's weight in the result, before the first chunk: with it, how large its gradients can be."""
-        squared = 1.0 if options.divergence == "mse" else options.temperature**2
-        soft = options.soft_weight * squared
-        self._student.set_row_scale(coefficient, soft / options.temperature + options.hard_weight)
-        self._teacher.set_row_scale(coefficient, soft / options.teacher_temperature)
+        ts: Any = options.temperature
+        tt, soft, hard = options.teacher_temperature, options.soft_weight, options.hard_weight
+        if options.numbers is not None:  # known only when the program runs
+            _, ts, tt, soft, hard, _ = options.numbers.to(self.device).unbind()  # type: ignore[assignment]
+        soft = soft * (1.0 if options.divergence == "mse" else ts**2)
+        self._student.set_row_scale(coefficient, soft / ts + hard)
+        self._teacher.set_row_scale(coefficient, soft / tt)
 
     def accumulate_grad(self, chunk: _Chunk, d_student: Tensor | None, d_teacher: Tensor | None) -> None:
         for side, grad in ((self._student, d_student), (self._teacher, d_teacher)):
             if grad is not None:
                 side.accumulate_grad(chunk.at, chunk.slot, grad, chunk.missing)
+
+    def hidden_grads(self, at: slice) -> list[Tensor]:
+        """A chunk's rows of the wanted gradients of hidden states, where they are kept."""
+        found = [side.hidden_grad(at) for side in (self._student, self._teacher) if isinstance(side, Head)]
+        return [grad for grad in found if grad is not None]
 
     def grads(self) -> tuple[Tensor | None, ...]:
         return (*self._student.grads(), *self._teacher.grads())

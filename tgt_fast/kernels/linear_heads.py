@@ -78,12 +78,15 @@ class LogitsTeacher:
 
 
 class TopKTeacher:
-    """A teacher whose top-k record is at hand: a chunk is its rows, by the classes of the loss. No gradient."""
+    """A teacher whose top-k record is at hand: a chunk is its rows, by the classes of the loss. No gradient.
+
+    Without a vocabulary its ids are those of the loss already.
+    """
 
     wanted = False
     casts_grad = False
 
-    def __init__(self, topk: TopK, vocabulary: Vocabulary) -> None:
+    def __init__(self, topk: TopK, vocabulary: Vocabulary | None) -> None:
         self._topk = topk
         self._vocabulary = vocabulary
 
@@ -95,7 +98,8 @@ class TopKTeacher:
 
     def logits(self, at: slice, slot: int) -> TopK:
         ids, log_probs, tail, form = self._topk
-        return self._vocabulary.align_topk(TopK(ids[at], log_probs[at], None if tail is None else tail[at], form))
+        rows = TopK(ids[at], log_probs[at], None if tail is None else tail[at], form)
+        return rows if self._vocabulary is None else self._vocabulary.align_topk(rows)
 
     def set_row_scale(self, coefficient: Tensor, bound: float) -> None:
         return None
@@ -182,6 +186,10 @@ class Head:
         else:
             self._products(at, d_logits)
         self._started = True
+
+    def hidden_grad(self, at: slice) -> Tensor | None:
+        """Those rows of the hidden states' gradient, once their chunk is done."""
+        return None if self._d_hidden is None else self._d_hidden[at]
 
     def grads(self) -> tuple[Tensor | None, ...]:
         d_weight, d_bias = self._d_weight, self._d_bias

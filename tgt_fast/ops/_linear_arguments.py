@@ -150,10 +150,10 @@ def check_values(t: LinearTensors, heads: LinearOptions, options: DistillOptions
         check_ids(OP, topk, heads.topk_classes, t.target, t.sample_weight, options)
         check_entries(OP, topk, t.target, t.sample_weight, options)
         if mapped and topk.tail_mode != "renormalize":
-            _check_tail(vocabulary_of(t, heads), heads.topk_classes)
+            check_tail(vocabulary_of(t, heads), heads.topk_classes)
 
 
-def _check_tail(vocabulary: Vocabulary, classes: int) -> None:
+def check_tail(vocabulary: Vocabulary, classes: int) -> None:
     """That every class of a record is shared, so that its tail is the mass of shared classes alone."""
     own = torch.arange(classes, device="cpu") if vocabulary.back is None else vocabulary.back
     lost = torch.zeros(classes, dtype=torch.bool, device="cpu") if vocabulary.unused is None else vocabulary.unused

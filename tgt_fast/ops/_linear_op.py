@@ -22,7 +22,7 @@ from tgt_fast.ops.library import or_nothing
 
 _HEADS: Final = (1, 2, 4, 5)  # weights and biases: their gradients are sums over rows
 _WANTED: Final = ", ".join(f"bool want_d_{name}" for name in LinearTensors._fields[:DIFFERENTIABLE])
-_CALL: Final = (
+CALL: Final = (
     f"{library.schema_of(LinearTensors)}, {library.DIVISOR}, {library.schema_of(LinearOptions)}, "
     f"{library.schema_of(DistillOptions)}"
 )
@@ -138,7 +138,7 @@ def packed_call(
 _Inputs = tuple[LinearTensors, "float | Tensor | None", LinearOptions, DistillOptions]
 
 
-def _unpacked(arguments: tuple[Any, ...]) -> tuple[_Inputs, list[Any]]:
+def unpacked(arguments: tuple[Any, ...]) -> tuple[_Inputs, list[Any]]:
     """And back, where an op runs, with what follows in the schema."""
     values = iter(arguments)
 
@@ -150,7 +150,7 @@ def _unpacked(arguments: tuple[Any, ...]) -> tuple[_Inputs, list[Any]]:
     return (t, number if divisor is None else divisor, heads, options), list(values)
 
 
-def _settled(inputs: _Inputs, *, looked_at: bool = False) -> _Inputs:
+def settled_inputs(inputs: _Inputs, *, looked_at: bool = False) -> _Inputs:
     """With all numbers, where the op runs."""
     t, divisor, heads, options = inputs
     if heads.scales is not None:
@@ -164,8 +164,8 @@ def _settled(inputs: _Inputs, *, looked_at: bool = False) -> _Inputs:
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (want_stats, backend, *wanted) = _unpacked(arguments)
-    t, divisor, heads, options = _settled(inputs)
+    inputs, (want_stats, backend, *wanted) = unpacked(arguments)
+    t, divisor, heads, options = settled_inputs(inputs)
     check_values(t, heads, options)
     out = Direct(chosen(backend, t), t).forward(
         t, divisor, heads, options, wanted=tuple(wanted) or (False,) * DIFFERENTIABLE, want_stats=want_stats
@@ -173,8 +173,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     return (out.loss, or_nothing(out.stats, out.loss), *_filled(t, out.grads))
 
 
-def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    (t, _, _, options), (want_stats, _, *wanted) = _unpacked(arguments)
+def forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    (t, _, _, options), (want_stats, _, *wanted) = unpacked(arguments)
     rows = t.student_hidden.shape[0]
     loss = t.student_hidden.new_empty(rows if options.reduction == "none" else (), dtype=result_dtype(t))
     return (
@@ -185,14 +185,14 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (d_loss, backend, *wanted) = _unpacked(arguments)
-    t, divisor, heads, options = _settled(inputs, looked_at=True)
+    inputs, (d_loss, backend, *wanted) = unpacked(arguments)
+    t, divisor, heads, options = settled_inputs(inputs, looked_at=True)
     grads = Direct(chosen(backend, t), t).backward(t, divisor, d_loss, heads, options, wanted=tuple(wanted))
     return _filled(t, grads)
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    (t, *_), (_, _, *wanted) = _unpacked(arguments)
+    (t, *_), (_, _, *wanted) = unpacked(arguments)
     return _empty_gradients(t, wanted)
 
 
@@ -215,11 +215,11 @@ def _loss(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return _forward_fake(*arguments)[:2]
+    return forward_fake(*arguments)[:2]
 
 
 def _loss_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
-    (t, divisor, heads, options), (want_stats, backend) = _unpacked(arguments)
+    (t, divisor, heads, options), (want_stats, backend) = unpacked(arguments)
     call = Call(heads, options, _Dispatched(backend), want_stats)
     loss, stats = library.apply(Linear, divisor, call, *t)
     return loss, or_nothing(stats, loss.detach())
@@ -252,19 +252,19 @@ class _Dispatched:
 
 _GRADIENTS = ", ".join(["Tensor"] * DIFFERENTIABLE)
 linear_distillation_loss = library.define(
-    f"linear_distillation_loss({_CALL}, bool want_stats, str backend) -> (Tensor, Tensor)",
+    f"linear_distillation_loss({CALL}, bool want_stats, str backend) -> (Tensor, Tensor)",
     _loss,
     _loss_fake,
     _loss_autograd,
     differentiable=DIFFERENTIABLE,
 )
 linear_distill_forward = library.define(
-    f"linear_distill_forward({_CALL}, bool want_stats, str backend, {_WANTED}) -> (Tensor, Tensor, {_GRADIENTS})",
+    f"linear_distill_forward({CALL}, bool want_stats, str backend, {_WANTED}) -> (Tensor, Tensor, {_GRADIENTS})",
     _forward,
-    _forward_fake,
+    forward_fake,
 )
 linear_distill_backward = library.define(
-    f"linear_distill_backward({_CALL}, Tensor d_loss, str backend, {_WANTED}) -> ({_GRADIENTS})",
+    f"linear_distill_backward({CALL}, Tensor d_loss, str backend, {_WANTED}) -> ({_GRADIENTS})",
     _backward,
     _backward_fake,
 )

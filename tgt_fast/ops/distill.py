@@ -228,13 +228,13 @@ def distillation_loss(
     process, and the gradients are those of a process's own: of one loss, also where all call ``backward``. The rows'
     maxima travel and up to 8 sums, in two all-reduces of float64; for jsd and tvd 2 numbers more in a third, and for
     statistics in three of their own; none in backward. Every process makes the same calls. Not with
-    ``backend="reference"``. A top-k record is whole in each process, with ids of all classes, and its tail is
-    ``"bucket"`` or ``"renormalize"``.
+    ``backend="reference"``. A top-k record is whole in each process, with ids of all classes; with the tail
+    ``"uniform"`` a number more travels before, and the teacher's logits here are made of it.
 
     **DTensors** on one mesh, each Shard or Replicate along its dimensions: the loss is that of the whole tensors, a
     replicated DTensor (for ``"none"`` and statistics one that lies as the rows do), and gradients lie as their tensors.
     Along a dimension of the mesh one side may be whole where the other is sharded: it is cut there, and its gradient is
-    gathered. Beside DTensors a plain tensor is whole in each process.
+    gathered. Beside DTensors a plain tensor and a record are whole in each process.
 
     Raises:
         ShapeError, DTypeError, DeviceError, ArgumentError: before anything runs, with the offending values.

@@ -253,10 +253,12 @@ def linear_distillation_loss(
     unrounded, their gradients rounded to float16 in units of the row's weight. Other dtypes multiply in float32.
 
     **Heads in several processes.** With ``vocab_group`` a process passes its classes of both heads (``teacher_logits``
-    are of its classes, too) and gets their gradients; those of hidden states are of all classes, added up in float32.
-    ``target``, ``vocab_size`` and ``vocab_mask`` speak of all classes; ``vocab_map`` is refused. Chunks are of the same
-    rows everywhere, and each sends what :func:`tgt_fast.distillation_loss` says. The same of DTensors, where
-    hidden states are some: heads Shard(0) or Replicate, hidden states sharded on rows or Replicate, on one mesh.
+    are of its classes, too) and gets their gradients; those of hidden states are of all classes, added up in float32 in
+    one ``all_reduce`` a chunk, on its way while the next chunk is at work. ``target``, ``vocab_size``, ``vocab_mask``
+    and a record, with its ``vocab_map``, speak of all classes; of heads ``vocab_map`` is refused. Chunks are of the
+    same rows everywhere, and each sends what :func:`tgt_fast.distillation_loss` says. ``torch.compile`` makes a program
+    for each number of rows, with all chunks in it. The same of DTensors, where hidden states are some: heads Shard(0)
+    or Replicate, hidden states sharded on rows or Replicate, on one mesh.
 
     **A top-k record of the teacher** as ``teacher_logits``: the loss that :func:`tgt_fast.distillation_loss` takes of
     it, at the record's temperature, with its divergences and no statistics. ``vocab_size``, ``vocab_map`` and

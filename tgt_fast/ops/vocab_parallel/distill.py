@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgt_fast.errors import ArgumentError, BackendError, ShapeError
+from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.kernels import select
 from tgt_fast.kernels.calls import Direct, DistillCall
 from tgt_fast.kernels.late import beside, is_on
@@ -30,8 +30,8 @@ from tgt_fast.ops.library import graph_wanted, seen_by_dispatcher
 from tgt_fast.ops.topk import TeacherTopK, check_where_asked, rows_of, warn_where_small
 from tgt_fast.ops.vocab_parallel import library as vocab_library
 from tgt_fast.ops.vocab_parallel.kernel import Sharded, served
+from tgt_fast.ops.vocab_parallel.records import of_record
 from tgt_fast.ops.vocab_parallel.shards import Shards, local_target
-from tgt_fast.ops.vocab_parallel.topk import ShardedTopK, entries_of, local_record
 
 
 def distillation_loss(
@@ -79,11 +79,6 @@ def _of_record(
     return_stats: bool, backend: str,
 ) -> Any:  # fmt: skip
     """The same against a record, whose ids are of all classes and which is whole in each process."""
-    if record.tail == "uniform":
-        raise ArgumentError(
-            f"{OP}: with vocab_group a record's tail must be 'bucket' or 'renormalize', got 'uniform'; or pass the "
-            "teacher's logits"
-        )
     _checks.floating(OP, "student_logits", student_logits)
     shape = student_logits.shape
     refuse_shares(OP, student_logits, target)
@@ -94,28 +89,31 @@ def _of_record(
     topk = rows_of(record)
     if sample_weight is not None:
         sample_weight = sample_weight.reshape(-1)
-    if seen_by_dispatcher(student_logits, topk.log_probs, target, sample_weight):
-        raise BackendError(f"{OP}: a top-k record with vocab_group is not compiled; take this loss outside")
     if _checks.on_plain_cpu(student_logits):
-        flat = None if target is None else flat_labels(target)
-        check_ids(OP, topk, shards.classes, flat, sample_weight, options)
+        check_ids(OP, topk, shards.classes, None if target is None else flat_labels(target), sample_weight, options)
     if target is not None:
         target, options = labels(OP, shards, target, sample_weight, options)
     check_entries(OP, topk, target, sample_weight, options)
     warn_where_small(OP, record, topk, target, sample_weight, options, stacklevel=4)
     divisor = divisor_over(OP, count_group, normalizer, student_logits, target, sample_weight, shape[-1], options)
+    if seen_by_dispatcher(student_logits, topk.log_probs, target, sample_weight):
+        divisor = beside(divisor, student_logits)
+        flat = student_logits.reshape(-1, shards.width)
+        call = DistillCall(packed(options), flat, topk, target, sample_weight, divisor)
+        loss, _ = vocab_library.vocab_distillation_loss(
+            *packed_call(call), False, backend, *vocab_library.as_arguments(shards)
+        )
+        return _shaped(loss, None, shape, options)
     student = dense_rows(student_logits)
     if inplace and student.numel():
         check_inplace(student_logits, student)
-    entries = entries_of(topk, shards.classes)
-    local = local_record(topk, entries, shards)
-    name = chosen(backend, tensors_of(student, local), select.TOPK)
+    name = chosen(backend, tensors_of(student, topk), select.TOPK)
     row_kernel, dense = (Direct(select.kernel(op, name)) for op in (select.TOPK, "distill"))
-    kernel = ShardedTopK(row_kernel, dense, shards, entries)
+    kernel = of_record(topk.tail_mode, row_kernel, dense, shards)
     if graph_wanted(student):
-        loss, _ = with_graph(kernel, options, student, local, target, sample_weight, divisor, False, inplace)
+        loss, _ = with_graph(kernel, options, student, topk, target, sample_weight, divisor, False, inplace)
     else:
-        loss = kernel.forward(DistillCall(options, student, local, target, sample_weight, divisor)).loss
+        loss = kernel.forward(DistillCall(options, student, topk, target, sample_weight, divisor)).loss
     return _shaped(loss, None, shape, options)
 
 

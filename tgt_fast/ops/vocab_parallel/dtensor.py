@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -54,16 +55,20 @@ def distillation_loss(
 
     ``plain``: the loss of whole rows of plain tensors; ``sharded``: that of some classes of them.
     """
-    if isinstance(teacher, TeacherTopK):
-        raise ArgumentError(f"{OP}: a top-k record is not taken beside DTensors; pass local tensors")
+    record = teacher if isinstance(teacher, TeacherTopK) else None
+    teacher = None if record is not None else teacher
     mesh = next(t for t in (student, teacher, target, sample_weight) if is_dtensor(t)).device_mesh
     given = {"student_logits": student, "teacher_logits": teacher, "target": target, "sample_weight": sample_weight}
     placed = {name: None if t is None else on_mesh(OP, name, t, mesh) for name, t in given.items()}
     student, teacher = placed["student_logits"], placed["teacher_logits"]
+    if record is not None and record.shape != student.shape[:-1]:
+        raise ShapeError(
+            f"{OP}: student_logits {tuple(student.shape)} and the record's rows {tuple(record.shape)} do not match"
+        )
     if is_dtensor(normalizer):
         normalizer = normalizer.full_tensor()
     _check_shapes(placed)
-    layout = _layout(student, teacher)
+    layout = _layout(student, student if teacher is None else teacher)
     if count_group is not None and layout.rows:
         raise ArgumentError(f"{OP}: count_group is for the rows of each process, but DTensors hold all of them")
     if inplace and student.placements != layout.placements:
@@ -71,7 +76,10 @@ def distillation_loss(
             f"{OP}: inplace=True needs student_logits that lie as the loss takes them, {layout.placements}, "
             f"got {student.placements}"
         )
-    s, t = (side.redistribute(placements=layout.placements).to_local() for side in (student, teacher))
+    s = student.redistribute(placements=layout.placements).to_local()
+    t: Any = None if teacher is None else teacher.redistribute(placements=layout.placements).to_local()
+    if record is not None:
+        t = local_rows(OP, record, layout)
     a_row = (placed["target"], placed["sample_weight"])
     y, weight = (None if x is None else x.redistribute(placements=layout.of_rows()).to_local() for x in a_row)
     if options.reduction == "mean" and normalizer is None and layout.rows:
@@ -95,6 +103,14 @@ def came_back(made: Any, layout: Layout, shape: torch.Size, options: DistillOpti
     loss, stats = made if return_stats else (made, None)
     loss = back(loss) if options.reduction == "none" else _sum(loss, layout)
     return loss if stats is None else (loss, DistillStats(*map(back, stats)))
+
+
+def local_rows(op: str, record: TeacherTopK, layout: Layout) -> TeacherTopK:
+    """The rows of a record that this process has."""
+    tensors = {name: getattr(record, name) for name in ("ids", "log_probs", "tail_log_prob")}
+    placed = {name: on_mesh(op, name, x, layout.mesh) for name, x in tensors.items() if x is not None}
+    local = {name: x.redistribute(placements=layout.of_rows()).to_local() for name, x in placed.items()}
+    return dataclasses.replace(record, **local)
 
 
 def on_mesh(op: str, name: str, tensor: Any, mesh: Any) -> Any:

@@ -12,7 +12,7 @@ from tgt_fast.kernels.options import DistillOptions, LinearOptions, LinearTensor
 from tgt_fast.ops._linear_arguments import OP
 from tgt_fast.ops.counts import weight_of_rows
 from tgt_fast.ops.topk import TeacherTopK
-from tgt_fast.ops.vocab_parallel.dtensor import Layout, came_back, is_dtensor, on_mesh, shards_along
+from tgt_fast.ops.vocab_parallel.dtensor import Layout, came_back, is_dtensor, local_rows, on_mesh, shards_along
 from tgt_fast.ops.vocab_parallel.linear import linear_distillation_loss as of_shards
 from tgt_fast.ops.vocab_parallel.shards import reduced
 
@@ -27,8 +27,6 @@ def linear_distillation_loss(
     """The loss of whole tensors, from the parts that this process has; ``plain``: that of whole heads."""
     if named_group:
         raise ArgumentError(f"{OP}: vocab_group is for plain tensors; DTensors say themselves how they are sharded")
-    if topk is not None:
-        raise ArgumentError(f"{OP}: a top-k record is not taken beside DTensors; pass local tensors")
     hidden, mesh = given.student_hidden, _mesh(given)
     placed: dict[str, Any] = {}
     for name, tensor in given._asdict().items():
@@ -39,11 +37,14 @@ def linear_distillation_loss(
             placed[name] = on_mesh(OP, name, tensor, mesh)
     linear = given.teacher_weight is not None
     _check_shapes(placed)
+    if topk is not None:
+        linear = True  # a record has no classes along which it could be cut
     layout = _layout(placed, mesh, linear)
     if count_group is not None and layout.rows:
         raise ArgumentError(f"{OP}: count_group is for the rows of each process, but DTensors hold all of them")
     classes = given.student_weight.shape[0]
     local = given._replace(**{name: _local(name, tensor, layout, linear) for name, tensor in placed.items()})
+    record = None if topk is None else local_rows(OP, topk, layout)
     if is_dtensor(normalizer):
         normalizer = normalizer.full_tensor()
     if options.reduction == "mean" and normalizer is None and layout.rows:
@@ -53,28 +54,21 @@ def linear_distillation_loss(
         normalizer = reduced(mine, "sum", layout.groups(layout.rows))
     if layout.classes:
         others = given.teacher_weight.shape[0] if given.teacher_weight is not None else given.teacher.shape[-1]
-        if others != classes:
+        if others != classes and topk is None:
             raise ShapeError(
                 f"{OP}: student_weight has {classes} classes and the teacher {others}: heads that are sharded on "
                 "classes must have the same"
             )
         shards = shards_along(mesh, layout.classes, classes, local.student_weight.shape[0])
-        made = of_shards(shards, local, None, normalizer, count_group, heads, options, return_stats, backend)
+        made = of_shards(shards, local, record, normalizer, count_group, heads, options, return_stats, backend)
     else:
         named = {name: value for name, value in options._asdict().items() if name != "numbers"}
-        for name in (
-            "student_scale",
-            "student_softcap",
-            "teacher_scale",
-            "teacher_softcap",
-            "vocab_size",
-            "memory_budget",
-        ):
+        for name in _SETTINGS:
             named[name] = getattr(heads, name)
-        if linear:
+        if given.teacher_weight is not None:
             named |= {"teacher_hidden": local.teacher, "teacher_weight": local.teacher_weight}
         else:
-            named["teacher_logits"] = local.teacher
+            named["teacher_logits"] = local.teacher if record is None else record
         made = plain(
             local.student_hidden, local.student_weight, target=local.target, student_bias=local.student_bias,
             teacher_bias=local.teacher_bias, sample_weight=local.sample_weight, vocab_map=local.vocab_map,

@@ -16,6 +16,7 @@ from tgt_fast.ops import library
 from tgt_fast.ops._distill_op import (
     CALL,
     distill_scale_,
+    form_of,
     packed_call,
     ready,
     returned,
@@ -24,18 +25,21 @@ from tgt_fast.ops._distill_op import (
     with_graph,
 )
 from tgt_fast.ops.library import or_nothing
-from tgt_fast.ops.vocab_parallel import statistics
+from tgt_fast.ops.vocab_parallel import statistics, topk
 from tgt_fast.ops.vocab_parallel.kernel import Sharded, Steps, served
 from tgt_fast.ops.vocab_parallel.merging import SUMS
 from tgt_fast.ops.vocab_parallel.opening import OPENED, STATE
+from tgt_fast.ops.vocab_parallel.records import of_record
 from tgt_fast.ops.vocab_parallel.shards import Shards
 
 # The numbers a row that a step gives, by its name.
 _WIDTHS: Final = {
     "opened": OPENED, "sums": SUMS, "merged": STATE + 1, "second": 2, "with_second": STATE + 1, "losses": 1,
     "stats": statistics.OWN, "stats_sums": statistics.SUMS, "stats_values": statistics.VALUES,
+    "record_opened": topk.OPENED, "record_sums": topk.SUMS, "record_second": 2, "record_merged": topk.STATE + 1,
+    "record_losses": 1,
 }  # fmt: skip
-_SHARDS: Final = "str[] groups, int start, int width, int classes, int widest"
+SHARDS: Final = "str[] groups, int start, int width, int classes, int widest"
 _WANTED: Final = "bool want_d_student, bool want_d_teacher"
 
 
@@ -44,9 +48,22 @@ def as_arguments(shards: Shards) -> tuple[Any, ...]:
     return (list(shards.groups), *shards[1:])
 
 
-def _settled(call: DistillCall, backend: str) -> tuple[DistillCall, Direct]:
+def _settled(call: DistillCall, backend: str) -> tuple[DistillCall, list[Direct]]:
+    """A call that can run, and the kernels that it runs on: of its form, and of pairs of logits."""
     call, chosen = ready(call, backend, looked_at=True)
-    return call, Direct(select.kernel("distill", served(chosen, "distill")))
+    form = form_of(call.teacher)
+    return call, [Direct(select.kernel(op, served(chosen, form))) for op in (form, "distill")]
+
+
+def _steps(call: DistillCall, kernels: list[Direct]) -> Any:
+    return Steps(kernels[1]) if isinstance(call.teacher, Tensor) else topk.Steps(*kernels)
+
+
+def sharded(call: DistillCall, kernels: Any, shards: Shards, steps: Any = None) -> Any:
+    """What gives the loss of all classes, on kernels of a call's form and of pairs of logits."""
+    if isinstance(call.teacher, Tensor):
+        return Sharded(kernels[1], shards, steps)
+    return of_record(call.teacher.tail_mode, kernels[0], kernels[1], shards, steps)
 
 
 # One step of the loss
@@ -54,8 +71,8 @@ def _settled(call: DistillCall, backend: str) -> tuple[DistillCall, Direct]:
 
 def _rows(*arguments: Any) -> Tensor:
     call, (backend, step, carried) = unpacked(arguments)
-    call, kernel = _settled(call, backend)
-    made: Tensor = getattr(Steps(kernel), step)(call, *carried)
+    call, kernels = _settled(call, backend)
+    made: Tensor = getattr(_steps(call, kernels), step)(call, *carried)
     return made.contiguous()
 
 
@@ -66,8 +83,8 @@ def _rows_fake(*arguments: Any) -> Tensor:
 
 def _gradients(*arguments: Any) -> tuple[Tensor, Tensor]:
     call, (row_state, d_loss, backend, d_student, d_teacher) = unpacked(arguments)
-    call, kernel = _settled(call._replace(want_d_student=d_student, want_d_teacher=d_teacher), backend)
-    return returned_gradients(call, Steps(kernel).gradients(call, row_state.contiguous(), d_loss))
+    call, kernels = _settled(call._replace(want_d_student=d_student, want_d_teacher=d_teacher), backend)
+    return returned_gradients(call, _steps(call, kernels).gradients(call, row_state.contiguous(), d_loss))
 
 
 def _gradients_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -76,8 +93,8 @@ def _gradients_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     return returned_gradients(call, gradients(call))
 
 
-class _Dispatched:
-    """The same as ``Steps``, each an op that a tracer can see."""
+class Dispatched:
+    """The same as the ``Steps`` of logits and of records, each an op that a tracer can see."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
@@ -113,8 +130,8 @@ def _parted(arguments: tuple[Any, ...]) -> tuple[DistillCall, bool, str, Shards]
 
 def _loss(*arguments: Any) -> tuple[Tensor, Tensor]:
     call, want_stats, backend, shards = _parted(arguments)
-    call, kernel = _settled(call._replace(want_stats=want_stats), backend)
-    out = Sharded(kernel, shards).forward(call)
+    call, kernels = _settled(call._replace(want_stats=want_stats), backend)
+    out = sharded(call, kernels, shards).forward(call)
     return out.loss, or_nothing(out.stats, out.loss)
 
 
@@ -126,13 +143,13 @@ def _loss_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _loss_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
     call, want_stats, backend, shards = _parted(arguments)
-    steps = _Dispatched(backend)
-    loss, stats = with_graph(Sharded(steps, shards, steps), *call[:6], want_stats)
+    steps = Dispatched(backend)
+    loss, stats = with_graph(sharded(call, (steps, steps), shards, steps), *call[:6], want_stats)
     return loss, or_nothing(stats, loss.detach())
 
 
 vocab_distillation_loss = library.define(
-    f"vocab_distillation_loss({CALL}, bool want_stats, str backend, {_SHARDS}) -> (Tensor, Tensor)",
+    f"vocab_distillation_loss({CALL}, bool want_stats, str backend, {SHARDS}) -> (Tensor, Tensor)",
     _loss,
     _loss_fake,
     _loss_autograd,

@@ -1,8 +1,4 @@
-"""The loss from hidden states of which each process has a slice of the heads: arguments, and the way to the kernels.
-
-The driver is that of whole heads, a chunk of rows at a time, with a row kernel that merges the states of the rows. A
-head's gradient stays in its process. Those of hidden states, which all classes give, are added up at the end.
-"""
+"""The loss from hidden states of which each process has a slice of the heads: arguments, and the way to the kernels."""
 
 from __future__ import annotations
 
@@ -12,68 +8,24 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, BackendError, ShapeError
-from tgt_fast.kernels import calls, linear_chunks, select
-from tgt_fast.kernels.late import is_on
+from tgt_fast.kernels.late import as_scalar, beside, is_late, is_on
 from tgt_fast.kernels.linear_heads import casts_operands
-from tgt_fast.kernels.options import (
-    DIFFERENTIABLE,
-    DistillOptions,
-    DistillStats,
-    LinearForward,
-    LinearOptions,
-    LinearTensors,
-)
-from tgt_fast.kernels.vocabulary import Vocabulary
-from tgt_fast.ops import _checks, library
-from tgt_fast.ops._distill_arguments import check_classes, check_rows, flat_labels
+from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, DistillStats, LinearOptions, LinearTensors
+from tgt_fast.kernels.vocabulary import Vocabulary, shared
+from tgt_fast.ops import _checks
+from tgt_fast.ops._checks import check_entries, check_ids
+from tgt_fast.ops._distill_arguments import check_classes, check_rows, flat_labels, packed
 from tgt_fast.ops._heads import warn_of_adapters
-from tgt_fast.ops._linear_arguments import OP, check_head, warn_of_trained_teacher
-from tgt_fast.ops._linear_op import Call, Linear
+from tgt_fast.ops._linear_arguments import OP, check_head, check_tail, warn_of_trained_teacher
+from tgt_fast.ops._linear_op import Call, Linear, packed_call
 from tgt_fast.ops.counts import divisor_over
 from tgt_fast.ops.library import graph_wanted, seen_by_dispatcher
-from tgt_fast.ops.topk import TeacherTopK
-from tgt_fast.ops.vocab_parallel.distill import chosen, labels, refuse_shares
-from tgt_fast.ops.vocab_parallel.kernel import Sharded
+from tgt_fast.ops.topk import TeacherTopK, check_where_asked, rows_of, warn_where_small
+from tgt_fast.ops.vocab_parallel.distill import labels, refuse_shares
+from tgt_fast.ops.vocab_parallel.library import as_arguments
+from tgt_fast.ops.vocab_parallel.linear_library import Driver, vocab_linear_distillation_loss
 from tgt_fast.ops.vocab_parallel.shards import Shards
-from tgt_fast.ops.vocabulary import check_labels_exist
-
-
-class Driver:
-    """The driver on a merging row kernel, as autograd wants it."""
-
-    def __init__(self, backend: str, shards: Shards) -> None:
-        self._kernel: Any = Sharded(calls.Direct(select.kernel("distill", backend)), shards)
-        self._shards = shards
-
-    def forward(
-        self, t: LinearTensors, divisor: Any, heads: LinearOptions, options: DistillOptions, **keywords: Any
-    ) -> LinearForward:
-        """Losses and the wanted gradients."""
-        with torch.no_grad(), library.without_autocast():
-            made = linear_chunks.forward(
-                self._kernel, t, divisor, heads, options, widest=self._shards.widest, **keywords
-            )
-            return made._replace(grads=self._added(made.grads, t))
-
-    def backward(
-        self, t: LinearTensors, divisor: Any, d_loss: Tensor, heads: LinearOptions, options: DistillOptions, *,
-        wanted: tuple[bool, ...],
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """The gradients anew."""
-        return self.forward(t, divisor, heads, options, wanted=wanted, upstream=d_loss).grads
-
-    def scale_(self, grad: Tensor, d_loss: Tensor) -> None:
-        """grad *= d_loss, a factor for all rows or one a row."""
-        self._kernel.scale_(grad, d_loss)
-
-    def _added(self, grads: tuple[Tensor | None, ...], t: LinearTensors) -> tuple[Tensor | None, ...]:
-        """With the hidden states' gradients of all processes."""
-        made = list(grads)
-        for at in (0, 3) if t.teacher_weight is not None else (0,):
-            grad = made[at]
-            if grad is not None:
-                made[at] = self._shards.total(grad)
-        return tuple(made)
+from tgt_fast.ops.vocabulary import check_labels_exist, check_vocabulary, check_vocabulary_values
 
 
 def linear_distillation_loss(
@@ -81,48 +33,86 @@ def linear_distillation_loss(
     heads: LinearOptions, options: DistillOptions, return_stats: bool, backend: str,
 ) -> Tensor | tuple[Tensor, DistillStats]:  # fmt: skip
     """The loss of all classes, from this process's slices of the heads; ``given`` as the caller gave it."""
-    if topk is not None:
-        raise ArgumentError(f"{OP}: a top-k record is not taken with vocab_group; pass the teacher's head or logits")
-    if given.vocab_map is not None:
+    if given.vocab_map is not None and topk is None:
         raise ArgumentError(
             f"{OP}: vocab_map is not taken with vocab_group: a class of the teacher may be in another process than the "
             "student's; bring the heads into one order before they are spread"
         )
-    if seen_by_dispatcher(*given):
-        raise BackendError(f"{OP}: a call with vocab_group is not compiled; take this loss outside")
     refuse_shares(OP, given.student_hidden, given.target)
-    _check(shards, given, normalizer, heads, options)
+    _check(shards, given, topk, normalizer, heads, options)
     warn_of_trained_teacher(given.teacher_weight, given.teacher_bias)
     warn_of_adapters(OP, given.student_weight, given.teacher_weight)
     shape, device = given.student_hidden.shape[:-1], given.student_hidden.device
     target, weight = given.target, None if given.sample_weight is None else given.sample_weight.reshape(-1)
-    exists = _existing(shards, given.vocab_mask, heads.vocab_size, device)
+    vocabulary = _vocabulary(shards, given, heads, device)
+    missing = vocabulary.missing
     if target is not None:
         target = flat_labels(target)
-        if exists is not None and is_on(options.hard_weight):
-            check_labels_exist(OP, target, ~exists, given.student_hidden, options)
-            everywhere = Vocabulary(shards.classes, shards.classes, ~exists, None, None, None)
-            target = everywhere.without_missing(target, options.ignore_index)
+        if missing is not None and is_on(options.hard_weight):
+            check_labels_exist(OP, target, missing, given.student_hidden, options)
+            target = vocabulary.without_missing(target, options.ignore_index)
         target, options = labels(OP, shards, target, weight, options)  # type: ignore[arg-type]
-    here = None if exists is None or not shards.width else exists[shards.start : shards.start + shards.width]
+    here = None if missing is None or not shards.width else ~missing[shards.start : shards.start + shards.width]
+    hidden, bias, heads = _with_known_scale(given, heads)
     t = given._replace(
-        student_hidden=_rows(given.student_hidden, given.student_weight),
-        teacher=_rows(given.teacher, given.teacher_weight), target=target, sample_weight=weight, vocab_mask=here,
+        student_hidden=_rows(hidden, given.student_weight), student_bias=bias,
+        teacher=_rows(given.teacher, given.teacher_weight), target=target, sample_weight=weight, vocab_map=None,
+        vocab_mask=here,
     )  # fmt: skip
+    if topk is not None:
+        t = _with_record(t, topk, vocabulary, weight, options)
     divisor = divisor_over(OP, count_group, normalizer, t.student_hidden, target, weight, shards.width, options)
-    heads = heads._replace(vocab_size=None)
-    present = [x for x in t[:DIFFERENTIABLE] if x is not None]
-    kernel = Driver(chosen(backend, present, "linear"), shards)
-    if graph_wanted(*t[:DIFFERENTIABLE]):
-        loss, rows = Linear.apply(divisor, Call(heads, options, kernel, return_stats), *t)
+    heads = heads._replace(vocab_size=None, topk_classes=None)
+    if seen_by_dispatcher(*t):
+        loss, rows = vocab_linear_distillation_loss(
+            *packed_call(t, beside(divisor, t.student_hidden), heads, packed(options)), return_stats, backend,
+            *as_arguments(shards),
+        )  # fmt: skip
+        rows = rows if return_stats else None
     else:
-        out = kernel.forward(t, divisor, heads, options, want_stats=return_stats)
-        loss, rows = out.loss, out.stats
+        kernel = Driver.of(backend, t, shards)
+        if graph_wanted(*t[:DIFFERENTIABLE]):
+            loss, rows = Linear.apply(divisor, Call(heads, options, kernel, return_stats), *t)
+        else:
+            out = kernel.forward(t, divisor, heads, options, want_stats=return_stats)
+            loss, rows = out.loss, out.stats
     if options.reduction == "none":
         loss = loss.reshape(shape)
     if rows is None:
         return loss  # type: ignore[no-any-return]
     return loss, DistillStats(*(value.reshape(shape) for value in DistillStats.from_rows(rows)))
+
+
+def _with_record(
+    t: LinearTensors, record: TeacherTopK, vocabulary: Vocabulary, weight: Tensor | None, options: DistillOptions
+) -> LinearTensors:
+    """The tensors with a record's rows by the classes of the loss, all of them."""
+    check_where_asked(record)
+    rows = rows_of(record)
+    if _checks.on_plain_cpu(t.student_hidden) and not seen_by_dispatcher(*t):
+        check_ids(OP, rows, record.num_classes, t.target, weight, options)
+        check_entries(OP, rows, t.target, weight, options)
+        if record.tail != "renormalize" and vocabulary.missing is not None:
+            check_tail(vocabulary, record.num_classes)
+        warn_where_small(OP, record, rows, t.target, weight, options, stacklevel=4)
+    rows = vocabulary.align_topk(rows)
+    return t._replace(teacher=rows.log_probs, topk_ids=rows.ids, tail_log_prob=rows.tail_log_prob)
+
+
+def _with_known_scale(given: LinearTensors, heads: LinearOptions) -> tuple[Tensor, Tensor | None, LinearOptions]:
+    """Hidden states and bias times a scale that is known only when the program runs, in the place of that scale."""
+    scale: Any = heads.student_scale
+    hidden, bias = given.student_hidden, given.student_bias
+    if not is_late(scale):
+        return hidden, bias, heads
+    if is_late(heads.teacher_scale):
+        raise BackendError(
+            f"{OP}: with vocab_group teacher_scale must be a number that does not change while compiling"
+        )
+    if hidden.dtype in (torch.bfloat16, torch.float16):
+        hidden = hidden.to(torch.float32)
+    scale = as_scalar(scale).to(hidden.device, hidden.dtype)
+    return hidden * scale, None if bias is None else bias * scale, heads._replace(student_scale=1.0)
 
 
 def _rows(matrix: Tensor, weight: Tensor | None) -> Tensor:
@@ -133,19 +123,26 @@ def _rows(matrix: Tensor, weight: Tensor | None) -> Tensor:
     return rows.to(torch.float32)
 
 
-def _existing(shards: Shards, mask: Tensor | None, size: int | None, device: torch.device) -> Tensor | None:
-    """Which classes exist at all; None: all.  -> [C] bool"""
-    if size is None or size == shards.classes:
-        return mask
-    inside = torch.arange(shards.classes, device=device) < size
-    return inside if mask is None else inside & mask
+def _vocabulary(shards: Shards, given: LinearTensors, heads: LinearOptions, device: torch.device) -> Vocabulary:
+    """The classes of all processes, which of them exist, and where a record's are among them."""
+    classes, size = shards.classes, heads.vocab_size
+    named = classes if heads.topk_classes is None else heads.topk_classes
+    made = shared(classes, named, None, given.vocab_map, given.vocab_mask)
+    if given.vocab_map is None:
+        made = made._replace(teacher_classes=min(named, classes))
+    if size is None or size == classes:
+        return made
+    beyond = torch.arange(classes, device=device) >= size
+    return made._replace(missing=beyond if made.missing is None else beyond | made.missing)
 
 
 def _check(
-    shards: Shards, t: LinearTensors, normalizer: float | Tensor | None, heads: LinearOptions, options: DistillOptions
-) -> None:
+    shards: Shards, t: LinearTensors, topk: TeacherTopK | None, normalizer: float | Tensor | None, heads: LinearOptions,
+    options: DistillOptions,
+) -> None:  # fmt: skip
     """The tensors of this process, and what is said of all classes."""
     teacher_name = "teacher_hidden" if t.teacher_weight is not None else "teacher_logits"
+    teacher_name = teacher_name if topk is None else "the record's log_probs"
     named = {
         "student_hidden": t.student_hidden, "student_weight": t.student_weight, "student_bias": t.student_bias,
         teacher_name: t.teacher, "teacher_weight": t.teacher_weight, "teacher_bias": t.teacher_bias,
@@ -157,8 +154,13 @@ def _check(
     check_head("student", t.student_hidden, t.student_weight, t.student_bias)
     if t.teacher_weight is not None:
         check_head("teacher", t.teacher, t.teacher_weight, t.teacher_bias)
-    classes = t.teacher.shape[-1] if t.teacher_weight is None else t.teacher_weight.shape[0]
-    if classes != shards.width:
+    if topk is not None:
+        counts = shards.classes, topk.num_classes
+        names = "student_weight, of all processes,", "the record"
+        check_vocabulary(OP, names, counts, t.student_hidden, heads.vocab_size, t.vocab_map, t.vocab_mask)
+        check_vocabulary_values(OP, shards.classes, t.vocab_map, t.student_hidden)
+    elif (t.teacher.shape[-1] if t.teacher_weight is None else t.teacher_weight.shape[0]) != shards.width:
+        classes = t.teacher.shape[-1] if t.teacher_weight is None else t.teacher_weight.shape[0]
         raise ShapeError(
             f"{OP}: student_weight has {shards.width} classes here and the teacher {classes}: with vocab_group each "
             "process passes the same classes of both"

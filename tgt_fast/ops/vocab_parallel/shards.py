@@ -35,10 +35,23 @@ class Shards(NamedTuple):
 
 def reduced(numbers: Tensor, operation: str, groups: tuple[str, ...]) -> Tensor:
     """An all-reduce over each of the groups, as an op that a compiler sees."""
+    return finished(started(numbers, operation, groups), operation, groups)
+
+
+def started(numbers: Tensor, operation: str, groups: tuple[str, ...]) -> Tensor:
+    """The first of these on its way, while other work is done; what is returned must not be read before the end."""
+    if not groups:
+        return numbers
+    begun: Tensor = torch.ops._c10d_functional.all_reduce(numbers.contiguous(), operation, groups[0])
+    return begun
+
+
+def finished(begun: Tensor, operation: str, groups: tuple[str, ...]) -> Tensor:
+    """The result of all, on a CPU once it is there; a device's stream waits for it."""
     ops = torch.ops._c10d_functional
-    for group in groups:
-        numbers = ops.wait_tensor(ops.all_reduce(numbers.contiguous(), operation, group))
-    return numbers
+    for group in groups[1:]:
+        begun = ops.all_reduce(ops.wait_tensor(begun), operation, group)
+    return ops.wait_tensor(begun) if groups else begun  # type: ignore[no-any-return]
 
 
 def local_target(target: Tensor, options: Any, shards: Shards) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from tgt_fast.kernels.calls import DistillCall, Gradients, Outputs, accumulate_dtype
+from tgt_fast.kernels.calls import DistillCall, Gradients
 from tgt_fast.kernels.options import ROW_COEFFICIENT, DistillOptions, TopK
 from tgt_fast.ops.vocab_parallel import merging, opening
 from tgt_fast.ops.vocab_parallel.opening import DROPPED, FLAGS, HARD, INFINITE_HARD, INFINITE_SOFT, INVALID, has
@@ -23,6 +23,8 @@ from tgt_fast.ops.vocab_parallel.shards import Shards
     TAIL_MAX, TAIL_SUM, TAIL_FINITE, PEAK, STUDENT_LSE, TEACHER_LSE, HARD_LSE, COEFFICIENT, X, Y, FINITE, TOPK_FLAGS,
 ) = range(12)  # fmt: skip
 STATE: Final = 12
+OPENED: Final = opening.OPENED + 4  # numbers a row that a process has
+SUMS: Final = 6  # and that they add up
 assert COEFFICIENT == ROW_COEFFICIENT
 _LOWEST: Final = -1e300
 
@@ -35,6 +37,10 @@ class Entries(NamedTuple):
     tail: Tensor  # [N] log-probability of the classes that are not listed, -inf for none
     lse: Tensor  # [N] log-sum-exp of all these
     bad: Tensor  # [N] bool: no distribution
+
+    def whole(self) -> Tensor:
+        """What is said of a row as a whole, as the steps take it: tail, log-sum-exp, badness.  -> [N, 3]"""
+        return torch.stack([self.tail, self.lse, self.bad.to(torch.float64)], dim=1)
 
 
 def entries_of(topk: TopK, classes: int) -> Entries:
@@ -64,63 +70,67 @@ def local_record(topk: TopK, entries: Entries, shards: Shards) -> TopK:
     return topk._replace(ids=ids, log_probs=topk.log_probs.masked_fill(~here, -math.inf))
 
 
-class ShardedTopK:
-    """The loss of a call whose teacher is a process's part of a record, of the form of ``Direct``."""
+class Steps:
+    """The work of a process by itself between two collectives, against its own part of a record."""
 
-    def __init__(self, kernel: Any, dense: Any, shards: Shards, entries: Entries) -> None:
+    def __init__(self, kernel: Any, dense: Any) -> None:
         self.kernel, self.dense = kernel, dense  # of records, and of pairs of logits
-        self.shards, self.entries = shards, entries
 
-    def forward(self, call: DistillCall) -> Outputs:
-        """Losses from the merged states: a reduction of maxima, and two of sums."""
-        options, shards = call.options, self.shards
-        topk = call.teacher
-        assert isinstance(topk, TopK)
-        soft = options.soft_weight != 0
-        # The student by itself: its largest logit, what the hard term sums, and whether it is a distribution at all.
-        alone = call._replace(teacher=call.student, options=options._replace(soft_weight=0.0))
-        own = opening.opened(self.dense, alone)
-        s, a = self._listed(call, topk)
-        tail = self._tail(call, own) if soft else own.new_zeros((own.shape[0], 2))
-        missing = ((a > -math.inf) & (s == -math.inf)).any(dim=1)
+    def record_opened(self, call: DistillCall) -> Tensor:
+        """The student by itself, its tail here, the largest logit of the entries, and whether one has none."""
+        # The student alone: its largest logit, what the hard term sums, and whether it is a distribution at all.
+        own = opening.opened(self.dense, _alone(call))
+        s, a = _listed(call)
+        tail = self._tail(call, own) if call.options.soft_weight != 0 else own.new_zeros((own.shape[0], 2))
+        missing = ((a > -math.inf) & (s == -math.inf)).any(dim=1).to(torch.float64)
         most = s.amax(dim=1) if s.shape[1] else torch.full_like(own[:, 0], -math.inf)
-        of_student = merging.maxima_of(own)
-        mine = (of_student[:, 0], of_student[:, 2], of_student[:, 6], tail[:, 0], most, missing.to(torch.float64))
-        maxima = shards.largest(torch.stack(mine, dim=1))
-        # Of all: the largest logit, that of the tail, that of the entries.
-        peak, bad, hard, tail_max, listed_max, lacks = maxima.unbind(1)
-        student = torch.stack([peak, peak, bad, bad * 0, bad * 0, bad * 0, hard], dim=1)
-        parts = merging.parts_of(own, student, alone.options)
-        inverse_t = 1 / options.temperature
-        of_tail = merging.log_of(tail[:, 1], tail[:, 0] - tail_max, options.temperature).exp()
-        of_listed = torch.where(s > -math.inf, ((s - listed_max[:, None]) * inverse_t).exp(), 0.0).sum(dim=1)
-        totals = shards.total(
-            torch.stack([of_tail, of_listed, parts.hard, parts.finite, parts.linear, parts.label], dim=1)
-        )
-        tail_sum, listed_sum, hard_sum, finite, linear, label = totals.unbind(1)
-        all_of = merging.Parts(tail_sum, tail_sum, hard_sum, finite, linear, label, tail_sum, tail_sum)
+        return torch.cat([own, tail, most[:, None], missing[:, None]], dim=1)
 
+    def record_sums(self, call: DistillCall, opened: Tensor, maxima: Tensor) -> Tensor:
+        """Sums of the processes.  -> [N, SUMS]"""
+        options, listed_max = call.options, maxima[:, 4]
+        s, _ = _listed(call)
+        parts = merging.parts_of(opened[:, : opening.OPENED], _of_student(maxima), _alone(call).options)
+        tail_max, tail_sum = opened[:, opening.OPENED], opened[:, opening.OPENED + 1]
+        of_tail = merging.log_of(tail_sum, tail_max - maxima[:, 3], options.temperature).exp()
+        rise = (s - listed_max[:, None]) / options.temperature
+        of_listed = torch.where(s > -math.inf, rise.exp(), 0.0).sum(dim=1)
+        return torch.stack([of_tail, of_listed, parts.hard, parts.finite, parts.linear, parts.label], dim=1)
+
+    def record_second(self, call: DistillCall, opened: Tensor, maxima: Tensor, totals: Tensor, whole: Tensor) -> Tensor:
+        """The divergence's sums over the entries here, once the normalisers are known.  -> [N, 2]"""
+        s, a = _listed(call)
+        lse, _ = _normalisers(call, maxima, totals)
+        tempered = (s - maxima[:, :1]) / call.options.temperature - lse[:, None]
+        b = torch.where(s > -math.inf, tempered, -math.inf)
+        return torch.stack(_sums(a - whole[:, 1:2], b, call.options), dim=1)
+
+    def record_merged(
+        self, call: DistillCall, opened: Tensor, maxima: Tensor, totals: Tensor, sums: Tensor, whole: Tensor
+    ) -> Tensor:
+        """The rows' state over all classes and, last, their hard losses."""
+        options, own = call.options, opened[:, : opening.OPENED]
+        assert isinstance(call.teacher, TopK)
+        soft, restricted = options.soft_weight != 0, call.teacher.tail_mode == "renormalize"
+        peak, bad, hard, tail_max, listed_max, lacks = maxima.unbind(1)
+        tail_sum, _, hard_sum, finite, linear, label = totals.unbind(1)
+        tail, teacher_lse, bad_record = whole.unbind(1)
         dropped = has(own, DROPPED)
-        restricted = topk.tail_mode == "renormalize"
         invalid = (bad > 0) | (peak == -math.inf)
         if soft:
-            invalid = invalid | self.entries.bad
+            invalid = invalid | (bad_record > 0)
             if restricted:
                 invalid = invalid | (listed_max == -math.inf)
         sound = ~dropped & ~invalid
-        log_tail = merging.log_of(tail_sum, tail_max - peak, options.temperature)
-        log_listed = merging.log_of(listed_sum, listed_max - peak, options.temperature)
-        lse = log_listed if restricted else torch.logaddexp(log_tail, log_listed)
-        state = own.new_zeros((own.shape[0], STATE))
+        lse, log_tail = _normalisers(call, maxima, totals)
+        state = own.new_zeros((own.shape[0], STATE + 1))
         state[:, TAIL_MAX] = torch.where(tail_max == -math.inf, 0.0, tail_max)
         state[:, TAIL_SUM], state[:, PEAK] = tail_sum, peak
-        state[:, STUDENT_LSE], state[:, TEACHER_LSE] = lse, self.entries.lse
+        state[:, STUDENT_LSE], state[:, TEACHER_LSE] = lse, teacher_lse
         state[:, HARD_LSE], state[:, FINITE] = hard_sum.log(), finite
 
-        # log q and log p of the entries, and of the tail as one class.
-        b = torch.where(s > -math.inf, (s - peak[:, None]) * inverse_t - lse[:, None], -math.inf)
-        sums = shards.total(torch.stack(_sums(a - self.entries.lse[:, None], b, options), dim=1))
-        tail_a, tail_b = self.entries.tail - self.entries.lse, log_tail - lse
+        # log q and log p of the tail as one class.
+        tail_a, tail_b = tail - teacher_lse, log_tail - lse
         if not restricted:
             sums = sums + torch.stack(_sums(tail_a[:, None], tail_b[:, None], options), dim=1)
         infinite = _infinite(options.divergence, lacks > 0, tail_a, tail_b, restricted) if soft else lacks < 0
@@ -134,32 +144,23 @@ class ShardedTopK:
         divisor = merging.divisor_of(own, call.divisor, options)
         weight = torch.where(divisor != 0, own[:, COEFFICIENT] / torch.where(divisor != 0, divisor, 1.0), 0.0)
         state[:, COEFFICIENT] = torch.where(dropped, 0.0, weight)
-        row_loss = self._losses(state, merging.hard_loss(all_of, hard > 0, no_label, options), options)
-        loss = row_loss if options.reduction == "none" else row_loss.sum()
-        dtype = accumulate_dtype(call.student, topk)
-        grads: Gradients = (None, None)
-        if call.want_d_student:
-            grads = self.backward(call, state, loss.new_ones((), dtype=dtype))
-        return Outputs(loss.to(dtype), None, *grads, state if call.want_row_state else None)
+        all_of = merging.Parts(tail_sum, tail_sum, hard_sum, finite, linear, label, tail_sum, tail_sum)
+        state[:, STATE] = merging.hard_loss(all_of, hard > 0, no_label, options)
+        return state
 
-    def backward(self, call: DistillCall, row_state: Tensor, d_loss: Tensor) -> Gradients:
-        """The gradient anew, from the merged states. Nothing travels."""
+    def record_losses(self, call: DistillCall, merged: Tensor) -> Tensor:
+        """The weighted loss of each row, in the first of one column."""
+        as_dense = merged.new_zeros((merged.shape[0], opening.STATE + 1))
+        as_dense[:, opening.X], as_dense[:, opening.Y] = merged[:, X], merged[:, Y]
+        as_dense[:, opening.COEFFICIENT], as_dense[:, FLAGS] = merged[:, COEFFICIENT], merged[:, TOPK_FLAGS]
+        as_dense[:, opening.STATE] = merged[:, STATE]
+        return merging.losses(as_dense, call.options)[:, None]
+
+    def gradients(self, call: DistillCall, row_state: Tensor, d_loss: Tensor) -> Gradients:
+        """The gradient to this process's logits."""
         if call.student.shape[1] == 0:
             return torch.zeros_like(call.student) if call.want_d_student else None, None
         return self.kernel.backward(call, row_state, d_loss)  # type: ignore[no-any-return]
-
-    def scale_(self, grad: Tensor, d_loss: Tensor) -> None:
-        """grad *= d_loss, a factor for all rows or one a row."""
-        if grad.numel():
-            self.kernel.scale_(grad, d_loss)
-
-    def _listed(self, call: DistillCall, topk: TopK) -> tuple[Tensor, Tensor]:
-        """Logits and log-probabilities of the entries here, -inf for the others.  -> [N, k] float64, twice"""
-        a = topk.log_probs.detach().to(torch.float64)
-        if not call.student.shape[1]:
-            return torch.full_like(a, -math.inf), a
-        s = call.student.detach().gather(1, topk.ids).to(torch.float64)
-        return torch.where(a > -math.inf, s, -math.inf), a
 
     def _tail(self, call: DistillCall, own: Tensor) -> Tensor:
         """The largest logit of the tail here, and sum exp((s - max) / T) over it.  -> [N, 2]"""
@@ -180,13 +181,41 @@ class ShardedTopK:
         made[:, 1] = torch.where(there, state[:, TAIL_SUM], 0.0)
         return made
 
-    def _losses(self, state: Tensor, hard: Tensor, options: DistillOptions) -> Tensor:
-        """The weighted loss of each row."""
-        as_dense = state.new_zeros((state.shape[0], opening.STATE + 1))
-        as_dense[:, opening.X], as_dense[:, opening.Y] = state[:, X], state[:, Y]
-        as_dense[:, opening.COEFFICIENT], as_dense[:, FLAGS] = state[:, COEFFICIENT], state[:, TOPK_FLAGS]
-        as_dense[:, opening.STATE] = hard
-        return merging.losses(as_dense, options)
+
+def maxima_of(opened: Tensor) -> Tensor:
+    """Numbers of which the processes take the largest: of all, of what is no number, of labels, tail and entries."""
+    own = merging.maxima_of(opened[:, : opening.OPENED])
+    return torch.cat([own[:, [0, 2, 6]], opened[:, [opening.OPENED, opening.OPENED + 2, opening.OPENED + 3]]], dim=1)
+
+
+def _alone(call: DistillCall) -> DistillCall:
+    return call._replace(teacher=call.student, options=call.options._replace(soft_weight=0.0))
+
+
+def _of_student(maxima: Tensor) -> Tensor:
+    """The maxima as the merge of a pair of logits takes them, of the student beside itself."""
+    peak, bad, hard = maxima[:, 0], maxima[:, 1], maxima[:, 2]
+    return torch.stack([peak, peak, bad, bad * 0, bad * 0, bad * 0, hard], dim=1)
+
+
+def _normalisers(call: DistillCall, maxima: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of what the divergence is over, relative to the largest logit, and that of the tail."""
+    assert isinstance(call.teacher, TopK)
+    peak, _, _, tail_max, listed_max, _ = maxima.unbind(1)
+    log_tail = merging.log_of(totals[:, 0], tail_max - peak, call.options.temperature)
+    log_listed = merging.log_of(totals[:, 1], listed_max - peak, call.options.temperature)
+    restricted = call.teacher.tail_mode == "renormalize"
+    return log_listed if restricted else torch.logaddexp(log_tail, log_listed), log_tail
+
+
+def _listed(call: DistillCall) -> tuple[Tensor, Tensor]:
+    """Logits and log-probabilities of the entries here, -inf for the others.  -> [N, k] float64, twice"""
+    assert isinstance(call.teacher, TopK)
+    a = call.teacher.log_probs.detach().to(torch.float64)
+    if not call.student.shape[1]:
+        return torch.full_like(a, -math.inf), a
+    s = call.student.detach().gather(1, call.teacher.ids).to(torch.float64)
+    return torch.where(a > -math.inf, s, -math.inf), a
 
 
 def has_flag(state: Tensor, flag: int) -> Tensor:
