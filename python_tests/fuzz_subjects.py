@@ -341,6 +341,26 @@ def sampler(draw: random.Random, folder: Path) -> Subject:
     )
 
 
+@subject("SyntheticReplay")
+def replay(draw: random.Random, folder: Path) -> Subject:
+    options = some(draw, reuse=2, capacity=8, select="disagreement", candidates=2, retire=0.1, device="cpu", seed=3)
+    sampler = tgt.LatentSampler(teacher_of(draw), draw.choice(("prior", "random")), sigma=0.5, units="absolute")
+
+    def call(made: Any) -> Call:
+        given = some(draw, sample_ids=torch.arange(N), step=2, occurrence=torch.zeros(N, dtype=torch.int64))
+        return Call("call", made, [rows(N, X)], {"student": make_student(), **given})
+
+    return Subject(
+        lambda _: Call("SyntheticReplay", tgt.SyntheticReplay, [sampler], options),
+        [
+            call,
+            call,
+            lambda made: Call("statistics", made.statistics, [], some(draw, student=make_student())),
+            lambda made: Call("load_state_dict", made.load_state_dict, [made.state_dict()]),
+        ],
+    )
+
+
 @subject("TGTObjective")
 def objective(draw: random.Random, folder: Path) -> Subject:
     options = some(draw, sampler=sampler_of(draw), loss=tgt.DistillationLoss(), synthetic_weight=0.5)

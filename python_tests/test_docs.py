@@ -58,6 +58,7 @@ def test_the_main_docstrings_hold_examples() -> None:
         tgt_fast.teacher.DiffusersTeacher,
         tgt_fast.teacher.TimmLabeler,
         tgt_fast.LatentSampler,
+        tgt_fast.SyntheticReplay,
         tgt_fast.TeacherCache,
         tgt_fast.synthesize,
         tgt_fast.SyntheticDataset,

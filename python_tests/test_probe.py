@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from training_kit import assert_same_weights, make_run, score
 
 import tgt_fast as tgt
+from tgt_fast import report
 from tgt_fast._png import grid, png
 from tgt_fast.teacher.batches import Batch
 from tgt_fast.train import probe as probing
@@ -159,12 +161,19 @@ def test_what_cannot_be_shown_says_why() -> None:
     assert [found[part]["error"] for part in ("pictures", "ascent", "sources")] == ["RuntimeError: no <decoder>"] * 3
 
 
-def test_a_run_with_a_log_keeps_a_look_and_its_bits(tmp_path: Path) -> None:
-    logged, silent = make_run("persistent"), make_run("persistent")
+@pytest.mark.parametrize("kind", ["persistent", "replay-random"])
+def test_a_run_with_a_log_keeps_a_look_and_its_bits(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged, silent = make_run(kind), make_run(kind)
     options = {"steps": 4, "evaluate": score, "eval_every": 2}
     result = tgt.fit(**logged, **options, log=tmp_path)
     assert tgt.fit(**silent, **options).history == result.history
     assert_same_weights(silent["student"], logged["student"])
     found = json.loads((tmp_path / probing.NAME).read_text())
-    assert (found["step"], found["mode"], found["examples"]) == (4, "persistent", 5)
+    assert (found["step"], found["mode"], found["examples"]) == (4, kind.removeprefix("replay-"), 5)
+    if kind != found["mode"]:
+        assert found["replay"] == logged["objective"].sampler.statistics(logged["student"])
+        assert found["replay"]["served"] == 4 * 5
+        monkeypatch.setitem(sys.modules, "matplotlib", None)  # tables alone
+        told = report.run(result, logged["objective"].sampler, logged["loader"], out=tmp_path / "page.html")
+        assert "fresh disagreement" in told.read_text()
     assert len(found["ascent"]["values"]) == probing.ASCENT_STEPS + 1

@@ -165,7 +165,7 @@ def test_a_sampler_is_told_each_epoch() -> None:
     assert run["loader"].sampler.epochs == (0, 1, 2)
 
 
-@pytest.mark.parametrize("mode", [None, "prior", "gradient", "persistent"])
+@pytest.mark.parametrize("mode", [None, "prior", "gradient", "persistent", "replay-random"])
 def test_resumed_equals_unbroken_for_every_sampler(tmp_path: Path, mode: str | None) -> None:
     assert_resumes(tmp_path, lambda: make_run(mode), [7, 13])
 

@@ -66,9 +66,12 @@ class Numbered(Augmented):
 def make_run(mode: str | None = "random", *, loader: Any = None, lr: float = 0.02) -> dict[str, Any]:
     """Fresh arguments of one fit(): with a sampler, Adam, a schedule and an augmented, shuffled loader."""
     teacher = make_teacher(prior="normal")
-    sampler = None
+    sampler: Any = None
     if mode is not None:
-        sampler = tgt.LatentSampler(teacher, mode=mode, sigma=0.5, units="absolute", seed=7)
+        explorer = mode.removeprefix("replay-")
+        sampler = tgt.LatentSampler(teacher, mode=explorer, sigma=0.5, units="absolute", seed=7)
+        if explorer != mode:
+            sampler = tgt.SyntheticReplay(sampler, reuse=2, capacity=16, select="disagreement", retire=0.01)
     student = make_student()
     optimizer = torch.optim.Adam(student.parameters(), lr=lr)
     return {

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tgt_fast import testing as testing
     from tgt_fast import train as train
     from tgt_fast.cache import Fingerprint, TeacherCache, teacher_fingerprint
-    from tgt_fast.explore import LatentSampler, Synthetic
+    from tgt_fast.explore import LatentSampler, Synthetic, SyntheticReplay
     from tgt_fast.kernels.native import release_buffers
     from tgt_fast.kernels.options import DistillStats
     from tgt_fast.kernels.select import backends, explain
@@ -58,6 +58,7 @@ __all__ = [
     "LinearDistillationLoss",
     "Synthetic",
     "SyntheticDataset",
+    "SyntheticReplay",
     "TGTObjective",
     "Teacher",
     "TeacherCache",
@@ -106,6 +107,7 @@ _WHERE: Final = {
     "LinearDistillationLoss": "tgt_fast.losses.linear",
     "Synthetic": "tgt_fast.explore",
     "SyntheticDataset": "tgt_fast.synthesis",
+    "SyntheticReplay": "tgt_fast.explore",
     "TGTObjective": "tgt_fast.train",
     "Teacher": "tgt_fast.teacher",
     "TeacherEnsemble": "tgt_fast.teacher",

@@ -43,7 +43,7 @@ class Counters:
         if self.seed.device != device:
             with torch.inference_mode(False):
                 self.seed, self.step, self.next_id = (t.to(device) for t in (self.seed, self.step, self.next_id))
-        given = None if sample_ids is None else _checked_ids(sample_ids, count)
+        given = None if sample_ids is None else checked_ids(sample_ids, count)
         replica = first_replicas(given, occurrence, options)  # where the ids lie: on a CPU it costs least
         if given is None:
             rank, world = self.place
@@ -53,7 +53,7 @@ class Counters:
         return Key(
             self.seed,
             ids,
-            self.step.clone() if step is None else _checked_step(step, device),
+            self.step.clone() if step is None else checked_step(step, device),
             replica.to(device) if isinstance(replica, Tensor) else replica,
         )
 
@@ -93,7 +93,7 @@ def _checked_place(rank: int | None, world_size: int | None) -> tuple[int, int] 
     return checked_integer("rank", rank, 0, world_size - 1), world_size
 
 
-def _checked_ids(ids: Any, count: int) -> Tensor:
+def checked_ids(ids: Any, count: int) -> Tensor:
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise DTypeError(f"LatentSampler: sample_ids must be a tensor of integers, got {found}")
@@ -103,7 +103,7 @@ def _checked_ids(ids: Any, count: int) -> Tensor:
     return ids.to(torch.int64)
 
 
-def _checked_step(step: Any, device: torch.device) -> int | Tensor:
+def checked_step(step: Any, device: torch.device) -> int | Tensor:
     if isinstance(step, Tensor) and step.ndim == 0 and not step.is_floating_point():
         return step.to(device, torch.int64)
     if isinstance(step, bool) or not isinstance(step, Integral):

@@ -136,14 +136,14 @@ def _disagreement(teacher: Teacher, student: Student, latents: Latents, key: Key
         view = teacher.student_view(x)
         ours = student_logits("LatentSampler", student, view, options.logits_of, teacher.class_dim)
     ours = checked_logits(ours, latents.z.shape[0], "student")
-    parts = [_of_each_sample(ours, *opinion, options) for opinion in opinions]
+    parts = [divergence_of_each(ours, *opinion, options) for opinion in opinions]
     total = parts[0]
     for part in parts[1:]:
         total = total + part
     return total
 
 
-def _of_each_sample(
+def divergence_of_each(
     ours: Tensor, theirs: Tensor, weight: float | Tensor | None, known: Tensor | None, options: SamplerOptions
 ) -> Tensor:
     """The disagreement with one opinion, [B]."""

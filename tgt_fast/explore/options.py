@@ -155,12 +155,12 @@ class Adjustable:
     logits_of = option("logits_of")
 
 
-def checked_integer(name: str, value: object, low: int, high: int) -> int:
+def checked_integer(name: str, value: object, low: int, high: int, op: str = _OP) -> int:
     """The value as an int in [low, high]; numpy's integers are integers, too.
 
     Raises:
         ArgumentError: it is none.
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
-        raise ArgumentError(f"{_OP}: {name} must be an integer in [{low}, {high}], got {value!r}")
+        raise ArgumentError(f"{op}: {name} must be an integer in [{low}, {high}], got {value!r}")
     return int(value)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tgt_fast._rng import isolated_rng
 from tgt_fast.errors import ArgumentError
-from tgt_fast.explore import LatentSampler
+from tgt_fast.explore import LatentSampler, SyntheticReplay
 from tgt_fast.report import story, training
 from tgt_fast.teacher.batches import Batch, Columns, check_loader, split_batches
 from tgt_fast.teacher.returned import LogitsOf
@@ -24,7 +24,7 @@ from tgt_fast.train.run import FitResult
 
 def run(
     result: FitResult,
-    sampler: LatentSampler | None = None,
+    sampler: LatentSampler | SyntheticReplay | None = None,
     loader: Iterable[Any] | None = None,
     *,
     out: str | os.PathLike[str],
@@ -60,7 +60,7 @@ def run(
     """
     if not isinstance(result, FitResult):
         raise ArgumentError(f"report.run: the result of fit() is needed, got {type(result).__name__}")
-    if sampler is not None and not isinstance(sampler, LatentSampler):
+    if sampler is not None and not isinstance(sampler, (LatentSampler, SyntheticReplay)):
         raise ArgumentError(f"report.run: sampler must be a tgt_fast.LatentSampler, got {type(sampler).__name__}")
     exploration = thirds = None
     if loader is not None:

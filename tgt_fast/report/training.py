@@ -238,7 +238,21 @@ def _exploration(page: Page, told: Story, draw: _Drawing) -> None:
                 "Flat: there is nothing left to find nearby, or no gradient arrives.",
             )
         )
+    _replay(page, found.get("replay", {}))
     _sources(page, found.get("sources", []), draw)
+
+
+def _replay(page: Page, found: Mapping[str, Any]) -> None:
+    names = [name for name, value in found.items() if not isinstance(value, (list, str))]
+    if names:
+        shares = ", ".join(f"{100 * share:.1f} %" for share in found.get("share_by_class", []))
+        page.table(
+            [name.replace("_", " ") for name in names],
+            [[_number(found[name]) for name in names]],
+            "Replay so far: rows explored and served, their mean uses and age in calls, the rows held, and the mean "
+            "disagreement of the last call's fresh rows and of those served again."
+            + (f" Served by the labeler's class: {shares}." if shares else ""),
+        )
 
 
 def _pictures(page: Page, pictures: Mapping[str, Any]) -> None:

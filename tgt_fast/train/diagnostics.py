@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tgt_fast.errors import ShapeError
-from tgt_fast.explore import LatentSampler
+from tgt_fast.explore import LatentSampler, SyntheticReplay
 from tgt_fast.explore.student import student_logits
 from tgt_fast.explore.twin import twin
 from tgt_fast.losses.distill import DistillationLoss
@@ -127,7 +127,9 @@ def _reconstruction_error(teacher: Teacher, x: Any) -> float | None:
     return (after != before).double().mean().item()
 
 
-def ascent(sampler: LatentSampler, student: nn.Module, x: Any, *, steps: int, step_size: float) -> tuple[float, ...]:
+def ascent(
+    sampler: LatentSampler | SyntheticReplay, student: nn.Module, x: Any, *, steps: int, step_size: float
+) -> tuple[float, ...]:
     """The mean disagreement of student and labeler before each of so many steps up it, and after the last.
 
     From the examples x plus the sampler's noise, whatever its mode; the sampler itself is left as it is.

@@ -16,7 +16,7 @@ from torch import Tensor
 from tgt_fast._opening import as_path
 from tgt_fast._versions import versions
 from tgt_fast.errors import ArgumentError, CheckpointError
-from tgt_fast.explore import LatentSampler
+from tgt_fast.explore import LatentSampler, SyntheticReplay
 from tgt_fast.train.files import make_writable, replace_file, reported, standard_json
 from tgt_fast.train.probe import EXAMPLES, probe
 from tgt_fast.train.probe import NAME as EXPLORATION
@@ -133,7 +133,12 @@ class RunLog:
     def _look(self, run: Run) -> None:
         """Look at what the sampler makes, for the report, as often as it takes next to nothing of the run's time."""
         sampler = getattr(run.objective, "sampler", None)
-        if not isinstance(sampler, LatentSampler) or run.sample is None or run.parallel.sharded or self.folder is None:
+        if (
+            not isinstance(sampler, (LatentSampler, SyntheticReplay))
+            or run.sample is None
+            or run.parallel.sharded
+            or self.folder is None
+        ):
             return  # the shards of a student answer only where all processes ask
         begun = time.monotonic()
         if begun < self._looked and run.result.steps < self._total:

@@ -28,7 +28,7 @@ from tgt_fast.train.opinions import hard_of, soft_of
 
 if TYPE_CHECKING:
     from tgt_fast.cache import EnsembleCache, TeacherCache
-    from tgt_fast.explore import LatentSampler, Synthetic
+    from tgt_fast.explore import LatentSampler, Synthetic, SyntheticReplay
 
 
 class Parts(TypedDict):
@@ -60,7 +60,8 @@ class TGTObjective:
 
     Args:
         teacher: the frozen teacher.
-        sampler: makes the synthetic examples; None leaves the third term out (plain distillation).
+        sampler: makes the synthetic examples, a :class:`LatentSampler` or :class:`SyntheticReplay`; None leaves the
+            third term out (plain distillation).
         loss: l_d and the hard term, with reduction "mean";
             ``DistillationLoss(temperature=2.0, hard_weight=1.0)`` by default.
         synthetic_weight: factor of the third term, >= 0. With 0 the sampler is not called.
@@ -103,7 +104,7 @@ class TGTObjective:
     def __init__(
         self,
         teacher: Teacher,
-        sampler: LatentSampler | None = None,
+        sampler: LatentSampler | SyntheticReplay | None = None,
         *,
         loss: DistillationLoss | None = None,
         synthetic_weight: float = 1.0,

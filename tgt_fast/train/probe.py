@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tgt_fast._png import png
 from tgt_fast._rng import isolated_rng
-from tgt_fast.explore import LatentSampler
+from tgt_fast.explore import LatentSampler, SyntheticReplay
 from tgt_fast.explore.twin import twin
 from tgt_fast.losses.distill import DistillationLoss
 from tgt_fast.teacher import Teacher, tree
@@ -31,13 +31,13 @@ _LETTERS: Final = 400
 
 
 def probe(
-    sampler: LatentSampler,
+    sampler: LatentSampler | SyntheticReplay,
     student: nn.Module,
     batch: Batch,
     loss: Any = None,
     logits_of: LogitsOf = None,
 ) -> Any:
-    """The findings, as JSON: ``pictures``, ``ascent`` and ``sources``.
+    """The findings, as JSON: ``pictures``, ``ascent`` and ``sources``; of a replay, ``replay``, its statistics.
 
     Sampler, student and the global generators are left as they are. A part that cannot be made holds its ``error``.
 
@@ -47,6 +47,9 @@ def probe(
             the sampler climbs.
         logits_of: where they are in what the student returns; by default as the sampler has it.
     """
+    replay = sampler if isinstance(sampler, SyntheticReplay) else None
+    if isinstance(sampler, SyntheticReplay):
+        sampler = sampler.sampler
     if logits_of is not None:
         sampler = twin(sampler, logits_of=logits_of)
     options = sampler.options
@@ -63,6 +66,8 @@ def probe(
             "ascent": _tried(lambda: _ascend(sampler, student, x)),
             "sources": _tried(lambda: _sources(sampler, student, ids, x, y, soft)),
         }
+        if replay is not None:
+            made["replay"] = _tried(lambda: replay.statistics(student, logits_of=logits_of))
     return {"mode": sampler.mode, "examples": tree.batch_size(x), **made}
 
 
