@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 
 import pytest
 import torch
+from programs import ran
 
 import tgt_fast as tgt
 from tgt_fast.errors import ArgumentError, BackendError
@@ -18,12 +18,9 @@ needs_native = pytest.mark.skipif(isinstance(native.load(), str), reason="the co
 
 
 def run_python(code: str, **environment: str) -> str:
-    import os
-
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=True
-    )
-    return run.stdout.strip()
+    done = ran(code, environment={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def test_importing_loads_no_core_no_triton_and_no_framework() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cache_kit import RowWise, data, shards
+from programs import ran
 from torch import Tensor, nn
 from toys import labeler, seeded, vector_teacher
 
@@ -193,8 +192,8 @@ def test_it_is_equal_in_another_process() -> None:
         "import sys; sys.path.insert(0, sys.argv[1]); import test_cache_fingerprint as t; "
         "print(t.of(t.vector_teacher(labeler_transform=t.Normalize(0.5)), transforms=[t.by_default]))"
     )
-    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = ran(code, str(Path(__file__).parent))
+    assert done.returncode == 0, done.stderr
     # As that process imports it: this one's may be named otherwise by the test runner.
     here = of(vector_teacher(labeler_transform=Normalize(0.5)), transforms=[by_default])
     assert done.stdout.strip() == here

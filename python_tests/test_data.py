@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from programs import ran
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 import tgt_fast as tgt
@@ -143,8 +142,7 @@ def test_ids_of_keys_are_the_same_everywhere() -> None:
     assert len(set(made.values())) == len(made)
     assert all(0 <= number < 1 << 48 for number in made.values())
     code = f"from tgt_fast.data.keys import key_to_id; print([key_to_id(*n) for n in {list(known)!r}])"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert answer.stdout.strip() == str(list(made.values()))
+    assert ran(code).stdout.strip() == str(list(made.values()))
     assert tgt.data.key_to_id("a", "bc") == made[("a", "bc")]  # again, which is no collision
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import textwrap
 from typing import Any
 
 import pytest
 import torch
 from numerics import evaluate, logits, targets, threads
+from programs import ran
 from strategies import DTYPES
 
 from tgt_fast.kernels.options import DIVERGENCES
@@ -20,11 +18,8 @@ MIB = 1 << 20
 
 
 def child(source: str, environment: dict[str, str], timeout: float = 120.0) -> Any:
-    """Runs a program in a fresh interpreter and returns what it prints, as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(source)],
-        env=environment, capture_output=True, text=True, timeout=timeout, check=False,
-    )  # fmt: skip
+    """Runs a program in a process of its own and returns what it prints, as JSON."""
+    done = ran(source, environment=environment, timeout=timeout)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import ran
 
 CHILD = """
 import json, signal, sys
@@ -95,10 +94,7 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 def test_no_op_hangs_in_a_forked_child(native: str, child_environment: dict[str, str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(Path(__file__).parent)],
-        env=child_environment, capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
+    done = ran(CHILD, str(Path(__file__).parent), environment=child_environment, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert {name: said for name, said in found.items() if said != "done"} == {}

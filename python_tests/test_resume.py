@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from programs import ran
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from training_kit import (
@@ -224,6 +225,8 @@ CHILD = """
 import os, signal, sys, time
 import torch
 import tgt_fast as tgt
+
+sys.path.insert(0, sys.argv[4])
 from training_kit import make_run
 
 torch.set_num_threads(int(sys.argv[3]))
@@ -246,11 +249,12 @@ tgt.fit(**run, steps=40, checkpoint_dir=folder, checkpoint_every=2, resume=True,
 """
 
 
+def words(folder: Path, mode: str) -> tuple[str, ...]:
+    return str(folder), mode, str(torch.get_num_threads()), str(Path(__file__).parent)
+
+
 def child(folder: Path, mode: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    here = str(Path(__file__).parent)
-    paths = os.pathsep.join([here, environment["PYTHONPATH"]])
-    command = [sys.executable, "-c", CHILD, str(folder), mode, str(torch.get_num_threads())]
-    return subprocess.Popen(command, env={**environment, "PYTHONPATH": paths})
+    return subprocess.Popen([sys.executable, "-c", CHILD, *words(folder, mode)], env=environment)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
@@ -265,7 +269,8 @@ def test_killed_and_resumed(tmp_path: Path, child_environment: dict[str, str]) -
     time.sleep(0.1)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert child(tmp_path, "die at rename 5", child_environment).wait(60) == -signal.SIGKILL
+    dying = ran(CHILD, *words(tmp_path, "die at rename 5"), environment=child_environment, timeout=60)
+    assert dying.returncode == -signal.SIGKILL
     step = load_checkpoint(tmp_path, **_parts(make_run("gradient"))).step
     assert 0 < step < 40
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
 from numerics import assert_close, threads
+from programs import ran
 from strategies import DTYPES, lay_out, random_values
 from test_tokens import chi_square
 from torch import Tensor
@@ -313,26 +313,25 @@ def test_same_bits_for_any_number_of_threads_in_the_rows(native: str) -> None:
 
 _PEAK = """
 import torch, tgt_fast as tgt
-def peak():
+def told(name):
     lines = open("/proc/self/status").read().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
 table = torch.ones(20000, 16)
 tgt.soft_embedding(torch.zeros(2, 20000, requires_grad=True), table, gumbel=True).sum().backward()
 logits = torch.ones(2000, 20000, requires_grad=True)  # 160 MB
-before = peak()
+before = told("VmHWM")
 out = tgt.soft_embedding(logits, table, gumbel=True)
-after = peak()
+forward, rest = told("VmHWM") - before, told("VmRSS")  # what forward has given back is no part of backward
 out.sum().backward()
-print(after - before, peak() - after)
+print(forward, told("VmHWM") - rest)
 """
 
 
 def test_memory_is_a_chunk_and_the_gradient(native: str, child_environment: dict[str, str]) -> None:
     if not sys.platform.startswith("linux"):
         pytest.skip("this system does not tell a process its peak memory")
-    run = subprocess.run(
-        [sys.executable, "-c", _PEAK], capture_output=True, text=True, check=True, env=child_environment
-    )
+    run = ran(_PEAK, environment=child_environment)
+    assert run.returncode == 0, run.stderr
     forward, backward = (int(number) / (2000 * 20000 * 4) for number in run.stdout.split())
     assert forward < 0.25
     assert 0.9 < backward < 1.25  # the gradient, and little else

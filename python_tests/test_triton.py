@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 import torch
 from kernel_calls import backward, forward
 from numerics import Result, assert_matches_truth, evaluate, logits, targets, truth
+from programs import ran
 from strategies import DTYPES
 from torch import Tensor
 
@@ -180,10 +180,9 @@ def test_cpu_tensors_are_served_by_name_alone(interpreted: str) -> None:
 def run_python(code: str, **environment: str) -> str:
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     kept["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**kept, **environment}, check=True
-    )
-    return run.stdout.strip()
+    done = ran(code, environment={**kept, **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def test_without_a_gpu_and_the_interpreter_it_says_so_and_triton_is_not_imported(interpreted: str) -> None:
