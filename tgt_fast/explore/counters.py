@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from numbers import Integral
 from typing import Any
 
@@ -56,6 +57,13 @@ class Counters:
             self.step.clone() if step is None else checked_step(step, device),
             replica.to(device) if isinstance(replica, Tensor) else replica,
         )
+
+    def copy(self) -> Counters:
+        """Others that stand where these do, and count for themselves."""
+        made = copy.copy(self)
+        with torch.inference_mode(False):
+            made.seed, made.step, made.next_id = self.seed.clone(), self.step.clone(), self.next_id.clone()
+        return made
 
     def advance(self, count: int, *, ids: bool, step: bool) -> None:
         """Count one call, for the counters that it used."""

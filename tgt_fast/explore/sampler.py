@@ -21,6 +21,7 @@ from tgt_fast.explore.draws import decoded, with_noise
 from tgt_fast.explore.gradient import ascend, checked_student
 from tgt_fast.explore.options import Adjustable, SamplerOptions, checked_integer, fixed
 from tgt_fast.explore.persistent import chain_latents
+from tgt_fast.explore.prefetch import Prefetching
 from tgt_fast.explore.prior import prior_latents
 from tgt_fast.explore.processes import of_all_processes, warn_of_foreign_chains, warn_of_own_chains, warn_of_shards
 from tgt_fast.explore.state import SamplerState, checked_state
@@ -33,7 +34,7 @@ from tgt_fast.teacher.key import Key
 from tgt_fast.teacher.returned import LogitsOf
 
 
-class LatentSampler(Adjustable):
+class LatentSampler(Adjustable, Prefetching):
     r"""Synthetic examples ``x~ = Dec(z~)`` with soft labels ``h(x~)``, where, by mode::
 
         prior       z~ = prior(sigma * nu)                      nu ~ N(0, I)

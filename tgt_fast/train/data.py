@@ -58,6 +58,7 @@ class BatchStream:
         self.epoch = 0  # the epoch under way, counted from 0
         self.position = 0  # batches taken of it
         self._batches: Iterator[Any] | None = None
+        self._over = False  # whether the epoch under way has been read to its end
         self._order: object = None  # what the iterator of a DataLoader goes by, a new one each time it is begun anew
         self._start: dict[str, Any] | None = None  # the generators when it began
 
@@ -72,13 +73,27 @@ class BatchStream:
                 self._batches = self._begin()
             elif _order_of(self._batches) is not self._order:
                 self._find_again()
-            batch = next(self._batches, _END)
+            batch = _END if self._over else next(self._batches, _END)
             if batch is not _END:
                 self.position += 1
                 return batch
             if not self.position:
                 raise ArgumentError("the loader gave no batch: it is empty, or can be read only once")
-            self.epoch, self.position, self._batches = self.epoch + 1, 0, None
+            self.epoch, self.position, self._batches, self._over = self.epoch + 1, 0, None, False
+
+    def more(self) -> bool:
+        """Whether the epoch under way may have another batch, which can be taken without beginning the next one."""
+        return self._batches is not None and not self._over and _order_of(self._batches) is self._order
+
+    def take_early(self) -> tuple[Any, ...]:
+        """``(batch,)``, the next of the epoch under way, or ``()`` at its end."""
+        assert self._batches is not None
+        batch = next(self._batches, _END)
+        if batch is _END:
+            self._over = True  # the place stays: a new epoch begins as its first batch is due
+            return ()
+        self.position += 1
+        return (batch,)
 
     def state_dict(self) -> dict[str, Any]:
         own = [generator.get_state() for generator in self._generators()]
@@ -96,7 +111,7 @@ class BatchStream:
         generators, start = self._generators(), state["start"]
         if len(generators) != len(state["generators"]):
             raise ArgumentError("the loader's random generators are not those of the run that was saved")
-        self.epoch, self.position, self._batches = state["epoch"], 0, None
+        self.epoch, self.position, self._batches, self._over = state["epoch"], 0, None, False
         if start is not None:
             set_rng_state(start["global"])
             _set_states(generators, start["generators"])

@@ -25,6 +25,7 @@ from tgt_fast.teacher.batches import Columns, check_loader
 from tgt_fast.teacher.returned import LogitsOf, check_logits_of
 from tgt_fast.teacher.sharing import refuse_shared
 from tgt_fast.train import checkpoint
+from tgt_fast.train.ahead import StepsAhead, checked_prefetch, within
 from tgt_fast.train.checks import check_extras, check_options, check_parties, check_tools
 from tgt_fast.train.data import BatchStream
 from tgt_fast.train.document import remove_unnamed
@@ -70,6 +71,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     log: str | os.PathLike[str] | None = None,
     logits_of: LogitsOf = None,
+    prefetch: int = 0,
 ) -> FitResult:
     """Train ``student`` for ``steps`` optimizer steps on ``objective``, over ``loader`` as often as it takes.
 
@@ -145,6 +147,11 @@ def fit(
             runs/1`` makes a page of it, also while it runs.
         logits_of: passed to the objective, which is a :class:`TGTObjective` or takes it: where the logits are in what
             the student returns, in the place of its own ``logits_of``.
+        prefetch: in [0, 1024], for how many steps batches are read, and the sampler's examples made, ahead: on a CUDA
+            device on a stream of their own (not yet run on a GPU), on a CPU in a thread, where PyTorch leaves it a core
+            (``torch.set_num_threads``). Modes random and prior alone, which need no student. The bits, and those
+            after a resume, are those without: nothing is ahead where an epoch, an evaluation or a checkpoint begins,
+            and a loader that draws from the global random generators in this process as it reads is not read ahead.
 
     Returns:
         A :class:`FitResult`.
@@ -175,6 +182,7 @@ def fit(
     check_parties(student, objective, asked)
     check_tools(optimizer, scheduler, seed, monitor, evaluate)
     check_extras(autocast, ema, callbacks)
+    prefetch = checked_prefetch(objective, prefetch)
     check_loader("fit", loader)
     resume, progress = _checks.flag("fit", "resume", resume), _checks.flag("fit", "progress", progress)
     if accumulate > 1 and not hasattr(objective, "normalizers"):
@@ -203,6 +211,8 @@ def fit(
         stack.enter_context(parallel.counting(objective))
         tell = _Callbacks(callbacks, RunView(run, steps))
         keeper.load(run)
+        if prefetch:
+            run.ahead = stack.enter_context(closing(StepsAhead(run, prefetch)))
         student.train()
         optimizer.zero_grad()
         result = run.result
@@ -210,12 +220,13 @@ def fit(
         settings = settings_of(
             run, steps=steps, accumulate=accumulate, clip_grad_norm=clip_grad_norm, eval_every=eval_every,
             monitor=None if evaluate is None else f"{monitor} ({mode})", seed=seed, autocast=autocast, ema=ema,
+            prefetch=prefetch or None,
         )  # fmt: skip
         stack.enter_context(told.of(run, steps, settings))
         tell("start")
         with _Bar(run, steps, shown=progress and only_bar()) as bar:
             while result.steps < steps:
-                run.step(accumulate, clip_grad_norm)
+                run.step(accumulate, clip_grad_norm, within=within(result.steps, steps, eval_every, checkpoint_every))
                 told.stepped(run)
                 bar.stepped()
                 tell("step")

@@ -247,9 +247,21 @@ class TGTObjective:
             loss, of_made = loss + term, term.detach()
         return {"loss": loss, "parts": {"hard": hard, "soft": soft, "synthetic": of_made}}
 
+    @property
+    def explores(self) -> bool:
+        """Whether a call asks the sampler."""
+        return self.sampler is not None and is_on(self.synthetic_weight)
+
     def _asks_latents(self) -> bool:
-        """Whether the sampler will ask for Enc(x)."""
-        return self.sampler is not None and is_on(self.synthetic_weight) and bool(self.sampler.encodes)
+        return self.explores and bool(cast("LatentSampler", self.sampler).encodes)
+
+    def known_latents(self, x: Any, sample_ids: Tensor | None) -> Latents | None:
+        """Enc(x) out of the cache, where there is one that keeps it and the sampler asks for it."""
+        self._options()
+        if self._known is None or not self._asks_latents():
+            return None
+        with torch.no_grad():
+            return self._known(x, sample_ids, encode=True)[1]
 
     def _check_made(self, synthetic: Any) -> None:
         if not all(hasattr(synthetic, name) for name in ("x", "teacher_logits")):

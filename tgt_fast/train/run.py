@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from tgt_fast.train.data import BatchStream, module_device, to_device
 from tgt_fast.train.names import under_own_names
 from tgt_fast.train.parallel import Parallel, unwrapped
 from tgt_fast.train.processes import Processes, evaluated_by, mean_over
+
+if TYPE_CHECKING:
+    from tgt_fast.train.ahead import StepsAhead
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
@@ -122,21 +125,29 @@ class Run:
         self.result = FitResult()
         self.sums: dict[str, Tensor] = {}  # of the loss and its parts since the last record; no step waits for them
         self.summed = 0  # steps in the sums
+        self.ahead: StepsAhead | None = None
         self.kept = 0  # examples of the first batch that ``sample`` keeps
         self.sample: Batch | None = None
         self.last: dict[str, Tensor] = {}  # the loss and its parts of the last step
 
-    def step(self, accumulate: int, clip_grad_norm: float | None) -> None:
-        batches = [self._take() for _ in range(accumulate)]
+    def step(self, accumulate: int, clip_grad_norm: float | None, *, within: int = 1) -> None:
+        """``within``: steps, this one included, until something beside training looks at the data or the sampler."""
+        if self.ahead is None:
+            batches = [self._take() for _ in range(accumulate)]
+            copies = self.copies(batches)
+        else:
+            batches, copies = self.ahead.next(accumulate, within)
         self.last = {}
         normalizers: dict[str, Any] = dict(self.asked)
         if accumulate > 1:
             real, synthetic = self.objective.normalizers(batches)  # type: ignore[attr-defined]
             normalizers |= {"normalizer": real, "synthetic_normalizer": synthetic}
-        for place, ((ids, x, y), copies) in enumerate(zip(batches, self._copies(batches), strict=True)):
-            more = normalizers if copies is None else {**normalizers, "occurrence": copies}
+        for place, ((ids, x, y), copy) in enumerate(zip(batches, copies, strict=True)):
+            more = dict(normalizers) if copy is None else {**normalizers, "occurrence": copy}
+            if self.ahead is not None and (made := self.ahead.made()) is not None:
+                more["synthetic"] = made
             with self.parallel.averaging(place + 1 == len(batches)):
-                with self._precision(), named_range("objective"):
+                with self.precision(), named_range("objective"):
                     output = self.objective(self.student, x, y, sample_ids=ids, step=self.result.steps, **more)
                 loss, parts = checked_output(output)
                 with named_range("backward"):
@@ -155,7 +166,7 @@ class Run:
         self.summed += 1
         self.result.steps += 1
 
-    def _copies(self, batches: list[Batch]) -> list[Tensor | None]:
+    def copies(self, batches: list[Batch]) -> list[Tensor | None]:
         """Of the batches of one step, which copy of its id each row is; a single one's are counted by its sampler."""
         counted = getattr(self.objective, "occurrences", None)
         if counted is None or len(batches) == 1:
@@ -163,14 +174,18 @@ class Run:
         found: list[Tensor | None] = counted(batches)
         return found
 
-    def _precision(self) -> AbstractContextManager[Any]:
+    def precision(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast((self.device or torch.device("cpu")).type, self.autocast)
 
     def _take(self) -> Batch:
         with named_range("data"):
-            batch: Batch = to_device(self.columns.split(self.stream.take()), self.device)
+            return self.batch_of(self.stream.take())
+
+    def batch_of(self, raw: Any) -> Batch:
+        """What the loader gave, on the device."""
+        batch: Batch = to_device(self.columns.split(raw), self.device)
         if self.kept and self.sample is None:
             self.sample = tree.map_batched(lambda leaf: leaf[: self.kept].clone(), batch)
         return batch
