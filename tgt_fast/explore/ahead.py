@@ -250,7 +250,7 @@ def _work(waiting: queue.SimpleQueue[Any], over: threading.Event) -> None:
 def _modes() -> Callable[[], AbstractContextManager[Any]]:
     """What is the calling thread's own and decides what is computed, to be entered in another."""
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-    cast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    cast = _cast()
     device = torch.get_default_device()
 
     @contextmanager
@@ -259,12 +259,23 @@ def _modes() -> Callable[[], AbstractContextManager[Any]]:
             stack.enter_context(torch.inference_mode(inference))
             if not inference:
                 stack.enter_context(torch.set_grad_enabled(grad))
-            stack.enter_context(torch.autocast("cpu", enabled=cast[0], dtype=cast[1]))
+            stack.callback(_set_cast, *_cast())
+            _set_cast(*cast)
             if device.type != "cpu":
                 stack.enter_context(device)
             yield
 
     return entered
+
+
+def _cast() -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+
+def _set_cast(enabled: bool, dtype: torch.dtype) -> None:
+    """Without ``torch.autocast``, whose end would empty the weights' cache of all threads, in the midst of a step."""
+    torch.set_autocast_enabled("cpu", enabled)
+    torch.set_autocast_dtype("cpu", dtype)
 
 
 class _Stream:
