@@ -269,9 +269,9 @@ def test_the_students_own_error_is_what_the_caller_sees() -> None:
         step.sampler(torch.randn(4, 12), student=nn.Linear(12, 7))
 
 
-def test_compile_is_for_gradient_mode() -> None:
+def test_compile_is_not_for_persistent_mode() -> None:
     with pytest.raises(tgt.errors.ArgumentError, match="compile=True"):
-        Step("random", compile=True)
+        Step("persistent", compile=True)
 
 
 class Products(TorchDispatchMode):

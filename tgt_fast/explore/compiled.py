@@ -13,6 +13,7 @@ from tgt_fast.explore.draws import decoded
 from tgt_fast.explore.gradient import Student, ascend, ascent_steps
 from tgt_fast.explore.guard import preserve_student
 from tgt_fast.explore.options import SamplerOptions
+from tgt_fast.explore.prepared import Prepared
 from tgt_fast.teacher import Latents, Teacher, tree
 from tgt_fast.teacher.key import Key
 
@@ -30,12 +31,14 @@ class Compiled:
         self._plain = function
         self._compiled: Callable[..., Any] | None = None
         self.refused: str | None = None  # why it runs as it is
+        self.ran = False
 
     def __call__(self, *arguments: Any, device: torch.device) -> Any:
         if (
             self.refused is not None or torch.compiler.is_compiling()
         ):  # what is traced already is compiled with the rest
             return self._plain(*arguments)
+        self.ran = True
         captured = device.type == "cuda"
         if self._compiled is None:
             self._compiled = torch.compile(self._plain, fullgraph=True, options={"triton.cudagraphs": captured})
@@ -54,8 +57,19 @@ class CompiledExploration:
     """The compiled steps of :class:`tgt_fast.LatentSampler` with ``compile=True``."""
 
     def __init__(self) -> None:
+        self._prepared = Prepared()
         self._up = Compiled(ascent_steps)
         self._examples = Compiled(examples)
+
+    def report(self) -> list[str]:
+        """What was done, in words, a line a part; nothing before the first call."""
+        lines = list(self._prepared.report)
+        for name, step in (("steps", self._up), ("examples", self._examples)):
+            if step.refused is not None:
+                lines.append(f"{name}: uncompiled, torch.compile failed: {step.refused}")
+            elif step.ran:
+                lines.append(f"{name}: one compiled graph")
+        return lines
 
     def ascend(
         self,
@@ -68,16 +82,18 @@ class CompiledExploration:
         options: SamplerOptions,
     ) -> tuple[Latents, list[float]]:
         """:func:`tgt_fast.explore.gradient.ascend`."""
-        arguments = (teacher, student, start, anchors, scale, key, options)
         if options.record_disagreement:  # which is read on the host
-            return ascend(*arguments)
+            return ascend(teacher, student, start, anchors, scale, key, options)
+        arguments = (self._prepared(teacher, start), student, start, anchors, scale, key, options)
         with preserve_student(student):
             found: Latents = self._up(*arguments, device=start.z.device)
         return found, []
 
     def examples(self, teacher: Teacher, latents: Latents, key: Key, replicas: int) -> tuple[Any, Tensor]:
         """:func:`examples`."""
-        made: tuple[Any, Tensor] = self._examples(teacher, latents, key, replicas, device=latents.z.device)
+        made: tuple[Any, Tensor] = self._examples(
+            self._prepared(teacher, latents), latents, key, replicas, device=latents.z.device
+        )
         return made
 
 

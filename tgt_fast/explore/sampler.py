@@ -95,10 +95,14 @@ class LatentSampler(Adjustable, Prefetching):
             "distinct" noise (and, balanced, anchors; persistent, chains), the k-th copy of an id, counted from 0, being
             its replicas k * replicas + r, r < replicas, 2**16 at most; the "same" noise, so the same example; or an
             "error" (which waits for a device where the ids lie on one).
-        compile: run decoder, student, labeler, divergence and step as one ``torch.compile``d graph (gradient mode),
-            replayed as a CUDA graph on a CUDA device. The first call, and the first of another batch size, takes
-            seconds. Where the parts cannot be compiled they run as they are; the reason is logged. A student that
-            draws random numbers or writes to its buffers in eval mode is left as it was found here, too.
+        compile: run decoder, labeler and, in gradient mode, student, divergence and step as one ``torch.compile``d
+            graph, replayed as a CUDA graph on a CUDA device (random, prior, gradient). Decoder and labeler are copies:
+            BatchNorms are folded into the layers before them, convolutions are in channels last, each where that is
+            faster on the first batch and gives the same to a thousandth (so that last bits may differ from run to run);
+            :meth:`explain` says what was done. The user's modules stay as they are. The first
+            call, and the first of another batch size, takes seconds. Where the parts cannot be compiled they run as
+            they are; the reason is logged. A student that draws random numbers or writes to its buffers in eval mode
+            is left as it was found here, too.
         logits_of: where the logits are in what the student returns, as for :class:`tgt_fast.TGTObjective` (gradient).
 
     Attributes:
@@ -177,9 +181,13 @@ class LatentSampler(Adjustable, Prefetching):
         self.scale: Tensor | None = None
         self.last_disagreement: list[float] = []
         compile = flag("LatentSampler", "compile", compile)
-        if compile and mode != "gradient":
-            raise ArgumentError(f'LatentSampler: compile=True serves mode="gradient", not {mode!r}')
+        if compile and mode == "persistent":
+            raise ArgumentError(
+                'LatentSampler: compile=True serves the modes random, prior and gradient, not "persistent", whose step '
+                "is the user's own backward pass"
+            )
         compiled = CompiledExploration() if compile else None
+        self._compiled = compiled
         self._ascend = ascend if compiled is None else compiled.ascend
         self._examples = examples if compiled is None else compiled.examples
         self._counters = Counters(seed, rank, world_size)
@@ -384,6 +392,13 @@ class LatentSampler(Adjustable, Prefetching):
         histories = [history for _, history in ascended]
         self.last_disagreement = [sum(values) / len(values) for values in zip(*histories, strict=True)]
         return [latents for latents, _ in ascended]
+
+    def explain(self) -> list[str]:
+        """What ``compile=True`` has made of the teacher and the steps, a line a part; nothing before the first call.
+
+        Which backend serves an op, and why, says :func:`tgt_fast.explain`.
+        """
+        return [] if self._compiled is None else self._compiled.report()
 
     @property
     def encodes(self) -> bool:

@@ -126,6 +126,13 @@ class Teacher(nn.Module):
         self.training = False
         self._keep_frozen()
 
+    def with_parts(self, **parts: Callable[..., Any]) -> Teacher:
+        """Another teacher, of these parts (``encoder``, ``decoder``, ``labeler``) and otherwise of this one's."""
+        given = {**self._parts, **parts}
+        return Teacher(
+            **given, max_batch=self.max_batch, modules=self._given, logits_of=self.logits_of, class_dim=self.class_dim
+        )
+
     def train(self, mode: bool = True) -> Teacher:
         """Stays in eval mode, whatever ``mode`` says: a parent's ``train()`` ends here."""
         self._keep_frozen()
