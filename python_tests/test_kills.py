@@ -1,4 +1,4 @@
-"""A few of the kills that ``kills.py`` does by the hundred."""
+"""A few of the kills that ``kills.py`` and ``synthesis_kills.py`` do by the hundred."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import synthesis_kills
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
@@ -23,3 +24,8 @@ def test_kills_at_random_leave_no_stray_file_and_no_wrong_bit(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["kills"] == kills
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_a_synthesis_that_is_killed_at_random_loses_nothing_and_holds_nothing_twice(one_thread: None) -> None:
+    assert synthesis_kills.run("forked", 2, "safetensors", seed=0)["kills"] == 2

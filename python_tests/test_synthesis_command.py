@@ -58,6 +58,24 @@ def failing():
             raise ValueError("the disk is gone")
         yield batch
 
+class Mortal(torch.nn.Module):
+    # Kills its process, once a folder, after some batches.
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.left = toys.labeler(), 3
+
+    def forward(self, x):
+        self.left -= 1
+        if self.left == 0 and not os.path.exists("died"):
+            open("died", "w").close()
+            os.kill(os.getpid(), 9)
+        return self.inner(x)
+
+def mortal():
+    whole = toys.vector_teacher()
+    return tgt.Teacher(whole.encoder, whole.decoder, Mortal(), prior="normal")
+
 def killed():
     for number, batch in enumerate(batches()):
         if number == 4:
@@ -247,3 +265,31 @@ def test_what_cannot_be_done_is_one_line(here: Path, capsys: pytest.CaptureFixtu
         assert words in told
         assert told.count("\n") == 1
     assert status("synthesize", "--out", "folder") == 2
+
+
+def test_a_pipeline_of_ray_gives_the_same_rows_also_where_an_actor_is_killed(
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    child_environment: dict[str, str],
+) -> None:
+    ray = pytest.importorskip("ray", reason="needs Ray: tgt-fast[ray]")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # the machine may have other work
+    monkeypatch.setenv("PYTHONPATH", child_environment["PYTHONPATH"])
+    ray.init(num_cpus=6, include_dashboard=False, logging_level="error", log_to_driver=False)
+    try:
+        words = ["synthesize", "--data", "mine:batches", "--units", "absolute", "--sigma", "0.5", "--replicas", "2"]
+        words += ["--engine", "ray", "--workers", "2", "--out", "folder", "--teacher"]
+        assert status(*words, "mine:mortal", "--shard-bytes", "2000") == 0
+        assert (here / "died").exists()
+        told = capsys.readouterr().out
+        assert re.search(r"\d+ examples made, \d+ were there, in", told)
+        assert status(*words, "mine:mortal") == 0
+        assert "0 examples made, 66 were there" in capsys.readouterr().out
+        assert status(*words[:-2], "files", "--teacher", "mine:teacher", "--format", "parquet") == 0
+        assert status(*words[:2], "mine:failing", *words[3:], "mine:mortal", "--step", "1") == 1
+        assert "ValueError: the disk is gone" in capsys.readouterr().err
+    finally:
+        ray.shutdown()
+    assert run("one") == 0
+    assert content("one") == content("folder") == content("files")

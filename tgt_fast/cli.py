@@ -235,8 +235,8 @@ def _add_synthesize(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
     work = parser.add_argument_group("workers")
     work.add_argument(
-        "--engine", choices=("local", "torchrun"), default="local",
-        help="processes of this machine; those of torchrun, which it starts unless it runs in one",
+        "--engine", choices=("local", "torchrun", "ray"), default="local",
+        help="processes of this machine; those of torchrun, which it starts unless it runs in one; a Ray Data pipeline",
     )  # fmt: skip
     work.add_argument("--workers", type=int, default=1, metavar="N", help="processes, a teacher each")
     work.add_argument("--gpus-per-worker", type=float, default=0, metavar="G", help="0: a worker computes on the CPU")

@@ -19,7 +19,7 @@ from tgt_fast.errors import ArgumentError
 from tgt_fast.explore.options import SamplerOptions
 from tgt_fast.ops import _checks
 from tgt_fast.report.grid import save_grid
-from tgt_fast.synthesis.engines import local, torchrun
+from tgt_fast.synthesis.engines import local, ray, torchrun
 from tgt_fast.synthesis.filters import Filters
 from tgt_fast.synthesis.job import Job, threads
 from tgt_fast.synthesis.maker import OP
@@ -56,7 +56,8 @@ def run(given: Mapping[str, Any], console: Console) -> None:
         summary = torchrun.work(job, share, progress=progress)
         _print(console, f"rank {share[0]} of {share[1]}: {summary}, in {job.folder}")
         return
-    summary = local.run(job, workers, progress=progress)
+    work = ray.run if engine == "ray" else local.run
+    summary = work(job, workers, progress=progress)
     _print(console, f"{summary}, in {job.folder}")
     _tell_dropped(summary, console)
 
@@ -106,6 +107,7 @@ def preview(job: Job, count: int, console: Console) -> None:
             given, x, _ = columns.split(raw)
             assert given is not None
             batch = maker.make(as_ids(given), x)
+            assert batch.made is not None
             numbers = SYNTHETIC.unpack(batch.keys).tolist()
             for row, said in enumerate(_said(batch.made.teacher_logits)[: count - len(lines)]):
                 refused = -1 if batch.place is None else int(batch.place[row])

@@ -18,6 +18,7 @@ from tgt_fast._files import new_file, sync
 from tgt_fast._rng import isolated_rng
 from tgt_fast.cache.arguments import as_loader
 from tgt_fast.cache.command import factory
+from tgt_fast.cache.fingerprint import Fingerprint
 from tgt_fast.cache.store import reported
 from tgt_fast.errors import ArgumentError, CacheError
 from tgt_fast.explore import LatentSampler
@@ -109,14 +110,15 @@ class Job:
         except Exception as error:  # the library has its own kind
             raise CacheError(f"{OP}: cannot read {where}: {error}") from error
 
-    def target(self, maker: Maker) -> Target:
-        return Target(maker, self.folder, format=self.format, shard_bytes=self.shard_bytes)
+    def target(self, fingerprint: Fingerprint) -> Target:
+        names = self.filters.names
+        return Target(fingerprint, names, self.folder, format=self.format, shard_bytes=self.shard_bytes)
 
     def work(self, share: tuple[int, int], *, progress: bool) -> SynthesisSummary:
         """One worker's share."""
         with threads(self.threads):
             parts = self.parts()
-            with self.target(parts.maker) as target:
+            with self.target(parts.maker.fingerprint) as target:
                 columns = Columns(OP, None, needs_ids=True)
                 return run(parts.maker, target, parts.loader, columns, share, progress=progress)
 

@@ -37,7 +37,11 @@ class Batch(NamedTuple):
     tensors: dict[str, Tensor]
     place: Tensor | None  # of the filter that refused each; None: there is no filter
     value: Tensor | None
-    made: Synthetic
+    made: Synthetic | None  # None in the processes that only store it
+
+    def to_store(self) -> Batch:
+        """What another process needs to store it: on the CPU."""
+        return self._replace(tensors={name: x.cpu() for name, x in self.tensors.items()}, made=None)
 
 
 class Maker:

@@ -94,7 +94,7 @@ def synthesize(
     )
     parts, loader = Columns(OP, columns, needs_ids=True), as_loader(OP, loader)
     progress = flag(OP, "progress", progress)
-    with Target(maker, folder, format=format, shard_bytes=shard_bytes) as target:
+    with Target(maker.fingerprint, maker.filters.names, folder, format=format, shard_bytes=shard_bytes) as target:
         return run(maker, target, loader, parts, place(), progress=progress)
 
 

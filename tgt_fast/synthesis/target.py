@@ -8,28 +8,31 @@ import numpy as np
 import torch
 
 import tgt_fast
+from tgt_fast.cache.fingerprint import Fingerprint
 from tgt_fast.cache.index import MISSING, Ids
 from tgt_fast.cache.keys import SYNTHETIC
 from tgt_fast.cache.layout import Layout
 from tgt_fast.ops import _checks
 from tgt_fast.synthesis.folder import DROPPED, FORMATS, RowStore, beneath, open_rows
-from tgt_fast.synthesis.maker import OP, Batch, Maker
+from tgt_fast.synthesis.maker import OP, Batch
+from tgt_fast.synthesis.rows import data_of
 from tgt_fast.synthesis.summary import Dropped, SynthesisSummary
-from tgt_fast.teacher import tree
 
 
 class Target:
     """The rows that are kept, and, where there are filters, the keys of those that are not."""
 
-    def __init__(self, maker: Maker, folder: Any, *, format: str, shard_bytes: int) -> None:
+    def __init__(
+        self, fingerprint: Fingerprint, names: tuple[str, ...], folder: Any, *, format: str, shard_bytes: int
+    ) -> None:
         _checks.choice(OP, "format", format, FORMATS)
         shard_bytes = _checks.integer(OP, "shard_bytes", shard_bytes, 1, 1 << 40)
-        self._names = maker.filters.names
+        self._names = names  # of the filters
         options: dict[str, Any] = {"format": format, "shard_bytes": shard_bytes, "notes": notes()}
-        self.rows: RowStore = open_rows(OP, folder, maker.fingerprint, **options)
+        self.rows: RowStore = open_rows(OP, folder, fingerprint, **options)
         self.dropped: RowStore | None = None
         if self._names:
-            self.dropped = open_rows(OP, beneath(folder, DROPPED), maker.fingerprint, **options)
+            self.dropped = open_rows(OP, beneath(folder, DROPPED), fingerprint, **options)
 
     def lacks(self, keys: Ids) -> bool:
         """True if any of these rows has still to be made. What other processes have finished since counts."""
@@ -64,8 +67,8 @@ class Target:
         numbers = SYNTHETIC.unpack(batch.keys)
         for row in which[np.sort(first)].tolist():
             if new[row]:
-                x = tree.take(batch.made.x, torch.tensor([row], device="cpu"))
-                x = tree.map_batched(lambda leaf: leaf[0].cpu(), x)
+                one = {name: leaf[row].cpu() for name, leaf in batch.tensors.items()}
+                x = data_of(batch.layout, one)
                 key = tuple(numbers[row].tolist())
                 name = self._names[int(batch.place[row])]
                 summary.drop(name, Dropped(key, float(batch.value[row]), x))  # type: ignore[arg-type]
