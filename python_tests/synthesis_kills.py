@@ -27,8 +27,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import toys
 import torch
+import toys
 from cache_kit import forked
 from kills import TEMPORARY, check
 from torch import Tensor
