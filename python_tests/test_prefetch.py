@@ -212,6 +212,32 @@ def test_fit_explores_in_the_thread_and_with_a_cache(tmp_path: Path) -> None:
     assert same(*found)
 
 
+@pytest.mark.parametrize("options", [{}, {"select": "disagreement", "retire": 0.01}])
+def test_a_replay_explores_ahead_too(options: dict[str, Any], tmp_path: Path) -> None:
+    found = []
+    for depth in (0, 2):
+        run = make_run(None, loader=DataLoader(Numbered(), batch_size=4))
+        decoder = Decoder()
+        teacher = teacher_of(decoder)
+        replay = tgt.SyntheticReplay(tgt.LatentSampler(teacher, sigma=0.5, units="absolute"), reuse=2, **options)
+        with tgt.TeacherCache(tmp_path / str(depth), teacher, k=None, latents=True, version="1") as cache:
+            run["objective"] = tgt.TGTObjective(teacher, replay, cache=cache)
+            tgt.fit(**run, steps=14, prefetch=depth)
+        found.append({**run["student"].state_dict(), **replay.statistics()})
+        assert decoder.threads.count(NAME) == (14 if depth else 0)
+    assert same(*found)
+    if options:
+        with pytest.raises(ArgumentError, match="no place for"):
+            replay.prefetch(batches())
+        return
+    pair = [tgt.SyntheticReplay(tgt.LatentSampler(teacher, sigma=0.5, units="absolute"), reuse=3) for _ in range(2)]
+    for at, ((x, _), synth) in enumerate(pair[0].prefetch(batches(8))):
+        expected = pair[1](x)
+        assert torch.equal(synth.x, expected.x)
+        if at == 4:
+            pair[0].seed = pair[1].seed = 3
+
+
 def test_errors_of_a_fit_come_with_their_step() -> None:
     broken = [x for x, _ in batches()]
     broken[4] = broken[4] * 1e6

@@ -27,6 +27,7 @@ from tgt_fast.errors import ArgumentError
 if TYPE_CHECKING:
     from tgt_fast.explore.anchors import AnchorPool
     from tgt_fast.explore.counters import Counters
+    from tgt_fast.explore.replay import SyntheticReplay
     from tgt_fast.explore.sampler import LatentSampler
     from tgt_fast.explore.synthetic import Synthetic
 
@@ -37,7 +38,7 @@ _REASONS: Final = {
 }
 
 
-def check_ahead(op: str, sampler: LatentSampler) -> None:
+def check_ahead(op: str, sampler: LatentSampler | SyntheticReplay) -> None:
     """
     Raises:
         ArgumentError: what the sampler makes of a batch depends on the training on those before.
@@ -71,8 +72,10 @@ class Draws:
 class _Item:
     """A batch that is explored ahead, and what came of it."""
 
-    def __init__(self, x: Any, call: dict[str, Any], options: Any) -> None:
+    def __init__(self, x: Any, call: dict[str, Any], options: Any, whole: tuple[Any, dict[str, Any]], tag: Any) -> None:
         self.x, self.call, self.options = x, call, options
+        self.whole = whole  # the batch of which x is a part, where a pool serves the rest
+        self.tag = tag  # by which that part was chosen
         self.made: Synthetic | None = None
         self.counters: Counters | None = None  # and what else of the sampler it moved
         self.scale: Tensor | None = None
@@ -111,21 +114,24 @@ def _same(one: tuple[Any, ...], two: tuple[Any, ...]) -> bool:
 class Ahead:
     """A queue of batches under exploration; what comes out is what ``sampler`` would make of them, one by one."""
 
-    def __init__(self, sampler: LatentSampler, *, beside: bool = True) -> None:
+    def __init__(self, sampler: LatentSampler | SyntheticReplay, *, beside: bool = True) -> None:
         """``beside``: if False, batches wait as they are until they are taken, as they do where nothing is idle."""
-        self.sampler = sampler
+        given: Any = sampler
+        self.given = given
+        self.replay: SyntheticReplay | None = given if hasattr(sampler, "part_of") else None
+        self.sampler: LatentSampler = given if self.replay is None else self.replay.sampler
         self.beside = beside
         self._items: deque[_Item] = deque()
         self._worker: _Worker | _Stream | None = None
-        self._expected = _mark(sampler)
-        self._shadow = _shadow(sampler)
+        self._expected: tuple[Any, ...] = _mark(self.sampler)
+        self._shadow = _shadow(self.sampler)
 
     def __len__(self) -> int:
         return len(self._items)
 
     def submit(self, x: Any, device: torch.device, **call: Any) -> None:
         """Begin to explore from a batch."""
-        item = _Item(x, call, self.sampler.options)
+        item = self._item(x, call)
         if self._worker is None:
             self.beside = self.beside and pays(device)
         if self.beside:
@@ -136,15 +142,32 @@ class Ahead:
             self._worker.put(item, self._shadow)
         self._items.append(item)
 
+    def _item(self, x: Any, call: dict[str, Any]) -> _Item:
+        """Of the batch after those in the queue."""
+        if self.replay is None:
+            return _Item(x, call, self.sampler.options, (x, call), None)
+        tag = self._tag(call, len(self._items))
+        some = {name: part for name, part in call.items() if name != "step"}
+        part, of_part = self.replay.part_of(x, tag[-1], **some)
+        of_part |= {name: call[name] for name in ("step",) if name in call}
+        return _Item(part, of_part, self.sampler.options, (x, call), tag)
+
+    def _tag(self, call: dict[str, Any], behind: int) -> Any:
+        if self.replay is None:
+            return None
+        return self.replay.reuse, self.replay.seed, call.get("step", self.replay.step_of(behind))
+
     def fail(self, error: Exception) -> None:
         """A batch that cannot be explored, as will be told in its turn."""
-        item = _Item(None, {}, self.sampler.options)
+        item = _Item(None, {}, self.sampler.options, (None, {}), None)
         item.error = error
         item.done.set()
         self._items.append(item)
 
-    def take(self) -> Synthetic:
+    def take(self, *, lend: bool = False) -> Synthetic | None:
         """The examples of the first batch in the queue; the sampler then stands as if it had made them now.
+
+        With ``lend`` those of a replay stay with it, for its next call; so does the batch where nothing was explored.
 
         Raises:
             What exploring the batch raised.
@@ -154,8 +177,11 @@ class Ahead:
             self._items.popleft()
             if item.error is not None:
                 raise item.error
-            return self.sampler(item.x, **item.call)
-        if item.options != self.sampler.options or not _same(self._expected, _mark(self.sampler)):
+            x, call = item.whole
+            made: Synthetic | None = None if lend else self.given(x, **call)
+            return made
+        changed = item.options != self.sampler.options or item.tag != self._tag(item.whole[1], 0)
+        if (changed and item.x is not None) or not _same(self._expected, _mark(self.sampler)):
             self._again()
             item = self._items[0]
         item.done.wait()
@@ -169,7 +195,11 @@ class Ahead:
         self._expected = _mark(self.sampler)
         assert item.made is not None
         self._worker.hand_over(item)
-        return item.made
+        if self.replay is None:
+            return item.made
+        self.replay.lend(item.made)
+        x, call = item.whole
+        return None if lend else self.replay(x, **call)
 
     def drop(self) -> None:
         """Leave out the first batch in the queue: the sampler will not have seen it."""
@@ -201,7 +231,7 @@ class Ahead:
             if item.x is None:
                 self._items.append(item)
                 continue
-            self._items.append(_Item(item.x, item.call, self.sampler.options))
+            self._items.append(self._item(*item.whole))
             self._worker.put(self._items[-1], self._shadow)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from tgt_fast.errors import ArgumentError
 from tgt_fast.explore.ahead import Ahead, Draws, check_ahead
 from tgt_fast.explore.cached import check_cache, needed_ids
 from tgt_fast.explore.options import checked_integer
@@ -16,6 +17,7 @@ from tgt_fast.teacher import tree
 from tgt_fast.teacher.batches import Columns, check_loader
 
 if TYPE_CHECKING:
+    from tgt_fast.explore.replay import SyntheticReplay
     from tgt_fast.explore.sampler import LatentSampler
 
 _OP: Final = "prefetch"
@@ -86,8 +88,13 @@ class Prefetching:
         Raises:
             ArgumentError: the modes gradient and persistent, which need the student as the batch before leaves it.
         """
-        sampler = cast("LatentSampler", self)
+        sampler = cast("LatentSampler | SyntheticReplay", self)
         check_ahead("LatentSampler", sampler)
+        if getattr(self, "select", "uniform") != "uniform" or getattr(self, "retire", None) is not None:
+            raise ArgumentError(
+                'SyntheticReplay: select="disagreement" and retire= ask the student in each step, which a loop over '
+                "prefetch() has no place for; fit(prefetch=) has"
+            )
         check_loader(_OP, loader)
         depth = checked_integer("depth", depth, 0, MOST)
         check_cache(_OP, cache)
@@ -95,7 +102,7 @@ class Prefetching:
 
 
 def _explored(
-    sampler: LatentSampler, loader: Iterable[Any], depth: int, columns: Columns, cache: Any
+    sampler: LatentSampler | SyntheticReplay, loader: Iterable[Any], depth: int, columns: Columns, cache: Any
 ) -> Iterator[tuple[Any, Synthetic]]:
     teacher, batches, reading = sampler.teacher, iter(loader), ReadingAhead()
     waiting: deque[Any] = deque()  # batches, or the error that reading the next one gave
@@ -134,7 +141,9 @@ def _explored(
             first = waiting.popleft()
             if isinstance(first, _Failed):
                 raise first.error
-            yield first, ahead.take()
+            made = ahead.take()
+            assert made is not None
+            yield first, made
 
 
 class _Failed:

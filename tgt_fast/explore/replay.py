@@ -16,6 +16,7 @@ from tgt_fast.explore.guard import preserve_student, unwrapped
 from tgt_fast.explore.lottery import LAST, by_score, in_turn, lottery
 from tgt_fast.explore.options import Adjustable, SamplerOptions, checked_integer
 from tgt_fast.explore.pool import RowPool, joined
+from tgt_fast.explore.prefetch import Prefetching
 from tgt_fast.explore.processes import of_all_processes
 from tgt_fast.explore.sampler import LatentSampler
 from tgt_fast.explore.student import refuse_labeler, student_logits
@@ -32,7 +33,7 @@ _OP: Final = "SyntheticReplay"
 _ANCHORS, _ROWS = 0, 1  # what lotteries are about; rows: of each call of a step another
 
 
-class SyntheticReplay(Adjustable):
+class SyntheticReplay(Adjustable, Prefetching):
     r"""A sampler that explores a ``reuse``-th of what it serves, and takes the rest from a pool of earlier examples::
 
         fresh  = sampler(x[a])        a: ceil(B / reuse) rows of the batch, each in its turn
@@ -126,6 +127,7 @@ class SyntheticReplay(Adjustable):
             self.device = None if device is None else torch.device(device)
         except (RuntimeError, TypeError) as error:
             raise ArgumentError(f"{_OP}: device must be one of PyTorch's, got {device!r}") from error
+        self._lent: Synthetic | None = None  # what the sampler has made for the next call already
         self._step = 0  # of the next call that is not told one
         self._before: tuple[int | Tensor, int | Tensor] = (-1, 0)  # the last call's step, and its number in it
         self._empty()
@@ -212,21 +214,33 @@ class SyntheticReplay(Adjustable):
             raise ArgumentError(
                 f"{_OP}: a call explores {explored * self.options.replicas} rows, more than capacity={self.capacity}"
             )
-        rows = in_turn(count, explored, self.seed, _ANCHORS, now, device)
-        if explored < count:
-            x, sample_ids = tree.take(x, rows), _rows_of("sample_ids", sample_ids, rows, count)
-            occurrence = _rows_of("occurrence", occurrence, rows, count)
-            latents = _rows_of("latents", latents, rows, count)
-        made = self.sampler(
-            x, student=student, sample_ids=sample_ids, step=step, occurrence=occurrence, logits_of=logits_of,
-            latents=latents,
-        )  # fmt: skip
+        made, self._lent = self._lent, None
+        if made is None:
+            x, call = self.part_of(x, now, sample_ids=sample_ids, occurrence=occurrence, latents=latents)
+            made = self.sampler(x, student=student, step=step, logits_of=logits_of, **call)
         if step is None:
             self._step += 1
         with named_range("replay"), torch.no_grad():
             served = self._served(made, (count - explored) * self.options.replicas, student, now, number, logits_of)
         self._before = now, number
         return served
+
+    def part_of(self, x: Any, now: int | Tensor, **call: Any) -> tuple[Any, dict[str, Any]]:
+        """The rows of a batch that are explored in a step, and of what belongs to its rows."""
+        count = tree.batch_size(x)
+        explored = -(-count // self.reuse)
+        if explored == count:
+            return x, call
+        rows = in_turn(count, explored, self.seed, _ANCHORS, now, tree.first_device(x))
+        return tree.take(x, rows), {name: _rows_of(name, part, rows, count) for name, part in call.items()}
+
+    def lend(self, made: Synthetic) -> None:
+        """What the sampler has made for the next call, ahead of it."""
+        self._lent = made
+
+    def step_of(self, behind: int) -> int:
+        """The step of the call that comes after so many others, where it is not told one."""
+        return self._step + behind
 
     def clear(self) -> None:
         """Empty the pool, as after a change of the teacher; the statistics begin anew, too."""

@@ -11,6 +11,7 @@ from tgt_fast._ranges import named_range
 from tgt_fast.errors import ArgumentError
 from tgt_fast.explore.ahead import Ahead, check_ahead
 from tgt_fast.explore.prefetch import MOST, ReadingAhead
+from tgt_fast.explore.replay import SyntheticReplay
 from tgt_fast.explore.sampler import LatentSampler
 from tgt_fast.explore.synthetic import Synthetic
 from tgt_fast.ops import _checks
@@ -33,9 +34,9 @@ def checked_prefetch(objective: Any, prefetch: Any) -> int:
     if depth:
         if not isinstance(objective, TGTObjective) or objective.sampler is None:
             raise ArgumentError(f"{_OP}: prefetch= explores ahead: the objective must be a TGTObjective with a sampler")
-        if not isinstance(objective.sampler, LatentSampler):
+        if not isinstance(objective.sampler, (LatentSampler, SyntheticReplay)):
             name = type(objective.sampler).__name__
-            raise ArgumentError(f"{_OP}: prefetch= explores ahead with a tgt_fast.LatentSampler, not a {name}")
+            raise ArgumentError(f"{_OP}: prefetch= explores ahead with a sampler of tgt_fast's own, not a {name}")
         check_ahead(_OP, objective.sampler)
     return depth
 
@@ -73,14 +74,14 @@ class StepsAhead:
         return self._groups.popleft(), self._copies.popleft()
 
     def made(self) -> Synthetic | None:
-        """Examples for the next micro-batch of the step."""
+        """Examples for the next micro-batch of the step; None where the objective is to ask its sampler."""
         assert self._ahead is not None
         if not self._objective.explores or not len(self._ahead):
             if len(self._ahead):
                 self._ahead.drop()
             return None
         with named_range("explore (ahead)"):
-            return self._ahead.take()
+            return self._ahead.take(lend=self._ahead.replay is not None)
 
     @property
     def _objective(self) -> TGTObjective:
@@ -89,7 +90,7 @@ class StepsAhead:
 
     def _same_sampler(self) -> None:
         sampler: Any = self._objective.sampler
-        if self._ahead is not None and self._ahead.sampler is sampler:
+        if self._ahead is not None and self._ahead.given is sampler:
             return
         self.close()
         checked_prefetch(self._objective, self._depth)
