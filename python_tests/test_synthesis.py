@@ -16,7 +16,15 @@ from torch.utils.data import DataLoader
 
 import tgt_fast as tgt
 from tgt_fast.cache.keys import SAMPLES, SYNTHETIC
-from tgt_fast.errors import ArgumentError, CacheError, ShapeError, StaleCacheError, TgtError, UnknownIdError
+from tgt_fast.errors import (
+    ArgumentError,
+    CacheError,
+    CheckpointError,
+    ShapeError,
+    StaleCacheError,
+    TgtError,
+    UnknownIdError,
+)
 from tgt_fast.synthesis import Filters
 
 ROWS, BATCH = 22, 6  # the last batch is smaller
@@ -215,6 +223,7 @@ def test_another_provenance_is_refused_by_name(tmp_path: Path) -> None:
         (r"differ in seed", {"sampler": sampler_for("gradient", seed=4)}),
         (r"mode \(stored gradient, given random\)", {"sampler": sampler_for()}),
         (r"differ in steps", {"sampler": sampler_for("gradient", steps=3)}),
+        (r"differ in temperature", {"sampler": sampler_for("gradient", temperature=2.0)}),
         (r"differ in student_weights", {"student": toys.student(8)}),
         (r"differ in teacher_weights", {"sampler": tgt.LatentSampler(other, "gradient", **options)}),
         (r"teacher_weights", {"sampler": tgt.LatentSampler(decoder, "gradient", **options)}),
@@ -283,3 +292,92 @@ def test_keys_are_in_the_order_of_their_numbers() -> None:
     alone = SAMPLES.pack(numbers[:, :1])
     assert alone.dtype == np.int64
     assert np.array_equal(SAMPLES.unpack(alone)[:, 0], numbers[:, 0])
+
+
+@pytest.mark.parametrize("mode", ["random", "gradient"])
+def test_beside_real_data_stored_rows_train_as_live_exploration_does(
+    tmp_path: Path, mode: str, one_thread: None
+) -> None:
+    y = torch.arange(ROWS) % toys.CLASSES
+    frozen = toys.student(5)  # that gradient mode climbs away from: the same at each step
+    for step in range(4):
+        loader = [(IDS[step * BATCH :][:BATCH], X[step * BATCH :][:BATCH])]
+        asked = frozen if mode == "gradient" else None
+        synthesize(tmp_path, sampler=sampler_for(mode), loader=loader, step=step, student=asked, replicas=2)
+    sampler, replay = sampler_for(mode, replicas=2), tgt.SyntheticDataset(tmp_path).as_replay(replicas=2)
+    teacher = sampler.teacher
+
+    def live(x: Tensor, *, student: Any, **given: Any) -> tgt.Synthetic:
+        return sampler(x, student=frozen, **given)
+
+    live.calibrate, live.options, live.encodes = None, None, False  # type: ignore[attr-defined]
+    for step in range(4):
+        ids, x = IDS[step * BATCH :][:BATCH], X[step * BATCH :][:BATCH]
+        one, two = live(x, student=None, sample_ids=ids, step=step), replay(x, sample_ids=ids, step=step)
+        assert torch.equal(one.x, two.x)
+        assert torch.equal(one.teacher_logits, two.teacher_logits)
+        assert torch.equal(one.ids, two.ids)
+        assert torch.equal(two.anchor_ids, ids.repeat(2))
+
+    def train(made_by: Any) -> list[Tensor]:
+        student = toys.student().eval()
+        weights = list(student.parameters())
+        objective = tgt.TGTObjective(teacher, made_by)
+        for step in range(4):
+            rows = slice(step * BATCH, (step + 1) * BATCH)
+            given = {"sample_ids": IDS[rows], "step": step}
+            slopes = torch.autograd.grad(objective(student, X[rows], y[rows], **given)["loss"], weights)
+            with torch.no_grad():
+                for weight, slope in zip(weights, slopes, strict=True):
+                    weight -= 0.1 * slope
+        return weights
+
+    assert all(torch.equal(a, b) for a, b in zip(train(live), train(replay), strict=True))
+
+
+def test_stored_rows_are_served_in_turn(tmp_path: Path) -> None:
+    synthesize(tmp_path, replicas=3, latents=True)
+    data = tgt.SyntheticDataset(tmp_path)
+    replay = data.as_replay()
+    for step, replica in ((0, 0), (1, 1), (2, 2), (3, 0)):
+        made = replay(X[:4], sample_ids=IDS[:4])  # counts its steps
+        rows = data.read(keys=[(int(i), replica, 0) for i in IDS[:4]])
+        assert torch.equal(made.x, rows.x), step
+        assert torch.equal(made.latents.z, rows.latents.z)
+    saved = replay.state_dict()
+    following = replay(X[:5])
+    assert torch.equal(following.ids, IDS.sort().values[:5])
+    other = data.as_replay()
+    other.load_state_dict(saved)
+    assert torch.equal(other(X[:5]).x, following.x)
+    assert other.calibrate() is other
+    with pytest.raises(UnknownIdError, match="holds no example of 1 ids, such as 5"):
+        replay(X[:2], sample_ids=torch.tensor([5, int(IDS[0])]))
+    for state in ({}, {**saved, "fingerprint": "another"}, {**saved, "step": -1}):
+        with pytest.raises(CheckpointError, match="StoredReplay"):
+            replay.load_state_dict(state)
+    synthesize(tmp_path / "records", k=2)
+    with pytest.raises(ArgumentError, match="are records of 2 classes"):
+        tgt.SyntheticDataset(tmp_path / "records").as_replay()
+    synthesize(tmp_path / "some", filters=Filters(max_entropy=1.09))
+    some = tgt.SyntheticDataset(tmp_path / "some")
+    kept = set(some.keys[:, 0].tolist())
+    served = some.as_replay()(X, sample_ids=IDS, step=0)
+    assert set(served.ids.tolist()) <= kept
+    assert all(int(i) == int(j) for i, j in zip(IDS, served.ids, strict=True) if int(i) in kept)
+
+
+def test_fit_takes_stored_rows_and_pictures_are_shown(tmp_path: Path) -> None:
+    teacher = toys.image_teacher()
+    x, ids = toys.normal(8, 1, 8, 8), torch.arange(8)
+    sampler = tgt.LatentSampler(teacher, sigma=0.5, units="absolute")
+    tgt.synthesize(sampler, [(ids, x)], tmp_path / "rows", progress=False)
+    data = tgt.SyntheticDataset(tmp_path / "rows")
+    assert tgt.report.save_grid(data, tmp_path / "grid.png", most=4).stat().st_size > 100
+    student = toys.seeded(lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, toys.CLASSES)), 0)
+    result = tgt.fit(
+        student, tgt.TGTObjective(teacher, data.as_replay()), [(ids, x, ids % toys.CLASSES)],
+        optimizer=torch.optim.SGD(student.parameters(), lr=0.1), steps=2, progress=False,
+        checkpoint_dir=tmp_path / "run", checkpoint_every=1,
+    )  # fmt: skip
+    assert result.steps == 2

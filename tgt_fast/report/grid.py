@@ -15,13 +15,18 @@ from tgt_fast.errors import ArgumentError
 from tgt_fast.explore import Synthetic
 from tgt_fast.ops import _checks
 from tgt_fast.report.output import prepare_file, write_bytes
+from tgt_fast.synthesis.dataset import SyntheticDataset
 from tgt_fast.train.pictures import images_of
 
 _LEAST = 64  # pixels that a side of a tile should have; smaller ones are enlarged
 
 
 def save_grid(
-    synthetic: Synthetic | Any, out: str | os.PathLike[str], *, columns: int | None = None, most: int = 256
+    synthetic: Synthetic | SyntheticDataset | Any,
+    out: str | os.PathLike[str],
+    *,
+    columns: int | None = None,
+    most: int = 256,
 ) -> Path:
     """Write the images of a :class:`tgt_fast.Synthetic`, or of a batch, as one PNG file, row by row.
 
@@ -30,7 +35,7 @@ def save_grid(
     whole numbers as 0..255, all others from their least to their greatest. Small images are enlarged, pixel by pixel.
 
     Args:
-        synthetic: what a sampler returned, or a batch of images.
+        synthetic: what a sampler returned, a :class:`tgt_fast.SyntheticDataset`, or a batch of images.
         out: the file.
         columns: images a row; by default about as many as there are rows.
         most: the first so many are shown.
@@ -42,8 +47,10 @@ def save_grid(
         ArgumentError: there are no images in it.
         CheckpointError: the file cannot be written.
     """
-    x = synthetic.x if isinstance(synthetic, Synthetic) else synthetic
     most = _checks.integer("save_grid", "most", most, 1, 1 << 16)
+    x = synthetic.x if isinstance(synthetic, Synthetic) else synthetic
+    if isinstance(synthetic, SyntheticDataset):
+        x = synthetic.read(range(min(most, len(synthetic)))).x
     images = images_of(x)
     if images is None:
         raise ArgumentError("save_grid: there are no images; they are (B, C, H, W), C of 1, 3 or 4, or (B, H, W)")

@@ -2,7 +2,8 @@
 
 from tgt_fast.synthesis.dataset import SyntheticDataset
 from tgt_fast.synthesis.filters import Filters
+from tgt_fast.synthesis.replay import StoredReplay
 from tgt_fast.synthesis.run import synthesize
 from tgt_fast.synthesis.summary import Dropped, SynthesisSummary
 
-__all__ = ["Dropped", "Filters", "SynthesisSummary", "SyntheticDataset", "synthesize"]
+__all__ = ["Dropped", "Filters", "StoredReplay", "SynthesisSummary", "SyntheticDataset", "synthesize"]

@@ -22,6 +22,7 @@ from tgt_fast.kernels.options import MAX_REPLICA, MAX_SAMPLE_ID, MAX_STEP
 from tgt_fast.ops.topk import TeacherTopK
 from tgt_fast.synthesis.folder import DROPPED, RowStore, beneath, open_rows
 from tgt_fast.synthesis.parquet import is_parquet
+from tgt_fast.synthesis.replay import StoredReplay
 from tgt_fast.synthesis.rows import data_of, names_of_data
 from tgt_fast.teacher import Latents
 
@@ -150,6 +151,11 @@ class SyntheticDataset(Dataset[tuple[Any, ...]]):
             return SyntheticDropped(beneath(self.folder, DROPPED)).keys
         except CacheError:
             return torch.empty(0, 3, dtype=torch.int64, device="cpu")
+
+    def as_replay(self, *, replicas: int = 1) -> StoredReplay:
+        """The rows in the place of a sampler, in :class:`tgt_fast.TGTObjective`, :func:`tgt_fast.fit` or a loop of
+        yours: those of each batch's own examples, without a teacher's work."""
+        return StoredReplay(self, replicas=replicas)
 
     def _items(self, rows: SyntheticRows) -> list[tuple[Any, ...]]:
         latents = rows.latents

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, Final
 
 from torch import Tensor
@@ -14,8 +15,12 @@ from tgt_fast.cache.values import tensor_bytes
 from tgt_fast.explore import LatentSampler
 from tgt_fast.synthesis.filters import Filters
 
-_ALWAYS: Final = ("mode", "sigma", "truncation")
+# Of a sampler's options those that say nothing about the numbers in a row, and those that some modes do not look at.
+_NEVER: Final = (
+    "replicas", "repeats", "bank_size", "restart_probability", "backend", "record_disagreement", "logits_of",
+)  # fmt: skip
 _ANCHORED: Final = ("units", "anchors")
+_PLAIN: Final = (type(None), bool, int, float, str)
 _CLIMBING: Final = (
     "step_size", "steps", "radius", "norm", "step_noise", "divergence", "beta", "temperature",
 )  # fmt: skip
@@ -46,18 +51,24 @@ def provenance(
         other.add("logits_of", sampler.logits_of)
         parts |= {"student_weights": other.weights, "student_code": other.code}
         unseen += other.unseen
-    names = _ALWAYS + (() if sampler.mode == "prior" else _ANCHORED)
-    names += _CLIMBING if sampler.mode == "gradient" else ()
-    parts |= {name: getattr(sampler, name) for name in names}
+    left_out = _NEVER + (_ANCHORED if sampler.mode == "prior" else ())
+    left_out += () if sampler.mode == "gradient" else _CLIMBING
+    for name in (one.name for one in fields(sampler.options) if one.name not in left_out):
+        value = getattr(sampler.options, name)
+        if not isinstance(value, _PLAIN):
+            held = Identity()
+            held.add(name, value)
+            value = f"{held.code} {held.weights}"
+        parts[name] = value
     parts["seed"] = sampler.seed
     if sampler.options.needs_scale:
         parts["scale"] = _digest(sampler.scale)
     if sampler.options.anchors == "balanced":
         pool = {} if sampler._pool is None else sampler._pool.state_dict()
         parts["pool"] = _digest(*(value for _, value in sorted(pool.items())))
-    parts |= {"k": k, "temperature": None if k is None else temperature, "latents": latents}
+    parts |= {"k": k, "latents": latents}
     if k is not None:
-        parts["tail"] = "bucket"
+        parts |= {"temperature": temperature, "tail": "bucket"}
     parts |= {name: value for name, value in filters.bounds.items() if value is not None}
     if filters.second is not None:
         view = Identity()
