@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tgt_fast.kernels.calls import DistillCall, Gradients, Outputs, gradients, outputs
+from tgt_fast.kernels import latent_calls, tokens_calls
+from tgt_fast.kernels.calls import DistillCall, Gradients, gradients, outputs
 from tgt_fast.kernels.native import distill, latent, tokens, topk
 
 
@@ -30,7 +31,7 @@ def wait_for_memory(gigabytes: int, patience: float = 30.0) -> None:
 
 
 def give_memory_back() -> None:
-    """What torch keeps of a test for a next one, others may need."""
+    """Free the memory that torch keeps of a test for a next one: others may need it."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -55,20 +56,10 @@ class Mover:
             return type(value)(*map(self.there, value))
         return moved(value, self.device) if isinstance(value, Tensor) else value
 
-    def back(self, value: Any) -> Any:
-        return value.cpu() if isinstance(value, Tensor) else value
+    def forward(self, function: Callable[..., None], outputs: Callable[[Any], Any] = outputs) -> Callable[..., None]:
+        """Of an op's forward, which fills what it is given."""
 
-    def plain(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any, **options: Any) -> Any:
-            options = {name: self.there(value) for name, value in options.items()}
-            return self.back(function(*map(self.there, arguments), **options))
-
-        return run
-
-    def forward(self, function: Callable[..., None]) -> Callable[..., None]:
-        """Of a loss's forward, which fills what it is given."""
-
-        def run(call: DistillCall, out: Outputs, **chosen: Any) -> None:
+        def run(call: Any, out: Any, **chosen: Any) -> None:
             there = self.there(call)
             made = outputs(there)
             function(there, made, **chosen)
@@ -98,7 +89,9 @@ class Mover:
         return run
 
 
-def _bring(made: tuple[Tensor | None, ...], room: tuple[Tensor | None, ...]) -> None:
+def _bring(made: Any, room: Any) -> None:
+    if isinstance(room, Tensor):
+        made, room = (made,), (room,)
     for value, here in zip(made, room, strict=True):
         if value is not None and here is not None:
             here.copy_(value)
@@ -115,9 +108,8 @@ def tensors_moved_to(device: torch.device) -> Iterator[None]:
         (topk, "forward", mover.forward(topk.forward)),
         (topk, "backward", mover.backward(topk.backward)),
         (topk, "scale_", mover.in_place(topk.scale_)),
-        (latent, "perturb", mover.plain(latent.perturb)),
-        (latent, "ascend", mover.plain(latent.ascend)),
-        (tokens, "sample", mover.plain(tokens.sample)),
+        (latent, "forward", mover.forward(latent.forward, latent_calls.outputs)),
+        (tokens, "forward", mover.forward(tokens.forward, tokens_calls.outputs)),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, function in replaced:

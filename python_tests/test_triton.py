@@ -25,8 +25,10 @@ import tgt_fast as tgt
 from tgt_fast.errors import BackendError
 from tgt_fast.kernels import select
 from tgt_fast.kernels import triton as backend_module
+from tgt_fast.kernels.latent_calls import AscendCall, PerturbCall, outputs
 from tgt_fast.kernels.native import latent as native_latent
-from tgt_fast.kernels.options import DIVERGENCES, OP_PERTURB, DistillOptions
+from tgt_fast.kernels.options import DIVERGENCES, OP_ASCEND, OP_PERTURB, DistillOptions
+from tgt_fast.kernels.philox import NoiseKey
 from tgt_fast.kernels.triton import distill, latent, tuning
 from tgt_fast.kernels.triton.tuning import Plan
 
@@ -141,10 +143,11 @@ TILED = 151  # three tiles of 64: a first, one between, and a last that is not f
 @pytest.mark.parametrize("options", [{}, {"truncation": 2.0}, {"sphere_radius": "keep"}, {"sphere_radius": 3.0}])
 def test_perturb_in_tiles(interpreted: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     z = torch.randn(3, TILED, generator=torch.Generator().manual_seed(0)).to(dtype)
-    key: dict[str, Any] = {"seed": -5, "sample_ids": torch.tensor([0, 2**40 + 3, 2**48 - 1]), "step": 7, "replica": 9}
-    rest = {"truncation": None, "sphere_radius": None, **options}
-    whole = native_latent.perturb(z, 0.7, None, op=OP_PERTURB, **key, **rest)
-    tiled = latent.perturb(z, 0.7, None, op=OP_PERTURB, **key, **rest, plan=Plan("rows", 2, 64, 1))
+    key = NoiseKey(-5, torch.tensor([0, 2**40 + 3, 2**48 - 1]), 7, 9, OP_PERTURB, options.get("truncation"))
+    call = PerturbCall(z, key, 0.7, None, options.get("sphere_radius"))
+    whole, tiled = outputs(call), outputs(call)
+    native_latent.forward(call, whole)
+    latent.forward(call, tiled, plan=Plan("rows", 2, 64, 1))
     close = {"rtol": 1e-2, "atol": 1e-2} if dtype.itemsize == 2 else {"rtol": 1e-6, "atol": 1e-6}
     torch.testing.assert_close(tiled, whole, **close)
 
@@ -154,14 +157,14 @@ def test_perturb_in_tiles(interpreted: str, options: dict[str, Any], dtype: torc
 def test_ascend_in_tiles(interpreted: str, norm: str, radius_norm: str | None) -> None:
     z, grad, anchor = torch.randn(3, 3, TILED, generator=torch.Generator().manual_seed(0))
     grad[1] = 0
-    options: dict[str, Any] = {
-        "step_size": 0.7, "scale": torch.linspace(0, 1, TILED), "anchor": anchor if radius_norm else None,
-        "radius": torch.tensor([0.1, 10.0, 1e9]) if radius_norm else None, "norm": norm,
-        "radius_norm": radius_norm or "l2", "sigma": 0.3, "seed": torch.tensor(2**63 - 5),
-        "sample_ids": torch.arange(3), "step": torch.tensor(3), "replica": 0,
-    }  # fmt: skip
-    whole = native_latent.ascend(z, grad, **options)
-    tiled = latent.ascend(z, grad, **options, plan=Plan("rows", 2, 64, 1))
+    radius = torch.tensor([0.1, 10.0, 1e9]) if radius_norm else None
+    call = AscendCall(
+        z, grad, NoiseKey(torch.tensor(2**63 - 5), torch.arange(3), torch.tensor(3), 0, OP_ASCEND), 0.7, 0.3, radius,
+        torch.linspace(0, 1, TILED), anchor if radius_norm else None, norm, radius_norm or "l2",
+    )  # fmt: skip
+    whole, tiled = outputs(call), outputs(call)
+    native_latent.forward(call, whole)
+    latent.forward(call, tiled, plan=Plan("rows", 2, 64, 1))
     torch.testing.assert_close(tiled, whole, rtol=1e-6, atol=1e-6)
 
 

@@ -24,9 +24,8 @@ from tgt_fast.kernels.options import (
     TopK,
 )
 from tgt_fast.ops import _distill_op as distill
-from tgt_fast.ops import _latent_op as latent
 from tgt_fast.ops import _linear_op as linear
-from tgt_fast.ops import _tokens_op as tokens
+from tgt_fast.ops import latent, tokens
 from tgt_fast.ops.topk import TeacherTopK, topk_teacher
 
 __all__ = ["op_samples"]
@@ -162,7 +161,7 @@ def _perturb(make: _Maker, backend: str) -> Iterator[Sample]:
         seed, step = (make.integers(99, 1).reshape(()) if on_device else None for _ in range(2))
         replicas = make.integers(1 << 16, z.shape[0]) if on_device else None
         args = (z, sigmas, 0.5, units, seed, -3, ids, step, 2, replicas, 1, OP_PERTURB, truncation, radius, backend)
-        return latent.perturb_latents, args, {}
+        return latent.perturb_op, args, {}
 
     for count, grad in itertools.product((0, 4), (False, True)):
         yield call(make.normal(count, 9).requires_grad_(grad))
@@ -189,7 +188,7 @@ def _ascend(make: _Maker, backend: str) -> Iterator[Sample]:
             z, grad, steps, 0.5, make.uniform(9) if columns else None, anchor, radii if ball else None, radius, norm,
             "l2" if norm == "l2" else "linf", sigmas, sigma, None, 3, ids, None, 2, replicas, 1, backend,
         )  # fmt: skip
-        return latent.ascend_latents, args, {}
+        return latent.ascend_op, args, {}
 
     for count, grads in itertools.product((0, 4), itertools.product((False, True), repeat=2)):
         yield call(count, grads=grads, ball=True)
@@ -326,12 +325,12 @@ def _tokens(make: _Maker, backend: str) -> Iterator[Sample]:
         late = torch.tensor([0.7, 0.8, 0.1], dtype=torch.float64)
         for filters in ((1.0, None, None, None, None), (0.7, 5, 0.8, 0.1, None), (1.0, 5, 1.0, 1.0, late)):
             rows = make.normal(count, classes, layout=layout)
-            yield tokens.sample_tokens, (rows, *filters, *_key(make, count // 2), backend), {}
+            yield tokens.sample_op, (rows, *filters, *_key(make, count // 2), backend), {}
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         rows = make.normal(6, classes, dtype=dtype)
-        yield tokens.sample_tokens, (rows, 1.0, None, 0.9, None, None, *_key(make, 6), backend), {}
+        yield tokens.sample_op, (rows, 1.0, None, 0.9, None, None, *_key(make, 6), backend), {}
     held = (make.integers(2**40, 1).reshape(()), 0, make.integers(9, 6), make.integers(9, 1).reshape(()), 0, None, 0)
-    yield tokens.sample_tokens, (make.normal(6, classes), 1.0, None, None, None, None, *held, backend), {}
+    yield tokens.sample_op, (make.normal(6, classes), 1.0, None, None, None, None, *held, backend), {}
 
 
 def _soft(make: _Maker, backend: str) -> Iterator[Sample]:
@@ -343,7 +342,7 @@ def _soft(make: _Maker, backend: str) -> Iterator[Sample]:
         for grads in itertools.product((False, True), repeat=2):
             rows = make.normal(count, classes, dtype=dtypes[0], layout=layout).requires_grad_(grads[0])
             table = make.normal(classes, width, dtype=dtypes[1], layout=layout).requires_grad_(grads[1])
-            yield tokens.soft_embedding, (rows, table, 0.7, True, hard, None, *_key(make, count // 2), backend), {}
+            yield tokens.soft_op, (rows, table, 0.7, True, hard, None, *_key(make, count // 2), backend), {}
     for hard, keep in itertools.product((False, True), repeat=2):
         rows, table = make.normal(6, classes), make.normal(classes, width)
         tau = torch.tensor([0.7], dtype=torch.float64) if keep else None

@@ -1,4 +1,4 @@
-"""Preparations of the kernels of perturb and ascend, whichever backend they belong to."""
+"""Calls of the latent ops: what goes in, and room for what comes out, whoever computes it."""
 
 from __future__ import annotations
 
@@ -7,23 +7,52 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tgt_fast.kernels.philox import NoiseKey
 
-class Samples(NamedTuple):
-    """The tensors of a step, dense and without a graph, and the dtype of its arithmetic."""
+
+class PerturbCall(NamedTuple):
+    """Inputs of ``z + sigma * scale * noise``, which a sphere may rescale."""
+
+    z: Tensor  # [B, D]
+    noise: NoiseKey
+    sigma: float | Tensor  # a number or [B, 1]
+    scale: Tensor | None  # [D] sigma a coordinate
+    sphere_radius: float | str | None  # "keep": the norm of z
+
+
+class AscendCall(NamedTuple):
+    """Inputs of one step up a gradient, its noise and its projection."""
 
     z: Tensor  # [B, D]
     grad: Tensor  # [B, D]
+    noise: NoiseKey
+    step_size: float | Tensor  # a number or [B, 1], like the other two
+    sigma: float | Tensor
+    radius: float | Tensor | None
+    scale: Tensor | None  # [D] the unit of each coordinate
     anchor: Tensor | None  # [B, D]
-    scale: Tensor | None  # [D]
-    dtype: torch.dtype
+    norm: str
+    radius_norm: str
 
 
-def samples(z: Tensor, grad: Tensor, anchor: Tensor | None, scale: Tensor | None) -> Samples:
-    """The tensors of ascend as every kernel reads them."""
-    z, grad = z.detach().contiguous(), grad.detach().contiguous()
-    anchor = None if anchor is None else anchor.detach().contiguous()
+LatentCall = PerturbCall | AscendCall
+
+
+def outputs(call: LatentCall) -> Tensor:
+    """Room for the latents that come out."""
+    return call.z.new_empty(call.z.shape)
+
+
+# What kernels do before they run, whichever backend they belong to
+
+
+def prepared(call: AscendCall) -> tuple[AscendCall, torch.dtype]:
+    """A step whose tensors are dense and without a graph, and the dtype of its arithmetic."""
+    z, grad = call.z.detach().contiguous(), call.grad.detach().contiguous()
+    anchor = None if call.anchor is None else call.anchor.detach().contiguous()
     dtype = accumulate_dtype(z, grad) if anchor is None else accumulate_dtype(z, grad, anchor)
-    return Samples(z, grad, anchor, None if scale is None else vector(scale, dtype), dtype)
+    scale = None if call.scale is None else vector(call.scale, dtype)
+    return call._replace(z=z, grad=grad, anchor=anchor, scale=scale), dtype
 
 
 def vector(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from torch import Tensor
@@ -129,36 +128,3 @@ class TopK(NamedTuple):
     log_probs: Tensor  # [N, k] fp64 | fp32 | bf16 | fp16
     tail_log_prob: Tensor | None  # [N] fp64 | fp32 | bf16 | fp16; none with "renormalize"
     tail_mode: str  # one of TAILS
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """Which tokens may be drawn and how likely, validated by ``tgt_fast.ops.tokens``. None: no such filter."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None  # below 1
-    min_p: float | None = None  # above 0
-
-
-@dataclass(frozen=True)
-class SoftOptions:
-    """The making of a soft embedding, validated by ``tgt_fast.ops.tokens``."""
-
-    tau: float = 1.0
-    gumbel: bool = False
-    hard: bool = False
-
-
-@dataclass(frozen=True)
-class LateSoft(SoftOptions):
-    """The same of a soft embedding."""
-
-    numbers: Tensor | None = None  # [1] float64, tau
-
-
-class SoftState(NamedTuple):
-    """State of a forward over the rows of y = logits + noise, for its backward."""
-
-    rows: Tensor  # [2, N] max y, and sum exp((y - max y) / tau); float64 as soon as an input is, else float32
-    chosen: Tensor  # [N] int64, the first place of max y; empty where the embedding is soft

@@ -5,6 +5,8 @@ The kernels have it in their own languages: csrc/common/philox.h, and kernels/tr
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,17 @@ _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 Word = int | Tensor  # an unsigned 32-bit word, kept in an int64 tensor
+
+
+class NoiseKey(NamedTuple):
+    """The key of a sample's noise. Integers that live in a tensor stay there."""
+
+    seed: int | Tensor  # 64 bits; a tensor: 0-d int64
+    sample_ids: Tensor  # [B] int64
+    step: int | Tensor
+    replica: int | Tensor  # of each sample's own: [B], which kernels find in the bits 48 to 63 of its id
+    op: int = 0  # one of the OP_ codes of kernels.options
+    truncation: float | None = None  # of the normal numbers, in standard deviations
 
 
 def _multiply(multiplier: int, word: Word) -> tuple[Word, Word]:

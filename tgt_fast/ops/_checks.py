@@ -24,6 +24,7 @@ from tgt_fast.kernels.plain import PLAIN
 from tgt_fast.kernels.row_checks import bad_id, bad_share, bad_target, bad_weight, find_bad_id
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LARGE: Final = 1e30  # of numbers whose products shall stay finite in double precision
 # Log-probabilities rounded to 8 bits of mantissa may add up to a little more than 1, and none of them is above 0.
 _MASS: Final = 1.1
 _ABOVE: Final = 0.01

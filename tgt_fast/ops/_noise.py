@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, DeviceError, ShapeError
 from tgt_fast.kernels.options import MAX_REPLICA, MAX_SAMPLE_ID, MAX_STEP
+from tgt_fast.kernels.philox import NoiseKey
 from tgt_fast.ops import _checks, library
 from tgt_fast.ops._checks import readable
 
@@ -28,30 +29,28 @@ def noise_key(
     sample_ids: Tensor | None,
     step: int | Tensor,
     replica: int | Tensor,
-) -> dict[str, Any]:
+    op: int = 0,
+) -> NoiseKey:
     """The checked key of the noise. Integers that live in a tensor stay there."""
     if sample_ids is None:
         ids = torch.arange(samples, device=tensor.device)
     else:
         ids = _checked_ids(name, what, tensor, samples, sample_ids)
-    return {
-        "seed": _whole(name, "seed", seed, tensor, -(2**63), 2**64),
-        "sample_ids": ids,
-        "step": _whole(name, "step", step, tensor, 0, MAX_STEP),
-        "replica": _checked_replica(name, what, tensor, samples, replica),
-    }
+    seed = _whole(name, "seed", seed, tensor, -(2**63), 2**64)
+    step = _whole(name, "step", step, tensor, 0, MAX_STEP)
+    return NoiseKey(seed, ids, step, _checked_replica(name, what, tensor, samples, replica), op)
 
 
-def for_kernel(key: dict[str, Any]) -> dict[str, Any]:
+def for_kernel(key: NoiseKey) -> NoiseKey:
     """The key as kernels take it, for whom a replica is one number.
 
     The counter has the replica above the upper bits of the id, so a replica of each sample's own travels in the bits
     48 to 63 of its id, and comes out of every kernel's Philox as if it had been given as the number.
     """
-    replica = key["replica"]
+    replica = key.replica
     if not isinstance(replica, Tensor):
         return key
-    return {**key, "sample_ids": key["sample_ids"] & (MAX_SAMPLE_ID - 1) | replica << _ID_BITS, "replica": 0}
+    return key._replace(sample_ids=key.sample_ids & (MAX_SAMPLE_ID - 1) | replica << _ID_BITS, replica=0)
 
 
 def _checked_ids(name: str, what: str, tensor: Tensor, samples: int, sample_ids: Tensor) -> Tensor:
@@ -109,11 +108,12 @@ def check_replicas(name: str, replica: int | Tensor) -> None:
             raise ArgumentError(f"{name}: replica must be in [0, 2**16), got {low if low < 0 else high}")
 
 
-def check_key(name: str, key: dict[str, Any]) -> None:
-    """Check the values that there are to look at in a key that came through a schema."""
-    check_ids(name, key["sample_ids"])
-    check_step(name, key["step"])
-    check_replicas(name, key["replica"])
+def check_key(name: str, key: NoiseKey) -> NoiseKey:
+    """A key that came through a schema, as kernels take it, once the values that there are to look at are checked."""
+    check_ids(name, key.sample_ids)
+    check_step(name, key.step)
+    check_replicas(name, key.replica)
+    return for_kernel(key)
 
 
 def check_step(name: str, step: int | Tensor) -> None:
@@ -127,21 +127,18 @@ def _signed(seed: int) -> int:
     return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 
-def packed(seed: int | Tensor, sample_ids: Tensor, step: int | Tensor, replica: int | Tensor) -> tuple[Any, ...]:
+def packed(key: NoiseKey) -> tuple[Any, ...]:
     """The key as the arguments of :data:`KEY`."""
-    device_seed, seed_number = library.split(seed, 0)
-    device_step, step_number = library.split(step, 0)
-    return device_seed, _signed(seed_number), sample_ids, device_step, step_number, *library.split(replica, 0)
+    device_seed, seed_number = library.split(key.seed, 0)
+    device_step, step_number = library.split(key.step, 0)
+    ids, replicas = key.sample_ids, library.split(key.replica, 0)
+    return device_seed, _signed(seed_number), ids, device_step, step_number, *replicas
 
 
-def unpacked(
-    device_seed: Tensor | None, seed: int, sample_ids: Tensor, device_step: Tensor | None, step: int,
-    replicas: Tensor | None, replica: int,
-) -> dict[str, Any]:  # fmt: skip
+def unpacked(arguments: tuple[Any, ...], op: int = 0, truncation: float | None = None) -> NoiseKey:
     """And back."""
-    return {
-        "seed": seed if device_seed is None else device_seed,
-        "sample_ids": sample_ids,
-        "step": step if device_step is None else device_step,
-        "replica": replica if replicas is None else replicas,
-    }
+    device_seed, seed, sample_ids, device_step, step, replicas, replica = arguments
+    return NoiseKey(
+        seed if device_seed is None else device_seed, sample_ids, step if device_step is None else device_step,
+        replica if replicas is None else replicas, op, truncation,
+    )  # fmt: skip

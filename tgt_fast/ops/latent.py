@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,230 @@ from torch import Tensor
 from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.kernels import select
-from tgt_fast.kernels.options import OP_PERTURB, OP_RESTART, RADIUS_NORMS, STEP_NORMS
-from tgt_fast.ops import _checks
-from tgt_fast.ops._latent_op import ascend_as_op, perturb, perturb_as_op
-from tgt_fast.ops._noise import for_kernel, noise_key
-from tgt_fast.ops.library import seen_by_dispatcher
+from tgt_fast.kernels.latent_calls import AscendCall, LatentCall, PerturbCall, outputs
+from tgt_fast.kernels.options import OP_ASCEND, OP_PERTURB, OP_RESTART, RADIUS_NORMS, STEP_NORMS
+from tgt_fast.ops import _checks, library
+from tgt_fast.ops._noise import KEY, KEY_COUNT, check_key, for_kernel, noise_key, packed, unpacked
 
 _STREAMS = {"perturb": OP_PERTURB, "restart": OP_RESTART}
-_LARGE = 1e30
+_KEEP = -1.0  # the sphere through z itself
+
+# Checks
+
+
+def _rows(latents: Tensor) -> Tensor:
+    """(B, ...) as (B, D), also where B is 0."""
+    latents = latents.resolve_neg()
+    return latents if latents.dim() == 2 else latents.reshape(latents.shape[0], math.prod(latents.shape[1:]))
+
+
+def _shaped(rows: Tensor, z: Tensor) -> Tensor:
+    return rows if z.dim() == 2 else rows.reshape(z.shape)
+
+
+def _check_latents(name: str, z: Tensor) -> None:
+    _checks.floating(name, "z", z)
+    if z.dim() < 1:
+        raise ShapeError(f"{name}: z must be (B, ...), got a 0-d tensor")
+
+
+def _factors(name: str, what: str, value: float | Tensor, z: Tensor) -> tuple[float | Tensor, Tensor | None]:
+    """A factor as (number or [B, 1], [D] or None): a sample's share and a coordinate's."""
+    if not isinstance(value, Tensor):
+        return _checks.number(name, what, value, 0, _checks.LARGE), None
+    _checks.floating(name, what, value)
+    _checks.same_device(name, what, value, "z", z)
+    _checks.finite_from(name, what, _checks.real(name, what, value), 0)
+    if value.dim() == 0:
+        return value.reshape(1, 1).expand(z.shape[0], 1), None
+    batch, latent = z.shape[:1], z.shape[1:]
+    a_coordinate = _same(value.shape, latent) or _same(value.shape, (1, *latent))
+    a_sample = len(latent) > 0 and _same(value.shape, (*batch, *(1 for _ in latent)))
+    flat_sample = _same(value.shape, batch)
+    if flat_sample and _same(value.shape, latent):
+        raise ShapeError(
+            f"{name}: {what} of shape {tuple(value.shape)} fits both the samples and the coordinates of z "
+            f"{tuple(z.shape)}; pass ({batch[0]}, 1) for one a sample or (1, {batch[0]}) for one a coordinate"
+        )
+    if a_coordinate:
+        return 1.0, value.reshape(-1)
+    if a_sample or flat_sample:
+        return value.reshape(-1, 1), None
+    raise ShapeError(
+        f"{name}: {what} {tuple(value.shape)} fits neither the samples nor the coordinates of z {tuple(z.shape)}"
+    )
+
+
+def _same(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Size by size: sizes that a compiler knows by name alone are not found equal as parts of a tuple."""
+    return len(shape) == len(other) and all(a == b for a, b in zip(shape, other, strict=True))
+
+
+def _per_coordinate(name: str, what: str, value: float | Tensor, z: Tensor) -> Tensor:
+    """A [D] tensor from a number or a tensor shaped like one latent."""
+    if not isinstance(value, Tensor):
+        number = _checks.number(name, what, value, 0, _checks.LARGE)
+        return z.new_full((math.prod(z.shape[1:]),), number, dtype=torch.float64)
+    _checks.floating(name, what, value)
+    _checks.same_device(name, what, value, "z", z)
+    _checks.finite_from(name, what, value, 0)
+    latent = z.shape[1:]
+    if value.dim() == 0:
+        return value.detach().expand(math.prod(latent))
+    if not _same(value.shape, latent) and not _same(value.shape, (1, *latent)):
+        raise ShapeError(
+            f"{name}: {what} {tuple(value.shape)} must be a number or shaped like one latent of z {tuple(z.shape)}"
+        )
+    return value.detach().reshape(-1)
+
+
+def _per_sample(name: str, what: str, value: float | Tensor, z: Tensor, low: float = -_checks.LARGE) -> float | Tensor:
+    """A number, or a [B, 1] tensor."""
+    if not isinstance(value, Tensor):
+        return _checks.number(name, what, value, low, _checks.LARGE)
+    _checks.floating(name, what, value)
+    _checks.same_device(name, what, value, "z", z)
+    count = value.numel()
+    if (count != 1 and count != z.shape[0]) or value.dim() > z.dim() or any(n != 1 for n in value.shape[1:]):
+        raise ShapeError(f"{name}: {what} {tuple(value.shape)} must be a number or one a sample, ({z.shape[0]},)")
+    _checks.finite_from(name, what, value.detach(), low)
+    return value.detach().reshape(-1, 1).expand(z.shape[0], 1)
+
+
+# Autograd
+
+
+class Perturb(torch.autograd.Function):
+    """Noise is a constant, so the gradient passes through; a sphere adds the derivative of its rescaling."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, call: PerturbCall, run: Callable[[LatentCall], Tensor]) -> Tensor:
+        ctx.call, ctx.run = call[1:], run  # z is saved where it is needed
+        out = run(call)
+        if call.sphere_radius is not None:
+            ctx.save_for_backward(z)
+        return out
+
+    @staticmethod
+    @one_thread_in_forks
+    def backward(ctx: Any, d_out: Tensor) -> Any:  # type: ignore[override]
+        *_, radius = ctx.call
+        if radius is None:
+            return d_out, None, None
+        # out = R * v / |v| with v = z + sigma * noise, so that d_z = R/|v| * (d - u (u.d)) with u = v/|v|,
+        # plus d_R z/|z| where R = |z| is kept.
+        (rows,) = ctx.saved_tensors
+        name, call = "perturb_latents", PerturbCall(rows, *ctx.call)
+        _checks.all_readable(f"{name}, backward", z=rows, sigma=call.sigma, scale=call.scale, **call.noise._asdict())
+        d_out = _checks.upstream(name, d_out)
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        z, d = rows.to(dtype), d_out.to(dtype)
+        v = _perturbed(call._replace(z=z, sphere_radius=None), ctx.run)  # differentiable again
+        length = v.norm(dim=1, keepdim=True)
+        unit = v / length
+        kept = z.norm(dim=1, keepdim=True)
+        size = kept if radius == "keep" else torch.full_like(kept, radius)
+        along = (unit * d).sum(dim=1, keepdim=True)
+        grad = size / length * (d - unit * along)
+        if radius == "keep":
+            grad = grad + torch.where(kept > 0, along * z / kept, 0.0)
+        return torch.where(length > 0, grad, d).to(rows.dtype), None, None
+
+
+def _perturbed(call: PerturbCall, run: Callable[[LatentCall], Tensor]) -> Tensor:
+    """The result of ``run``, differentiable in z."""
+    if library.graph_wanted(call.z):
+        moved: Tensor = library.apply(Perturb, call.z, call, run)
+        return moved
+    return run(call)
+
+
+# Registration
+
+
+def _tensors(call: LatentCall) -> list[Tensor]:
+    """The tensors that a backend is asked about."""
+    return [value for value in call if isinstance(value, Tensor)]
+
+
+def _direct(call: LatentCall, backend: str) -> Tensor:
+    """A call of a backend's kernel from Python."""
+    out = outputs(call)
+    select.kernel("latent", backend).forward(call, out)
+    return out
+
+
+def _in_op(name: str, call: LatentCall, backend: str) -> Tensor:
+    """The call of a registered op."""
+    call = call._replace(noise=check_key(name, call.noise))
+    return _direct(call, select.choose("latent", backend, _tensors(call)))
+
+
+def _traced(call: LatentCall, backend: str) -> Tensor:
+    """The same as one call of the registered op, which a tracer can see."""
+    sigma = library.split(call.sigma, 0.0)
+    made: Tensor
+    if isinstance(call, AscendCall):
+        made = ascend_op(
+            call.z, call.grad, *library.split(call.step_size, 0.0), call.scale, call.anchor,
+            *library.split(call.radius, 0.0), call.norm, call.radius_norm, *sigma, *packed(call.noise), backend,
+        )  # fmt: skip
+    else:
+        radius = _KEEP if call.sphere_radius == "keep" else call.sphere_radius
+        made = perturb_op(
+            call.z, *sigma, call.scale, *packed(call.noise), call.noise.op, call.noise.truncation, radius, backend
+        )
+    return made
+
+
+def _perturb_call(arguments: tuple[Any, ...]) -> tuple[PerturbCall, str]:
+    z, sigmas, sigma, scale, *rest = arguments
+    op, truncation, radius, backend = rest[KEY_COUNT:]
+    key = unpacked(tuple(rest[:KEY_COUNT]), op, truncation)
+    sigma, radius = sigma if sigmas is None else sigmas, "keep" if radius == _KEEP else radius
+    return PerturbCall(z, key, sigma, scale, radius), backend
+
+
+def _perturb_kernel(*arguments: Any) -> Tensor:
+    return _in_op("perturb_latents", *_perturb_call(arguments))
+
+
+def _perturb_autograd(*arguments: Any) -> Tensor:
+    call, backend = _perturb_call(arguments)
+    return _perturbed(call, lambda call: library.dispatched(_traced, call, backend))
+
+
+def _ascend_call(arguments: tuple[Any, ...]) -> tuple[AscendCall, str]:
+    z, grad, steps, step_size, scale, anchor, radii, radius, norm, radius_norm, sigmas, sigma, *key, backend = arguments
+    call = AscendCall(
+        z, grad, unpacked(tuple(key), OP_ASCEND), step_size if steps is None else steps,
+        sigma if sigmas is None else sigmas, radius if radii is None else radii, scale, anchor, norm, radius_norm,
+    )  # fmt: skip
+    return call, backend
+
+
+def _ascend_kernel(*arguments: Any) -> Tensor:
+    return _in_op("ascend_latents", *_ascend_call(arguments))
+
+
+perturb_op = library.define(
+    f"perturb_latents(Tensor z, Tensor? sigmas, float sigma, Tensor? per_coordinate, {KEY}, int op, "
+    "float? truncation, float? sphere_radius, str backend) -> Tensor",
+    _perturb_kernel,
+    lambda *arguments: outputs(_perturb_call(arguments)[0]),
+    _perturb_autograd,
+    differentiable=1,
+)
+ascend_op = library.define(
+    "ascend_latents(Tensor z, Tensor grad, Tensor? steps, float step_size, Tensor? scale, Tensor? anchor, "
+    "Tensor? radii, float? radius, str norm, str radius_norm, Tensor? sigmas, float sigma, "
+    f"{KEY}, str backend) -> Tensor",
+    _ascend_kernel,
+    lambda *arguments: outputs(_ascend_call(arguments)[0]),
+)
+
+
+# The public functions
 
 
 @one_thread_in_forks
@@ -77,28 +293,14 @@ def perturb_latents(
     _check_latents(name, z)
     per_sample, per_coordinate = _factors(name, "sigma", sigma, z)
     stream = _STREAMS[_checks.choice(name, "op", op, tuple(_STREAMS))]
-    key = noise_key(name, "z", z, z.shape[0], seed, sample_ids, step, replica) | {"op": stream}
+    key = noise_key(name, "z", z, z.shape[0], seed, sample_ids, step, replica, stream)
     if truncation is not None:
-        truncation = _checks.number(name, "truncation", truncation, 0, _LARGE, open_low=True)
+        truncation = _checks.number(name, "truncation", truncation, 0, _checks.LARGE, open_low=True)
+        key = key._replace(truncation=truncation)
     if sphere_radius is not None and sphere_radius != "keep":
-        sphere_radius = _checks.number(name, "sphere_radius", sphere_radius, 0, _LARGE, open_low=True)
-
-    rows = _rows(z)
-    tail = (truncation, sphere_radius)
-    watched = (rows, per_sample, per_coordinate, key["sample_ids"], key["replica"])
-    if backend != "reference" and seen_by_dispatcher(*watched):
-        out = perturb_as_op(rows, per_sample, per_coordinate, key, *tail, backend)
-    else:
-        tensors = [rows, *(f for f in (per_sample, per_coordinate) if isinstance(f, Tensor))]
-        chosen = select.choose("latent", backend, tensors)
-        kernel, key = select.kernel("latent", chosen), for_kernel(key)
-        if chosen == "reference":  # plain PyTorch, which anything can differentiate and transform
-            out = kernel.perturb(
-                rows, per_sample, per_coordinate, **key, truncation=truncation, sphere_radius=sphere_radius
-            )
-        else:
-            out = perturb(kernel, rows, per_sample, per_coordinate, key, *tail)
-    return out if z.dim() == 2 else out.reshape(z.shape)
+        sphere_radius = _checks.number(name, "sphere_radius", sphere_radius, 0, _checks.LARGE, open_low=True)
+    call = PerturbCall(_rows(z), key, per_sample, per_coordinate, sphere_radius)
+    return _shaped(_run(call, backend), z)
 
 
 @one_thread_in_forks
@@ -175,98 +377,22 @@ def ascend_latents(
     sigmas = _per_sample(name, "sigma", sigma, z, low=0)
     radii = None if radius is None else _per_sample(name, "radius", radius, z, low=0)
     per_coordinate = None if scale is None else _per_coordinate(name, "scale", scale, z)
-    key = noise_key(name, "z", z, z.shape[0], seed, sample_ids, step, replica)
-
-    rows, slope = _rows(z), _rows(grad)
+    key = noise_key(name, "z", z, z.shape[0], seed, sample_ids, step, replica, OP_ASCEND)
     centre = None if anchor is None else _rows(anchor)
-    tensors = [t for t in (rows, slope, centre, steps, sigmas, radii, per_coordinate) if isinstance(t, Tensor)]
-    call: dict[str, Any] = {
-        "step_size": steps, "scale": per_coordinate, "anchor": centre, "radius": radii, "norm": norm,
-        "radius_norm": radius_norm, "sigma": sigmas,
-    }  # fmt: skip
-    if backend != "reference" and seen_by_dispatcher(*tensors, key["sample_ids"], key["replica"]):
-        out = ascend_as_op(rows, slope, **call, **key, backend=backend)
-    else:
-        chosen = select.choose("latent", backend, tensors)
-        kernel, call = select.kernel("latent", chosen), call | for_kernel(key)
-        if chosen == "reference":
-            with torch.no_grad():
-                out = kernel.ascend(rows, slope, **call)
-        else:
-            out = kernel.ascend(rows, slope, **call)
-    return out if z.dim() == 2 else out.reshape(z.shape)
+    call = AscendCall(_rows(z), _rows(grad), key, steps, sigmas, radii, per_coordinate, centre, norm, radius_norm)
+    return _shaped(_run(call, backend), z)
 
 
-def _rows(latents: Tensor) -> Tensor:
-    """(B, ...) as (B, D), also where B is 0."""
-    latents = latents.resolve_neg()
-    return latents if latents.dim() == 2 else latents.reshape(latents.shape[0], math.prod(latents.shape[1:]))
-
-
-def _check_latents(name: str, z: Tensor) -> None:
-    _checks.floating(name, "z", z)
-    if z.dim() < 1:
-        raise ShapeError(f"{name}: z must be (B, ...), got a 0-d tensor")
-
-
-def _factors(name: str, what: str, value: float | Tensor, z: Tensor) -> tuple[float | Tensor, Tensor | None]:
-    """A factor as (number or [B, 1], [D] or None): a sample's share and a coordinate's."""
-    if not isinstance(value, Tensor):
-        return _checks.number(name, what, value, 0, _LARGE), None
-    _checks.floating(name, what, value)
-    _checks.same_device(name, what, value, "z", z)
-    _checks.finite_from(name, what, _checks.real(name, what, value), 0)
-    if value.dim() == 0:
-        return value.reshape(1, 1).expand(z.shape[0], 1), None
-    batch, latent = z.shape[:1], z.shape[1:]
-    a_coordinate = _same(value.shape, latent) or _same(value.shape, (1, *latent))
-    a_sample = len(latent) > 0 and _same(value.shape, (*batch, *(1 for _ in latent)))
-    flat_sample = _same(value.shape, batch)
-    if flat_sample and _same(value.shape, latent):
-        raise ShapeError(
-            f"{name}: {what} of shape {tuple(value.shape)} fits both the samples and the coordinates of z "
-            f"{tuple(z.shape)}; pass ({batch[0]}, 1) for one a sample or (1, {batch[0]}) for one a coordinate"
-        )
-    if a_coordinate:
-        return 1.0, value.reshape(-1)
-    if a_sample or flat_sample:
-        return value.reshape(-1, 1), None
-    raise ShapeError(
-        f"{name}: {what} {tuple(value.shape)} fits neither the samples nor the coordinates of z {tuple(z.shape)}"
-    )
-
-
-def _same(shape: Sequence[int], other: Sequence[int]) -> bool:
-    """Size by size: sizes that a compiler knows by name alone are not found equal as parts of a tuple."""
-    return len(shape) == len(other) and all(a == b for a, b in zip(shape, other, strict=True))
-
-
-def _per_coordinate(name: str, what: str, value: float | Tensor, z: Tensor) -> Tensor:
-    """A [D] tensor from a number or a tensor shaped like one latent."""
-    if not isinstance(value, Tensor):
-        number = _checks.number(name, what, value, 0, _LARGE)
-        return z.new_full((math.prod(z.shape[1:]),), number, dtype=torch.float64)
-    _checks.floating(name, what, value)
-    _checks.same_device(name, what, value, "z", z)
-    _checks.finite_from(name, what, value, 0)
-    latent = z.shape[1:]
-    if value.dim() == 0:
-        return value.detach().expand(math.prod(latent))
-    if not _same(value.shape, latent) and not _same(value.shape, (1, *latent)):
-        raise ShapeError(
-            f"{name}: {what} {tuple(value.shape)} must be a number or shaped like one latent of z {tuple(z.shape)}"
-        )
-    return value.detach().reshape(-1)
-
-
-def _per_sample(name: str, what: str, value: float | Tensor, z: Tensor, low: float = -_LARGE) -> float | Tensor:
-    """A number, or a [B, 1] tensor."""
-    if not isinstance(value, Tensor):
-        return _checks.number(name, what, value, low, _LARGE)
-    _checks.floating(name, what, value)
-    _checks.same_device(name, what, value, "z", z)
-    count = value.numel()
-    if (count != 1 and count != z.shape[0]) or value.dim() > z.dim() or any(n != 1 for n in value.shape[1:]):
-        raise ShapeError(f"{name}: {what} {tuple(value.shape)} must be a number or one a sample, ({z.shape[0]},)")
-    _checks.finite_from(name, what, value.detach(), low)
-    return value.detach().reshape(-1, 1).expand(z.shape[0], 1)
+def _run(call: LatentCall, backend: str) -> Tensor:
+    """The moved latents, by the path that serves the caller."""
+    tensors = _tensors(call)
+    if backend != "reference" and library.seen_by_dispatcher(*tensors, call.noise.sample_ids, call.noise.replica):
+        return _traced(call, backend)
+    chosen = select.choose("latent", backend, tensors)
+    call = call._replace(noise=for_kernel(call.noise))
+    if chosen == "reference":  # plain PyTorch, which anything can differentiate and transform
+        made: Tensor = select.kernel("latent", chosen).value(call)
+        return made
+    if isinstance(call, AscendCall):
+        return _direct(call, chosen)
+    return _perturbed(call, lambda call: _direct(call, chosen))

@@ -8,10 +8,19 @@ import torch
 from torch import Tensor
 
 from tgt_fast._forks import threads
-from tgt_fast.kernels.latent_calls import accumulate_dtype, on_device, samples, vector
+from tgt_fast.kernels.latent_calls import (
+    AscendCall,
+    LatentCall,
+    PerturbCall,
+    accumulate_dtype,
+    on_device,
+    prepared,
+    vector,
+)
 from tgt_fast.kernels.native import DTYPES, core, cuda
 from tgt_fast.kernels.native.abi import packer, pointer
-from tgt_fast.kernels.options import OP_ASCEND, RADIUS_NORMS, STEP_NORMS
+from tgt_fast.kernels.options import RADIUS_NORMS, STEP_NORMS
+from tgt_fast.kernels.philox import NoiseKey
 
 _UINT64 = (1 << 64) - 1
 
@@ -27,96 +36,61 @@ class _Factor:
         return self.number, pointer(self.tensor)
 
 
-def noise(
-    seed: int | Tensor, sample_ids: Tensor, step: int | Tensor, replica: int, op: int, truncation: float = 0.0
-) -> tuple[Any, ...]:
-    """The fields of NoiseKey."""
-    return int(seed) & _UINT64, sample_ids.data_ptr(), int(step), int(replica), op, truncation
+def noise_values(key: NoiseKey) -> tuple[Any, ...]:
+    """The fields of NoiseKey, whose ids are dense."""
+    return (
+        int(key.seed) & _UINT64, key.sample_ids.data_ptr(), int(key.step), int(key.replica), key.op,
+        key.truncation or 0.0,
+    )  # fmt: skip
 
 
-def run(
-    kernel: str, name: str, at: Tensor, before: tuple[Any, ...], after: tuple[Any, ...], *, seed: int | Tensor,
-    sample_ids: Tensor, step: int | Tensor, replica: int, op: int, truncation: float = 0.0,
-) -> None:  # fmt: skip
+def run(kernel: str, name: str, at: Tensor, before: tuple[Any, ...], key: NoiseKey, after: tuple[Any, ...]) -> None:
     """Runs a kernel on the device of a tensor; ``before`` and ``after`` are the fields of its struct round the noise.
 
     Integers of the key that live on the device are left there: their addresses replace them.
     """
+    key = key._replace(sample_ids=key.sample_ids.contiguous())
     engine = cuda.engine(at)
     if engine is None:
         compiled = core()
-        key = noise(seed, sample_ids, step, replica, op, truncation)
-        getattr(compiled, kernel)(packer(compiled, name)(*before, *key, *after), threads())
+        getattr(compiled, kernel)(packer(compiled, name)(*before, *noise_values(key), *after), threads())
         return
     (seed, seed_at), (step, step_at) = (
         (0, value.data_ptr()) if isinstance(value, Tensor) else (value, 0)
-        for value in (on_device(at.device, seed), on_device(at.device, step))
+        for value in (on_device(at.device, key.seed), on_device(at.device, key.step))
     )
-    key = noise(seed, sample_ids, step, replica, op, truncation)
+    values = (*before, *noise_values(key._replace(seed=seed, step=step)), *after)
     with engine.current(at) as stream:
-        packed = packer(engine.core, name)(*before, *key, *after)
-        getattr(engine.core, f"cuda_{kernel}")(packed, (seed_at, step_at), stream)
+        getattr(engine.core, f"cuda_{kernel}")(packer(engine.core, name)(*values), (seed_at, step_at), stream)
 
 
-def perturb(
-    z: Tensor,  # [B, D]
-    per_sample: float | Tensor,  # number or [B]
-    per_coordinate: Tensor | None,  # [D]
-    *,
-    seed: int | Tensor,
-    sample_ids: Tensor,  # [B] int64
-    step: int | Tensor,
-    replica: int,
-    op: int,
-    truncation: float | None,
-    sphere_radius: float | str | None,
-) -> Tensor:
-    """z + per_sample * per_coordinate * noise, optionally rescaled onto a sphere."""
-    z = z.detach().contiguous()
-    sample_ids = sample_ids.contiguous()
+def forward(call: LatentCall, out: Tensor) -> None:
+    """The moved latents, in one pass over a sample."""
+    if isinstance(call, PerturbCall):
+        _perturb(call, out)
+    else:
+        _ascend(call, out)
+
+
+def _perturb(call: PerturbCall, out: Tensor) -> None:
+    z = call.z.detach().contiguous()
     dtype = accumulate_dtype(z)
-    sigma = _Factor(per_sample, dtype)
-    scale = None if per_coordinate is None else vector(per_coordinate, dtype)
-    out = torch.empty_like(z)
-    radius = -1.0 if sphere_radius == "keep" else 0.0 if sphere_radius is None else float(sphere_radius)
-    before = (
-        *z.shape, DTYPES[z.dtype], z.data_ptr(), out.data_ptr(), *sigma.packed(), pointer(scale),
-    )  # fmt: skip
-    run(
-        "latent_perturb", "PerturbCall", z, before, (radius,), seed=seed, sample_ids=sample_ids, step=step,
-        replica=replica, op=op, truncation=truncation or 0.0,
-    )  # fmt: skip
-    return out
+    sigma = _Factor(call.sigma, dtype)
+    scale = None if call.scale is None else vector(call.scale, dtype)
+    given = call.sphere_radius
+    radius = -1.0 if given == "keep" else 0.0 if given is None else float(given)
+    before = (*z.shape, DTYPES[z.dtype], z.data_ptr(), out.data_ptr(), *sigma.packed(), pointer(scale))
+    run("latent_perturb", "PerturbCall", z, before, call.noise, (radius,))
 
 
-def ascend(
-    z: Tensor,  # [B, D]
-    grad: Tensor,  # [B, D]
-    *,
-    step_size: float | Tensor,
-    scale: Tensor | None,  # [D]
-    anchor: Tensor | None,  # [B, D]
-    radius: float | Tensor | None,
-    norm: str,
-    radius_norm: str,
-    sigma: float | Tensor,
-    seed: int | Tensor,
-    sample_ids: Tensor,
-    step: int | Tensor,
-    replica: int,
-) -> Tensor:
-    """One step up the gradient, its noise and its projection, in one pass over a sample."""
-    z, grad, anchor, unit, dtype = samples(z, grad, anchor, scale)
-    sample_ids = sample_ids.contiguous()
-    steps, sigmas, radii = _Factor(step_size, dtype), _Factor(sigma, dtype), _Factor(radius, dtype)
-    out = torch.empty_like(z)
+def _ascend(call: AscendCall, out: Tensor) -> None:
+    call, dtype = prepared(call)
+    z, grad, anchor = call.z, call.grad, call.anchor
+    steps, sigmas, radii = (_Factor(value, dtype) for value in (call.step_size, call.sigma, call.radius))
     types = (DTYPES[tensor.dtype] for tensor in (z, grad, z if anchor is None else anchor))
     before = (
         *z.shape, *types, z.data_ptr(), grad.data_ptr(), pointer(anchor), out.data_ptr(), *steps.packed(),
-        *sigmas.packed(), *radii.packed(), pointer(unit), STEP_NORMS.index(norm), RADIUS_NORMS.index(radius_norm),
+        *sigmas.packed(), *radii.packed(), pointer(call.scale), STEP_NORMS.index(call.norm),
+        RADIUS_NORMS.index(call.radius_norm),
     )  # fmt: skip
-    run(
-        "latent_ascend", "AscendCall", z, before, (), seed=seed, sample_ids=sample_ids, step=step, replica=replica,
-        op=OP_ASCEND,
-    )  # fmt: skip
-    return out
+    run("latent_ascend", "AscendCall", z, before, call.noise, ())

@@ -14,52 +14,46 @@ from tgt_fast.kernels.latent_calls import accumulate_dtype
 from tgt_fast.kernels.memory import workspace
 from tgt_fast.kernels.native import core
 from tgt_fast.kernels.native.abi import matrix, packer, pointer
-from tgt_fast.kernels.native.latent import noise, run
-from tgt_fast.kernels.options import OP_GUMBEL, OP_TOKENS, SampleOptions, SoftOptions, SoftState
-from tgt_fast.kernels.tokens_table import given_back, taken
+from tgt_fast.kernels.native.latent import noise_values, run
+from tgt_fast.kernels.tokens_calls import (
+    Gradients,
+    Outputs,
+    SampleCall,
+    SoftCall,
+    SoftState,
+    TokensCall,
+    give_back,
+    positions_of,
+    state_of,
+    take,
+)
 
 BUDGET: Final = 16 << 20  # bytes of a chunk's probabilities: a matrix product gains little from more rows
 
 
-def sample(
-    logits: Tensor,  # [N, V]
-    options: SampleOptions,
-    *,
-    seed: int | Tensor,
-    sample_ids: Tensor,  # [B]
-    step: int | Tensor,
-    replica: int,
-) -> Tensor:
-    """A token a row; -1 for a row that is no distribution."""
-    tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    if not tokens.numel():
-        return tokens
-    sample_ids = sample_ids.contiguous()
-    shape = (*logits.shape, logits.shape[0] // sample_ids.shape[0])
-    least = -math.inf if options.min_p is None else math.log(options.min_p)
-    filters = (options.temperature, options.top_k or 0, 1.0 if options.top_p is None else options.top_p, least)
-    run(
-        "tokens_sample", "SampleCall", logits, (*shape, *matrix(logits), *filters), (tokens.data_ptr(),), seed=seed,
-        sample_ids=sample_ids, step=step, replica=replica, op=OP_TOKENS,
-    )  # fmt: skip
-    return tokens
+def forward(call: TokensCall, out: Outputs) -> None:
+    """Tokens, -1 for a row that is no distribution; or embeddings, a chunk of rows at a time."""
+    if not isinstance(call, SampleCall):
+        _soft_forward(call, out)
+    elif out.out.numel():
+        logits, options = call.logits, call.options
+        least = -math.inf if options.min_p is None else math.log(options.min_p)
+        filters = (options.temperature, options.top_k or 0, 1.0 if options.top_p is None else options.top_p, least)
+        before = (*logits.shape, positions_of(call), *matrix(logits), *filters)
+        run("tokens_sample", "SampleCall", logits, before, call.noise, (out.out.data_ptr(),))
 
 
 class _Soft:
     """A call's rows in chunks, with the kernel that makes a chunk's probabilities or its gradient."""
 
-    def __init__(
-        self, logits: Tensor, table: Tensor, options: SoftOptions, seed: int | Tensor, sample_ids: Tensor,
-        step: int | Tensor, replica: int,
-    ) -> None:  # fmt: skip
-        self.dtype = accumulate_dtype(logits, table)
-        self.logits = logits.detach()
-        self.table = table.detach().to(self.dtype)  # a 16-bit table is widened whole, once
-        self.count, self.classes = logits.shape
-        self._options = options
-        self._ids = sample_ids.contiguous()
-        self._key = noise(seed, self._ids, step, replica, OP_GUMBEL)
-        self._positions = max(1, self.count // max(1, self._ids.shape[0]))
+    def __init__(self, call: SoftCall) -> None:
+        self.dtype = accumulate_dtype(call.logits, call.table)
+        self.logits = call.logits.detach()
+        self.table = call.table.detach().to(self.dtype)  # a 16-bit table is widened whole, once
+        self.count, self.classes = self.logits.shape
+        self._options = call.options
+        self._key = call.noise._replace(sample_ids=call.noise.sample_ids.contiguous())
+        self._positions = positions_of(call)
         self.rows = max(1, min(self.count, BUDGET // (self.classes * self.dtype.itemsize)))
 
     def chunks(self, rows: int) -> Iterator[slice]:
@@ -76,75 +70,55 @@ class _Soft:
         compiled = core()
         values = (
             at.start, at.stop - at.start, self.classes, self._positions, self.dtype == torch.float64,
-            *matrix(self.logits[at]), self._options.tau, self._options.gumbel, *self._key, state[0, at].data_ptr(),
-            state[1, at].data_ptr(), pointer(weights), pointer(chosen), pointer(slope), *matrix(d_logits),
+            *matrix(self.logits[at]), self._options.tau, self._options.gumbel, *noise_values(self._key),
+            state[0, at].data_ptr(), state[1, at].data_ptr(), pointer(weights), pointer(chosen), pointer(slope),
+            *matrix(d_logits),
         )  # fmt: skip
         getattr(compiled, kernel)(packer(compiled, "SoftCall")(*values), threads())
 
 
-def soft_forward(
-    logits: Tensor,  # [N, V]
-    table: Tensor,  # [V, D]
-    options: SoftOptions,
-    *,
-    keep: bool = False,
-    seed: int | Tensor,
-    sample_ids: Tensor,  # [B]
-    step: int | Tensor,
-    replica: int,
-) -> tuple[Tensor, SoftState | None]:
-    """softmax((logits + noise) / tau) @ table a chunk of rows at a time; with ``keep`` what backward needs."""
-    job = _Soft(logits, table, options, seed, sample_ids, step, replica)
-    state = torch.empty(2, job.count, dtype=job.dtype, device="cpu")
-    chosen = torch.empty(job.count if options.hard else 0, dtype=torch.int64, device="cpu")
+def _soft_forward(call: SoftCall, out: Outputs) -> None:
+    job = _Soft(call)
+    state, chosen = out.state or state_of(call)
     kernel = "tokens_soft_forward"
-    if options.hard:
+    if call.options.hard:
         if job.count:
             job.call(kernel, slice(0, job.count), state, None, chosen=chosen)
-        out = taken(table, chosen)
-    else:
-        sums = torch.empty(job.count, table.shape[1], dtype=job.dtype, device="cpu")
-        weights = job.buffer()
-        for at in job.chunks(job.rows):
-            job.call(kernel, at, state, weights)
-            torch.mm(weights[: at.stop - at.start], job.table, out=sums[at])
-        out = sums.div_(state[1][:, None]).to(table.dtype)
-    return out, SoftState(state, chosen) if keep else None
+        take(call.table, chosen, out.out)
+        return
+    sums = out.out if out.out.dtype == job.dtype else torch.empty(out.out.shape, dtype=job.dtype, device="cpu")
+    weights = job.buffer()
+    for at in job.chunks(job.rows):
+        job.call(kernel, at, state, weights)
+        torch.mm(weights[: at.stop - at.start], job.table, out=sums[at])
+    out.out.copy_(sums.div_(state[1][:, None]))
 
 
-def soft_backward(
-    logits: Tensor,
-    table: Tensor,
-    state: SoftState,
-    d_out: Tensor,  # [N, D]
-    options: SoftOptions,
-    *,
-    wanted: tuple[bool, bool],
-    seed: int | Tensor,
-    sample_ids: Tensor,
-    step: int | Tensor,
-    replica: int,
-) -> tuple[Tensor | None, Tensor | None]:
+def backward(call: SoftCall, state: SoftState, d_out: Tensor, grads: Gradients) -> None:
     """The gradients to logits and table, from probabilities made anew, a chunk of rows at a time."""
-    job = _Soft(logits, table, options, seed, sample_ids, step, replica)
+    job = _Soft(call)
     upstream, kernel = d_out.detach().to(job.dtype), "tokens_soft_backward"
     rows = state.rows.contiguous()
-    d_logits = workspace(logits.shape, logits.dtype) if wanted[0] else None
-    soft_table = wanted[1] and not options.hard
-    d_table = torch.zeros(table.shape, dtype=job.dtype, device="cpu") if soft_table else None
-    weights = job.buffer() if soft_table else None
+    d_logits, d_table = grads
+    if d_table is not None and call.options.hard:
+        give_back(d_table, state.chosen, d_out)
+        d_table = None
+    total = None
+    if d_table is not None:
+        total = d_table if d_table.dtype == job.dtype else torch.empty(d_table.shape, dtype=job.dtype, device="cpu")
+        total.zero_()
+    weights = None if total is None else job.buffer()
     # The slope of a chunk lies where its gradient will be written over it, or in memory of its own.
     slope = job.buffer() if d_logits is not None and d_logits.dtype != job.dtype else None
     alone = weights is None and slope is None  # no buffer: all rows at once
-    for at in job.chunks(max(1, job.count) if alone else job.rows) if wanted[0] or soft_table else ():
+    for at in job.chunks(max(1, job.count) if alone else job.rows) if d_logits is not None or total is not None else ():
         count, here = at.stop - at.start, None
         if d_logits is not None:
             here = d_logits[at] if slope is None else slope[:count]
             torch.mm(upstream[at], job.table.T, out=here)
         part = None if d_logits is None else d_logits[at]
         job.call(kernel, at, rows, weights, slope=here, d_logits=part)
-        if d_table is not None and weights is not None:
-            d_table.addmm_(weights[:count].T, upstream[at])
-    if options.hard and wanted[1]:
-        return d_logits, given_back(table, state.chosen, d_out)
-    return d_logits, None if d_table is None else d_table.to(table.dtype)
+        if total is not None and weights is not None:
+            total.addmm_(weights[:count].T, upstream[at])
+    if total is not None and d_table is not None and total is not d_table:
+        d_table.copy_(total)

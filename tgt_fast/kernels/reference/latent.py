@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from tgt_fast.kernels.latent_calls import LatentCall, PerturbCall
 from tgt_fast.kernels.options import OP_ASCEND, OP_PERTURB
 from tgt_fast.kernels.philox import philox_words
 
-__all__ = ["ascend", "perturb", "standard_normal"]
+__all__ = ["ascend", "forward", "perturb", "standard_normal", "value"]
 
 
 def standard_normal(
@@ -159,3 +160,25 @@ def ascend(
         centre = start if anchor is None else anchor.to(torch.float64)
         moved = _project(moved, centre, unit, radius, radius_norm)
     return moved.to(z.dtype)
+
+
+def value(call: LatentCall) -> Tensor:
+    """The moved latents of a call; of a perturbation differentiable."""
+    seed, sample_ids, step, replica, op, truncation = call.noise
+    if isinstance(call, PerturbCall):
+        return perturb(
+            call.z, call.sigma, call.scale, seed=seed, sample_ids=sample_ids, step=step, replica=replica,
+            truncation=truncation, sphere_radius=call.sphere_radius, op=op,
+        )  # fmt: skip
+    with torch.no_grad():
+        return ascend(
+            call.z, call.grad, step_size=call.step_size, scale=call.scale, anchor=call.anchor, radius=call.radius,
+            norm=call.norm, radius_norm=call.radius_norm, sigma=call.sigma, seed=seed, sample_ids=sample_ids, step=step,
+            replica=replica,
+        )  # fmt: skip
+
+
+def forward(call: LatentCall, out: Tensor) -> None:
+    """The same without a graph."""
+    with torch.no_grad():
+        out.copy_(value(call))

@@ -7,11 +7,21 @@ import math
 import torch
 from torch import Tensor
 
-from tgt_fast.kernels.options import OP_GUMBEL, OP_TOKENS, SampleOptions, SoftOptions, SoftState
+from tgt_fast.kernels.options import OP_GUMBEL, OP_TOKENS
 from tgt_fast.kernels.philox import philox_words
-from tgt_fast.kernels.tokens_table import given_back
+from tgt_fast.kernels.tokens_calls import (
+    Gradients,
+    Outputs,
+    SampleCall,
+    SoftCall,
+    SoftOptions,
+    SoftState,
+    TokensCall,
+    give_back,
+    positions_of,
+)
 
-__all__ = ["gumbel_noise", "sample", "soft_backward", "soft_embedding", "soft_forward", "token_uniform"]
+__all__ = ["backward", "forward", "gumbel_noise", "token_uniform", "value"]
 
 
 def token_uniform(
@@ -53,15 +63,7 @@ def gumbel_noise(
     return -(-uniform.log()).log().to(torch.float32)
 
 
-def sample(
-    logits: Tensor,  # [N, V], rows of B samples with L = N / B positions each
-    options: SampleOptions,
-    *,
-    seed: int | Tensor,
-    sample_ids: Tensor,  # [B] int64
-    step: int | Tensor,
-    replica: int | Tensor,
-) -> Tensor:
+def _drawn(call: SampleCall) -> Tensor:
     """A token a row: of the kept ones in the order of their ids, the first whose cumulated weight exceeds u * total.
 
     Tokens are ordered by value, largest first, and among equals by id. Of these: the first ``top_k``; of these the
@@ -70,6 +72,7 @@ def sample(
     Returns:
         [N] int64; -1 for a row that is no distribution: only -inf, or with +inf or NaN.
     """
+    logits, options, key = call
     if logits.shape[0] == 0:
         return torch.empty(0, dtype=torch.int64, device=logits.device)
     x = logits.detach().to(torch.float64)
@@ -89,26 +92,18 @@ def sample(
         kept &= below >= math.log(options.min_p)
     weight = scaled.exp() * torch.zeros_like(kept).scatter(-1, order, kept)
     mass = weight.cumsum(dim=-1)
-    positions = logits.shape[0] // sample_ids.shape[0]
-    uniform = token_uniform(seed, sample_ids, positions, step=step, replica=replica).reshape(-1, 1)
+    uniform = token_uniform(key.seed, key.sample_ids, positions_of(call), step=key.step, replica=key.replica)
+    uniform = uniform.reshape(-1, 1)
     token = (mass <= uniform * mass[:, -1:]).sum(dim=-1)
     return torch.where(whole[:, 0], token, -1)
 
 
-def _noisy(
-    logits: Tensor,  # [N, V]
-    options: SoftOptions,
-    *,
-    seed: int | Tensor,
-    sample_ids: Tensor,
-    step: int | Tensor,
-    replica: int | Tensor,
-) -> Tensor:
+def _noisy(call: SoftCall) -> Tensor:
     """The logits in float64, with their Gumbel noise where it is asked for."""
-    noisy = logits.to(torch.float64)
-    if options.gumbel and logits.shape[0]:
-        positions = logits.shape[0] // sample_ids.shape[0]
-        noise = gumbel_noise(seed, sample_ids, positions, logits.shape[1], step=step, replica=replica)
+    key, classes = call.noise, call.logits.shape[1]
+    noisy = call.logits.to(torch.float64)
+    if call.options.gumbel and call.logits.shape[0]:
+        noise = gumbel_noise(key.seed, key.sample_ids, positions_of(call), classes, step=key.step, replica=key.replica)
         noisy = noisy + noise.reshape(noisy.shape).to(torch.float64)
     return noisy
 
@@ -123,7 +118,7 @@ def _first_largest(noisy: Tensor) -> Tensor:
     return torch.where(largest[:, 0].abs() < math.inf, first, -1)
 
 
-def _value(noisy: Tensor, table: Tensor, options: SoftOptions) -> Tensor:
+def _embedding(noisy: Tensor, table: Tensor, options: SoftOptions) -> Tensor:
     """softmax(noisy / tau) @ table; with ``hard`` the row of the largest instead, whose gradient to the logits is that
     of the soft one and whose gradient to the table is its own."""
     rows64 = table.to(torch.float64)
@@ -135,56 +130,41 @@ def _value(noisy: Tensor, table: Tensor, options: SoftOptions) -> Tensor:
     return probability @ rows64
 
 
-def soft_embedding(
-    logits: Tensor,  # [N, V], rows of B samples with L = N / B positions each
-    table: Tensor,  # [V, D]
-    options: SoftOptions,
-    **key: int | Tensor,  # seed, sample_ids, step, replica
-) -> Tensor:
-    """softmax((logits + noise) / tau) @ table, [N, D] in the table's dtype; float64 inside, differentiable."""
-    noisy = _noisy(logits, options, **key)  # type: ignore[arg-type]
-    return _value(noisy, table, options).to(table.dtype)
+def value(call: TokensCall) -> Tensor:
+    """The tokens of a call, or softmax((logits + noise) / tau) @ table in the table's dtype, which is differentiable;
+    float64 inside."""
+    if isinstance(call, SampleCall):
+        return _drawn(call)
+    return _embedding(_noisy(call), call.table, call.options).to(call.table.dtype)
 
 
-def soft_forward(
-    logits: Tensor, table: Tensor, options: SoftOptions, *, keep: bool = False, **key: int | Tensor
-) -> tuple[Tensor, SoftState | None]:
+def forward(call: TokensCall, out: Outputs) -> None:
     """The same without a graph, and what the backward of a compiled kernel needs to know of each row."""
     with torch.no_grad():
-        noisy = _noisy(logits, options, **key)  # type: ignore[arg-type]
-        out = _value(noisy, table, options).to(table.dtype)
-        if not keep:
-            return out, None
-        rows = torch.empty(2, logits.shape[0], dtype=torch.float64, device=logits.device)
-        if logits.shape[0]:
-            rows[0] = noisy.amax(dim=-1)
-            rows[1] = ((noisy - rows[0][:, None]) / options.tau).exp().sum(dim=-1)
-        is_fp64 = torch.float64 in (logits.dtype, table.dtype)
-        chosen = _first_largest(noisy) if options.hard else rows.new_empty(0, dtype=torch.int64)
-        return out, SoftState(rows if is_fp64 else rows.to(torch.float32), chosen)
+        out.out.copy_(value(call))
+        if isinstance(call, SampleCall) or out.state is None:
+            return
+        noisy = _noisy(call)
+        rows, chosen = out.state
+        if noisy.shape[0]:
+            largest = noisy.amax(dim=-1)
+            rows[0] = largest
+            rows[1] = ((noisy - largest[:, None]) / call.options.tau).exp().sum(dim=-1)
+        if call.options.hard:
+            chosen.copy_(_first_largest(noisy))
 
 
-def soft_backward(
-    logits: Tensor,
-    table: Tensor,
-    state: SoftState,
-    d_out: Tensor,  # [N, D]
-    options: SoftOptions,
-    *,
-    wanted: tuple[bool, bool],
-    **key: int | Tensor,
-) -> tuple[Tensor | None, Tensor | None]:
+def backward(call: SoftCall, state: SoftState, d_out: Tensor, grads: Gradients) -> None:
     """The gradients to logits and table, written out: inside a registered op there is no autograd to ask."""
+    d_logits, d_table = grads
     with torch.no_grad():
-        rows64, upstream = table.to(torch.float64), d_out.to(torch.float64)
-        probability = torch.softmax(_noisy(logits, options, **key) / options.tau, dim=-1)  # type: ignore[arg-type]
-        d_logits = d_table = None
-        if wanted[0]:
+        rows64, upstream = call.table.to(torch.float64), d_out.to(torch.float64)
+        probability = torch.softmax(_noisy(call) / call.options.tau, dim=-1)
+        if d_logits is not None:
             slope = upstream @ rows64.T
             mean = (probability * slope).sum(dim=-1, keepdim=True)
-            d_logits = (probability * (slope - mean) / options.tau).to(logits.dtype)
-        if wanted[1] and options.hard:
-            d_table = given_back(table, state.chosen, upstream)
-        elif wanted[1]:
-            d_table = (probability.T @ upstream).to(table.dtype)
-        return d_logits, d_table
+            d_logits.copy_(probability * (slope - mean) / call.options.tau)
+        if d_table is not None and call.options.hard:
+            give_back(d_table, state.chosen, upstream)
+        elif d_table is not None:
+            d_table.copy_(probability.T @ upstream)

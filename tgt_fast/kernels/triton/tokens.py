@@ -8,31 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgt_fast.kernels.options import OP_GUMBEL, SoftOptions, SoftState
-from tgt_fast.kernels.tokens_table import given_back, taken
+from tgt_fast.kernels.tokens_calls import (
+    Gradients,
+    Outputs,
+    SoftCall,
+    SoftState,
+    give_back,
+    positions_of,
+    state_of,
+    take,
+)
 from tgt_fast.kernels.triton import kernels, launch, planning_device, running_on
-from tgt_fast.kernels.triton.latent import noise_key
+from tgt_fast.kernels.triton.latent import noise_values
 from tgt_fast.kernels.triton.tuning import SOFT_REGISTERS, SoftPlan, slope_width, soft_plan
 
 
 class _Call:
     """The arguments that every kernel of a call takes."""
 
-    def __init__(
-        self, logits: Tensor, table: Tensor, options: SoftOptions, plan: SoftPlan | None, seed: int | Tensor,
-        sample_ids: Tensor, step: int | Tensor, replica: int,
-    ) -> None:  # fmt: skip
-        self.logits, self.table = logits.detach(), table.detach()
+    def __init__(self, call: SoftCall, plan: SoftPlan | None) -> None:
+        self.logits, self.table = call.logits.detach(), call.table.detach()
         if self.table.stride(1) != 1:
             self.table = self.table.contiguous()
-        self.count, self.classes = logits.shape
-        self.width = table.shape[1]
-        self.positions = max(1, self.count // max(1, sample_ids.shape[0]))
-        self.inverse_tau = 1.0 / options.tau
-        self.key = noise_key(logits.device, seed, sample_ids, step, replica, OP_GUMBEL)
-        self.plan = plan or soft_plan(self.count, self.classes, self.width, table.dtype, planning_device(logits))
+        self.count, self.classes = self.logits.shape
+        self.width = self.table.shape[1]
+        self.positions = positions_of(call)
+        self.inverse_tau = 1.0 / call.options.tau
+        self.key = noise_values(self.logits.device, call.noise)
+        shape = (self.count, self.classes, self.width)
+        self.plan = plan or soft_plan(*shape, self.table.dtype, planning_device(self.logits))
         self._constants: dict[str, Any] = {
-            "GUMBEL": options.gumbel,
+            "GUMBEL": call.options.gumbel,
             # Three products of tensor cores give float32 its digits; where there are none, or none of that kind, one.
             "PRECISION": "ieee" if kernels().interpreted or torch.version.hip else "tf32x3",
             "ROWS": self.plan.rows, "CLASSES": self.plan.classes, "WIDTH": self.plan.width,
@@ -48,8 +54,8 @@ class _Call:
                 warps=self.plan.warps, registers=SOFT_REGISTERS,
             )  # fmt: skip
 
-    def forward(self, hard: bool) -> tuple[Tensor | None, SoftState]:
-        """(the soft embedding in float32 or None, the state): the splits' parts, merged in their order."""
+    def forward(self, hard: bool, out: Tensor, state: SoftState) -> None:
+        """The embeddings and the state: the splits' parts, merged in their order."""
         splits, new = self.plan.splits, self.logits.new_empty
         sums = None if hard else new((splits, self.count, self.width), dtype=torch.float32)
         largest, total = new((2, splits, self.count), dtype=torch.float32)
@@ -64,12 +70,13 @@ class _Call:
         peak = largest.amax(0)  # NaN where a part is
         peak = peak.masked_fill(peak == -math.inf, math.nan)
         share = ((largest - peak) * self.inverse_tau).exp()
-        state = torch.stack([peak, (total * share).sum(0)])
+        torch.stack([peak, (total * share).sum(0)], out=state.rows)
         if sums is not None:
-            out = (sums * share[..., None]).sum(0) / state[1][:, None]
-            return out, SoftState(state, places.new_empty(0))
+            out.copy_((sums * share[..., None]).sum(0) / state.rows[1][:, None])
+            return
         first = (largest == peak).int().argmax(0, keepdim=True)
-        return None, SoftState(state, places.gather(0, first)[0].masked_fill(peak.isnan(), -1))
+        state.chosen.copy_(places.gather(0, first)[0].masked_fill_(peak.isnan(), -1))
+        take(self.table, state.chosen, out)
 
     @property
     def slope_cut(self) -> dict[str, int]:
@@ -92,56 +99,36 @@ class _Call:
         return centre[0], moved.sum(0).float()
 
 
-def soft_forward(
-    logits: Tensor,  # [N, V]
-    table: Tensor,  # [V, D]
-    options: SoftOptions,
-    *,
-    keep: bool = False,
-    plan: SoftPlan | None = None,
-    **key: Any,
-) -> tuple[Tensor, SoftState | None]:
-    """softmax((logits + noise) / tau) @ table; with ``keep`` what backward needs."""
-    out, state = _Call(logits, table, options, plan, **key).forward(options.hard)
-    made = taken(table, state.chosen) if out is None else out.to(table.dtype)
-    return made, state if keep else None
+def forward(call: SoftCall, out: Outputs, *, plan: SoftPlan | None = None) -> None:
+    """softmax((logits + noise) / tau) @ table, and what backward needs where it is wanted."""
+    _Call(call, plan).forward(call.options.hard, out.out, out.state or state_of(call))
 
 
-def soft_backward(
-    logits: Tensor,
-    table: Tensor,
-    state: SoftState,
-    d_out: Tensor,  # [N, D]
-    options: SoftOptions,
-    *,
-    wanted: tuple[bool, bool],
-    plan: SoftPlan | None = None,
-    **key: Any,
-) -> tuple[Tensor | None, Tensor | None]:
+def backward(
+    call: SoftCall, state: SoftState, d_out: Tensor, grads: Gradients, *, plan: SoftPlan | None = None
+) -> None:
     """The gradients to logits and table, from probabilities made anew."""
-    call = _Call(logits, table, options, plan, **key)
-    upstream = d_out.detach().to(table.dtype).contiguous()
+    job = _Call(call, plan)
+    d_logits, d_table = grads
+    upstream = d_out.detach().to(call.table.dtype).contiguous()
     largest, total = state.rows
-    d_logits = d_table = None
-    if wanted[0]:
-        d_logits = logits.new_empty(logits.shape)
-        if d_logits.numel():
-            centre, mean = call.slopes(upstream, state.rows)
-            call.run(
-                kernels().tokens.soft_bwd_logits_kernel,
-                call.tiles(call.count, call.plan.rows) * call.tiles(call.classes, call.plan.classes), call.logits,
-                call.table, upstream, largest, total, centre, mean, d_logits, call.count, call.classes, call.width,
-                call.logits.stride(0), call.table.stride(0), call.positions, **call.slope_cut,
-            )  # fmt: skip
-    if wanted[1] and options.hard:
-        d_table = given_back(table, state.chosen, d_out)
-    elif wanted[1]:
-        d_table = table.new_zeros(table.shape) if not call.count else table.new_empty(table.shape)
-        if d_table.numel() and call.count:
-            call.run(
-                kernels().tokens.soft_bwd_table_kernel,
-                call.tiles(call.classes, call.plan.classes) * call.tiles(call.width, call.plan.width), call.logits,
-                upstream, largest, total, d_table, call.count, call.classes, call.width, call.logits.stride(0),
-                call.positions,
-            )  # fmt: skip
-    return d_logits, d_table
+    if d_logits is not None and d_logits.numel():
+        centre, mean = job.slopes(upstream, state.rows)
+        job.run(
+            kernels().tokens.soft_bwd_logits_kernel,
+            job.tiles(job.count, job.plan.rows) * job.tiles(job.classes, job.plan.classes), job.logits, job.table,
+            upstream, largest, total, centre, mean, d_logits, job.count, job.classes, job.width, job.logits.stride(0),
+            job.table.stride(0), job.positions, **job.slope_cut,
+        )  # fmt: skip
+    if d_table is None:
+        return
+    if call.options.hard:
+        give_back(d_table, state.chosen, d_out)
+    elif not job.count:
+        d_table.zero_()
+    elif d_table.numel():
+        job.run(
+            kernels().tokens.soft_bwd_table_kernel,
+            job.tiles(job.classes, job.plan.classes) * job.tiles(job.width, job.plan.width), job.logits, upstream,
+            largest, total, d_table, job.count, job.classes, job.width, job.logits.stride(0), job.positions,
+        )  # fmt: skip
