@@ -42,29 +42,31 @@ class Outputs(NamedTuple):
     row_state: Tensor | None = None  # [N, ROW_STATE] float64, in the kernel's own form
 
 
+_FP64, _FP32 = torch.float64, torch.float32
 Gradients = tuple[Tensor | None, Tensor | None]  # to student and teacher
 
 
 def accumulate_dtype(student: Tensor, teacher: Tensor | TopK) -> torch.dtype:
     """The dtype of the arithmetic, the losses and the statistics."""
     other = teacher if isinstance(teacher, Tensor) else teacher.log_probs
-    return torch.float64 if torch.float64 in (student.dtype, other.dtype) else torch.float32
+    return _FP64 if student.dtype == _FP64 or other.dtype == _FP64 else _FP32
 
 
 def outputs(call: DistillCall) -> Outputs:
     """Room for all that is wanted."""
-    student = call.student
+    options, student, teacher, _, _, _, want_d_student, want_d_teacher, want_row_state, want_stats, _ = call
     count = student.shape[0]
-    dtype = accumulate_dtype(student, call.teacher)
-    d_student, d_teacher = gradients(call) if call.want_d_student or call.want_d_teacher else (None, None)
+    dtype = accumulate_dtype(student, teacher)
+    loss = student.new_empty(count if options.reduction == "none" else (), dtype=dtype)
+    if not (want_d_student or want_d_teacher or want_row_state or want_stats):
+        return Outputs(loss)
+    d_student, d_teacher = gradients(call)
     return Outputs(
-        student.new_empty(count if call.options.reduction == "none" else (), dtype=dtype),
-        student.new_empty((6, count), dtype=dtype) if call.want_stats else None,
+        loss,
+        student.new_empty((6, count), dtype=dtype) if want_stats else None,
         d_student,
         d_teacher,
-        student.new_empty((count, ROW_STATE + is_soft(call.target)), dtype=torch.float64)
-        if call.want_row_state
-        else None,
+        student.new_empty((count, ROW_STATE + is_soft(call.target)), dtype=torch.float64) if want_row_state else None,
     )
 
 
@@ -104,7 +106,7 @@ class Direct:
     def forward(self, call: DistillCall) -> Outputs:
         """One pass over the logits."""
         out = outputs(call)
-        if is_soft(call.target):
+        if call.target is not None and is_soft(call.target):
             soft_target().forward(self.kernel, call, out)
         else:
             self.kernel.forward(call, out)
@@ -133,13 +135,13 @@ def prepared(call: DistillCall, out: Outputs) -> tuple[Tensor | None, Tensor | N
 
     The row losses are the loss itself where nothing is reduced.
     """
-    weight = call.sample_weight
+    options, student, _, target, weight, *_ = call
     if weight is not None:
         weight = weight.detach().to(torch.float64).contiguous()
     row_loss = out.loss
-    if call.options.reduction != "none":
-        row_loss = row_loss.new_empty(call.student.shape[0])
-    return dense(call.target), weight, row_loss
+    if options.reduction != "none":
+        row_loss = row_loss.new_empty(student.shape[0])
+    return None if target is None else dense(target), weight, row_loss
 
 
 def dense(target: Tensor | None) -> Tensor | None:

@@ -54,7 +54,10 @@ def requested(backend: str) -> str:
     """The name asked for, where ``"auto"`` gives way to the environment's default, read at call time."""
     asked = "backend"
     if isinstance(backend, str) and backend == "auto":
-        asked, backend = f"the environment variable {DEFAULT_VARIABLE}", os.environ.get(DEFAULT_VARIABLE, "auto")
+        backend = os.environ.get(DEFAULT_VARIABLE, "auto")
+        if backend == "auto":
+            return backend
+        asked = f"the environment variable {DEFAULT_VARIABLE}"
     if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):  # what has no hash is none
         raise ArgumentError(f"{asked} must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
     return backend
@@ -73,7 +76,8 @@ def choose(op: str, backend: str, tensors: Sequence[Tensor]) -> str:
         if reason is not None:
             raise BackendError(f"{op}: backend {name!r} cannot run this call: {reason}")
         return name
-    for candidate in ORDER.get(tensors[0].device.type, ("reference",)):
+    first = tensors[0]  # a device costs more to ask for than whether it is the host
+    for candidate in ORDER["cpu"] if first.is_cpu else ORDER.get(first.device.type, ("reference",)):
         if BACKENDS[candidate].refusal(op, tensors) is None:
             return candidate
     reasons = "; ".join(f"{row.backend}: {row.reason}" for row in _verdicts(op, tensors))

@@ -19,7 +19,6 @@ from tgt_fast.ops._checks import check_entries, check_ids, check_row_values
 from tgt_fast.ops.topk import TeacherTopK, check_options
 
 OP = "distillation_loss"
-_LARGE = 1e30
 
 
 def make_options(*values: Any) -> DistillOptions:
@@ -60,8 +59,8 @@ def _checked_options(
         beta=beta,
         temperature=temperature,
         teacher_temperature=_checks.number(op, "teacher_temperature", teacher_temperature, *TEMPERATURES, late=True),
-        soft_weight=_checks.number(op, "soft_weight", soft_weight, 0, _LARGE, late=True),
-        hard_weight=_checks.number(op, "hard_weight", hard_weight, 0, _LARGE, late=True),
+        soft_weight=_checks.number(op, "soft_weight", soft_weight, 0, _checks.LARGE, late=True),
+        hard_weight=_checks.number(op, "hard_weight", hard_weight, 0, _checks.LARGE, late=True),
         label_smoothing=_checks.number(op, "label_smoothing", label_smoothing, 0, 1, late=True),
         ignore_index=_checks.integer(op, "ignore_index", ignore_index, -(2**63), 2**63),
         unlabeled_index=_checks.integer(op, "unlabeled_index", unlabeled_index, -(2**63), 2**63),
@@ -189,6 +188,8 @@ def check_rows(
     """Check what comes a number a row, or a class, and the divisor; ``student`` is (rows..., ``classes`` or any)."""
     if target is None and is_on(options.hard_weight):
         raise ArgumentError(f"{op}: hard_weight is {shown(options.hard_weight)} but target is missing")
+    if target is None and sample_weight is None and normalizer is None:
+        return
     shares = target is not None and _is_a_number_a_class(target, student, classes)
     if shares and is_on(options.label_smoothing):
         raise ArgumentError(
@@ -218,7 +219,7 @@ def check_rows(
             _checks.same_device(op, "normalizer", normalizer, name, student)
             _checks.finite_from(op, "normalizer", normalizer, 0)
         else:
-            _checks.number(op, "normalizer", normalizer, 0, _LARGE)
+            _checks.number(op, "normalizer", normalizer, 0, _checks.LARGE)
 
 
 def _misfit(label: str, tensor: Tensor, name: str, student: Tensor) -> str:

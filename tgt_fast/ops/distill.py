@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 
 from tgt_fast._forks import one_thread_in_forks
@@ -12,6 +13,7 @@ from tgt_fast.kernels import select
 from tgt_fast.kernels.calls import Direct, DistillCall
 from tgt_fast.kernels.late import beside, is_on
 from tgt_fast.kernels.options import DistillStats, TopK
+from tgt_fast.kernels.plain import PLAIN
 from tgt_fast.kernels.reference import distill as reference_distill
 from tgt_fast.kernels.reference import topk as reference_topk
 from tgt_fast.ops import _checks, _distill_op
@@ -30,7 +32,7 @@ from tgt_fast.ops._distill_arguments import (
 )
 from tgt_fast.ops._distill_op import dense_rows, packed_call, tensors_of, with_graph
 from tgt_fast.ops.counts import divisor_over
-from tgt_fast.ops.library import graph_wanted, seen_by_dispatcher
+from tgt_fast.ops.library import seen_by_dispatcher
 from tgt_fast.ops.topk import TeacherTopK, check_where_asked, rows_of, warn_where_small
 from tgt_fast.ops.vocab_parallel import distill as vocab_parallel
 from tgt_fast.ops.vocab_parallel.dtensor import distillation_loss as of_dtensors
@@ -252,7 +254,10 @@ def distillation_loss(
     0.6606
     """
     _checks.refuse_tracing(OP)
-    inplace, return_stats = _checks.flag(OP, "inplace", inplace), _checks.flag(OP, "return_stats", return_stats)
+    if inplace is not False:
+        inplace = _checks.flag(OP, "inplace", inplace)
+    if return_stats is not False:
+        return_stats = _checks.flag(OP, "return_stats", return_stats)
     options = make_options(
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing,
         ignore_index, unlabeled_index, reduction,
@@ -262,7 +267,8 @@ def distillation_loss(
             OP, class_dim, student_logits=student_logits, teacher_logits=teacher_logits, target=target
         )
     teacher: Any = teacher_logits
-    if is_dtensor(student_logits) or is_dtensor(teacher):
+    plain = type(student_logits) in PLAIN and type(teacher) in PLAIN
+    if not plain and (is_dtensor(student_logits) or is_dtensor(teacher)):
         if vocab_group is not None or vocab_offsets is not None:
             raise ArgumentError(f"{OP}: vocab_group is for plain tensors; DTensors say themselves how they are sharded")
         return of_dtensors(  # type: ignore[no-any-return]
@@ -277,7 +283,7 @@ def distillation_loss(
                 return_stats, backend,
             )  # fmt: skip
     topk = rest = None
-    if isinstance(teacher, TeacherTopK):
+    if not plain and isinstance(teacher, TeacherTopK):
         topk = teacher
         check_topk(student_logits, topk, target, sample_weight, normalizer, options, return_stats)
         teacher = rows_of(topk)
@@ -294,7 +300,9 @@ def distillation_loss(
         target = flat_target(target, len(shape) - 1, student_logits)
         if not is_on(options.hard_weight):
             target, options = as_mask(OP, shape[-1], target, sample_weight, options)
-    divisor = divisor_over(OP, count_group, normalizer, student_logits, target, sample_weight, shape[-1], options)
+    divisor: Any = normalizer
+    if count_group is not None:
+        divisor = divisor_over(OP, count_group, divisor, student_logits, target, sample_weight, shape[-1], options)
 
     if backend != "reference" and seen_by_dispatcher(student_logits, of_teacher, rest, target, sample_weight):
         # inplace is a permission: whoever traces plans the memory.
@@ -321,7 +329,7 @@ def distillation_loss(
             loss, stats = _run_reference(DistillCall(*inputs, want_stats=return_stats))
         else:
             kernel = Direct(select.kernel(form, chosen))
-            if graph_wanted(student, of_teacher):
+            if (student.requires_grad or of_teacher.requires_grad) and torch.is_grad_enabled():
                 loss, rows = with_graph(kernel, *inputs, return_stats, inplace)
             else:
                 loss, rows, *_ = kernel.forward(DistillCall(*inputs, False, False, False, return_stats))

@@ -26,6 +26,9 @@ LIBRARY: Final = torch.library.Library("tgt_fast", "DEF")
 DIVISOR: Final = "Tensor? divisor, float? divisor_number"  # of a mean, on the device or as a number
 NAMES: Final[list[str]] = []  # of the registered ops, in the order of their definition
 
+# Held here, for the question below is put at every call.
+_transformed = torch._C._are_functorch_transforms_active
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _TRACED: Final = (FakeTensor, FunctionalTensor)
 _AUTOCAST: Final = DispatchKeySet(DispatchKey.AutocastCPU) | DispatchKeySet(DispatchKey.AutocastCUDA)
 
@@ -38,9 +41,9 @@ def seen_by_dispatcher(*tensors: Any) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    if torch._C._are_functorch_transforms_active():
+    if _transformed():
         return False  # no compiled kernel serves them: the reference does, in plain PyTorch
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if _dispatch_modes() or _function_modes():
         return all(type(t) in PLAIN or isinstance(t, _TRACED) for t in tensors if isinstance(t, Tensor))
     for tensor in tensors:  # a loop costs a third of any(), and this runs at every call
         if tensor is None or type(tensor) in PLAIN:

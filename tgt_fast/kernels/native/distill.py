@@ -29,6 +29,7 @@ from tgt_fast.kernels.row_checks import bad_share, bad_target, bad_weight
 
 AUTO_PLAN = (0, 0, True)  # path, blocks a row, bulk copies: chosen by size (csrc/cuda/distill.h)
 _NOTHING = (0, 0, 0)  # a Matrix
+_NO_TARGET = (0, 0, 0, 0)
 
 
 def takes_shares(call: DistillCall) -> bool:
@@ -50,18 +51,26 @@ def run_forward(
     kernel: str, call: DistillCall, out: Outputs, plan: tuple[int, int, bool], topk: tuple[Any, ...] | None = None
 ) -> tuple[int, int]:
     """(status, row) of a kernel. ``topk``: the fields of the teacher's top k, in the place of its logits."""
-    student, teacher = call.student, call.teacher
+    options, student, teacher, _, _, given, *_ = call
     target, weight, row_loss = prepared(call, out)
     engine = cuda.engine(student)
-    on_device = engine is not None
-    divisor_at, divisor = split_divisor(call.divisor, on_device)
-    workspace = student.new_empty(1, dtype=torch.float64) if on_device else None
-    state = pointer(out.row_state)
+    divisor_at = workspace = None
+    divisor = -1.0
+    if given is not None:
+        divisor_at, divisor = split_divisor(given, engine is not None)
+    if engine is not None:
+        workspace = student.new_empty(1, dtype=torch.float64)
+    loss, stats, d_student, d_teacher, row_state = out
+    # What there is nothing of is not asked for its address: at small sizes each question is seen in the time of a call.
+    state = 0 if row_state is None else row_state.data_ptr()
     values = (
-        *option_values(call.options), *student.shape, *matrix(student),
-        *(matrix(teacher) if isinstance(teacher, Tensor) else _NOTHING), *_target(target), pointer(weight), divisor,
-        pointer(divisor_at), pointer(workspace), pointer(out.loss), pointer(row_loss), *matrix(out.d_student),
-        *matrix(out.d_teacher), state if topk is None else 0, pointer(out.stats), 0, False, 0,
+        *option_values(options), *student.shape, *matrix(student),
+        *(matrix(teacher) if isinstance(teacher, Tensor) else _NOTHING),
+        *(_NO_TARGET if target is None else _target(target)), 0 if weight is None else weight.data_ptr(), divisor,
+        0 if divisor_at is None else divisor_at.data_ptr(), 0 if workspace is None else workspace.data_ptr(),
+        loss.data_ptr(), row_loss.data_ptr(), *(_NOTHING if d_student is None else matrix(d_student)),
+        *(_NOTHING if d_teacher is None else matrix(d_teacher)), state if topk is None else 0,
+        0 if stats is None else stats.data_ptr(), 0, False, 0,
     )  # fmt: skip
     name = "DistillCall"
     if topk is not None:
@@ -73,7 +82,7 @@ def run_forward(
     compiled = core()
     status, row = getattr(compiled, kernel)(packer(compiled, name)(*values), threads())
     if status:
-        _refuse_row(status, row, student.shape[1], target, weight, call.options)
+        _refuse_row(status, row, student.shape[1], target, weight, options)
     return status, row
 
 
