@@ -12,7 +12,7 @@ from typing import Any
 
 
 def found_by(worker: Callable[[int, int, str], None], world: int) -> Any:
-    """What the first of ``world`` processes, each of which runs ``worker(rank, world, folder)``, leaves in
+    """The findings of the first of ``world`` processes, each of which runs ``worker(rank, world, folder)``, in
     ``folder/found.json``. Ends the script where one fails."""
     with tempfile.TemporaryDirectory() as folder:
         workers = [multiprocessing.Process(target=worker, args=(rank, world, folder)) for rank in range(world)]

@@ -167,7 +167,7 @@ def functions() -> dict[str, Any]:
 
 
 def run(forms: dict[str, Form], times: int = 2) -> dict[str, str]:
-    """What went wrong, by form."""
+    """Faults, by form."""
     errors = {}
     for name, form in forms.items():
         for time in range(times):
@@ -180,7 +180,7 @@ def run(forms: dict[str, Form], times: int = 2) -> dict[str, str]:
 
 
 def compiled() -> list[dict[str, Any]]:
-    """What became of the kernels, those that did not load included."""
+    """The fate of the kernels, those that did not load included."""
     return [
         {
             "name": name, "code": kernel.asm["ttir"], "warps": kernel.metadata.num_warps,

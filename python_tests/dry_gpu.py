@@ -30,7 +30,7 @@ _MOST_PROGRAMS = 2**31 - 1
 
 
 class OnAGpu:
-    """What a backend's refusal asks of a tensor, as of one on a GPU."""
+    """Answers to a backend's refusal, as of a tensor on a GPU."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.device, self.layout = torch.device("cuda"), tensor.layout

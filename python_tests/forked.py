@@ -1,4 +1,4 @@
-"""What a forked child says; for scripts that tests run in processes of their own."""
+"""The words of a forked child; for scripts that tests run in processes of their own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def said_by_child(say: Callable[[], str]) -> str:
-    """What ``say`` returns in a forked child, or how that ended."""
+    """The result of ``say`` in a forked child, or how that ended."""
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:

@@ -39,7 +39,7 @@ CHUNK = 200  # subjects in a child
 
 
 def of_python(error: BaseException, frames: list[traceback.FrameSummary]) -> bool:
-    """Whether Python itself refused a call: a parameter that is missing or unknown."""
+    """True if Python itself refused a call: a parameter that is missing or unknown."""
     frames = [frame for frame in frames if not frame.filename.endswith("_forks.py")]  # which passes on what it gets
     words = ("unexpected keyword argument", "required positional argument", "required keyword-only", "multiple values",
              "positional arguments but", "positional argument but", "object is not callable")  # fmt: skip
@@ -48,7 +48,7 @@ def of_python(error: BaseException, frames: list[traceback.FrameSummary]) -> boo
 
 
 def of_a_callable(frames: list[traceback.FrameSummary]) -> bool:
-    """Whether it was raised in a module or a function that the user gave."""
+    """True if it was raised in a module or a function that the user gave."""
     last_of_ours = max((i for i, frame in enumerate(frames) if frame.filename.startswith(PACKAGE)), default=0)
     beyond = [frame.filename for frame in frames[last_of_ours + 1 :]]
     users = (fuzz_subjects.__file__, os.path.join("torch", "nn", "modules"), os.path.join("torch", "optim"))

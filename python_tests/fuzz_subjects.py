@@ -32,7 +32,7 @@ class Call:
 
 @dataclass
 class Subject:
-    """What is called first, and what may be called on its result."""
+    """A first call, and those that may follow on its result."""
 
     first: Callable[[Any], Call]
     methods: list[Callable[[Any], Call]] = field(default_factory=list)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Elsewhere(TorchFunctionMode):
-    """What is made on or sent to a GPU lies on another device."""
+    """Stand in for a GPU: what is made on or sent to one lies on another device."""
 
     def __init__(self, device: str) -> None:
         super().__init__()

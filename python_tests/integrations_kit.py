@@ -125,7 +125,7 @@ def guided_trainer(mode: str, size: int, folder: Path | None = None, **options: 
 
 
 def guided(mode: str, size: int, resume: Path | None = None, **options: Any) -> tuple[dict[str, Tensor], list[Any]]:
-    """What its steps gave: weights and logs."""
+    """The yield of its steps: weights and logs."""
     trainer, _ = guided_trainer(mode, size, **options)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     assert trainer.objective.count_group is None

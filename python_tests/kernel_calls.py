@@ -38,5 +38,5 @@ def backward(
 
 
 def loss_and_gradients(out: Outputs) -> list[Tensor]:
-    """What was computed for the caller, without the state and the statistics."""
+    """The results for the caller, without the state and the statistics."""
     return [value for value in (out.loss, out.d_student, out.d_teacher) if value is not None]

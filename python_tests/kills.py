@@ -56,7 +56,7 @@ def names(folder: Path) -> list[str]:
 
 
 def kill(process: BaseProcess) -> bool:
-    """Whether it was still running."""
+    """True if it was still running."""
     process.kill()
     process.join()
     code = process.exitcode

@@ -1,4 +1,4 @@
-"""How a result is compared with the float64 truth: the error measure, its floors and its bars.
+"""The comparison of a result with the float64 truth: the error measure, its floors and its bars.
 
 ``test_numerics.py`` shows that every assertion here fails for zeros, for a 5 % scale and for a swapped row.
 """

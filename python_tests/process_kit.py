@@ -21,13 +21,13 @@ needs_processes = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Raised:
-    """What a process raised, in the place of what it was to give."""
+    """The error of a process, in the place of what it was to give."""
 
     text: str
 
 
 def in_processes(world: int, folder: Path, work: Callable[[int], Any], seconds: float = 120) -> list[Any]:
-    """What ``work(rank)`` gives in each; a :class:`Raised` where it raised, None of a process that was killed."""
+    """The results of ``work(rank)`` in each; a :class:`Raised` where it raised, None of a process that was killed."""
     for name in ("torch._dynamo", "torch.distributed.checkpoint"):  # once, and not in each process that needs them
         importlib.import_module(name)
     folder.mkdir(parents=True, exist_ok=True)

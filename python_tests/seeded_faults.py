@@ -206,7 +206,7 @@ def _compiler() -> str:
 
 
 def entry(fault: Fault) -> dict[str, Any]:
-    """What tells a fault in the table."""
+    """The name of a fault in the table."""
     return {"kind": fault.kind, "file": fault.file, "old": fault.old, "new": fault.new}
 
 

@@ -1,4 +1,4 @@
-"""What a batch is: by its length, by columns=, and refused where it could be read in more than one way."""
+"""The kinds of batches: by its length, by columns=, and refused where it could be read in more than one way."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_none(): ...
 
 @pytest.fixture
 def grids(tmp_path: Any) -> dict[str, list[pytest.Item]]:
-    """What pytest makes of the file above: all of each of its products."""
+    """The whole products that pytest makes of the file above."""
     (tmp_path / "test_grid.py").write_text(GRID)
     found: list[pytest.Item] = []
 

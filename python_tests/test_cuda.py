@@ -115,7 +115,7 @@ def test_noise_is_that_of_the_cpu(size: int, dtype: torch.dtype) -> None:
 
 
 def test_every_kernel_once() -> None:
-    """What compute-sanitizer looks at."""
+    """Calls that compute-sanitizer looks at."""
     assert all(not out.isnan().any() for out in every_kernel_once(torch.device("cuda")))
 
 
@@ -237,7 +237,7 @@ def test_captured_latents_draw_fresh_noise_at_each_replay(size: int) -> None:
 
 
 def test_work_waits_for_its_stream_alone(problem: tuple[Tensor, Tensor, Tensor]) -> None:
-    """What the stream is about to write is read after it has been written; no other stream would wait for it."""
+    """Reads of what a stream is about to write wait for it; no other stream would."""
     student, teacher, target = problem
     fresh = logits(64, 32000, 9).cuda()
     want = loss_and_gradients(fresh, teacher, target)

@@ -1,4 +1,4 @@
-"""How a CUDA kernel is launched, without a device: csrc/cuda/device.h against a runtime that only keeps books.
+"""Launches of CUDA kernels, without a device: csrc/cuda/device.h against a runtime that only keeps books.
 
 A kernel's limit of shared memory belongs to the kernel and to a device, not to a launch or a thread.
 """

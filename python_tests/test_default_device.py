@@ -65,7 +65,7 @@ SAMPLERS: list[dict[str, Any]] = [
 
 
 def explored(teacher: tgt.Teacher, student: Any, x: Tensor, options: dict[str, Any]) -> list[Tensor]:
-    """What a sampler makes in two calls, the second one of a sampler that took over the first one's state."""
+    """The samples of two calls, the second one of a sampler that took over the first one's state."""
     found = []
     sampler = tgt.LatentSampler(teacher, **options, sigma=0.5, seed=3)
     sampler.calibrate([x, x[:2] + 1])

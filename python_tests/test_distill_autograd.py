@@ -1,4 +1,4 @@
-"""How the loss behaves under autograd: upstream gradients, repeated backward, second derivatives, inplace."""
+"""The loss under autograd: upstream gradients, repeated backward, second derivatives, inplace."""
 
 from __future__ import annotations
 

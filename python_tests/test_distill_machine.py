@@ -1,4 +1,4 @@
-"""What the loss does to the machine: memory, threads, and processes that fork."""
+"""The loss and the machine: memory, threads, and processes that fork."""
 
 from __future__ import annotations
 

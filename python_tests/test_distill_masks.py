@@ -38,7 +38,7 @@ def gradients(result: Result) -> tuple[Tensor, Tensor]:
 
 
 def same_rows(result: Result, other: Result, rows: slice | Tensor) -> bool:
-    """Whether losses and gradients of these rows have the same bits."""
+    """True if losses and gradients of these rows have the same bits."""
     pairs = zip((result.loss, *gradients(result)), (other.loss, *gradients(other)), strict=True)
     return all(torch.equal(a[rows], b[rows]) for a, b in pairs)
 

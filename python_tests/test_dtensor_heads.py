@@ -124,7 +124,7 @@ def test_gathered_once_in_the_dtype_of_the_hidden_states(tmp_path: Path) -> None
 
 
 class Partitioned:
-    """What a parameter of ZeRO-3 has, as far as a call needs it."""
+    """The attributes of a parameter of ZeRO-3, as far as a call needs them."""
 
     def __init__(self, parameter: nn.Parameter, log: list[str]) -> None:
         whole = parameter.data.clone()

@@ -1,4 +1,4 @@
-"""What an import costs: for a help text nothing of PyTorch, else what a program uses; and everything has its name."""
+"""The cost of an import: for a help text nothing of PyTorch, else what a program uses; and everything has its name."""
 
 from __future__ import annotations
 

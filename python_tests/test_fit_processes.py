@@ -29,7 +29,7 @@ WORLD, STEPS = 2, 9
 
 
 def two_processes(folder: Path, work: Callable[[int], Any]) -> list[Any]:
-    """What ``work(rank)`` gives in each; None of a killed one."""
+    """The results of ``work(rank)`` in each; None of a killed one."""
     importlib.import_module("torch._dynamo")  # once, and not in each process that needs it
     folder.mkdir(exist_ok=True)
     store = folder / f"store {len(list(folder.iterdir()))}"

@@ -202,7 +202,7 @@ def test_elementary_functions_are_accurate_to_a_rounding_or_two(program: Path) -
 
 
 def gumbel_words() -> np.ndarray:
-    """Where the number is largest and smallest, round the middle, where the branches meet, and at random."""
+    """Words whose number is largest and smallest, round the middle, where the branches meet, and at random."""
     ends = np.concatenate([np.arange(700), 2**32 - 1 - np.arange(700), 2**31 + np.arange(-300, 300)])
     turns = np.concatenate([int(share * 2**32) + np.arange(-48, 48) for share in (0.5**0.5, 1 - 0.5**0.5, 0.25)])
     return np.concatenate([ends, turns, np.random.default_rng(0).integers(0, 2**32, 4096 - 2288)]).astype(np.uint32)

@@ -21,7 +21,7 @@ __all__ = ["_quick_trainers"]  # for the test
 
 
 def joined(rank: int, world: int) -> None:
-    """What torchrun sets, and an accelerate that has not looked yet."""
+    """The environment that torchrun sets, and an accelerate that has not looked yet."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     forget_accelerator()

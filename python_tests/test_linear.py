@@ -197,7 +197,7 @@ def test_a_chunk_stays_within_its_budget(native: str, monkeypatch: pytest.Monkey
 
 
 class Counted:
-    """How many products there were, and how many of them as large as a weight's gradient."""
+    """The number of products, and of those as large as a weight's gradient."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, shapes: tuple[tuple[int, ...], ...]) -> None:
         self.all = self.of_weights = 0

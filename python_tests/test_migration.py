@@ -1,4 +1,4 @@
-"""What other libraries compute, written out, beside the call of ours that docs/coming-from gives for it."""
+"""The losses of other libraries, written out, beside the call of ours that docs/coming-from gives for it."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_one_wrong_element_in_a_small_row_is_seen(dtype: torch.dtype) -> None:
 
 
 def test_probabilities_rounded_to_bf16_exceed_the_bar() -> None:
-    """What a softmax in bf16 costs is far above the bar, though the loss looks right."""
+    """The error of a softmax in bf16 is far above the bar, though the loss looks right."""
     student, teacher = logits(64, 1000, 0, dtype=torch.bfloat16), logits(64, 1000, 1, dtype=torch.bfloat16)
     expected = truth(student, teacher, reduction="none", needs=(True, False))
     leaf = student.clone().requires_grad_()

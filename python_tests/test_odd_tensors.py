@@ -83,7 +83,7 @@ OTHER_KINDS = [
 
 
 def refusal(function: Callable[..., Any], *args: Any, **given: Any) -> tuple[type | None, str]:
-    """What a call raises, as a type and words: pytest would show the arguments, and to show them is to read them."""
+    """The error of a call, as a type and words: pytest would show the arguments, and to show them is to read them."""
     try:
         function(*args, **given)
     except Exception as error:

@@ -26,7 +26,7 @@ from tgt_fast.train.probe import probe
 
 
 def pixels(file: bytes) -> np.ndarray:
-    """What a PNG file of ours holds."""
+    """The contents of a PNG file of ours."""
     width, height = (int.from_bytes(file[at : at + 4], "big") for at in (16, 20))
     channels = {0: 1, 2: 3}[file[25]]
     at = file.index(b"IDAT")

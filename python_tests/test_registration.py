@@ -83,7 +83,7 @@ def test_opcheck_on_a_gpu(gpu: str, name: str) -> None:
 
 
 class _OnAGpu:
-    """What a backend's refusal asks of a tensor, as of one on a GPU."""
+    """Answers to a backend's refusal, as of a tensor on a GPU."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.device, self.layout = torch.device("cuda"), tensor.layout

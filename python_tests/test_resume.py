@@ -74,7 +74,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
 
 
 class Killed(BaseException):
-    """What no handler in the library catches."""
+    """An error that no handler in the library catches."""
 
 
 def assert_resumes(tmp_path: Path, start: Callable[[], dict[str, Any]], stops: list[int], **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""What models return and are called with, by one rule: teachers, objectives, samplers, fit, evaluate and caches."""
+"""Results and arguments of models, by one rule: teachers, objectives, samplers, fit, evaluate and caches."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def disagreement(student: nn.Module, made: Synthetic) -> Tensor:
 
 
 def places(sampler: LatentSampler) -> dict[int, Tensor]:
-    """Where each chain of the bank stands."""
+    """The place of each chain of the bank."""
     state = sampler.state_dict()
     chains, z = state["bank_chains"], state["bank_latents"]
     assert isinstance(chains, Tensor)

@@ -1,4 +1,4 @@
-"""What a sampler learns and keeps: the latents' scale, balanced anchors, and a state to resume from."""
+"""The state that a sampler learns and keeps: the latents' scale, balanced anchors, and a state to resume from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user gets wrong first in training: one line that says what to do, before anything is trained."""
+"""The first mistakes of a user in training: one line that says what to do, before anything is trained."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_a_result_for_other_sources_is_kept_while_it_is_the_larger(script: Modul
 def test_a_set_that_runs_out_of_time_says_how_much_of_it_there_was(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What there was time for is the beginning of an order that does not change, of the sources as they were then."""
+    """The forms that there was time for begin an order that does not change, of the sources as they were then."""
     seen: list[str] = []
     clock = iter([0.0, *map(float, range(100))])
 

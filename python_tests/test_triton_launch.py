@@ -22,7 +22,7 @@ STORE = re.compile(r"tt\.store %[\w#]+, (%[\w#]+)")
 
 
 def found_by(script: str, environment: dict[str, str], folder: Path) -> dict[str, Any]:
-    """What a script found, with nothing compiled before."""
+    """The findings of a script, with nothing compiled before."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     unwanted = ("TRITON_INTERPRET", "TGT_FAST_TRITON_PLANS")
@@ -37,7 +37,7 @@ def found_by(script: str, environment: dict[str, str], folder: Path) -> dict[str
 
 @pytest.fixture(scope="module")
 def findings(child_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What dry_forms.py found."""
+    """The findings of dry_forms.py."""
     return found_by("dry_forms.py", child_environment, tmp_path_factory.mktemp("dry"))
 
 

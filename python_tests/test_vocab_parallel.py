@@ -61,7 +61,7 @@ def test_loss_and_gradients_are_those_of_all_classes(world: int, tmp_path: Path)
 @needs_processes
 @worlds
 def test_a_call(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What travels; the same bits again; in place; backward twice; in float16; what is refused."""
+    """Messages; the same bits again; in place; backward twice; in float16; what is refused."""
     student, teacher, target, _ = PLAIN.inputs()
     offsets = OFFSETS[world]
 

@@ -110,7 +110,7 @@ def evaluated(case: Case, student: Tensor, teacher: Tensor, target: Tensor, weig
 
 
 def joined(found: list[Any]) -> Result:
-    """What the processes made, as of one; their losses and statistics are the same bits."""
+    """The results of the processes, as of one; their losses and statistics are the same bits."""
     loss, _, _, stats = found[0]
     for other, _, _, also in found[1:]:
         assert torch.equal(loss.nan_to_num(7), other.nan_to_num(7))

@@ -1,4 +1,4 @@
-"""How the docstrings of this package become pages: a griffe extension, which reads them before they are parsed.
+"""The way of docstrings of this package onto pages: a griffe extension, which reads them before they are parsed.
 
 They are written to be read in a terminal: Sphinx roles for names, an indented block behind ``::`` for equations, and
 examples for doctest that stand in the text. Here those become links, code blocks and fenced sessions.

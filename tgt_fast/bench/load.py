@@ -1,4 +1,4 @@
-"""How busy the machine was while something was measured."""
+"""The load of the machine while something was measured."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Load:
 
     @property
     def busy(self) -> bool:
-        """Whether others took so much that times are rough ones."""
+        """True if others took so much that times are rough ones."""
         cores = os.cpu_count() or 1
         if self.others is not None:
             return self.others > _MUCH * cores

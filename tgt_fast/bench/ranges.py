@@ -1,4 +1,4 @@
-"""Where a step's time went: the named ranges of a profile as a tree, whose own shares add up to the whole."""
+"""The time of a step by its parts: the named ranges of a profile as a tree, whose own shares add up to the whole."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Row:
 
     @property
     def busy(self) -> bool:
-        """Whether other processes took so much of the machine that the times are rough ones."""
+        """True if other processes took so much of the machine that the times are rough ones."""
         return self.load is not None and self.load.busy
 
     @property

@@ -30,7 +30,7 @@ class Timing:
 
 
 def spread(values: Sequence[float]) -> float:
-    """How far apart the quartiles of several times lie, as a share of their median."""
+    """The distance of the quartiles of several times, as a share of their median."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return (high - low) / middle if middle > 0 else 0.0
 

@@ -32,7 +32,7 @@ MakeScheduler = Callable[[Optimizer], LRScheduler]
 
 
 class TGTCallback(Callback):
-    """What a run of a :class:`tgt_fast.TGTObjective` needs around its steps, in any LightningModule.
+    """All that a run of a :class:`tgt_fast.TGTObjective` needs around its steps, in any LightningModule.
 
     The sampler's state is in checkpoints, the chains of all processes among it, and is taken up again from them, by any
     number of processes. In several processes the objective counts over all of them. The teacher follows the module's

@@ -97,7 +97,7 @@ document.querySelectorAll("table.sorts").forEach(function (table) {
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a table of pictures and texts."""
+    """A table of pictures and texts."""
 
     text: str = ""
     png: bytes = b""

@@ -1,4 +1,4 @@
-"""What there is to tell of a training run, from its log or from its result."""
+"""The story of a training run, from its log or from its result."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def _of_record(
 def _shaped(
     loss: Tensor, rows: Tensor | None, shape: torch.Size, options: DistillOptions
 ) -> Tensor | tuple[Tensor, DistillStats]:
-    """What the caller gets."""
+    """The results for the caller."""
     if options.reduction == "none":
         loss = loss.reshape(shape[:-1])
     if rows is None:

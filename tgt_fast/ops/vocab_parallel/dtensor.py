@@ -174,7 +174,7 @@ def _layout(student: Any, teacher: Any) -> Layout:
 
 
 def shards_along(mesh: Any, dimensions: tuple[int, ...], classes: int, width: int) -> Shards:
-    """Where this process's classes are, which DTensors cut evenly along one dimension of the mesh after the other."""
+    """The place of this process's classes: DTensors cut evenly along one dimension of the mesh after the other."""
     start, end, widest = 0, classes, classes
     for at in dimensions:
         part = -(-(end - start) // mesh.size(at))

@@ -67,7 +67,7 @@ class Steps:
         return statistics.opened(self.kernel, call)
 
     def stats_sums(self, call: DistillCall, own: Tensor, maxima: Tensor, mine: Tensor) -> Tensor:
-        """What is added up for them."""
+        """The numbers that are added up for them."""
         return statistics.sums_of(own, maxima, mine, call.options)
 
     def stats_values(self, call: DistillCall, own: Tensor, maxima: Tensor, sums: Tensor) -> Tensor:

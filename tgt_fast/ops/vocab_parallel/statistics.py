@@ -41,7 +41,7 @@ def opened(kernel: Any, call: DistillCall) -> Tensor:
 
 
 def maxima_of(own: Tensor) -> Tensor:
-    """What the processes take the largest of."""
+    """The numbers of which the processes take the largest."""
     return merging.maxima_of(own[:, :OPENED])
 
 
@@ -52,7 +52,7 @@ def first_of(own: Tensor, maxima: Tensor, shards: Shards) -> Tensor:
 
 
 def sums_of(own: Tensor, maxima: Tensor, mine: Tensor, options: DistillOptions) -> Tensor:
-    """What they add up; ``mine``: whether the largest logits of each side are here.  -> [N, SUMS]"""
+    """The numbers that they add up; ``mine``: whether the largest logits of each side are here.  -> [N, SUMS]"""
     state, fields, plain = own[:, :OPENED], own[:, OPENED:], _plain(options)
     parts = merging.parts_of(state, maxima, plain)
     log_q = merging.log_of(state[:, STUDENT_SUM], state[:, STUDENT_MAX] - maxima[:, 0], options.temperature)
