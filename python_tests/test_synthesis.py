@@ -259,6 +259,7 @@ def test_arguments_that_cannot_be(tmp_path: Path) -> None:
         ("replicas must be", ArgumentError, {"replicas": 0}),
         ("copies of each other", ArgumentError, {"sampler": sampler_for(sigma=0.0), "replicas": 2}),
         ("format must be", ArgumentError, {"format": "csv"}),
+        ("memory maps, so in a folder; give 's3://", ArgumentError, {"folder": "s3://bucket/folder"}),
         ("shard_bytes must be", ArgumentError, {"shard_bytes": 0}),
         ("latents must be True or False", ArgumentError, {"latents": 1}),
         ("filters must be", ArgumentError, {"filters": {"max_entropy": 1.0}}),
@@ -267,7 +268,7 @@ def test_arguments_that_cannot_be(tmp_path: Path) -> None:
     ]
     for number, (words, kind, given) in enumerate(cases):
         with pytest.raises(kind, match=words):
-            synthesize(tmp_path / str(number), **given)
+            synthesize(**{"folder": tmp_path / str(number), **given})
     for bad in ({"max_entropy": -1}, {"min_agreement": 2}, {"max_distance": float("nan")}, {"second": abs}):
         with pytest.raises(ArgumentError, match="Filters"):
             Filters(**bad)

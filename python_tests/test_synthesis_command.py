@@ -293,3 +293,12 @@ def test_a_pipeline_of_ray_gives_the_same_rows_also_where_an_actor_is_killed(
         ray.shutdown()
     assert run("one") == 0
     assert content("one") == content("folder") == content("files")
+
+
+def test_an_address_in_the_place_of_a_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pyarrow", reason="needs pyarrow: tgt-fast[parquet]")
+    words = ["synthesize", "--teacher", "mine:teacher", "--data", "mine:batches", "--format", "parquet", "--out"]
+    for out in ("here", "memory://command/there", "memory://command/there"):
+        assert status(*words, out, "--calibrate", "3") == 0
+    assert "0 examples made, 33 were there, in memory://command/there" in capsys.readouterr().out
+    assert content("here") == content("memory://command/there")

@@ -23,6 +23,7 @@ from tgt_fast.synthesis.engines import local, ray, torchrun
 from tgt_fast.synthesis.filters import Filters
 from tgt_fast.synthesis.job import Job, threads
 from tgt_fast.synthesis.maker import OP
+from tgt_fast.synthesis.parquet import is_address
 from tgt_fast.synthesis.summary import SynthesisSummary
 from tgt_fast.teacher import tree
 from tgt_fast.teacher.batches import Columns
@@ -129,7 +130,7 @@ def preview(job: Job, count: int, console: Console) -> None:
         table.add_row(*line, *(() if texts is None else (texts[number][:_LETTERS],)))
     console.print(table, markup=False, highlight=False)
     if texts is None and images_of(x) is not None:
-        folder = job.folder if "://" not in job.folder else "."
+        folder = "." if is_address(job.folder) else job.folder
         file = save_grid(x, Path(folder) / "preview.png", most=count)
         _print(console, f"pictures, row by row in the order of their places: {file}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 from tgt_fast._opening import as_path
@@ -13,7 +12,7 @@ from tgt_fast.cache.keys import SYNTHETIC
 from tgt_fast.cache.layout import Layout, Rows
 from tgt_fast.cache.store import Store
 from tgt_fast.errors import ArgumentError
-from tgt_fast.synthesis.parquet import SUFFIX, ParquetRows
+from tgt_fast.synthesis.parquet import SUFFIX, ParquetRows, is_address
 
 FORMATS: Final = ("safetensors", "parquet")
 DROPPED: Final = "dropped"  # a folder in the folder, of the keys of examples that filters refused
@@ -54,6 +53,11 @@ def open_rows(
     """
     if format == "parquet":
         return ParquetRows(op, folder, fingerprint, shard_bytes=shard_bytes, shard_seconds=SHARD_SECONDS, notes=notes)
+    if is_address(folder):
+        raise ArgumentError(
+            f"{op}: shards of safetensors are read through memory maps, so in a folder; give {folder!r} "
+            'format="parquet"'
+        )
     path = as_path(op, "a folder", folder)
     if fingerprint is not None and any(path.glob(f"*{SUFFIX}")):
         raise ArgumentError(f'{op}: {path} holds Parquet files; go on with format="parquet", or use another folder')
@@ -66,4 +70,4 @@ def open_rows(
 
 def beneath(folder: Any, name: str) -> Any:
     """A folder in a folder, which may be one of another file system."""
-    return f"{folder.rstrip('/')}/{name}" if isinstance(folder, str) and "://" in folder else Path(folder) / name
+    return f"{folder.rstrip('/')}/{name}" if is_address(folder) else as_path("synthesize", "a folder", folder) / name

@@ -49,7 +49,7 @@ class Place:
 
     def __init__(self, op: str, folder: Any) -> None:
         self._files: Any = None
-        if isinstance(folder, str) and "://" in folder:
+        if is_address(folder):
             self.shown = folder
             self._files, self._path = optional("fsspec.core", "parquet", op).url_to_fs(folder)
         else:
@@ -269,9 +269,14 @@ class ParquetRows:
         self.flush()
 
 
+def is_address(folder: Any) -> bool:
+    """True if it is one that fsspec knows, and no folder of this machine."""
+    return isinstance(folder, str) and "://" in folder
+
+
 def is_parquet(folder: Any) -> bool:
     """True if a folder is one of Parquet files, as far as can be seen."""
-    if isinstance(folder, str) and "://" in folder:
+    if is_address(folder):
         return True
     try:
         return any(Path(folder).glob(f"*{SUFFIX}"))

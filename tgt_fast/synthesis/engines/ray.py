@@ -29,6 +29,7 @@ from tgt_fast.errors import ProcessError, TgtError
 from tgt_fast.synthesis.engines.local import interrupted_by_sigterm
 from tgt_fast.synthesis.job import Job, threads
 from tgt_fast.synthesis.maker import OP, Batch
+from tgt_fast.synthesis.parquet import is_address
 from tgt_fast.synthesis.summary import SynthesisSummary
 from tgt_fast.teacher.batches import Columns
 
@@ -44,7 +45,7 @@ def run(job: Job, workers: int, *, progress: bool) -> SynthesisSummary:
         ProcessError: a task or an actor failed; what was written is kept.
     """
     ray, data = optional("ray", "ray", OP), optional("ray.data", "ray", OP)
-    job = replace(job, folder=job.folder if "://" in job.folder else str(Path(job.folder).absolute()))
+    job = replace(job, folder=job.folder if is_address(job.folder) else str(Path(job.folder).absolute()))
     own = not ray.is_initialized()
     try:
         with interrupted_by_sigterm():
