@@ -39,6 +39,14 @@ REQUIRE_CUDA = os.environ.get("TGT_FAST_REQUIRE_CUDA") == "1"
 # They test formulas of autograd that all compiled backends share, by hundreds of calls: too many for an interpreter.
 OF_THE_OPS_ALONE = {"test_gradcheck_in_float64", "test_the_sphere_can_be_differentiated_twice"}
 
+# Files of tests, or of fixtures, that take many seconds each.
+LONG = {
+    "test_triton_launch.py", "test_gpu_tests_host.py", "test_cuda_races.py", "test_cuda_launch.py",
+    "test_demo_digits.py", "test_demo_lm.py", "test_compile.py", "test_fit_failures.py",
+    "test_fuzz.py", "test_kills.py", "test_gpu_calls.py", "test_linear_autograd.py",
+    "test_cache_frameworks.py", "test_triton.py",
+}  # fmt: skip
+
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
@@ -90,6 +98,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=[item for item in items if item in dropped])
         items[:] = [item for item in items if item not in dropped]
+    # Last come short ones: a process that begins a minute's work when the others are done keeps them all waiting.
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 def _interprets(item: pytest.Item) -> bool:

@@ -79,8 +79,8 @@ def check(compiled: Call, plain: Call, values: list[Any]) -> None:
                 torch.testing.assert_close(one, two)
 
 
-# Numbers are told from tensors in one place, whatever the call.
-@pytest.mark.parametrize("name", ["dense", "reference", "record", "linear", "contrast", "soft embedding", "tokens"])
+# Numbers are told from tensors in one place, whatever the call: once a function.
+@pytest.mark.parametrize("name", ["dense", "linear", "contrast", "soft embedding", "tokens"])
 def test_a_schedule_of_numbers_is_compiled_once_when_it_is_seen_to_change(name: str) -> None:
     call = CALLS[name]
     check(torch.compile(call, fullgraph=True, backend="aot_eager"), call, VALUES)

@@ -6,6 +6,7 @@ compiled kernels.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -72,9 +73,15 @@ def test_every_way_to_cut_a_call(interpreted: str, divergence: str, plan: Plan) 
     check(plan, student.bfloat16(), teacher.double(), target, temperature=0.5, **options)
 
 
-@plans
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_every_way_to_cut_masked_rows(interpreted: str, divergence: str, plan: Plan) -> None:
+@pytest.mark.parametrize(
+    ("name", "divergence"),
+    [
+        *itertools.product(("rows that do not fill a program", "streamed"), DIVERGENCES),
+        ("a row a program", "forward_kl"),  # the kernel of the first, with one row in the place of four
+        ("a row a program", "jsd"),
+    ],
+)
+def test_every_way_to_cut_masked_rows(interpreted: str, name: str, divergence: str) -> None:
     """Masks on either side, on both, whole tiles of them, and rows of NaN, +inf and nothing but -inf."""
     student, teacher, target = logits(9, 100, 0), logits(9, 100, 1), targets(9, 100, 2)
     for side, row in ((student, 0), (teacher, 1), (student, 2), (teacher, 2)):
@@ -85,7 +92,7 @@ def test_every_way_to_cut_masked_rows(interpreted: str, divergence: str, plan: P
     teacher[6, 50] = math.inf
     student[7] = -math.inf
     options: dict[str, Any] = {"divergence": divergence, "hard_weight": 0.7, "label_smoothing": 0.1}
-    check(plan, student, teacher, target, **options)
+    check(PLANS[name], student, teacher, target, **options)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -94,7 +101,8 @@ def test_maxima_that_rise_from_tile_to_tile(interpreted: str, divergence: str) -
     ramp = torch.linspace(-30, 30, 100)
     student = torch.stack([ramp, ramp.flip(0), 0.1 * ramp, ramp])
     teacher = torch.stack([0.5 * ramp, ramp, ramp.flip(0), 1.01 * ramp])
-    check(PLANS["streamed"], student, teacher, divergence=divergence)
+    if divergence in ("forward_kl", "jsd"):  # without the hard term, in which the student's maximum rises as well
+        check(PLANS["streamed"], student, teacher, divergence=divergence)
     check(PLANS["streamed"], student, teacher, targets(4, 100, 2), divergence=divergence, hard_weight=1.0,
           label_smoothing=0.2, temperature=3.0)  # fmt: skip
 

@@ -22,7 +22,7 @@ except ImportError:  # Python 3.10
 project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
 print(*project["optional-dependencies"]["docs"], sep="\n")
 PY
-"$scratch/venv/bin/pip" install -q -c constraints.txt -r "$scratch/requirements.txt"
+"$scratch/venv/bin/pip" install -q --no-compile -c constraints.txt -r "$scratch/requirements.txt"
 export PYTHONDONTWRITEBYTECODE=1 NO_MKDOCS_2_WARNING=1
 "$scratch/venv/bin/mkdocs" build --quiet --strict --clean --site-dir "$scratch/site"
 cp -R "$scratch/site/." "$out/"
