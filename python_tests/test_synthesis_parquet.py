@@ -116,6 +116,26 @@ def test_the_same_rows_made_twice_at_once_are_one_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("arrow")
+def test_rows_that_two_files_hold_are_written_once_at_the_end(tmp_path: Path) -> None:
+    parquet(tmp_path / "one")
+    data = tgt.SyntheticDataset(tmp_path / "one")
+    rows = data._rows.gather(data._rows.find(data._keys), list(data._layout.blocks))
+    for address in (tmp_path / "two", "memory://repeated/rows"):
+        writers = [open_rows("test", address, data.fingerprint, format="parquet") for _ in range(3)]
+        for writer, part in zip(writers, (slice(0, 9), slice(5, ROWS), slice(2, 7)), strict=True):
+            writer.append(data._keys[part], {name: block[part] for name, block in rows.items()}, data._layout)
+        for writer in writers:
+            writer.close()
+        assert equal(tgt.SyntheticDataset(address), data)  # which counts the first ones
+        last = open_rows("test", address, None, format="parquet")
+        assert last.drop_repeated() == 9 + (ROWS - 5) + 5 - ROWS
+        assert equal(tgt.SyntheticDataset(address), data)
+        again = open_rows("test", address, None, format="parquet")
+        assert again.drop_repeated() == 0
+        assert sum(len(file.ids) for file in again._segments) == ROWS
+
+
+@pytest.mark.usefixtures("arrow")
 def test_addresses_that_fsspec_knows(tmp_path: Path) -> None:
     synthesize(tmp_path, filters=Filters(max_entropy=1.09))
     address = "memory://synthesis/here"

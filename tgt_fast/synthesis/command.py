@@ -53,12 +53,14 @@ def run(given: Mapping[str, Any], console: Console) -> None:
         share = torchrun.place_of_rank()
         if share is None:
             torchrun.launch(words_of(given), workers)
+            job.finish()
             return
         summary = torchrun.work(job, share, progress=progress)
         _print(console, f"rank {share[0]} of {share[1]}: {summary}, in {job.folder}")
         return
     work = ray.run if engine == "ray" else local.run
     summary = work(job, workers, progress=progress)
+    job.finish()
     _print(console, f"{summary}, in {job.folder}")
     _tell_dropped(summary, console)
 

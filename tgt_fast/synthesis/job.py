@@ -23,8 +23,9 @@ from tgt_fast.cache.store import reported
 from tgt_fast.errors import ArgumentError, CacheError
 from tgt_fast.explore import LatentSampler
 from tgt_fast.synthesis.filters import Filters
-from tgt_fast.synthesis.folder import beneath
+from tgt_fast.synthesis.folder import DROPPED, beneath
 from tgt_fast.synthesis.maker import OP, Maker
+from tgt_fast.synthesis.parquet import SUFFIX, ParquetRows, Place
 from tgt_fast.synthesis.run import run
 from tgt_fast.synthesis.summary import SynthesisSummary
 from tgt_fast.synthesis.target import Target
@@ -113,6 +114,12 @@ class Job:
     def target(self, fingerprint: Fingerprint) -> Target:
         names = self.filters.names
         return Target(fingerprint, names, self.folder, format=self.format, shard_bytes=self.shard_bytes)
+
+    def finish(self) -> None:
+        """After the last worker: no file of those that others read holds a row that another one holds."""
+        for folder in (self.folder, beneath(self.folder, DROPPED)):
+            if self.format == "parquet" and any(name.endswith(SUFFIX) for name in Place(OP, folder).names()):
+                ParquetRows(OP, folder, None, shard_bytes=1, shard_seconds=0.0).drop_repeated()
 
     def work(self, share: tuple[int, int], *, progress: bool) -> SynthesisSummary:
         """One worker's share."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tgt_fast._files import new_file, remove_dead, sync
 from tgt_fast._opening import as_path
@@ -90,6 +91,13 @@ class Place:
                 new.take_name(self.local / name)
             sync(self.local)
 
+    def remove(self, name: str) -> None:
+        if self._files is not None:
+            self._files.rm_file(f"{self._path}/{name}")
+            return
+        with reported(self.local, "write to"), suppress(FileNotFoundError):
+            os.unlink(self.local / name)
+
     def set_aside(self, name: str) -> None:
         if self._files is not None:
             self._files.mv(f"{self._path}/{name}", f"{self._path}/{name}{TORN}")
@@ -125,6 +133,7 @@ class ParquetRows:
         self._segments: list[_File] = []
         self._index = Index(SYNTHETIC)
         self._seen: set[str] = set()
+        self._twice: dict[str, NDArray[np.bool_]] = {}  # of a file the rows that an earlier one holds, too
         self._pending: Pending | None = None
         self._decoded: OrderedDict[tuple[int, int], Rows] = OrderedDict()
         if fingerprint is not None:
@@ -169,6 +178,9 @@ class ParquetRows:
             )
         self._agree(layout)
         self.stored_fingerprint = fingerprint
+        twice = self._index.find(keys) != MISSING
+        if twice.any():
+            self._twice[name] = twice
         self._attach(name, keys, groups)
 
     def _attach(self, name: str, keys: Ids, groups: list[int]) -> None:
@@ -245,6 +257,37 @@ class ParquetRows:
             self.flush()
         return len(new)
 
+    def drop_repeated(self) -> int:
+        """Write files anew without the rows that others hold, too, and say how many; for when nobody else writes.
+
+        Two workers that do not see each other may make the same rows in other company. Here the first count; a program
+        that reads all files would meet them twice.
+        """
+        self.refresh()
+        dropped = 0
+        for name, twice in sorted(self._twice.items()):
+            with self._place.open(name) as opened:
+                table = self._pq.ParquetFile(opened).read()
+            rest = table.filter(self._pa.array(~twice))
+            if len(rest):
+                self._write(rest, arrow.keys_of(rest))
+            self._place.remove(name)
+            dropped += int(twice.sum())
+        self._twice = {}
+        return dropped
+
+    def _write(self, table: Any, ids: Ids) -> tuple[str, int]:
+        """Write a file, under the name that its keys give it; that and the rows of a group."""
+        assert self.layout is not None
+        group = max(1, min(len(ids), _GROUP_BYTES // max(1, self.layout.row_bytes)))
+        content = io.BytesIO()
+        self._pq.write_table(
+            table, content, row_group_size=group, use_dictionary=False, write_page_checksum=True, store_schema=True
+        )
+        name = f"rows-{hashlib.sha256(ids.tobytes()).hexdigest()[:24]}{SUFFIX}"
+        self._place.write(name, content.getbuffer())
+        return name, group
+
     def flush(self) -> None:
         """Write what waits in memory as a file."""
         pending, layout, fingerprint = self._pending, self.layout, self._given
@@ -252,13 +295,7 @@ class ParquetRows:
             return
         ids = pending.ids
         table = arrow.table_of(self._pa, ids, layout.unpack(pending.blocks), layout, fingerprint, self._notes)
-        group = max(1, min(len(ids), _GROUP_BYTES // max(1, layout.row_bytes)))
-        content = io.BytesIO()
-        self._pq.write_table(
-            table, content, row_group_size=group, use_dictionary=False, write_page_checksum=True, store_schema=True
-        )
-        name = f"rows-{hashlib.sha256(ids.tobytes()).hexdigest()[:24]}{SUFFIX}"
-        self._place.write(name, content.getbuffer())
+        name, group = self._write(table, ids)
         self._seen.add(name)
         self._pending = None
         self.stored_fingerprint = fingerprint

@@ -83,9 +83,11 @@ class Target:
 
     def __exit__(self, *_: object) -> None:
         """Also after a failure and an interruption: what was made is kept."""
-        for store in (self.rows, self.dropped):
-            if store is not None:
-                store.close()
+        try:
+            self.rows.close()
+        finally:
+            if self.dropped is not None:
+                self.dropped.close()
 
 
 def notes() -> dict[str, Any]:
