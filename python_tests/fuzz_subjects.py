@@ -315,7 +315,8 @@ def sampler(draw: random.Random, folder: Path) -> Subject:
     options = some(
         draw, sigma=0.5, step_size=0.5, steps=2, radius=1.0, norm="l2", step_noise=0.1, anchors="batch", replicas=2,
         divergence="forward_kl", beta=0.3, temperature=2.0, restart_probability=0.5, bank_size=8, truncation=2.0,
-        seed=3, rank=0, world_size=1, record_disagreement=True, repeats="distinct",
+        seed=3, rank=0, world_size=1, record_disagreement=True, repeats="distinct", score=tgt.scores.entropy,
+        ball="linf",
     )  # fmt: skip
     mode = draw.choice(("prior", "random", "gradient", "persistent"))
 

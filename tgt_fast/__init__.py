@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tgt_fast import testing as testing
     from tgt_fast import train as train
     from tgt_fast.cache import Fingerprint, TeacherCache, teacher_fingerprint
-    from tgt_fast.explore import LatentSampler, Synthetic, SyntheticReplay
+    from tgt_fast.explore import LatentSampler, Synthetic, SyntheticReplay, scores
     from tgt_fast.kernels.native import release_buffers
     from tgt_fast.kernels.options import DistillStats
     from tgt_fast.kernels.select import backends, explain
@@ -76,6 +76,7 @@ __all__ = [
     "perturb_latents",
     "release_buffers",
     "sample_tokens",
+    "scores",
     "soft_embedding",
     "synthesize",
     "teacher_fingerprint",
@@ -124,6 +125,7 @@ _WHERE: Final = {
     "perturb_latents": "tgt_fast.ops.latent",
     "release_buffers": "tgt_fast.kernels.native",
     "sample_tokens": "tgt_fast.ops.tokens",
+    "scores": "tgt_fast.explore",
     "soft_embedding": "tgt_fast.ops.tokens",
     "synthesize": "tgt_fast.synthesis",
     "teacher_fingerprint": "tgt_fast.cache",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tgt_fast._ranges import named_range
+from tgt_fast.explore.channels import channel_noise, moved
 from tgt_fast.explore.options import SamplerOptions
 from tgt_fast.kernels.philox import philox4x32
 from tgt_fast.ops.latent import perturb_latents
@@ -34,9 +35,15 @@ def philox_words(key: Key, op: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def with_noise(
     latents: Latents, scale: Tensor | None, key: Key, options: SamplerOptions, *, op: str = "perturb"
 ) -> Latents:
-    """z + sigma * scale * noise at the real positions. scale: broadcastable to z.shape[1:], or None for 1."""
+    """z + sigma * scale * noise at the real positions. scale: broadcastable to z.shape[1:], or None for 1.
+
+    With ``affine`` it is the channels that are moved.
+    """
     if options.sigma == 0:
         return latents
+    if options.affine:
+        with named_range("perturb"):
+            return moved(latents, channel_noise(latents, key, options), scale)
     key = key.on(latents.z.device)
     sigma = options.sigma if scale is None else options.sigma * over_coordinates(scale, latents.z)
     with named_range("perturb"):

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from tgt_fast._ranges import named_range
 from tgt_fast.errors import ArgumentError, ShapeError
+from tgt_fast.explore.channels import channel_noise, channel_slope, channel_step, moved
 from tgt_fast.explore.draws import over_coordinates
 from tgt_fast.explore.guard import preserve_student, unwrapped
 from tgt_fast.explore.options import SamplerOptions
+from tgt_fast.explore.scores import scored
 from tgt_fast.explore.student import refuse_labeler, student_logits
 from tgt_fast.ops.distill import distillation_loss
 from tgt_fast.ops.latent import ascend_latents
@@ -82,6 +84,7 @@ def ascent_steps(
 ) -> Latents:
     """The steps of :func:`ascend`, for a student in eval mode; appends the disagreement before each to ``values``."""
     latents, key = start, key.on(start.z.device)
+    move = channel_noise(anchors, key, options) if options.affine else None  # that of ``start``
     for number in range(options.steps):
         parts = [
             disagreement_grad(teacher, student, *piece, options)
@@ -91,7 +94,11 @@ def ascent_steps(
         if values is not None:
             values.append(value)
         with named_range("ascend"):
-            latents = ascent_step(latents, slope, anchors, scale, key, options, number=number)
+            if move is None:
+                latents = ascent_step(latents, slope, anchors, scale, key, options, number=number)
+            else:
+                move = channel_step(move, channel_slope(slope, anchors, scale), key, options, number)
+                latents = moved(anchors, move, scale)
     return latents
 
 
@@ -146,11 +153,14 @@ def _disagreement(teacher: Teacher, student: Student, latents: Latents, key: Key
 def divergence_of_each(
     ours: Tensor, theirs: Tensor, weight: float | Tensor | None, known: Tensor | None, options: SamplerOptions
 ) -> Tensor:
-    """The disagreement with one opinion, [B]."""
+    """The disagreement with one opinion, or what ``options.score`` says of it, [B]."""
     if ours.shape[-1] != theirs.shape[-1]:
         raise ShapeError(f"LatentSampler: the student has {ours.shape[-1]} classes, the labeler {theirs.shape[-1]}")
+    ours = ours if known is None else ours.masked_fill(~known, -math.inf)
+    if options.score is not None:
+        return _weighted(scored("LatentSampler", options.score, ours, theirs), weight)
     loss = distillation_loss(
-        ours if known is None else ours.masked_fill(~known, -math.inf),
+        ours,
         theirs,
         divergence=options.divergence,
         beta=options.beta,
@@ -158,7 +168,10 @@ def divergence_of_each(
         reduction="none",
         backend=options.backend,
     )
-    loss = loss.flatten(1).sum(1) if loss.ndim > 1 else loss
+    return _weighted(loss.flatten(1).sum(1) if loss.ndim > 1 else loss, weight)
+
+
+def _weighted(loss: Tensor, weight: float | Tensor | None) -> Tensor:
     if weight is None:
         return loss
     # A teacher may have nothing to say of a sample that another one labels.
@@ -185,6 +198,7 @@ def ascent_step(
     anchor = None if anchors is None else anchors.z
     radius = options.radius
     common: dict[str, Any] = {
+        "radius_norm": options.ball,
         "scale": None if scale is None else over_coordinates(scale, latents.z),
         "sample_ids": key.ids,
         "seed": key.seed,

@@ -8,7 +8,8 @@ from numbers import Integral
 from typing import Any, Final
 
 from tgt_fast.errors import ArgumentError
-from tgt_fast.kernels.options import DIVERGENCES, MAX_REPLICA, STEP_NORMS
+from tgt_fast.explore.scores import Score, check_score
+from tgt_fast.kernels.options import DIVERGENCES, MAX_REPLICA, RADIUS_NORMS, STEP_NORMS
 from tgt_fast.kernels.select import BACKENDS
 from tgt_fast.ops import _checks
 from tgt_fast.teacher.returned import LogitsOf, check_logits_of
@@ -46,11 +47,15 @@ class SamplerOptions:
     record_disagreement: bool = False
     repeats: str = "distinct"
     logits_of: LogitsOf = None
+    score: Score | None = None
+    ball: str = "l2"
+    affine: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("mode", MODES),
             ("norm", STEP_NORMS),
+            ("ball", RADIUS_NORMS),
             ("units", UNITS),
             ("anchors", ANCHORS),
             ("repeats", REPEATS),
@@ -63,9 +68,8 @@ class SamplerOptions:
         _checks.number(_OP, "restart_probability", self.restart_probability, 0, 1)
         _checks.number(_OP, "temperature", self.temperature, 0, _LARGE, open_low=True)
         _checks.number(_OP, "beta", self.beta, 0, 1)
-        object.__setattr__(
-            self, "record_disagreement", _checks.flag(_OP, "record_disagreement", self.record_disagreement)
-        )
+        for name in ("record_disagreement", "affine"):
+            object.__setattr__(self, name, _checks.flag(_OP, name, getattr(self, name)))
         for name in ("radius", "truncation"):
             if getattr(self, name) is not None:
                 _checks.number(_OP, name, getattr(self, name), 0, _LARGE, open_low=True)
@@ -74,6 +78,7 @@ class SamplerOptions:
         if self.divergence == "jsd" and not 0 < self.beta < 1:
             raise ArgumentError(f"{_OP}: jsd needs 0 < beta < 1, got {self.beta!r}; see forward_kl and reverse_kl")
         check_logits_of(_OP, self.logits_of)
+        check_score(_OP, self.score)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -82,6 +87,8 @@ class SamplerOptions:
                 f'{_OP}: anchors="balanced" serves the modes random and gradient, not {self.mode!r}: '
                 "prior has no anchors, persistent keeps one chain a training example"
             )
+        if self.affine and self.mode not in ("random", "gradient"):
+            raise ArgumentError(f"{_OP}: affine=True serves the modes random and gradient, not {self.mode!r}")
         if self.mode == "persistent" and self.norm == "raw":
             raise ArgumentError(f'{_OP}: norm="raw" in persistent mode would make the steps depend on the loss scale')
         noisy = self.sigma > 0 or (self.step_noise > 0 and self.mode == "gradient")
@@ -153,6 +160,9 @@ class Adjustable:
     record_disagreement = option("record_disagreement")
     repeats = option("repeats")
     logits_of = option("logits_of")
+    score = option("score")
+    ball = option("ball")
+    affine = option("affine")
 
 
 def checked_integer(name: str, value: object, low: int, high: int, op: str = _OP) -> int:

@@ -19,6 +19,7 @@ from tgt_fast.explore.pool import RowPool, joined
 from tgt_fast.explore.prefetch import Prefetching
 from tgt_fast.explore.processes import of_all_processes
 from tgt_fast.explore.sampler import LatentSampler
+from tgt_fast.explore.scores import Score, scored
 from tgt_fast.explore.student import refuse_labeler, student_logits
 from tgt_fast.explore.synthetic import Synthetic
 from tgt_fast.explore.tally import Tally
@@ -54,9 +55,10 @@ class SyntheticReplay(Adjustable, Prefetching):
         sampler: the :class:`tgt_fast.LatentSampler` that explores, of any mode but persistent.
         reuse: >= 1, how often an example is served on average; 1 is the sampler itself.
         capacity: >= 1, rows that the pool keeps; beyond it the oldest give way.
-        select: "uniform", or "disagreement" (needs ``student=`` at each call, which runs once more, in eval mode, on
-            the candidates, and is left as it was found).
-        candidates: >= 1, how many rows are drawn for one that is taken ("disagreement").
+        select: "uniform"; "disagreement"; or, in the place of D, a score such as those of :mod:`tgt_fast.scores`. All
+            but the first need ``student=`` at each call, which runs once more, in eval mode, on the candidates, and is
+            left as it was found.
+        candidates: >= 1, how many rows are drawn for one that is taken (all but "uniform").
         retire: >= 0 or None: a row whose D was found below it is not served again. D is found of the candidates; with
             "uniform" of the rows that are drawn, for which the student runs once more.
         device: where the pool lies; by default where the sampler's examples do. With "cpu" beside a CUDA device it lies
@@ -103,7 +105,7 @@ class SyntheticReplay(Adjustable, Prefetching):
         *,
         reuse: int = 8,
         capacity: int = 8192,
-        select: str = "uniform",
+        select: str | Score = "uniform",
         candidates: int = 4,
         retire: float | None = None,
         device: torch.device | str | None = None,
@@ -119,7 +121,7 @@ class SyntheticReplay(Adjustable, Prefetching):
         self.sampler = sampler
         self.reuse = checked_integer("reuse", reuse, 1, 1 << 30, _OP)
         self.capacity = checked_integer("capacity", capacity, 1, 1 << 40, _OP)
-        self.select = _checks.choice(_OP, "select", select, SELECT)
+        self.select: str | Score = select if callable(select) else _checks.choice(_OP, "select", select, SELECT)
         self.candidates = checked_integer("candidates", candidates, 1, 1 << 20, _OP)
         self.retire = None if retire is None else _checks.number(_OP, "retire", retire, 0, LAST)
         self.seed = checked_integer("seed", seed, -(2**63), 2**63 - 1, _OP)
@@ -206,8 +208,7 @@ class SyntheticReplay(Adjustable, Prefetching):
         if sample_ids is not None:
             checked_ids(sample_ids, count)
         now, number = self._counted(step, device)
-        asked = self.select == "disagreement" or self.retire is not None
-        if asked:
+        if self.select != "uniform" or self.retire is not None:
             self._check_student(student)
         explored = -(-count // self.reuse)
         if explored * self.options.replicas > self.capacity:
@@ -376,13 +377,13 @@ class SyntheticReplay(Adjustable, Prefetching):
             alive = self._pool.marks["alive"][:size]
             numbers = numbers.masked_fill(~alive, torch.inf)
             usable = alive.sum()
-        drawn = min(size, needed * (self.candidates if self.select == "disagreement" else 1))
+        drawn = min(size, needed * (1 if self.select == "uniform" else self.candidates))
         places = numbers.topk(drawn, largest=False).indices  # ascending: dropped rows last, before them the fresh
         usable = min(drawn, usable) if isinstance(usable, int) else usable.clamp(max=drawn)
         order = places
-        if self.select == "disagreement" or self.retire is not None:
+        if self.select != "uniform" or self.retire is not None:
             scores = self._scores(student, places, made, logits_of).to(places.device)
-            if self.select == "disagreement":
+            if self.select != "uniform":
                 order = places[by_score(scores, numbers[places])]
         within = torch.arange(needed, device=places.device)
         chosen = order[within if isinstance(usable, int) and usable >= needed else within % usable]
@@ -392,7 +393,9 @@ class SyntheticReplay(Adjustable, Prefetching):
 
     def _check_student(self, student: Any) -> None:
         if student is None:
-            raise ArgumentError(f'{_OP}: select="disagreement" and retire= ask what the student says: pass student=')
+            raise ArgumentError(
+                f"{_OP}: select={self.select!r} and retire={self.retire} ask the student: pass student="
+            )
         if not callable(student):
             raise ArgumentError(f"{_OP}: student must be callable, got {type(student).__name__}")
         refuse_labeler(_OP, self.teacher, unwrapped(student))
@@ -406,7 +409,10 @@ class SyntheticReplay(Adjustable, Prefetching):
             view = self.teacher.student_view(rows["x"])
             ours = student_logits(_OP, student, view, where, self.teacher.class_dim)
             ours = checked_logits(ours, len(places), "student")
-            return divergence_of_each(ours, rows["teacher_logits"], None, None, self.options)
+            theirs = rows["teacher_logits"]
+            if callable(self.select):
+                return scored(_OP, self.select, ours, theirs)
+            return divergence_of_each(ours, theirs, None, None, self.options)
 
 
 def _rows_of(name: str, part: Any, rows: Tensor, count: int) -> Any:

@@ -24,6 +24,7 @@ from tgt_fast.explore.persistent import chain_latents
 from tgt_fast.explore.prefetch import Prefetching
 from tgt_fast.explore.prior import prior_latents
 from tgt_fast.explore.processes import of_all_processes, warn_of_foreign_chains, warn_of_own_chains, warn_of_shards
+from tgt_fast.explore.scores import Score
 from tgt_fast.explore.state import SamplerState, checked_state
 from tgt_fast.explore.synthetic import Synthetic
 from tgt_fast.kernels.options import MAX_SAMPLE_ID
@@ -104,6 +105,14 @@ class LatentSampler(Adjustable, Prefetching):
             they are; the reason is logged. A student that draws random numbers or writes to its buffers in eval mode
             is left as it was found here, too.
         logits_of: where the logits are in what the student returns, as for :class:`tgt_fast.TGTObjective` (gradient).
+        score: what gradient mode climbs in the place of D, and :class:`tgt_fast.SyntheticReplay` chooses by: a callable
+            (student_logits, teacher_logits) -> [B], differentiable, such as those of :mod:`tgt_fast.scores`.
+        ball: "l2", or "linf": ``radius`` bounds each coordinate (Madry et al., "Towards deep learning models resistant
+            to adversarial attacks", ICLR 2018).
+        affine: move whole channels (random, gradient): ``z~ = Enc(x) (1 + e) + scale b``, with e and b a number a
+            channel, which take the place of the coordinates above: noise of sigma, steps, and the ball round 0. A
+            channel: a slice along dimension 1, of latents with a mask along the last; its scale is the root mean square
+            over it. After Zhang et al., "Expanding small-scale datasets with guided imagination" (NeurIPS 2023).
 
     Attributes:
         sigma, step_size, ...: the arguments above. An assignment (``sampler.sigma = 0.0``) is checked and takes effect
@@ -165,13 +174,16 @@ class LatentSampler(Adjustable, Prefetching):
         compile: bool = False,
         repeats: str = "distinct",
         logits_of: LogitsOf = None,
+        score: Score | None = None,
+        ball: str = "l2",
+        affine: bool = False,
     ) -> None:
         if not isinstance(teacher, Teacher):
             raise ArgumentError(f"LatentSampler: teacher must be a tgt_fast.Teacher, got {type(teacher).__name__}")
         self.options = SamplerOptions(
             mode, sigma, step_size, steps, radius, norm, step_noise, units, anchors, replicas, divergence,
             beta, temperature, restart_probability, bank_size, truncation, backend, record_disagreement, repeats,
-            logits_of,
+            logits_of, score, ball, affine,
         )  # fmt: skip
         if mode == "prior" and teacher.prior is None:
             raise ArgumentError(

@@ -19,7 +19,7 @@ from tgt_fast.demos.digits.settings import Settings
 from tgt_fast.demos.digits.teachers import cosine
 from tgt_fast.demos.networks import Weights
 from tgt_fast.errors import ArgumentError
-from tgt_fast.explore import LatentSampler
+from tgt_fast.explore import LatentSampler, SyntheticReplay
 from tgt_fast.losses.distill import DistillationLoss
 from tgt_fast.teacher import Teacher
 from tgt_fast.train import TGTObjective, agreement, class_accuracy, class_thirds, fit, mean_kl
@@ -86,8 +86,15 @@ def sampler(method: str, teacher: Teacher, settings: Settings, seed: int, **opti
     return LatentSampler(teacher, **{**chosen, **options})
 
 
-def objective(method: str, teacher: Teacher, images: Images, settings: Settings, seed: int) -> Objective:
-    """The loss that a method minimises."""
+def objective(
+    method: str,
+    teacher: Teacher,
+    images: Images,
+    settings: Settings,
+    seed: int,
+    replay: Mapping[str, Any] | None = None,
+) -> Objective:
+    """The loss that a method minimises; ``replay``: options of a :class:`tgt_fast.SyntheticReplay` of its examples."""
     loss = DistillationLoss(temperature=settings.temperature_of(method), hard_weight=1.0)
     if method == "one-hot":
         return OneHot()
@@ -98,7 +105,8 @@ def objective(method: str, teacher: Teacher, images: Images, settings: Settings,
     explorer = sampler(method, teacher, settings, seed)
     if method != "tgt-prior":
         explorer.calibrate([(images.x, images.y)])
-    return TGTObjective(teacher, explorer, loss=loss)
+    served = explorer if replay is None else SyntheticReplay(explorer, seed=seed, **replay)
+    return TGTObjective(teacher, served, loss=loss)
 
 
 def train_student(
@@ -109,6 +117,7 @@ def train_student(
     counts: Sequence[int],
     settings: Settings,
     seed: int,
+    replay: Mapping[str, Any] | None = None,
 ) -> StudentResult:
     """Train on ``images`` (``counts`` a class), measure on ``test``.
 
@@ -124,7 +133,7 @@ def train_student(
     started = time.perf_counter()
     result = fit(
         student,
-        objective(method, teacher, images, settings, seed),
+        objective(method, teacher, images, settings, seed, replay),
         loader,
         steps=settings.steps,
         optimizer=optimizer,
