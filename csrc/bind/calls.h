@@ -34,13 +34,9 @@ void define(pybind11::module_& m, const char* name, Result (*run)(Given, Rest...
 inline void add_layouts(pybind11::module_& m) {
   m.attr("ROW_STATE") = kRowState;
   pybind11::dict layouts;
-  layouts["DistillCall"] = layout_of<DistillCall>();
-  layouts["ScaleCall"] = layout_of<ScaleCall>();
-  layouts["TopKCall"] = layout_of<TopKCall>();
-  layouts["PerturbCall"] = layout_of<PerturbCall>();
-  layouts["AscendCall"] = layout_of<AscendCall>();
-  layouts["SampleCall"] = layout_of<SampleCall>();
-  layouts["SoftCall"] = layout_of<SoftCall>();
+#define TGT_LAYOUT(Call) layouts[#Call] = layout_of<Call>();
+  TGT_CALLS(TGT_LAYOUT)
+#undef TGT_LAYOUT
   m.attr("LAYOUTS") = layouts;
 }
 

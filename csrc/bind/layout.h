@@ -48,6 +48,9 @@ TGT_FIELDS(SoftCall, first, rows, classes, positions, is_fp64, logits, tau, gumb
            chosen, slope, d_logits)
 #undef TGT_FIELDS
 
+// Those that a kernel takes.
+#define TGT_CALLS(X) X(DistillCall) X(ScaleCall) X(TopKCall) X(PerturbCall) X(AscendCall) X(SampleCall) X(SoftCall)
+
 // Python's letter for a kind of field (struct.Struct).
 template <class T>
 constexpr char letter_of() {

@@ -110,7 +110,8 @@ def run(kernel: str, name: str, at: Tensor, values: tuple[Any, ...]) -> None:
     engine = cuda.engine(at)
     if engine is None:
         compiled = core()
-        getattr(compiled, kernel)(packer(compiled, name)(*values), threads())
+        packed = packer(compiled, name)(*values)  # first: a core that is older than the struct is named as such
+        getattr(compiled, kernel)(packed, threads())
         return
     with engine.current(at) as stream:
         getattr(engine.core, f"cuda_{kernel}")(packer(engine.core, name)(*values), stream)
