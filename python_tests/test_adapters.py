@@ -11,10 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("peft")
-
-import peft
-
 import tgt_fast as tgt
 from tgt_fast.ops import _heads
 
@@ -39,6 +35,7 @@ class Model(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _unsearched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    pytest.importorskip("peft")  # seconds, of each process that merely collects tests if it stood above
     monkeypatch.setattr(_heads, "_looked_for", set())
     yield
     gc.collect()
@@ -46,6 +43,8 @@ def _unsearched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def adapted(*targets: str, tied: bool = False) -> Any:
     """The model under LoRA, whose adapters are not the zeros that they begin as."""
+    import peft
+
     with torch.random.fork_rng([]):
         torch.manual_seed(3)
         model = peft.get_peft_model(Model(tied=tied), peft.LoraConfig(target_modules=list(targets), r=2))
@@ -137,6 +136,7 @@ def test_a_table_under_adapters_is_the_layers_own() -> None:
 
 def test_a_student_under_lora_reads_relaxed_texts_with_its_own_table() -> None:
     pytest.importorskip("transformers")
+    import peft
     import text_kit
 
     student = text_kit.distilbert()

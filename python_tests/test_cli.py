@@ -202,6 +202,8 @@ def test_a_tiny_demo_from_the_command_line(
 
     from tgt_fast.demos.digits import run, settings
 
+    full, quick = settings.Settings(), settings.quick(settings.Settings())
+    assert all(0 < getattr(quick, name) < getattr(full, name) for name in ("vae_steps", "labeler_steps", "steps"))
     tiny = settings.Settings(vae_steps=2, labeler_steps=2, steps=3, evaluations=1)
     monkeypatch.setattr(settings, "quick", lambda _: tiny)
     monkeypatch.setattr(run, "run_demo", partial(run.run_demo, workers=0))

@@ -28,4 +28,4 @@ def test_kills_at_random_leave_no_stray_file_and_no_wrong_bit(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 def test_a_synthesis_that_is_killed_at_random_loses_nothing_and_holds_nothing_twice(one_thread: None) -> None:
-    assert synthesis_kills.run("forked", 2, "safetensors", seed=0)["kills"] == 2
+    assert synthesis_kills.run("forked", 2, "safetensors", seed=0)["kills"] >= 2  # of three tries a folder

@@ -39,7 +39,14 @@ PLANS = {
     "rows that do not fill a program": Plan("rows", 4, 128, 1),
     "streamed": Plan("stream", 1, 32, 1),
 }
-plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+ways = pytest.mark.parametrize(
+    ("name", "divergence"),
+    [
+        *itertools.product(("rows that do not fill a program", "streamed"), DIVERGENCES),
+        ("a row a program", "forward_kl"),  # the kernel of the first, with one row in the place of four
+        ("a row a program", "jsd"),
+    ],
+)
 
 
 def check(plan: Plan, student: Tensor, teacher: Tensor, target: Tensor | None = None, **options: Any) -> None:
@@ -64,23 +71,16 @@ def check(plan: Plan, student: Tensor, teacher: Tensor, target: Tensor | None = 
         )
 
 
-@plans
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_every_way_to_cut_a_call(interpreted: str, divergence: str, plan: Plan) -> None:
+@ways
+def test_every_way_to_cut_a_call(interpreted: str, name: str, divergence: str) -> None:
     student, teacher, target = logits(3, 100, 0), logits(3, 100, 1), targets(3, 100, 2)
+    plan = PLANS[name]
     check(plan, student, teacher, divergence=divergence, beta=0.3, temperature=2.0)
     options: dict[str, Any] = {"divergence": divergence, "hard_weight": 0.7, "label_smoothing": 0.1}
     check(plan, student.bfloat16(), teacher.double(), target, temperature=0.5, **options)
 
 
-@pytest.mark.parametrize(
-    ("name", "divergence"),
-    [
-        *itertools.product(("rows that do not fill a program", "streamed"), DIVERGENCES),
-        ("a row a program", "forward_kl"),  # the kernel of the first, with one row in the place of four
-        ("a row a program", "jsd"),
-    ],
-)
+@ways
 def test_every_way_to_cut_masked_rows(interpreted: str, name: str, divergence: str) -> None:
     """Masks on either side, on both, whole tiles of them, and rows of NaN, +inf and nothing but -inf."""
     student, teacher, target = logits(9, 100, 0), logits(9, 100, 1), targets(9, 100, 2)
@@ -147,6 +147,7 @@ def test_a_factor_that_leaves_float32_is_carried_in_two(interpreted: str) -> Non
 TILED = 151  # three tiles of 64: a first, one between, and a last that is not full
 
 
+@pytest.mark.meet(1)  # test_latent.py has each dtype with each option, in a tile
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"truncation": 2.0}, {"sphere_radius": "keep"}, {"sphere_radius": 3.0}])
 def test_perturb_in_tiles(interpreted: str, options: dict[str, Any], dtype: torch.dtype) -> None:
