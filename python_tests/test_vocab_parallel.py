@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,31 @@ worlds = pytest.mark.parametrize("world", [2, 4])
 PLAIN = Case("forward_kl", "smoothed", (2.0, 2.0), "plain", (torch.float32, torch.float32), "mean", False)
 
 
+def assert_they_are(case: Case, parts: list[Any]) -> None:
+    """What the processes made is what one would have."""
+    result = joined(parts)
+    student, teacher, target, weight = case.inputs()
+    options = dict(case.options)
+    expected = truth(student, teacher, target, sample_weight=weight, **options)
+    ts, tt = case.temperatures
+    hard = case.terms != "soft"
+    assert_matches_truth(
+        result, expected, student, teacher, divergence=case.divergence, temperature=ts, teacher_temperature=tt,
+        hard=hard,
+    )  # fmt: skip
+    loss, d_student, d_teacher, stats = evaluated(case, student, teacher, target, weight)
+    bar = 1e-5 * max(1.0, magnitude(student / ts, teacher / tt) / 10)
+    for name, out, own in zip(result.stats._fields, result.stats, stats, strict=True):  # type: ignore[union-attr]
+        assert_close(name, out.double(), own.double(), bar=bar, floor=1e-2 * ROWS**0.5)
+    if case.dtypes == (torch.float32, torch.float32) and case.kind != "far":
+        assert_close("loss", result.loss, loss, bar=bar, floor=1e-2)
+        for out, own in ((result.d_student, d_student), (result.d_teacher, d_teacher)):
+            assert out is not None
+            usable = own.isfinite()
+            out, own = torch.where(usable, out, 0.0), torch.where(usable, own, 0.0)
+            assert relative_error(out, own, 1e-2) < 2e-5, case
+
+
 @needs_processes
 @worlds
 def test_loss_and_gradients_are_those_of_all_classes(world: int, tmp_path: Path) -> None:
@@ -35,27 +61,7 @@ def test_loss_and_gradients_are_those_of_all_classes(world: int, tmp_path: Path)
 
     found = all_made(in_processes(world, tmp_path, work))
     for case, *parts in zip(every, *found, strict=True):
-        result = joined(parts)
-        student, teacher, target, weight = case.inputs()
-        options = dict(case.options)
-        expected = truth(student, teacher, target, sample_weight=weight, **options)
-        ts, tt = case.temperatures
-        hard = case.terms != "soft"
-        assert_matches_truth(
-            result, expected, student, teacher, divergence=case.divergence, temperature=ts, teacher_temperature=tt,
-            hard=hard,
-        )  # fmt: skip
-        loss, d_student, d_teacher, stats = evaluated(case, student, teacher, target, weight)
-        bar = 1e-5 * max(1.0, magnitude(student / ts, teacher / tt) / 10)
-        for name, out, own in zip(result.stats._fields, result.stats, stats, strict=True):  # type: ignore[union-attr]
-            assert_close(name, out.double(), own.double(), bar=bar, floor=1e-2 * ROWS**0.5)
-        if case.dtypes == (torch.float32, torch.float32) and case.kind != "far":
-            assert_close("loss", result.loss, loss, bar=bar, floor=1e-2)
-            for out, own in ((result.d_student, d_student), (result.d_teacher, d_teacher)):
-                assert out is not None
-                usable = own.isfinite()
-                out, own = torch.where(usable, out, 0.0), torch.where(usable, own, 0.0)
-                assert relative_error(out, own, 1e-2) < 2e-5, case
+        assert_they_are(case, parts)
 
 
 @needs_processes
@@ -122,6 +128,70 @@ def test_a_call(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert "must begin with 0 and not fall" in messages[2]
         assert "by vocab_offsets process" in messages[3]
         assert "count_group must be None" in messages[4]
+
+
+def with_shares(at: int, rank: int = 0, world: int = 1, **more: Any) -> list[Tensor]:
+    """Loss and gradient of calls whose target is shares of the classes, of all or of a process's."""
+    made = Case("jsd", "soft", (2.0, 2.0), "plain", (torch.bfloat16 if at == 2 else torch.float32,) * 2, "sum", True)
+    student, teacher, _, weight = made.inputs()
+    shares = torch.rand(ROWS, CLASSES, generator=torch.Generator().manual_seed(8))
+    shares *= torch.tensor([1.0, 3.0, 0.0])[torch.arange(ROWS) % 3][:, None] * (shares > 0.6)
+    student[4, 3] = -math.inf
+    shares[4, 3] = 0.5 if at == 1 else 0.0  # a class that the student cannot give
+    student[6, 5], shares[7] = 20.0, 0.0
+    shares[7, 30] = 1.0
+    sides = [x if world == 1 else part_of(x, rank, world) for x in (student, teacher, shares)]
+    leaf = sides[0].clone().requires_grad_()
+    mine = leaf * 1.0
+    options: dict[str, Any] = {"temperature": 2.0, "hard_weight": 0.7, "sample_weight": weight}
+    if at == 0:
+        options |= {"divergence": "reverse_kl", "inplace": True}
+    elif at == 1:
+        options |= {"reduction": "none", "divergence": "jsd"}
+    elif at == 3:
+        options |= {"soft_weight": 0.0, "sample_weight": None}
+    elif at == 5:
+        head = torch.randn(CLASSES, 4, generator=torch.Generator().manual_seed(9))
+        head = head if world == 1 else part_of(head.t(), rank, world).t()
+        leaf = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(10)).requires_grad_()
+        loss = tgt.linear_distillation_loss(
+            leaf, head, teacher_logits=sides[1], target=sides[2], memory_budget=600, **options, **more
+        )
+        loss.backward()
+        return [loss.detach(), leaf.grad]  # type: ignore[list-item]
+    given = tgt.topk_teacher(teacher, 5, 2.0) if at == 4 else sides[1]
+    loss = tgt.distillation_loss(mine, given, sides[2], **options, **more)
+    loss.sum().backward()
+    return [loss.detach(), leaf.grad]  # type: ignore[list-item]
+
+
+@needs_processes
+def test_shares_of_the_classes(tmp_path: Path) -> None:
+    def work(rank: int) -> Any:
+        made = [with_shares(at, rank, 2, vocab_group="world") for at in range(6)]
+        student, teacher, *_ = PLAIN.inputs()
+        s, t = part_of(student, rank, 2), part_of(teacher, rank, 2)
+        shares = torch.full_like(s, 0.1)
+        shares[2, 0] = -1.0 if rank else 0.1
+        options: dict[str, Any] = {"hard_weight": 1.0, "vocab_group": "world"}
+        loss = tgt.distillation_loss(s, t, shares, reduction="none", **options)
+        assert loss.isnan().nonzero().tolist() == [[2]]  # also where all shares are sound
+        assert torch.equal(
+            tgt.distillation_loss(s, t, shares, vocab_group="world"), tgt.distillation_loss(s, t, vocab_group="world")
+        )
+        with pytest.raises(ArgumentError, match="label_smoothing is of labels, but target has shares"):
+            tgt.distillation_loss(s, t, shares, label_smoothing=0.1, **options)
+        return made
+
+    found = all_made(in_processes(2, tmp_path, work))
+    for at in range(6):
+        loss, grad = with_shares(at)
+        (own_loss, own_grad), (other_loss, other_grad) = (one[at] for one in found)
+        assert torch.equal(own_loss, other_loss)
+        torch.testing.assert_close(own_loss, loss, rtol=1e-5, atol=1e-5)
+        whole = own_grad if at == 5 else torch.cat([own_grad, other_grad], dim=-1)
+        bar = 2e-5 if grad.dtype == torch.float32 else 8e-3
+        assert relative_error(whole.double(), grad.double(), 1e-2) < bar, at
 
 
 @needs_processes

@@ -306,11 +306,30 @@ void forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
   }
 }
 
+// The sums of a divergence that needs the normalisers, into a state whose normalisers may be of more classes than these.
+template <class Real, class D>
+void sum_again(const DistillCall& call, int64_t i, RowState& state) {
+  state.x = state.y = 0;
+  if constexpr (D::kProbabilities && !D::kShiftedSums) {
+    if (int(state.flags) & (kDropped | kInvalid)) return;
+    const Logarithms logs = logarithms_of<D>(state.student_sum, state.teacher_sum);
+    if (sizeof(Real) == 4 && int(state.flags) & kInDouble) {
+      sum_normalised<double, D>(row_at<double>(call, i), RowOptions(call.options), logs, state);
+    } else {
+      sum_normalised<Real, D>(row_at<Real>(call, i), RowOptions(call.options), logs, state);
+    }
+  }
+}
+
 template <class Real, class D, HardPower power>
 void backward_rows(const DistillCall& call, int64_t begin, int64_t end) {
   const Real* upstream = static_cast<const Real*>(call.upstream);
   const RowOptions options(call.options);
   for (int64_t i = begin; i < end; ++i) {
+    if (!call.d_student && !call.d_teacher) {
+      sum_again<Real, D>(call, i, call.row_state[i]);
+      continue;
+    }
     RowState state = call.row_state[i];
     if (state.coefficient == 0) state.flags = kDropped;
     const Logarithms logs = logarithms_of<D>(state.student_sum, state.teacher_sum);

@@ -122,6 +122,11 @@ class Direct:
                 self.kernel.backward(call, row_state, d_loss, made)
         return made
 
+    def sums(self, call: DistillCall, row_state: Tensor) -> bool:
+        """Sums of jsd or tvd into rows' state, from the normalisers that it holds; False where no kernel does this."""
+        asked = getattr(self.kernel, "sums", None)
+        return asked is not None and bool(asked(call, row_state))
+
     def scale_(self, grad: Tensor, d_loss: Tensor) -> None:
         """grad *= d_loss, a factor for all rows or one a row."""
         self.kernel.scale_(grad, d_loss)

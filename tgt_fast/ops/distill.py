@@ -195,7 +195,8 @@ def distillation_loss(
             ``torch.channels_last`` are read as they are, others copied once.
         vocab_group: None; or "world", or a process group of ``torch.distributed``, each process of which passes some
             consecutive classes of both sides, in the order of ranks and perhaps none, of the same rows. ``target``
-            holds classes of all, as ``C`` stands for all. See below.
+            holds classes of all, as ``C`` stands for all; shares are of the process's own, and one below 0 makes its
+            row NaN. See below.
         vocab_offsets: ``R + 1`` integers: process r of the group has the classes ``[offsets[r], offsets[r + 1])``.
             By default the processes tell each other once how many they have, and again for another number of classes
             here.

@@ -47,6 +47,18 @@ def backward(call: DistillCall, row_state: Tensor, d_loss: Tensor, grads: Gradie
     run_backward("distill_backward", call, row_state, d_loss, grads)
 
 
+def sums(call: DistillCall, row_state: Tensor) -> bool:
+    """Puts the sums of a divergence that needs the normalisers, jsd or tvd, into rows' state, from what else it holds.
+
+    The normalisers may be of more classes than the call's. False: on a device no kernel does this.
+    """
+    if cuda.engine(call.student) is not None:
+        return False
+    one = torch.ones((), dtype=accumulate_dtype(call.student, call.teacher))
+    run_backward("distill_backward", call, row_state, one, (None, None))
+    return True
+
+
 def run_forward(
     kernel: str, call: DistillCall, out: Outputs, plan: tuple[int, int, bool], topk: tuple[Any, ...] | None = None
 ) -> tuple[int, int]:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgt_fast.errors import ArgumentError, ShapeError
+from tgt_fast.errors import ShapeError
 from tgt_fast.kernels import select
-from tgt_fast.kernels.calls import Direct, DistillCall
+from tgt_fast.kernels.calls import Direct, DistillCall, is_soft
 from tgt_fast.kernels.late import beside, is_on
 from tgt_fast.kernels.options import DistillOptions, DistillStats
 from tgt_fast.ops import _checks
@@ -21,7 +21,7 @@ from tgt_fast.ops._distill_arguments import (
     check_inplace,
     check_rows,
     check_topk,
-    flat_labels,
+    flat_target,
     packed,
 )
 from tgt_fast.ops._distill_op import dense_rows, packed_call, tensors_of, with_graph
@@ -29,8 +29,7 @@ from tgt_fast.ops.counts import divisor_over
 from tgt_fast.ops.library import graph_wanted, seen_by_dispatcher
 from tgt_fast.ops.topk import TeacherTopK, check_where_asked, rows_of, warn_where_small
 from tgt_fast.ops.vocab_parallel import library as vocab_library
-from tgt_fast.ops.vocab_parallel.kernel import Sharded, served
-from tgt_fast.ops.vocab_parallel.records import of_record
+from tgt_fast.ops.vocab_parallel.kernel import served
 from tgt_fast.ops.vocab_parallel.shards import Shards, local_target
 
 
@@ -50,6 +49,7 @@ def distillation_loss(
     if sample_weight is not None:
         sample_weight = sample_weight.reshape(-1)
     if target is not None:
+        target = flat_target(target, len(shape) - 1, student_logits)
         target, options = labels(OP, shards, target, sample_weight, options)
     normalizer = divisor_over(OP, count_group, normalizer, student_logits, target, sample_weight, shape[-1], options)
     if seen_by_dispatcher(student_logits, teacher, target, sample_weight):
@@ -65,7 +65,8 @@ def distillation_loss(
     if inplace and student.numel():
         check_inplace(student_logits, student)
     inputs = (options, student, given, target, sample_weight, normalizer)
-    kernel = Sharded(Direct(select.kernel("distill", chosen(backend, tensors_of(student, given)))), shards)
+    direct = Direct(select.kernel("distill", chosen(backend, tensors_of(student, given))))
+    kernel = vocab_library.sharded(DistillCall(*inputs), (direct, direct), shards)
     if graph_wanted(student, given):
         loss, rows = with_graph(kernel, *inputs, return_stats, inplace)
     else:
@@ -81,16 +82,18 @@ def _of_record(
     """The same against a record, whose ids are of all classes and which is whole in each process."""
     _checks.floating(OP, "student_logits", student_logits)
     shape = student_logits.shape
-    refuse_shares(OP, student_logits, target)
     # All that is asked of it is its shape, which is that of all classes.
     whole = student_logits.detach().new_zeros(()).expand(*shape[:-1], shards.classes)
-    check_topk(whole, record, target, sample_weight, normalizer, options, return_stats)
+    asked = target if target is None or target.shape != shape else target.detach().new_zeros(()).expand(whole.shape)
+    check_topk(whole, record, asked, sample_weight, normalizer, options, return_stats)
     check_where_asked(record)
     topk = rows_of(record)
     if sample_weight is not None:
         sample_weight = sample_weight.reshape(-1)
+    if target is not None:
+        target = flat_target(target, len(shape) - 1, student_logits)
     if _checks.on_plain_cpu(student_logits):
-        check_ids(OP, topk, shards.classes, None if target is None else flat_labels(target), sample_weight, options)
+        check_ids(OP, topk, shards.classes, target, sample_weight, options)
     if target is not None:
         target, options = labels(OP, shards, target, sample_weight, options)
     check_entries(OP, topk, target, sample_weight, options)
@@ -108,8 +111,8 @@ def _of_record(
     if inplace and student.numel():
         check_inplace(student_logits, student)
     name = chosen(backend, tensors_of(student, topk), select.TOPK)
-    row_kernel, dense = (Direct(select.kernel(op, name)) for op in (select.TOPK, "distill"))
-    kernel = of_record(topk.tail_mode, row_kernel, dense, shards)
+    kernels = [Direct(select.kernel(op, name)) for op in (select.TOPK, "distill")]
+    kernel = vocab_library.sharded(DistillCall(options, student, topk, target), kernels, shards)
     if graph_wanted(student):
         loss, _ = with_graph(kernel, options, student, topk, target, sample_weight, divisor, False, inplace)
     else:
@@ -131,21 +134,14 @@ def _shaped(
 def labels(
     op: str, shards: Shards, target: Tensor, sample_weight: Tensor | None, options: DistillOptions
 ) -> tuple[Tensor | None, DistillOptions]:
-    """Global labels as those of this process, and the options that they are read by."""
-    target = flat_labels(target)
+    """Global labels as those of this process, and the options that they are read by; shares are of its classes."""
+    if is_soft(target):
+        return (target, options) if is_on(options.hard_weight) else (None, options)
     if not is_on(options.hard_weight):
         return as_mask(op, shards.classes, target, sample_weight, options)
     if _checks.on_plain_cpu(target):
         check_row_values(op, shards.classes, target, sample_weight, options)
     return local_target(target, options, shards), options._replace(ignore_index=-100, unlabeled_index=-1)
-
-
-def refuse_shares(op: str, student: Tensor, target: Tensor | None) -> None:
-    """Shares of the classes would have to be those of this process alone."""
-    if isinstance(target, Tensor) and target.dim() == student.dim():
-        raise ArgumentError(
-            f"{op}: with vocab_group, or for DTensors, target must be labels, not shares of the classes"
-        )
 
 
 def chosen(backend: str, tensors: list[Tensor], op: str = "distill") -> str:
@@ -172,5 +168,4 @@ def _check(
         raise ShapeError(f"{OP}: the processes of vocab_group have no class between them")
     check_classes(OP, "student_logits", shards.classes, options)
     _checks.same_device(OP, "student_logits", student, "teacher_logits", teacher)
-    refuse_shares(OP, student, target)
     check_rows(OP, "student_logits", student, target, sample_weight, normalizer, options)

@@ -81,7 +81,11 @@ def distillation_loss(
     if record is not None:
         t = local_rows(OP, record, layout)
     a_row = (placed["target"], placed["sample_weight"])
-    y, weight = (None if x is None else x.redistribute(placements=layout.of_rows()).to_local() for x in a_row)
+    y, weight = (
+        None if x is None
+        else x.redistribute(placements=layout.of_rows() if x.dim() < student.dim() else layout.placements).to_local()
+        for x in a_row
+    )  # fmt: skip
     if options.reduction == "mean" and normalizer is None and layout.rows:
         mine = weight_of_rows(s.shape[:-1], s.device, y, weight, student.shape[-1], options)
         normalizer = reduced(mine, "sum", layout.groups(layout.rows))
@@ -131,7 +135,8 @@ def _check_shapes(placed: dict[str, Any]) -> None:
     if not student.dim():
         raise ShapeError(f"{OP}: logits must be (..., C) with C >= 1, got ()")
     for name, tensor in placed.items():
-        shape = student.shape if name == "teacher_logits" else student.shape[:-1]
+        shares = name == "target" and tensor is not None and tensor.dim() == student.dim()
+        shape = student.shape if name == "teacher_logits" or shares else student.shape[:-1]
         if name != "student_logits" and tensor is not None and tensor.shape != shape:
             raise ShapeError(
                 f"{OP}: {name} {tuple(tensor.shape)} does not match student_logits {tuple(student.shape)}: beside a "

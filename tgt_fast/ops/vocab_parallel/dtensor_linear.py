@@ -43,7 +43,11 @@ def linear_distillation_loss(
     if count_group is not None and layout.rows:
         raise ArgumentError(f"{OP}: count_group is for the rows of each process, but DTensors hold all of them")
     classes = given.student_weight.shape[0]
-    local = given._replace(**{name: _local(name, tensor, layout, linear) for name, tensor in placed.items()})
+    local = given._replace(
+        **{name: _local(name, tensor, layout, linear or name == "target") for name, tensor in placed.items()}
+    )
+    if local.target is not None and local.target.dim() == hidden.dim():
+        local = local._replace(target=_local("target", placed["target"], layout, False))
     record = None if topk is None else local_rows(OP, topk, layout)
     if is_dtensor(normalizer):
         normalizer = normalizer.full_tensor()
@@ -142,7 +146,7 @@ def _local(name: str, tensor: Any, layout: Layout, linear: bool) -> Tensor:
     wanted: list[Any] = [Replicate()] * layout.mesh.ndim
     grads = list(wanted)
     for at in range(layout.mesh.ndim):
-        if at in layout.classes and (name in _HEADS or (name == "teacher" and not linear)):
+        if at in layout.classes and (name in _HEADS or (name in ("teacher", "target") and not linear)):
             wanted[at] = grads[at] = Shard(0 if name in _HEADS else tensor.dim() - 1)
         elif at in layout.rows:
             if name in _HEADS:

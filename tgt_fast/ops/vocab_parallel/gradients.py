@@ -1,4 +1,4 @@
-"""Passes over the logits once more: the sums of jsd and tvd, and the gradients, both by the kernels' backward.
+"""Passes over the logits once more: the sums of jsd and tvd, and the gradients.
 
 A kernel takes the gradients of a row to add up to 0, and gives a class that has most of its row's probability what the
 sum of the others' leaves: a difference of numbers near 1 would be rounding. Of a process's own classes that is not so.
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tgt_fast.kernels.calls import DistillCall, Gradients, accumulate_dtype
 from tgt_fast.kernels.options import DistillOptions
+from tgt_fast.ops.vocab_parallel import opening
 from tgt_fast.ops.vocab_parallel.opening import (
     COEFFICIENT,
     DROPPED,
@@ -45,9 +46,9 @@ _FARTHEST: Final = 80.0  # exp(-80) is a float32
 
 
 def second_sums(kernel: Any, call: DistillCall, row_state: Tensor) -> Tensor:
-    """This process's part of the sums x and y of jsd or tvd: its gradients, of which x and y are left out.
+    """This process's part of the sums x and y of jsd or tvd.  -> [N, 2] float64
 
-    -> [N, 2] float64
+    Where no kernel makes them they are sums of its gradients, of which x and y are left out.
     """
     options, student, teacher = call.options, call.student, call.teacher
     assert isinstance(teacher, Tensor)
@@ -55,12 +56,15 @@ def second_sums(kernel: Any, call: DistillCall, row_state: Tensor) -> Tensor:
     made = row_state.new_zeros((count, 2))
     if width == 0 or soft_kind(options) == "none":
         return made
+    plain = options._replace(reduction="none", soft_weight=1.0, hard_weight=0.0, label_smoothing=0.0)
+    state = row_state[:, :STATE].contiguous().clone()
+    if kernel.sums(DistillCall(plain, student, teacher), state):
+        return state[:, [X, Y]]
     dtype = accumulate_dtype(student, teacher)
     state = _out_of_sight(row_state[:, :STATE], dtype, options)
     state[:, X] = state[:, Y] = 0.0
     state[:, COEFFICIENT] = 1.0
     state[:, FLAGS] = torch.where(has(state, DROPPED) | has(state, INVALID), DROPPED, 0).to(torch.float64)
-    plain = options._replace(reduction="none", soft_weight=1.0, hard_weight=0.0, label_smoothing=0.0)
     to_y = options.temperature
     to_x = options.temperature**2 / options.teacher_temperature
     if options.divergence == "jsd":
@@ -96,7 +100,7 @@ def gradients(kernel: Any, call: DistillCall, row_state: Tensor, d_loss: Tensor)
         none = [torch.zeros_like(side) if want else None for side, want in zip(sides, wanted, strict=True)]
         return none[0], none[1]
     dtype = accumulate_dtype(student, call.teacher)
-    corrected = [side.is_cpu and side.dtype == dtype for side in sides]
+    corrected = [opening.on_host(side) and side.dtype == dtype for side in sides]
     row_state = _out_of_sight(row_state, dtype, options, tuple(not one for one in corrected))
     if not any(corrected):
         return kernel.backward(call, row_state, d_loss)  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from tgt_fast.kernels import select
-from tgt_fast.kernels.calls import Direct, DistillCall, Gradients, gradients, outputs
+from tgt_fast.kernels.calls import Direct, DistillCall, Gradients, gradients, is_soft, outputs
 from tgt_fast.ops import library
 from tgt_fast.ops._distill_op import (
     CALL,
@@ -31,6 +31,7 @@ from tgt_fast.ops.vocab_parallel.merging import SUMS
 from tgt_fast.ops.vocab_parallel.opening import OPENED, STATE
 from tgt_fast.ops.vocab_parallel.records import of_record
 from tgt_fast.ops.vocab_parallel.shards import Shards
+from tgt_fast.ops.vocab_parallel.shares import WithShares
 
 # The numbers a row that a step gives, by its name.
 _WIDTHS: Final = {
@@ -61,9 +62,10 @@ def _steps(call: DistillCall, kernels: list[Direct]) -> Any:
 
 def sharded(call: DistillCall, kernels: Any, shards: Shards, steps: Any = None) -> Any:
     """What gives the loss of all classes, on kernels of a call's form and of pairs of logits."""
-    if isinstance(call.teacher, Tensor):
-        return Sharded(kernels[1], shards, steps)
-    return of_record(call.teacher.tail_mode, kernels[0], kernels[1], shards, steps)
+    made: Any = Sharded(kernels[1], shards, steps)
+    if not isinstance(call.teacher, Tensor):
+        made = of_record(call.teacher.tail_mode, kernels[0], kernels[1], shards, steps)
+    return WithShares(made, Sharded(kernels[1], shards, steps)) if is_soft(call.target) else made
 
 
 # One step of the loss

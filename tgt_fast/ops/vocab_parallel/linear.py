@@ -8,20 +8,21 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, BackendError, ShapeError
+from tgt_fast.kernels.calls import is_soft
 from tgt_fast.kernels.late import as_scalar, beside, is_late, is_on
 from tgt_fast.kernels.linear_heads import casts_operands
 from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, DistillStats, LinearOptions, LinearTensors
 from tgt_fast.kernels.vocabulary import Vocabulary, shared
 from tgt_fast.ops import _checks
 from tgt_fast.ops._checks import check_entries, check_ids
-from tgt_fast.ops._distill_arguments import check_classes, check_rows, flat_labels, packed
+from tgt_fast.ops._distill_arguments import check_classes, check_rows, flat_target, packed
 from tgt_fast.ops._heads import warn_of_adapters
 from tgt_fast.ops._linear_arguments import OP, check_head, check_tail, warn_of_trained_teacher
 from tgt_fast.ops._linear_op import Call, Linear, packed_call
 from tgt_fast.ops.counts import divisor_over
 from tgt_fast.ops.library import graph_wanted, seen_by_dispatcher
 from tgt_fast.ops.topk import TeacherTopK, check_where_asked, rows_of, warn_where_small
-from tgt_fast.ops.vocab_parallel.distill import labels, refuse_shares
+from tgt_fast.ops.vocab_parallel.distill import labels
 from tgt_fast.ops.vocab_parallel.library import as_arguments
 from tgt_fast.ops.vocab_parallel.linear_library import Driver, vocab_linear_distillation_loss
 from tgt_fast.ops.vocab_parallel.shards import Shards
@@ -38,7 +39,6 @@ def linear_distillation_loss(
             f"{OP}: vocab_map is not taken with vocab_group: a class of the teacher may be in another process than the "
             "student's; bring the heads into one order before they are spread"
         )
-    refuse_shares(OP, given.student_hidden, given.target)
     _check(shards, given, topk, normalizer, heads, options)
     warn_of_trained_teacher(given.teacher_weight, given.teacher_bias)
     warn_of_adapters(OP, given.student_weight, given.teacher_weight)
@@ -47,8 +47,8 @@ def linear_distillation_loss(
     vocabulary = _vocabulary(shards, given, heads, device)
     missing = vocabulary.missing
     if target is not None:
-        target = flat_labels(target)
-        if missing is not None and is_on(options.hard_weight):
+        target = flat_target(target, len(shape), given.student_hidden)
+        if missing is not None and is_on(options.hard_weight) and not is_soft(target):
             check_labels_exist(OP, target, missing, given.student_hidden, options)
             target = vocabulary.without_missing(target, options.ignore_index)
         target, options = labels(OP, shards, target, weight, options)  # type: ignore[arg-type]
@@ -183,4 +183,5 @@ def _check(
             )
         _checks.same_device(OP, "vocab_mask", t.vocab_mask, "student_hidden", t.student_hidden)
     check_classes(OP, "both sides together", shards.classes if heads.vocab_size is None else heads.vocab_size, options)
-    check_rows(OP, "student_hidden", t.student_hidden, t.target, t.sample_weight, normalizer, options)
+    rows = t.student_hidden, t.target, t.sample_weight
+    check_rows(OP, "student_hidden", *rows, normalizer, options, shards.width)

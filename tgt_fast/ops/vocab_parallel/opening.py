@@ -37,6 +37,11 @@ def has(row_state: Tensor, flag: int) -> Tensor:
     return (row_state[:, FLAGS].to(torch.int64) & flag) != 0
 
 
+def on_host(tensor: Tensor) -> bool:
+    """True if its values can be looked at without waiting for a device."""
+    return tensor.is_cpu
+
+
 def opened(kernel: Any, call: DistillCall) -> Tensor:
     """The rows' own state, with weights for coefficients, and what else is to travel.  -> [N, OPENED] float64"""
     options, student, teacher = call.options, call.student, call.teacher
@@ -59,7 +64,7 @@ def opened(kernel: Any, call: DistillCall) -> Tensor:
     if kind not in (*SECOND_PASS, "none"):
         made[:, INFINITE] = has(state, INFINITE_SOFT)
     made[:, IS_WIDE] = has(state, WIDE)
-    if student.is_cpu:
+    if on_host(student):
         if bool(lone.any()):
             rows = lone.nonzero()[:, 0]
             some = call._replace(student=student[rows], teacher=teacher[rows], target=None, sample_weight=None)
