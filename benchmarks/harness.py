@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tgt_fast.bench.device import chosen_device
 from tgt_fast.bench.run import Plan
 from tgt_fast.bench.table import bench_console
 from tgt_fast.errors import TgtError
+from tgt_fast.reproduce import FOLDER_VARIABLE
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -46,7 +48,8 @@ def main(noun: str, description: str) -> int:
 
 def save(name: str, record: dict[str, Any]) -> Path:
     """Writes results/NAME.json."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder = Path(os.environ.get(FOLDER_VARIABLE) or RESULTS)  # tgt-fast reproduce has them put elsewhere
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path

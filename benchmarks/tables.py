@@ -258,6 +258,21 @@ GPU_OPS = ("distill", "linear", "topk", "latent", "tokens", "explore", "contrast
 NOT_YET = {f"{noun}-cuda": "*Not yet measured on a GPU.*" for noun in GPU_OPS}
 NOT_YET["gpu-cuda"] = "*Nothing has run on a GPU yet.*"
 CACHE_RIVALS = ("over_memmap", "over_pread", "over_safe_open", "over_file")
+
+
+def wheels(record: dict[str, Any]) -> str:
+    rows = []
+    for row in record["rows"]:
+        versions = row["versions"]
+        _, _, python, _, platform = row["wheel"].removesuffix(".whl").split("-")
+        rows.append([
+            f"`{versions['tgt-fast']}`, {python}, {platform}", f"{row['bytes'] / 2**20:.1f} MiB", versions["python"],
+            versions["torch"], versions["numpy"], row.get("tests", "-"),
+        ])  # fmt: skip
+    header = ["wheel", "size", "Python", "PyTorch", "NumPy", "tests of the suite"]
+    return grid(header, rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "digits": digits,
     "docstrings": docstrings,
@@ -279,6 +294,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "explore-cuda": explore,
     "contrast-cuda": contrast,
     "gpu-cuda": gpu,
+    "wheels": wheels,
     "scaling-cpu": scaling_tables.points,
 }
 

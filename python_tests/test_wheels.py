@@ -6,6 +6,7 @@ import base64
 import csv
 import hashlib
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -120,7 +121,10 @@ def test_a_label_is_part_of_the_version(tool: Callable[[str], ModuleType], core:
     from packaging.version import Version
 
     label = tool("label_wheel")
-    made = label.relabel(wheel_of(tmp_path, files_of(core)), "cu130")
+    plain = wheel_of(tmp_path, files_of(core))
+    with zipfile.ZipFile(plain, "a") as wheel:
+        wheel.writestr("tgt_fast/", b"")  # auditwheel lists folders
+    made = label.relabel(plain, "cu130")
     assert made.name == f"tgt_fast-0.1.0+cu130-{TAG}-{TAG}-linux_x86_64.whl"
     assert [*tmp_path.iterdir()] == [made]
     opened = tool("check_wheel").open_wheel(made)  # name, metadata and record agree
@@ -172,3 +176,55 @@ def test_the_build_script_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     ):
         done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True, check=False)
         assert (done.returncode, message in done.stdout + done.stderr) == (status, True), done
+
+
+def test_job_files_are_read_by_what_runs_them() -> None:
+    yaml = pytest.importorskip("yaml")
+    folder = ROOT / "examples" / "clusters"
+    if not folder.is_dir():
+        pytest.skip("no examples here")
+    for file in folder.glob("*.sbatch"):
+        done = subprocess.run(["bash", "-n", str(file)], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        head = file.read_text().split("set -euo pipefail")[0].splitlines()
+        assert head[0] == "#!/bin/bash"
+        asked = [line for line in head if line.startswith("#SBATCH ")]  # Slurm stops reading at the first command
+        assert {"nodes", "ntasks-per-node", "gpus-per-node", "time"} <= {
+            line.split("--")[1].split("=")[0] for line in asked
+        }
+    service, job = yaml.safe_load_all((folder / "train.yaml").read_text())
+    assert (service["apiVersion"], service["kind"], job["apiVersion"], job["kind"]) == (
+        "v1",
+        "Service",
+        "batch/v1",
+        "Job",
+    )
+    name, spec = job["metadata"]["name"], job["spec"]
+    pod = spec["template"]["spec"]
+    assert spec["completionMode"] == "Indexed"
+    assert spec["completions"] == spec["parallelism"]
+    assert pod["restartPolicy"] in ("OnFailure", "Never")
+    assert service["spec"]["selector"] == {"job-name": name}
+    assert service["metadata"]["name"] == pod["subdomain"]  # the names of the pods
+    (container,) = pod["containers"]
+    asked = dict(word[2:].split("=", 1) for word in container["command"] if word.startswith("--"))
+    assert asked["rdzv-endpoint"] == f"{name}-0.{pod['subdomain']}:{service['spec']['ports'][0]['port']}"
+    assert int(asked["nnodes"]) == spec["completions"]
+    assert int(asked["nproc-per-node"]) == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_the_workflow_pins_its_actions() -> None:
+    yaml = pytest.importorskip("yaml")
+    file = ROOT / ".github" / "workflows" / "wheels.yml"
+    if not file.exists():
+        pytest.skip("no workflow here")
+    flow = yaml.safe_load(file.read_text())
+    used = [step["uses"] for job in flow["jobs"].values() for step in job["steps"] if "uses" in step]
+    assert used
+    assert all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action) for action in used)
+    assert flow["permissions"] == {"contents": "read"}
+    assert flow["jobs"]["publish"]["permissions"] == {"id-token": "write"}  # no password
+    for run in (step["run"] for job in flow["jobs"].values() for step in job["steps"] if "run" in step):
+        for script in re.findall(r"tools/\S+\.(?:sh|py)", run):
+            assert (ROOT / script).exists(), script

@@ -1,4 +1,4 @@
-"""The command line: ``tgt-fast demo``, ``report``, ``bench``, ``profile``, ``cache``, ``synthesize`` and ``doctor``."""
+"""The command line, ``tgt-fast``: ``demo``, ``report``, ``bench``, ``profile``, ``reproduce``, ``cache`` and others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tgt_fast
-from tgt_fast import _interrupted
+from tgt_fast import _interrupted, reproduce
 from tgt_fast.demos.catalog import DEMOS, Demo
 from tgt_fast.errors import TgtError
 
@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _bench(given)
         elif given.command == "profile":
             _profile(given)
+        elif given.command == "reproduce":
+            return reproduce.run(given)
         elif given.command == "report":
             _report(given)
         else:
@@ -131,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
             f"--{name}", metavar="MODULE:FACTORY", default=argparse.SUPPRESS,
             help=f"profile your own step: a function without arguments that returns {gives}",
         )  # fmt: skip
+    reproduce.add_parser(commands)
     _add_cache(commands)
     _add_synthesize(commands)
     commands.add_parser("doctor", help="what was built, what can run here, and why the rest cannot")

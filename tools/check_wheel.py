@@ -189,12 +189,43 @@ def smoke(python: Path, scratch: Path) -> dict[str, Any]:
     return said
 
 
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    except OSError:
+        return os.environ.get("TGT_FAST_COMMIT", "unknown")
+
+
+def note(file: Path, wheel: Path, said: dict[str, Any], system: str) -> None:
+    """Puts what ran into a result file, in the place of the row of the same wheel and versions."""
+    record = json.loads(file.read_text()) if file.exists() else {}
+    size = wheel.stat().st_size
+    row = {"wheel": wheel.name, "bytes": size, "needs": system, "versions": said["versions"], "ran": said["ran"]}
+    row["commit"] = _commit()
+    row["hardware"] = said["hardware"]
+    rows = record.get("rows", [])
+    old = next((r for r in rows if (r["wheel"], r["versions"]) == (row["wheel"], row["versions"])), {})
+    rows = [r for r in rows if r is not old]
+    rows.append({**row, **({"tests": old["tests"]} if "tests" in old else {})})
+    made = {
+        "command": "python tools/check_wheel.py WHEEL --note benchmarks/results/wheels.json",
+        "seeds": [0],
+        **record,
+    }
+    made["rows"] = sorted(rows, key=lambda r: (r["wheel"], sorted(r["versions"].items())))
+    file.write_text(json.dumps(made, indent=1) + "\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheel", type=Path, metavar="WHEEL")
     parser.add_argument("--wheelhouse", type=Path, metavar="DIR", help="install the dependencies from here, offline")
     parser.add_argument(
         "--borrow", default=sys.executable, metavar="PYTHON", help="or take them from this Python (default: this one)"
+    )
+    parser.add_argument(
+        "--note", type=Path, metavar="FILE", help="keep what ran in this result file, a row a combination"
     )
     parser.add_argument("--core-to", type=Path, metavar="FILE", help="leave a copy of the library here")
     given = parser.parse_args(arguments)
@@ -211,6 +242,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (UnfitError, OSError, zipfile.BadZipFile) as error:
         print(f"{given.wheel.name}: {error}", file=sys.stderr)
         return 1
+    if given.note:
+        note(given.note, given.wheel, said, system)
     size = f"{given.wheel.stat().st_size / 2**10:.0f} KiB"
     print(f"{given.wheel.name}: {size}, {system}, device code: {device}; ran {said['ran']}")
     return 0

@@ -40,6 +40,8 @@ def relabel(wheel: Path, label: str) -> Path:
     rows = []
     with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as target:
         for entry in source.infolist():
+            if entry.is_dir():
+                continue
             data = source.read(entry)
             record = entry.filename == f"{old}RECORD"
             if entry.filename == f"{old}METADATA":

@@ -104,6 +104,7 @@ def main() -> None:
 
     from importlib.metadata import version
 
+    from tgt_fast.bench.record import hardware
     from tgt_fast.kernels.native import core
 
     check(version("tgt-fast") in doctor, f"tgt-fast doctor does not name {version('tgt-fast')}:\n{doctor}")
@@ -117,6 +118,7 @@ def main() -> None:
                     "numpy": numpy.__version__,
                     "tgt-fast": version("tgt-fast"),
                 },
+                "hardware": hardware(torch.device("cpu")),
                 "core": core().build_info(),
             }
         )

@@ -34,6 +34,7 @@ def origin(device: torch.device, copy_rate: float, command: str) -> dict[str, An
         "hardware": hardware(device),
         "core": native.detail if native.available else native.reason,
         "versions": versions,
+        "seeds": [0],  # of the inputs
         "copy_bytes_per_second": copy_rate,
     }
     if device.type == "cuda":

@@ -9,10 +9,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from tgt_fast.bench.record import hardware
 from tgt_fast.demos.artifacts import Artifacts, cache_folder
 from tgt_fast.demos.catalog import Demo
 from tgt_fast.demos.pages import MainTable
@@ -58,7 +60,8 @@ def run_command(
     seeds = ((0,) if quick else (0, 1, 2)) if seeds is None else seeds
     with bars(console) as progress:
         result = run.run_demo(seeds, chosen, progress=progress, **options)
-    outputs.write_numbers(results.as_json(result))
+    said = _command(demo, seeds, quick, curve=curve, cache=cache)
+    outputs.write_numbers({"command": said, "hardware": hardware(torch.device("cpu")), **results.as_json(result)})
     index = page.write_page(result, outputs.folder)
     console.print()
     console.print(shown(page.main_table(result), len(seeds)))
@@ -66,6 +69,13 @@ def run_command(
         console.print(f"• {sentence}", highlight=False)
     console.print(f"{result.seconds:.0f} s in all.", highlight=False)
     outputs.say_where(index, console)
+
+
+def _command(demo: Demo, seeds: Sequence[int], quick: bool, *, curve: bool, cache: bool) -> str:
+    """The command that gives the same numbers again; where they went is left out."""
+    words = [f"tgt-fast demo {demo.name} --seeds {','.join(map(str, seeds))}"]
+    words += ["--quick"] * quick + ["--curve"] * curve + ["--no-cache"] * (demo.with_cache and not cache)
+    return " ".join(words)
 
 
 @dataclass(frozen=True)
