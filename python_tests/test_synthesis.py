@@ -224,6 +224,7 @@ def test_another_provenance_is_refused_by_name(tmp_path: Path) -> None:
         (r"mode \(stored gradient, given random\)", {"sampler": sampler_for()}),
         (r"differ in steps", {"sampler": sampler_for("gradient", steps=3)}),
         (r"differ in temperature", {"sampler": sampler_for("gradient", temperature=2.0)}),
+        (r"score_code \(stored none, given", {"sampler": sampler_for("gradient", score=tgt.scores.entropy)}),
         (r"differ in student_weights", {"student": toys.student(8)}),
         (r"differ in teacher_weights", {"sampler": tgt.LatentSampler(other, "gradient", **options)}),
         (r"teacher_weights", {"sampler": tgt.LatentSampler(decoder, "gradient", **options)}),

@@ -19,10 +19,10 @@ from tgt_fast.synthesis.filters import Filters
 _NEVER: Final = (
     "replicas", "repeats", "bank_size", "restart_probability", "backend", "record_disagreement", "logits_of",
 )  # fmt: skip
-_ANCHORED: Final = ("units", "anchors")
+_ANCHORED: Final = ("units", "anchors", "affine")
 _PLAIN: Final = (type(None), bool, int, float, str)
 _CLIMBING: Final = (
-    "step_size", "steps", "radius", "norm", "step_noise", "divergence", "beta", "temperature",
+    "step_size", "steps", "radius", "norm", "step_noise", "divergence", "beta", "temperature", "ball", "score",
 )  # fmt: skip
 
 
@@ -55,11 +55,12 @@ def provenance(
     left_out += () if sampler.mode == "gradient" else _CLIMBING
     for name in (one.name for one in fields(sampler.options) if one.name not in left_out):
         value = getattr(sampler.options, name)
-        if not isinstance(value, _PLAIN):
+        if isinstance(value, _PLAIN):
+            parts[name] = value
+        else:  # a function, or several values
             held = Identity()
             held.add(name, value)
-            value = f"{held.code} {held.weights}"
-        parts[name] = value
+            parts |= {f"{name}_code": held.code, f"{name}_weights": held.weights}
     parts["seed"] = sampler.seed
     if sampler.options.needs_scale:
         parts["scale"] = _digest(sampler.scale)
