@@ -120,6 +120,19 @@ def chosen(backend: str, t: LinearTensors) -> str:
 # Registration
 
 
+def all_at_once(tensors: LinearTensors, backend: str) -> bool:
+    """True if the formula itself runs: asked for by name, or for tensors that no compiled kernel takes.
+
+    A device without kernels of its own is served in chunks, too, by the reference's row losses.
+    """
+    if chosen(backend, tensors) != "reference":
+        return False
+    plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors if x is not None)
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    transformed = torch._C._are_functorch_transforms_active() or forward_mode
+    return not (select.requested(backend) == "auto" and plain and not transformed)
+
+
 def packed_heads(heads: LinearOptions) -> LinearOptions:
     """The heads' options for a schema, ``*packed_heads(heads)``: late scales in a tensor, and ones in their place."""
     if heads.scales is not None:

@@ -17,9 +17,10 @@ from tgt_fast.kernels.reference import contrast as reference_contrast
 from tgt_fast.ops import _checks
 from tgt_fast.ops._checks import check_row_values
 from tgt_fast.ops._distill_arguments import check_rows, make_options
+from tgt_fast.ops._linear_op import all_at_once
 from tgt_fast.ops.counts import divisor_over, gathered, process_group, same_count
 from tgt_fast.ops.library import seen_by_dispatcher, without_autocast
-from tgt_fast.ops.linear import all_at_once, run_dispatched, run_in_chunks
+from tgt_fast.ops.linear import run_dispatched, run_in_chunks
 
 
 @overload

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from tgt_fast._forks import one_thread_in_forks
-from tgt_fast.kernels import select
 from tgt_fast.kernels.late import beside, is_on
 from tgt_fast.kernels.linear_call import topk_of, vocabulary_of
 from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, DistillStats, LinearOptions, LinearTensors
@@ -25,7 +24,7 @@ from tgt_fast.ops._linear_arguments import (
     make_heads,
     warn_of_trained_teacher,
 )
-from tgt_fast.ops._linear_op import Call, Direct, Linear, chosen, packed_call, packed_heads
+from tgt_fast.ops._linear_op import Call, Direct, Linear, all_at_once, chosen, packed_call, packed_heads
 from tgt_fast.ops._linear_op import linear_distillation_loss as linear_distillation_loss_op
 from tgt_fast.ops.counts import divisor_over
 from tgt_fast.ops.library import graph_wanted, seen_by_dispatcher, without_autocast
@@ -359,19 +358,6 @@ def linear_distillation_loss(
 def _rows(matrix: Tensor) -> Tensor:
     """(..., H) as (N, H)."""
     return matrix if matrix.dim() == 2 else matrix.reshape(-1, matrix.shape[-1])
-
-
-def all_at_once(tensors: LinearTensors, backend: str) -> bool:
-    """True if the formula itself runs: asked for by name, or for tensors that no compiled kernel takes.
-
-    A device without kernels of its own is served in chunks, too, by the reference's row losses.
-    """
-    if chosen(backend, tensors) != "reference":
-        return False
-    plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors if x is not None)
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    transformed = torch._C._are_functorch_transforms_active() or forward_mode
-    return not (select.requested(backend) == "auto" and plain and not transformed)
 
 
 def _run_reference(

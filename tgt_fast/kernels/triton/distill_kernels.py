@@ -19,12 +19,14 @@ from tgt_fast.kernels.triton.distill_row import (
     classes_of,
     exponential,
     finite_maximum,
+    fp64_sum,
     in_units,
     label_logit,
     load_tile,
     normalised_terms,
     open_rows,
     problems_of,
+    rise_of,
     shifted_terms,
     shrunk,
 )
@@ -123,18 +125,6 @@ def distill_fwd_kernel(
             inverse_ts, inverse_tt, beta, unit, soft_student, real(soft_teacher_, soft_teacher_low, IS_FP64),
             hard_weight, smoothing, no_peaks(s_peak, 1, 4), DIVERGENCE, LABELS, SMOOTHED, SAME, IS_FP64, True,
         )  # fmt: skip
-
-
-@triton.jit
-def rise_of(old, new):
-    """By how much a side's maximum rises, shrunk; 0 for the first maximum, before which there is nothing."""
-    return tl.where(old == -INFINITY, 0.0, shrunk(finite_maximum(new), finite_maximum(old)))
-
-
-@triton.jit
-def fp64_sum(lanes):
-    """The sum of a row's lanes, in float64: the gradients are made of differences from such means."""
-    return tl.sum(lanes.to(tl.float64), 1, keep_dims=True)
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index", "unlabeled_index"])

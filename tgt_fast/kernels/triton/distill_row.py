@@ -348,3 +348,15 @@ def teacher_tile(
     if DIVERGENCE == "mse":
         grad = (a - b) * 2.0 * (soft * unit)
     return grad
+
+
+@triton.jit
+def rise_of(old, new):
+    """By how much a side's maximum rises, shrunk; 0 for the first maximum, before which there is nothing."""
+    return tl.where(old == -INFINITY, 0.0, shrunk(finite_maximum(new), finite_maximum(old)))
+
+
+@triton.jit
+def fp64_sum(lanes):
+    """The sum of a row's lanes, in float64: the gradients are made of differences from such means."""
+    return tl.sum(lanes.to(tl.float64), 1, keep_dims=True)
