@@ -159,6 +159,47 @@ def explore(record: dict[str, Any]) -> str:
     return grid(["exploration", "ms", "eager ms", "over eager"], rows) + "\n\n" + caption + _source(record)
 
 
+def step(record: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["op"].replace("plain", "every example fresh"),
+            _ms(row["milliseconds"]["ours"]),
+            f"{row['batch'] / row['milliseconds']['ours'] * 1e3:,.0f}",
+            f"{row['batch'] / row['milliseconds']['eager'] * 1e3:,.0f}" if "eager" in row["milliseconds"] else "-",
+            _times(row.get("over_eager")),
+        ]
+        for row in _measured(record)
+    ]
+    caption = (
+        f"A whole training step on {_measured(record)[0]['shape']}: residual labeler, convolutional autoencoder and "
+        "student, loss, backward pass, Adam. Eager: the same step by hand, teacher frozen and without graphs, the "
+        "gradient in the latents alone; it has every example fresh. Cache: labels and latents of real examples are "
+        f"stored; replay: each synthetic one serves {_REUSE} times; prefetch: a thread explores ahead, where PyTorch "
+        "leaves it a core. "
+    )
+    header = ["training step", "ms", "real examples/s", "eager examples/s", "over eager"]
+    return grid(header, rows) + "\n\n" + caption + _source(record) + "\n\n" + _step_parts(record)
+
+
+def _step_parts(record: dict[str, Any]) -> str:
+    """The networks' shares, of the contenders with most and least to do."""
+    rows = []
+    for row in _measured(record):
+        shown = {"eager": f"{row['mode']}, eager"} if row.get("parts") == "" else {}
+        for name, called in {**shown, "ours": row["op"].replace("plain", "every example fresh")}.items():
+            found = row.get("parts_milliseconds", {}).get(name, {})
+            rows.append([called, *(_ms(found[part]) if part in found else "-" for part in _STEP_PARTS)])
+    caption = (
+        "Milliseconds of a step by network, under a profiler, which takes some of them. Student: with its backward "
+        "pass. Slope: of gradient mode, decoder, labeler and student forward and back to the latents."
+    )
+    return grid(["where the time goes", *_STEP_PARTS], rows) + "\n\n" + caption
+
+
+_STEP_PARTS = ("encoder", "decoder", "labeler", "slope", "student", "loss", "optimizer", "else")
+_REUSE = 8  # of tgt_fast/bench/step.py
+
+
 def cache(record: dict[str, Any]) -> str:
     rows = [
         [
@@ -254,7 +295,7 @@ def gpu(record: dict[str, Any]) -> str:
 _OF_TESTS = {"failed": "failed", "skipped": "skipped", "missing": "not reached"}
 PEERS = ("liger", "orda", "quack", "cce")
 _CALLED = {"compile": "torch.compile", "chunked": "chunks", "linear_cross_entropy": "`linear_cross_entropy`"}
-GPU_OPS = ("distill", "linear", "topk", "latent", "tokens", "explore", "contrast")
+GPU_OPS = ("distill", "linear", "topk", "latent", "tokens", "explore", "contrast", "step")
 NOT_YET = {f"{noun}-cuda": "*Not yet measured on a GPU.*" for noun in GPU_OPS}
 NOT_YET["gpu-cuda"] = "*Nothing has run on a GPU yet.*"
 CACHE_RIVALS = ("over_memmap", "over_pread", "over_safe_open", "over_file")
@@ -286,6 +327,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cache-cpu": cache,
     "tokens-cpu": tokens,
     "contrast-cpu": contrast,
+    "step-cpu": step,
     "distill-cuda": cuda,
     "linear-cuda": linear,
     "topk-cuda": cuda,
@@ -293,6 +335,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "tokens-cuda": cuda,
     "explore-cuda": explore,
     "contrast-cuda": contrast,
+    "step-cuda": step,
     "gpu-cuda": gpu,
     "wheels": wheels,
     "scaling-cpu": scaling_tables.points,

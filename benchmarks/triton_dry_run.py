@@ -77,7 +77,7 @@ def bench_forms() -> dict[str, Form]:
             if noun == "explore":  # through a network, which computes on a CPU what it is given
                 spec = explore.Spec(int(case.numbers["batch"]), False)
                 made[f"bench {noun}: {case.title}"] = functools.partial(_timed, explore.case(spec, torch.device("cpu")))
-            elif case.kernels_of != "topk" and "sample" not in case.op:
+            elif noun != "step" and case.kernels_of != "topk" and "sample" not in case.op:
                 made[f"bench {noun}: {case.title}"] = functools.partial(_timed, case)
     return made
 

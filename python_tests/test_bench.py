@@ -88,6 +88,10 @@ def test_the_command_prints_and_writes_everything(tmp_path: Path, capsys: pytest
     assert "; load average" in out.splitlines()[0]
     assert record["load"].keys() == first["load"].keys() == {"average", "others", "busy"}
     assert first["ours"]["spread"] >= 0
+    step = record["rows"][-1]["parts_milliseconds"]
+    assert step.keys() == {"ours", "eager"}
+    assert all({"decoder", "labeler", "slope", "student"} <= parts.keys() for parts in step.values())
+    assert "eager spends" in out
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert plot.stat().st_size > 20_000
 

@@ -60,6 +60,10 @@ class Work(ABC):
     def compare(self, result: Result) -> Check:
         """A rival's result against the same truth, with bars that only tell another computation from this one."""
 
+    def parts(self, calls: Mapping[str, Call]) -> Mapping[str, Mapping[str, float]]:
+        """Milliseconds of a call by what it spends them on, of each contender; nothing where that is no question."""
+        return {}
+
     def forget(self) -> None:
         """Let go of the last call's gradients."""
         return None

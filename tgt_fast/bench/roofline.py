@@ -18,6 +18,7 @@ _TITLES: Final = {
     "topk": "loss against top-k records",
     "tokens": "drawing tokens",
     "contrast": "retrieval loss within a batch",
+    "step": "whole training step",
 }
 _PANEL: Final = 2.9  # inches; with so few that eight panels, in two columns, fit a screen that is turned or a page
 _HEAD: Final = 1.0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from tgt_fast.bench.case import Case, Check, dtype_name
@@ -49,6 +50,7 @@ class Row:
     result_bytes: int = 0
     seconds: float = 0.0  # all that the case took
     load: Load | None = None  # of the machine, meanwhile
+    parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # milliseconds, by contender
 
     @property
     def failed(self) -> bool:
@@ -112,6 +114,8 @@ class Row:
         if peaks:
             made["peak_extra"] = peaks  # in units of one input matrix, results included
             made["extra_memory_bytes"] = self.extra_memory
+        if self.parts:
+            made["parts_milliseconds"] = {name: dict(found) for name, found in self.parts.items()}
         made["ours"] = self.ours.to_json()
         made["rivals"] = {name: standing.to_json() for name, standing in self.rivals.items()}
         made["seconds"] = round(self.seconds, 2)

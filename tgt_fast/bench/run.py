@@ -117,8 +117,11 @@ def _measured(case: Case, plan: Plan, number: int, late: bool) -> list[Row]:
         standings = {**{OURS + name: standing for name, standing in ours.items()}, **theirs}
         _take_peaks(case, plan, number, work, calls, standings)
         copy = _take_times(case, plan, calls, standings)
+        parts = work.parts(calls)
         for row in rows:
             row.copy = copy
+            shown = {"ours": OURS + row.backend, **{name: name for name in theirs}}
+            row.parts = {name: parts[call] for name, call in shown.items() if call in parts}
     work.forget()
     return rows
 

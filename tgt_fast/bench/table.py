@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from rich.console import Console
@@ -82,6 +82,7 @@ def remarks(rows: Sequence[Row]) -> list[str]:
         most = max((row.load.others for row in busy if row.load and row.load.others is not None), default=None)
         used = "took much of the machine" if most is None else f"used up to {most:.1f} cores"
         lines.insert(0, f"* measured while other processes {used}: a rough number")
+    lines += [f"{row.case.title}: {name} spends {_spent(row.parts[name])}" for row in rows for name in row.parts]
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         for name, standing in row.rivals.items():
@@ -94,6 +95,13 @@ def remarks(rows: Sequence[Row]) -> list[str]:
         where = "" if len(cases) == whole else f" ({_few(cases)})"
         lines.append(f"{name} {status}: {reason}{where}")
     return lines
+
+
+def _spent(parts: Mapping[str, float]) -> str:
+    """The shares of a call's time, the largest first."""
+    whole = sum(parts.values()) or 1.0
+    ordered = sorted(parts.items(), key=lambda part: -part[1])
+    return ", ".join(f"{value / whole:.0%} in {name}" for name, value in ordered if value / whole >= 0.005)
 
 
 def _rivals(rows: Iterable[Row]) -> list[str]:
