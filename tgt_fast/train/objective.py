@@ -253,7 +253,7 @@ class TGTObjective:
         return self.sampler is not None and is_on(self.synthetic_weight)
 
     def _asks_latents(self) -> bool:
-        return self.explores and bool(cast("LatentSampler", self.sampler).encodes)
+        return self.explores and bool(getattr(self.sampler, "encodes", False))
 
     def known_latents(self, x: Any, sample_ids: Tensor | None) -> Latents | None:
         """Enc(x) out of the cache, where there is one that keeps it and the sampler asks for it."""
