@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from harness import save
@@ -32,7 +32,7 @@ from tgt_fast.synthesis.filters import Filters
 from tgt_fast.synthesis.job import Job, threads
 
 LEAST = 1.6  # times one worker's rate
-FEATURES, LATENT, CLASSES, WIDTH, BATCH, BATCHES = 256, 64, 100, 2048, 128, 100
+FEATURES, LATENT, CLASSES, WIDTH, BATCH, BATCHES = 256, 64, 100, 2048, 128, 160
 LONG, LONG_BATCH = 100_000, 500
 MOST_GROWTH = 32 << 20  # bytes, from the first tenth of the long synthesis to its end
 TIMES = "TGT_FAST_BENCHMARK_TIMES"  # a folder of files, one a worker, with the seconds that it was at work
@@ -49,11 +49,13 @@ def teacher() -> tgt.Teacher:
 
 def batches() -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    begun = time.perf_counter()
+    begun = time.perf_counter(), time.process_time()
     for number in range(BATCHES):
         yield torch.arange(BATCH) + number * BATCH, torch.randn(BATCH, FEATURES, generator=generator)
 
-    Path(os.environ[TIMES], f"{os.getpid()}").write_text(str(time.perf_counter() - begun))
+    Path(os.environ[TIMES], f"{os.getpid()}").write_text(
+        f"{time.perf_counter() - begun[0]} {time.process_time() - begun[1]}"
+    )
 
 
 def job(folder: Path) -> Job:
@@ -65,8 +67,14 @@ def job(folder: Path) -> Job:
     )  # fmt: skip
 
 
-def timed(workers: int) -> tuple[float, float, str]:
-    """Seconds of the work and of the whole command, and a digest of what was made."""
+class Timed(NamedTuple):
+    work: float  # seconds of the slowest worker
+    cpu: float  # those of a core that the busiest worker had: what work would be on a machine that does nothing else
+    whole: float  # seconds of the command
+    digest: str  # of what was made
+
+
+def timed(workers: int) -> Timed:
     with tempfile.TemporaryDirectory() as name:
         times = Path(name) / "times"
         times.mkdir()
@@ -75,7 +83,9 @@ def timed(workers: int) -> tuple[float, float, str]:
         told = local.run(job(Path(name) / "rows"), workers, progress=False)
         whole = time.perf_counter() - start
         assert told.computed == BATCH * BATCHES, told
-        return max(float(path.read_text()) for path in times.iterdir()), whole, digest(Path(name) / "rows")
+        found = [tuple(map(float, path.read_text().split())) for path in times.iterdir()]
+        work, cpu = (max(column) for column in zip(*found, strict=True))
+        return Timed(work, cpu, whole, digest(Path(name) / "rows"))
 
 
 def digest(folder: Path) -> str:
@@ -88,20 +98,23 @@ def digest(folder: Path) -> str:
 
 
 def workers(rounds: int) -> dict[str, Any]:
-    taken: dict[int, list[tuple[float, float, str]]] = {1: [], 2: []}
+    taken: dict[int, list[Timed]] = {1: [], 2: []}
     loads = []
     for _ in range(rounds):
         for count in taken:
             loads.append(os.getloadavg()[0])
             taken[count].append(timed(count))
-            print(f"{count} workers: {taken[count][-1][0]:.2f} s of work, {taken[count][-1][1]:.2f} s in all")
-    digests = {made for some in taken.values() for *_, made in some}
-    one, two = (statistics.median(work for work, *_ in taken[count]) for count in taken)
-    whole = [statistics.median(all_of_it for _, all_of_it, _ in taken[count]) for count in taken]
+            last = taken[count][-1]
+            print(f"{count} workers: {last.work:.2f} s of work, {last.cpu:.2f} s of a core, {last.whole:.2f} s in all")
+    digests = {one.digest for some in taken.values() for one in some}
+    one, two = (statistics.median(each.work for each in some) for some in taken.values())
+    cpu = [statistics.median(each.cpu for each in some) for some in taken.values()]
+    whole = [statistics.median(each.whole for each in some) for some in taken.values()]
     return {
         "load_average": loads, "rounds": rounds, "rows": BATCH * BATCHES,
         "threads_a_worker": 1, "seconds_of_one": one, "seconds_of_two": two,
-        "ratio": one / two, "ratios": [a[0] / b[0] for a, b in zip(taken[1], taken[2], strict=True)],
+        "ratio": one / two, "cpu_ratio": cpu[0] / cpu[1],
+        "ratios": [a.work / b.work for a, b in zip(taken[1], taken[2], strict=True)],
         "whole_seconds_of_one": whole[0], "whole_seconds_of_two": whole[1], "all_rows_equal": len(digests) == 1,
     }  # fmt: skip
 
@@ -139,9 +152,9 @@ def main() -> int:
     long = memory()
     print(f"{long['rows']} rows: {long['growth'] / 2**20:.1f} MiB more at the end than after a tenth")
     side_by_side = workers(given.rounds)
-    print(
-        f"two workers: {side_by_side['ratio']:.2f} times the rate of one; rows equal: {side_by_side['all_rows_equal']}"
-    )
+    ratio, cpu = side_by_side["ratio"], side_by_side["cpu_ratio"]
+    print(f"two workers: {ratio:.2f} times the rate of one, {cpu:.2f} by time of a core")
+    print(f"all rows equal: {side_by_side['all_rows_equal']}")
     if given.save:
         origin = record.origin(torch.device("cpu"), 0.0, "python benchmarks/synthesis.py --save")
         print(save("synthesis-cpu", {**origin, "workers": side_by_side, "memory": long}))
