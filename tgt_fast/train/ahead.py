@@ -80,6 +80,8 @@ class StepsAhead:
             if len(self._ahead):
                 self._ahead.drop()
             return None
+        if not self._objective.begun(self._run.result.steps):  # for such a step nothing was explored
+            return None
         with named_range("explore (ahead)"):
             return self._ahead.take(lend=self._ahead.replay is not None)
 
@@ -135,6 +137,8 @@ class StepsAhead:
     def _submit(self, at: int) -> None:
         assert self._ahead is not None
         run = self._run
+        if not self._objective.begun(run.result.steps + at):
+            return
         for (ids, x, _), copies in zip(self._groups[at], self._copies[at], strict=True):
             call: dict[str, Any] = {"sample_ids": ids, "step": run.result.steps + at}
             if copies is not None:

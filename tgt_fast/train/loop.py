@@ -34,6 +34,7 @@ from tgt_fast.train.files import make_writable
 from tgt_fast.train.log import Means, RunLog
 from tgt_fast.train.names import take_own_names
 from tgt_fast.train.parallel import Parallel, only_bar, unwrapped
+from tgt_fast.train.plateau import checked_plateau, follow, waiting
 from tgt_fast.train.processes import ALONE, sharing
 from tgt_fast.train.rng import turn
 from tgt_fast.train.run import Evaluate, FitResult, Objective, Run
@@ -72,6 +73,7 @@ def fit(
     log: str | os.PathLike[str] | None = None,
     logits_of: LogitsOf = None,
     prefetch: int = 0,
+    explore_on_plateau: int | None = None,
 ) -> FitResult:
     """Train ``student`` for ``steps`` optimizer steps on ``objective``, over ``loader`` as often as it takes.
 
@@ -152,6 +154,9 @@ def fit(
             (``torch.set_num_threads``). Modes random and prior alone, which need no student. The bits, and those
             after a resume, are those without: nothing is ahead where an epoch, an evaluation or a checkpoint begins,
             and a loader that draws from the global random generators in this process as it reads is not read ahead.
+        explore_on_plateau: explore only while validation stalls: from so many evaluations in a row without a better
+            monitored metric on, and until there is one. Needs ``evaluate``, and a :class:`TGTObjective` with a sampler,
+            whose ``start_after`` counts besides. A resumed run goes on alike.
 
     Returns:
         A :class:`FitResult`.
@@ -183,6 +188,7 @@ def fit(
     check_tools(optimizer, scheduler, seed, monitor, evaluate)
     check_extras(autocast, ema, callbacks)
     prefetch = checked_prefetch(objective, prefetch)
+    patience = checked_plateau(objective, explore_on_plateau, evaluate)
     check_loader("fit", loader)
     resume, progress = _checks.flag("fit", "resume", resume), _checks.flag("fit", "progress", progress)
     if accumulate > 1 and not hasattr(objective, "normalizers"):
@@ -220,8 +226,10 @@ def fit(
         settings = settings_of(
             run, steps=steps, accumulate=accumulate, clip_grad_norm=clip_grad_norm, eval_every=eval_every,
             monitor=None if evaluate is None else f"{monitor} ({mode})", seed=seed, autocast=autocast, ema=ema,
-            prefetch=prefetch or None,
+            prefetch=prefetch or None, explore_on_plateau=patience,
         )  # fmt: skip
+        stack.enter_context(waiting(objective, patience))
+        follow(objective, result, patience)
         stack.enter_context(told.of(run, steps, settings))
         tell("start")
         with _Bar(run, steps, shown=progress and only_bar()) as bar:
@@ -233,6 +241,7 @@ def fit(
                 if _due(eval_every, result.steps, steps):
                     told.before_record(run)
                     keeper.save_best(run if run.record(evaluate, monitor, mode) else None)
+                    follow(objective, result, patience)
                     told.recorded(run)
                     bar.recorded(monitor)
                     tell("record")

@@ -79,6 +79,9 @@ class TGTObjective:
             as far as its own do not depend on the other rows of a batch. Augmented and mixed data, which differ from
             epoch to epoch, have no place in a cache, and are refused where that is seen (on a CPU).
 
+        start_after: >= 0, the first ``step`` with a third term: before it the sampler is not called. Where no step is
+            given, calls are counted.
+
     A batch x that is a dict goes into a student of transformers or peft as keywords, and so it does into any with
     several parameters that names its keys; one with a single parameter gets the dict.
 
@@ -111,6 +114,7 @@ class TGTObjective:
         count_group: Any = None,
         logits_of: LogitsOf = None,
         cache: TeacherCache | EnsembleCache | None = None,
+        start_after: int = 0,
     ) -> None:
         self.teacher = teacher
         self.sampler = sampler
@@ -119,6 +123,9 @@ class TGTObjective:
         self.count_group = count_group
         self.logits_of = logits_of
         self.cache = cache
+        self.start_after = _checks.integer("TGTObjective", "start_after", start_after, 0, 1 << 62)
+        self.waiting = False  # no step explores as long as it is set, which fit(explore_on_plateau=) does
+        self._calls = 0
         self._known: Known | None = None
         self._met: int | None = None  # the student that was last looked at
         self._options()
@@ -197,6 +204,10 @@ class TGTObjective:
         options = self._options()
         if synthetic is not None:
             self._check_made(synthetic)
+        begun = self.begun(self._calls if step is None else step)
+        if self.start_after and step is None:
+            self._calls += 1
+        synthetic = synthetic if begun else None
         if not torch.compiler.is_compiling():
             refuse_labeler("TGTObjective", self.teacher, student)
             if id(student) != self._met:
@@ -210,7 +221,9 @@ class TGTObjective:
             if self._known is None:
                 opinions = self.teacher.opinions(x)
             else:
-                opinions, latents = self._known(x, sample_ids, encode=synthetic is None and self._asks_latents())
+                opinions, latents = self._known(
+                    x, sample_ids, encode=synthetic is None and begun and self._asks_latents()
+                )
         with named_range("student"):
             logits = student_logits("TGTObjective", student, self.teacher.student_view(x), logits_of, class_dim)
         if isinstance(y, Tensor) and y.dim() == logits.dim():  # shares of the classes, in the layout of the logits
@@ -221,7 +234,7 @@ class TGTObjective:
             with named_range("loss"):
                 real = self._real(options, logits, opinions, y, sample_weight, normalizer)
         made = synthetic
-        if made is None or not is_on(self.synthetic_weight):
+        if begun and (made is None or not is_on(self.synthetic_weight)):
             given = {"occurrence": occurrence, "logits_of": logits_of, "latents": latents}
             made = self._explored(student, x, sample_ids, step, given)
         if made is not None:
@@ -251,6 +264,10 @@ class TGTObjective:
     def explores(self) -> bool:
         """Whether a call asks the sampler."""
         return self.sampler is not None and is_on(self.synthetic_weight)
+
+    def begun(self, step: int | Tensor) -> bool:
+        """Whether a step has a third term, as far as time decides that. A tensor is read where it lies."""
+        return not self.waiting and (self.start_after == 0 or int(step) >= self.start_after)
 
     def _asks_latents(self) -> bool:
         return self.explores and bool(getattr(self.sampler, "encodes", False))
