@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 DIGITS_NAMES = {
@@ -69,6 +70,40 @@ def digits(record: dict[str, Any]) -> str:
         "as many student examples a step. `tgt-fast demo digits`; " + _made_by(record)
     )
     return grid(["", "accuracy", "head", "middle", "tail", "agreement", "KL", "s"], rows) + "\n\n" + caption
+
+
+_SERVED = {
+    "fresh": "every example fresh",
+    "replay": "replayed, drawn uniformly",
+    "replay-disagreement": "replayed, by disagreement",
+}
+
+
+def replay(record: dict[str, Any]) -> str:
+    rows = []
+    for method in record["methods"]:
+        students = {kind: record["students"][f"{method}, {kind}"] for kind in _SERVED}
+        fresh = students["fresh"]
+        for kind, called in _SERVED.items():
+            reached = students[kind]["accuracy"]
+            ahead = [a - b for a, b in zip(reached, fresh["accuracy"], strict=True)]
+            share = sum(students[kind]["decoded"]) / sum(fresh["decoded"])
+            rows.append(
+                [
+                    f"{method.removeprefix('tgt-')}, {called}",
+                    f"{fmean(reached):.1f} ± {stdev(reached):.1f}",
+                    "" if kind == "fresh" else f"{fmean(ahead):+.2f} ± {stdev(ahead) / len(ahead) ** 0.5:.2f}",
+                    f"{fmean(students[kind]['decoded']):,.0f}",
+                    f"{share:g}",
+                ]
+            )
+    caption = (
+        f"Test accuracy in percent (mean and standard deviation of {len(record['seeds'])} seeds, neither the demo's "
+        "nor those it was tuned on), points ahead of fresh examples (paired by seed, with the standard error of the "
+        f"mean), and rows that the teacher decoded. `SyntheticReplay(reuse={record['reuse']})`, by disagreement out of "
+        f"{record['candidates']} times as many rows. `{record['command']}`; " + _made_by(record)
+    )
+    return grid(["", "accuracy", "ahead", "decoded rows", "of fresh"], rows) + "\n\n" + caption
 
 
 def docstrings(record: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def main() -> int:
         print(bar)
     if given.save:
         record = {
-            "command": "python benchmarks/replay_digits.py --save",
+            "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}",
             "methods": given.methods, "commit": commit(), "versions": versions(),
             "seeds": list(seeds), "reuse": REUSE, "candidates": CANDIDATES, "steps": settings.steps,
             "total_seconds": time.perf_counter() - begun, "students": rows, "bars": bars,

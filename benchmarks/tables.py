@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import scaling_tables
-from demo_tables import digits, docstrings, grid, lm, retrieval
+from demo_tables import digits, docstrings, grid, lm, replay, retrieval
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -316,6 +316,7 @@ def wheels(record: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "digits": digits,
+    "replay-digits": replay,
     "docstrings": docstrings,
     "retrieval": retrieval,
     "lm": lm,
