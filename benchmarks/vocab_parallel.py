@@ -30,6 +30,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "forward_kl, labels": {"divergence": "forward_kl", "temperature": 2.0, "hard_weight": 1.0},
     "reverse_kl": {"divergence": "reverse_kl", "temperature": 2.0},
     "jsd": {"divergence": "jsd", "temperature": 2.0},
+    "tvd": {"divergence": "tvd", "temperature": 2.0},
 }
 
 

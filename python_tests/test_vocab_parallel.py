@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from emulated_gpu import tensors_on_an_emulated_gpu
 from numerics import assert_close, assert_matches_truth, magnitude, relative_error, truth
 from process_kit import Raised, all_made, in_processes, needs_processes
 from torch import Tensor
@@ -15,7 +17,8 @@ from vocab_kit import CLASSES, OFFSETS, ROWS, Case, cases, evaluated, joined, pa
 
 import tgt_fast as tgt
 from tgt_fast.errors import ArgumentError
-from tgt_fast.ops.vocab_parallel import shards
+from tgt_fast.kernels.options import DIVERGENCES, TAILS
+from tgt_fast.ops.vocab_parallel import opening, shards
 
 worlds = pytest.mark.parametrize("world", [2, 4])
 PLAIN = Case("forward_kl", "smoothed", (2.0, 2.0), "plain", (torch.float32, torch.float32), "mean", False)
@@ -65,9 +68,45 @@ def test_loss_and_gradients_are_those_of_all_classes(world: int, tmp_path: Path)
 
 
 @needs_processes
+def test_on_a_device(emulated: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states that the CUDA kernels leave, on an emulated device, and the way that waits for no device."""
+    monkeypatch.setattr(opening, "on_host", lambda tensor: False)
+    hard = [case for case in cases() if case.terms != "soft" and case.dtypes[1] == torch.float32]
+    every = [case for kind in DIVERGENCES for case in [one for one in hard if one.divergence == kind][:2]]
+    record_case = Case("jsd", "smoothed", (2.0, 2.0), "peaked", (torch.float32, torch.float32), "none", False)
+    student, teacher, target, _ = record_case.inputs()
+    records = [tgt.topk_teacher(teacher, 5, 2.0, tail=tail) for tail in TAILS]
+
+    def of_record(record: tgt.TeacherTopK, logits: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+        leaf = logits.clone().requires_grad_()
+        loss = tgt.distillation_loss(leaf, record, target, **record_case.options, **more)
+        loss.sum().backward()
+        assert leaf.grad is not None
+        return loss.detach(), leaf.grad
+
+    def work(rank: int) -> Any:
+        with tensors_on_an_emulated_gpu(emulated):
+            made = []
+            for case in every:
+                student, teacher, target, weight = case.inputs()
+                sides = part_of(student, rank, 2), part_of(teacher, rank, 2)
+                made.append(evaluated(case, *sides, target, weight, vocab_group="world"))
+            mine = part_of(record_case.inputs()[0], rank, 2)
+            return made, [of_record(record, mine, vocab_group="world") for record in records]
+
+    found = all_made(in_processes(2, tmp_path, work))
+    for case, *parts in zip(every, *(made for made, _ in found), strict=True):
+        assert_they_are(case, parts)
+    for record, *halves in zip(records, *(of_records for _, of_records in found), strict=True):
+        loss, grad = of_record(record, student)
+        torch.testing.assert_close(halves[0][0], loss, rtol=1e-5, atol=1e-6)
+        assert relative_error(torch.cat([own for _, own in halves], dim=-1), grad, 1e-2) < 2e-5
+
+
+@needs_processes
 @worlds
 def test_a_call(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages; the same bits again; in place; backward twice; in float16; what is refused."""
+    """What travels; the same bits again; in place; backward twice; in float16; what is refused."""
     student, teacher, target, _ = PLAIN.inputs()
     offsets = OFFSETS[world]
 
