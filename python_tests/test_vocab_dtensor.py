@@ -106,6 +106,17 @@ def records(mesh: Any, placements: list[Any]) -> None:
     for mine, theirs in zip(placed, leaves, strict=True):
         close(mine.grad, theirs.grad)
 
+    # Shares of the classes as targets lie as logits do.
+    shares = torch.rand(student.shape, generator=generator)
+    of_logits = [distribute_tensor(x, mesh, placements) for x in (teacher.nan_to_num(0.0, posinf=0.0), shares)]
+    for given in (shares, of_logits[1]):
+        out = tgt.linear_distillation_loss(*placed, teacher_logits=of_logits[0], target=given, hard_weight=0.5)
+        close(out, tgt.linear_distillation_loss(
+            *leaves, teacher_logits=of_logits[0].full_tensor(), target=shares, hard_weight=0.5
+        ).detach())  # fmt: skip
+        out = tgt.distillation_loss(leaf, of_logits[0], given, hard_weight=0.5)
+        close(out, tgt.distillation_loss(whole, of_logits[0].full_tensor(), shares, hard_weight=0.5).detach())
+
 
 def mesh_of_one_dimension(world: int) -> Any:
     from torch.distributed.tensor import init_device_mesh
