@@ -177,6 +177,8 @@ def step(record: dict[str, Any]) -> str:
         f"stored; replay: each synthetic one serves {_REUSE} times; prefetch: a thread explores ahead, where PyTorch "
         "leaves it a core. "
     )
+    if load := record.get("load", {}).get("average"):
+        caption += f"Load average at the start: {load:.1f}. "
     header = ["training step", "ms", "real examples/s", "eager examples/s", "over eager"]
     return grid(header, rows) + "\n\n" + caption + _source(record) + "\n\n" + _step_parts(record)
 
@@ -191,7 +193,8 @@ def _step_parts(record: dict[str, Any]) -> str:
             rows.append([called, *(_ms(found[part]) if part in found else "-" for part in _STEP_PARTS)])
     caption = (
         "Milliseconds of a step by network, under a profiler, which takes some of them. Student: with its backward "
-        "pass. Slope: of gradient mode, decoder, labeler and student forward and back to the latents."
+        "pass. Slope: of gradient mode, through decoder, labeler and student and back to the latents; of ours what goes "
+        "back alone, the ways forward being those networks'."
     )
     return grid(["where the time goes", *_STEP_PARTS], rows) + "\n\n" + caption
 
