@@ -193,8 +193,8 @@ def _step_parts(record: dict[str, Any]) -> str:
             rows.append([called, *(_ms(found[part]) if part in found else "-" for part in _STEP_PARTS)])
     caption = (
         "Milliseconds of a step by network, under a profiler, which takes some of them. Student: with its backward "
-        "pass. Slope: of gradient mode, through decoder, labeler and student and back to the latents; of ours what goes "
-        "back alone, the ways forward being those networks'."
+        "pass. Slope: of gradient mode, through decoder, labeler and student and back to the latents; of ours what "
+        "goes back alone, the ways forward being those networks'."
     )
     return grid(["where the time goes", *_STEP_PARTS], rows) + "\n\n" + caption
 
