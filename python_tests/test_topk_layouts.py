@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import ModuleType
 
 import pytest
@@ -54,3 +55,20 @@ def test_every_layout(
         for grad in (out.d_student, again):
             assert grad is not None
             assert_near((out.loss, grad), truth, student, topk, hard=True, divergence=divergence)
+
+
+def test_a_row_of_more_classes_than_a_map_has_room_for(emulated: ModuleType) -> None:
+    """Of each of them the kernel asks whether it is among the top k; those next to an entry's vector are not."""
+    ids, log_probs = torch.tensor([[8, 15, 24]]), torch.tensor([[0.5, 0.2, 0.1]]).log()
+    classes = 2_000_000
+    record = tgt.TeacherTopK(ids, log_probs, None, 1.0, classes)
+    student = torch.zeros(1, classes)
+    student[0, [0, 7, 16, 23]] = torch.tensor([16.0, 14.0, 15.0, 13.0])
+    found = []
+    for place in (tensors_on_an_emulated_gpu(emulated), nullcontext()):
+        leaf = student.clone().requires_grad_()
+        with place:
+            loss = tgt.distillation_loss(leaf, record, backend="native")
+            found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
