@@ -25,7 +25,14 @@ RESULT: dict[str, Any] = {
     "versions": {"torch": "2.6"},
     "seeds": [0],
     "rows": [
-        {"op": "sum", "milliseconds": {"ours": 2.0}, "errors": {"loss": 1e-7}, "extra_memory_bytes": 1 << 24, "rows": 8}
+        {
+            "op": "sum",
+            "milliseconds": {"ours": 2.0},
+            "errors": {"loss": 1e-7},
+            "extra_memory_bytes": 1 << 24,
+            "rows": 8,
+            "spread": 0.1,
+        }
     ],
     "methods": {"tgt": {"accuracy": 90.0, "seconds": 3.0}},
 }
@@ -71,6 +78,7 @@ def set_in(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
         (("rows", 0, "op"), ("sum",), ("mean",)),
         (("methods", "tgt", "accuracy"), (89.0, 91.0), (88.0, 92.0, float("nan"))),
         (("commit",), ("another",), ()),
+        (("rows", 0, "spread"), (0.5,), ()),  # how far apart the times of one run were
         (("versions",), ({"torch": "2.13"},), ()),
         (("seeds",), ([0],), ([1], [0, 1])),
     ],

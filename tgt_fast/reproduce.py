@@ -33,7 +33,7 @@ MARGINS: Final[dict[str, tuple[float, float]]] = {
 _TIME = re.compile(r"second|millisecond|^ms$|^over_|^of_copy$|copy|^ratio$|^overhead$|rate$|^rounds$|speedup")
 _MEMORY = re.compile(r"bytes$|^peak|memory|gib$|mib$")
 _PASSING = frozenset({"commit", "date", "hardware", "versions", "command", "load", "core", "margins", "driver", "cuda",
-                      "machine", "reason", "total_seconds"})  # fmt: skip
+                      "machine", "reason", "spread", "total_seconds"})  # fmt: skip
 
 
 @dataclass(frozen=True)
