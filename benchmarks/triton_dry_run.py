@@ -4,6 +4,7 @@
     python benchmarks/triton_dry_run.py --only bench
     python benchmarks/triton_dry_run.py --one-of 8 --save     # of tests and of combinations of options one of 8
     python benchmarks/triton_dry_run.py --seconds 900 --save  # of each set what there is time for
+    python benchmarks/triton_dry_run.py --go-on --save        # the rest of them
 
 The sets: what the bench times, at full shapes; the tests on a GPU with all of their parameters; the combinations of
 options that Triton 3.5 and 3.6 were once unable to compile, as far as Triton's own code, where they failed; all
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import dataclasses
 import datetime
 import functools
 import hashlib
@@ -51,7 +53,17 @@ from tgt_fast.bench.ops import OPS
 ROOT: Final = Path(__file__).resolve().parent.parent
 SETS: Final = ("bench", "tests", "fragile", "options")
 RESULT: Final = ROOT / "benchmarks" / "results" / "triton-dry-run.json"
+FORMS_OF_A_PROCESS: Final = 40
 Form = Callable[[], Any]
+
+
+@dataclasses.dataclass
+class Found:
+    """What the forms of a set that ran have shown."""
+
+    forms: int = 0
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    launches: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
 def on_meta() -> Any:
@@ -150,33 +162,34 @@ def run_form(name: str, one_of: int, form: str) -> tuple[str, Counter[str]]:
     return "" if launches.total() else "it launched nothing", launches
 
 
-def run_set(name: str, one_of: int, jobs: int, seconds: float) -> dict[str, Any]:
-    """The result of a set, from processes of their own with nothing compiled before. No form begins after its time."""
-    failed: dict[str, str] = {}
-    launches: Counter[str] = Counter()
+def run_set(name: str, one_of: int, jobs: int, seconds: float, found: Found, keep: Callable[[Found], None]) -> None:
+    """Adds to ``found`` the forms of a set that it lacks, from processes of their own. No form begins after its time.
+
+    What Triton has compiled stays in a process's memory (about 65 MB a form), so a process takes few forms, and finds
+    on disk what those before it compiled. ``keep`` is called with what there is by then.
+    """
     forms = order(_forms(name, one_of))
-    whole = len(forms) if one_of == 1 else len(forms_of(name, 1))
-    end, ahead, done = time.monotonic() + seconds, deque[tuple[str, Any]](), 0
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder),
-        # Not forked: the tests' modules have used torch's threads by now, which a fork's child would wait for.
-        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
-    ):
-        left = iter(forms)
-        while True:
-            while len(ahead) < jobs and time.monotonic() < end and (form := next(left, None)) is not None:
-                ahead.append((form, pool.submit(run_form, name, one_of, form)))
-            if not ahead:
-                break
-            form, found = ahead.popleft()
-            why, launched = found.result()
-            launches += launched
-            failed |= {form: why} if why else {}
-            done += 1
-            if done % 20 == 0:
-                print(f"{name}: {done} of {len(forms)}, {len(failed)} failed", flush=True)
-    return {"forms": done, "of": whole, "failed": failed, "launches": dict(launches)}
+    end = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder):
+        in_time = True
+        while in_time and found.forms < len(forms):
+            some = deque(forms[found.forms : found.forms + FORMS_OF_A_PROCESS * jobs])
+            # Not forked: the tests' modules have used torch's threads by now, which a fork's child would wait for.
+            with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+                ahead: deque[tuple[str, Any]] = deque()
+                while True:
+                    while len(ahead) < jobs and some and (in_time := time.monotonic() < end):
+                        form = some.popleft()
+                        ahead.append((form, pool.submit(run_form, name, one_of, form)))
+                    if not ahead:
+                        break
+                    form, ended = ahead.popleft()
+                    why, launched = ended.result()
+                    found.launches.update(launched)
+                    found.failed |= {form: why} if why else {}
+                    found.forms += 1
+            print(f"{name}: {found.forms} of {len(forms)}, {len(found.failed)} failed", flush=True)
+            keep(found)
 
 
 def main() -> int:
@@ -186,8 +199,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=math.inf, help="for a set: no form of it begins later")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once")
     parser.add_argument("--save", action="store_true", help=f"write to benchmarks/results/{RESULT.name}")
+    parser.add_argument(
+        "--go-on", action="store_true", help="with the forms that the saved result for these kernels lacks"
+    )
     parser.add_argument("--sources", action="store_true", help="print the digest of the kernels' sources, run nothing")
     given = parser.parse_args()
+    if given.go_on and given.one_of != 1:
+        parser.error("--go-on takes whole sets, without --one-of")
     if given.sources:
         print(kernels_digest())
         return 0
@@ -196,15 +214,28 @@ def main() -> int:
     print(f"Triton {triton}, torch {torch.__version__}, Python {platform.python_version()}, sm_90")
     all_failed = 0
     for name in given.only or SETS:
-        kernels = kernels_digest()
-        result = run_set(name, given.one_of, given.jobs, given.seconds)
-        all_failed += len(result["failed"])
-        print(f"{name}: {result['forms']} forms of {result['of']}, {len(result['failed'])} failed")
-        for form, why in result["failed"].items():
+        about: dict[str, Any] = {"of": len(_forms(name, 1)), "kernels": kernels_digest()}
+
+        def keep(found: Found, name: str = name, about: dict[str, Any] = about) -> None:
+            if given.save:
+                save(triton, name, vars(found) | about)
+
+        found = saved(triton, name) if given.go_on else Found()
+        run_set(name, given.one_of, given.jobs, given.seconds, found, keep)
+        all_failed += len(found.failed)
+        print(f"{name}: {found.forms} forms of {about['of']}, {len(found.failed)} failed")
+        for form, why in found.failed.items():
             print(f"  {form}: {why}")
-        if given.save:
-            save(triton, name, {**result, "kernels": kernels})
     return 1 if all_failed else 0
+
+
+def saved(triton: str, name: str) -> Found:
+    """What is written down of a set, if it holds for today's kernels."""
+    runs = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    result = runs.get(triton, {}).get("sets", {}).get(name, {})
+    if result.get("kernels") != kernels_digest():
+        return Found()
+    return Found(result["forms"], result["failed"], Counter(result["launches"]))
 
 
 def save(triton: str, name: str, result: dict[str, Any]) -> None:

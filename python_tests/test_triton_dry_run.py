@@ -125,6 +125,15 @@ def test_a_set_that_runs_out_of_time_says_how_much_of_it_there_was(
     assert status == bool(found["failed"])
     assert "options: 4 forms of 6" in capsys.readouterr().out
 
+    monkeypatch.setattr(script, "FORMS_OF_A_PROCESS", 1)  # the rest, each by a process of its own
+    monkeypatch.setattr(script, "kernels_digest", lambda: "of these sources")
+    monkeypatch.setattr(sys, "argv", ["", "--only", "options", "--jobs", "1", "--go-on", "--save"])
+    monkeypatch.setattr(script, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    assert script.main() == 1
+    assert seen == ordered
+    found = json.loads(script.RESULT.read_text())[importlib.metadata.version("triton")]["sets"]["options"]
+    assert (found["forms"], found["launches"], found["failed"]) == (6, {"a_kernel": 12}, {"red": "it is red"})
+
 
 def test_the_record_says_of_each_set_which_sources_it_holds_for_and_how_much_of_it_ran(script: ModuleType) -> None:
     """Not that they are today's: later changes to kernels make it old, not wrong."""
