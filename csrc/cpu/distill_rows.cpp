@@ -306,7 +306,8 @@ void forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
   }
 }
 
-// The sums of a divergence that needs the normalisers, into a state whose normalisers may be of more classes than these.
+// The sums of a divergence that needs the normalisers, into a state whose normalisers may be of more classes than
+// these.
 template <class Real, class D>
 void sum_again(const DistillCall& call, int64_t i, RowState& state) {
   state.x = state.y = 0;
