@@ -93,13 +93,23 @@ def a_gpu_that_is_the_host() -> Iterator[None]:
         stack.enter_context(Elsewhere("cpu"))
         for name, value in instead.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
-        stack.enter_context(mock.patch.object(torch, "Generator", _generator))
+        stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         stack.enter_context(mock.patch.object(torch.random, "fork_rng", _fork_rng))
         yield
 
 
-def _generator(device: Any = None, *, plain: Callable[[], torch.Generator] = torch.Generator) -> torch.Generator:
-    return plain()
+class _KindOfGenerator(type):
+    plain = torch.Generator
+
+    def __call__(cls, device: Any = None) -> torch.Generator:
+        return cls.plain()
+
+    def __instancecheck__(cls, thing: Any) -> bool:
+        return isinstance(thing, cls.plain)
+
+
+class _Generator(metaclass=_KindOfGenerator):
+    """One of the host, for any device."""
 
 
 def _fork_rng(devices: Any = None, *, plain: Callable[..., Any] = torch.random.fork_rng) -> Any:
