@@ -4,7 +4,7 @@
 
 The seeds are neither the demo's nor those it was tuned on. All students of a seed have one teacher, one start and the
 same real batches. Counted are the rows that the teacher's decoder was given. With --save the result goes to
-benchmarks/results/replay-digits.json; exit status 1: replay cost more than it may.
+benchmarks/results/replay-digits-METHOD.json, a file a method; exit status 1: replay cost more than it may.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +21,13 @@ from harness import save
 from torch import Tensor, nn
 
 from tgt_fast._versions import versions
+from tgt_fast.bench.record import commit
 from tgt_fast.demos.digits import teachers
 from tgt_fast.demos.digits.data import class_counts, load_digits, long_tailed
 from tgt_fast.demos.digits.methods import train_student
 from tgt_fast.demos.digits.settings import Settings
 from tgt_fast.demos.digits.teachers import TeacherWeights
 from tgt_fast.demos.workers import crew
-from tgt_fast.report.identity import commit
 
 FIRST_SEED = 200
 REUSE, CANDIDATES = 8, 4
@@ -74,18 +73,23 @@ def main() -> int:
         name: {key: [by_seed[seed][key] for seed in seeds] for key in ("accuracy", "decoded", "seconds")}
         for name, by_seed in found.items()
     }
-    bars = [bar for method in given.methods for bar in bars_of(method, rows)]
-    for bar in bars:
-        print(bar)
-    if given.save:
-        record = {
-            "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}",
-            "methods": given.methods, "commit": commit(), "versions": versions(),
-            "seeds": list(seeds), "reuse": REUSE, "candidates": CANDIDATES, "steps": settings.steps,
-            "total_seconds": time.perf_counter() - begun, "students": rows, "bars": bars,
-        }  # fmt: skip
-        print(save("replay-digits", record))
-    return int(not all(bar["kept"] for bar in bars))
+    kept = True
+    for method in given.methods:
+        bars = bars_of(method, rows)
+        for bar in bars:
+            print(bar)
+            kept = kept and bar["kept"]
+        if given.save:
+            record = {
+                "command": f"python benchmarks/replay_digits.py --seeds {given.seeds} --workers {given.workers} "
+                f"--methods {method} --save",
+                "methods": [method], "commit": commit(), "versions": versions(),
+                "seeds": list(seeds), "reuse": REUSE, "candidates": CANDIDATES, "steps": settings.steps,
+                "total_seconds": time.perf_counter() - begun,
+                "students": {f"{method}, {kind}": rows[f"{method}, {kind}"] for kind in KINDS}, "bars": bars,
+            }  # fmt: skip
+            print(save(f"replay-digits-{method.removeprefix('tgt-')}", record))
+    return int(not kept)
 
 
 def bars_of(method: str, rows: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:

@@ -26,10 +26,11 @@ from harness import save
 from torch import Tensor, nn
 
 import tgt_fast as tgt
+from tgt_fast._threads import threads
 from tgt_fast.bench import record
 from tgt_fast.synthesis.engines import local
 from tgt_fast.synthesis.filters import Filters
-from tgt_fast.synthesis.job import Job, threads
+from tgt_fast.synthesis.job import Job
 
 LEAST = 1.6  # times one worker's rate
 FEATURES, LATENT, CLASSES, WIDTH, BATCH, BATCHES = 256, 64, 100, 2048, 128, 160

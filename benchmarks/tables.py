@@ -319,7 +319,8 @@ def wheels(record: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "digits": digits,
-    "replay-digits": replay,
+    "replay-digits-random": replay,
+    "replay-digits-gradient": replay,
     "docstrings": docstrings,
     "retrieval": retrieval,
     "lm": lm,

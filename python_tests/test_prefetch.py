@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -93,7 +94,7 @@ def test_depth_0_and_a_busy_cpu_start_no_thread(monkeypatch: pytest.MonkeyPatch)
     sampler = tgt.LatentSampler(teacher_of(decoder), sigma=0.5, units="absolute")
     assert len(list(sampler.prefetch(batches(), depth=0))) == 6
     monkeypatch.undo()
-    monkeypatch.setattr(ahead.os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
     assert len(list(sampler.prefetch(batches()))) == 6
     assert set(decoder.threads) == {"MainThread"}
 

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tgt_fast._threads import cores
 from tgt_fast.kernels.select import DEFAULT_VARIABLE, backends
 
 _OPTIONAL = ("scikit-learn", "matplotlib", "triton", "transformers", "diffusers", "timm")
@@ -21,7 +22,7 @@ def facts() -> list[tuple[str, str]]:
     rows = [(name, _version(name)) for name in ("tgt-fast", "torch", "numpy", "safetensors")]
     rows.insert(1, ("python", f"{platform.python_version()} ({platform.system()} {platform.machine()})"))
     rows += [(name, _version(name)) for name in _OPTIONAL]
-    rows.append(("processor", f"{torch.backends.cpu.get_cpu_capability()}, {_cores()} cores for this process"))
+    rows.append(("processor", f"{torch.backends.cpu.get_cpu_capability()}, {cores()} cores for this process"))
     rows.append(("threads", f"{torch.get_num_threads()} (torch.get_num_threads(); the core uses as many)"))
     rows.append(("CUDA devices", _cuda()))
     default = os.environ.get(DEFAULT_VARIABLE)
@@ -64,10 +65,6 @@ def _version(name: str) -> str:
 
             return f"{tgt_fast.__version__} (not installed: run from its source folder)"
         return "not installed"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cuda() -> str:

@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from tgt_fast.demos.workers import cores
+from tgt_fast._threads import cores
 from tgt_fast.report import prepare_file, write_json
 from tgt_fast.report.numbers import mean
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from tgt_fast._threads import threads
 from tgt_fast.errors import TgtError
 
 Result = TypeVar("Result")
@@ -20,13 +20,6 @@ Result = TypeVar("Result")
 
 class WorkerError(TgtError, RuntimeError):
     """A worker process ended before its work."""
-
-
-def cores() -> int:
-    """The cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class Crew:
@@ -67,12 +60,8 @@ class Crew:
 def crew(workers: int) -> Iterator[Crew]:
     """A crew of ``workers`` processes, stopped on leaving, an exception's way out included."""
     if workers == 0:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with threads(1):
             yield Crew(_Inline())
-        finally:
-            torch.set_num_threads(before)
         return
     # Spawned: a fork would copy the threads' locks of whatever this process has run.
     executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)

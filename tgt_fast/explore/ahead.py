@@ -7,7 +7,6 @@ sampler is put where the copy stood after it; if the sampler has been changed in
 from __future__ import annotations
 
 import copy
-import os
 import queue
 import random
 import threading
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from tgt_fast._threads import cores
 from tgt_fast.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -52,8 +52,7 @@ def pays(device: torch.device) -> bool:
     """Whether something is idle that could explore: a GPU has streams, a CPU cores that PyTorch does not use."""
     if device.type == "cuda":
         return True
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return device.type == "cpu" and cores > torch.get_num_threads()
+    return device.type == "cpu" and cores() > torch.get_num_threads()
 
 
 class Draws:

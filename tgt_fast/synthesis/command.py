@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from tgt_fast._rng import isolated_rng
+from tgt_fast._threads import threads
 from tgt_fast.cache.keys import SYNTHETIC
 from tgt_fast.cache.query import as_ids
 from tgt_fast.errors import ArgumentError
@@ -21,7 +22,7 @@ from tgt_fast.ops import _checks
 from tgt_fast.report.grid import save_grid
 from tgt_fast.synthesis.engines import local, ray, torchrun
 from tgt_fast.synthesis.filters import Filters
-from tgt_fast.synthesis.job import Job, threads
+from tgt_fast.synthesis.job import Job
 from tgt_fast.synthesis.maker import OP
 from tgt_fast.synthesis.parquet import is_address
 from tgt_fast.synthesis.summary import SynthesisSummary

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -16,6 +15,7 @@ from torch import nn
 
 from tgt_fast._files import new_file, sync
 from tgt_fast._rng import isolated_rng
+from tgt_fast._threads import threads
 from tgt_fast.cache.arguments import as_loader
 from tgt_fast.cache.command import factory
 from tgt_fast.cache.fingerprint import Fingerprint
@@ -128,16 +128,6 @@ class Job:
             with self.target(parts.maker.fingerprint) as target:
                 columns = Columns(OP, None, needs_ids=True)
                 return run(parts.maker, target, parts.loader, columns, share, progress=progress)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _measured(sampler: LatentSampler, loader: Iterable[Any], batches: int) -> torch.Tensor:

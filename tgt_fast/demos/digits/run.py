@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from tgt_fast._threads import cores
 from tgt_fast.demos.digits import diagnostics, teachers
 from tgt_fast.demos.digits.data import Images, class_counts, load_digits, long_tailed
 from tgt_fast.demos.digits.diagnostics import Diagnostics
@@ -17,7 +18,7 @@ from tgt_fast.demos.digits.teachers import TeacherQuality, TeacherWeights
 from tgt_fast.demos.networks import Weights
 from tgt_fast.demos.progress import Progress
 from tgt_fast.demos.results import checked_seeds, in_order
-from tgt_fast.demos.workers import Crew, cores, crew
+from tgt_fast.demos.workers import Crew, crew
 
 CURVE_FACTORS = (0.25, 0.5, 2.0, 4.0, 8.0, 1000.0)  # times the labels of the main experiment; the last: all 900
 CURVE_METHODS = ("one-hot", "distillation", "tgt-gradient")

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tgt_fast._threads import cores
 from tgt_fast.demos.artifacts import Artifacts
 from tgt_fast.demos.corpus import Corpus, load_corpus
 from tgt_fast.demos.docstrings import data, teachers
@@ -25,7 +26,7 @@ from tgt_fast.demos.results import checked_seeds, in_order
 from tgt_fast.demos.text.generator import train_generator
 from tgt_fast.demos.text.sentences import sentence_encoder, sentence_tokenizer
 from tgt_fast.demos.text.vocabulary import common_pieces, word_pieces
-from tgt_fast.demos.workers import Crew, cores, crew
+from tgt_fast.demos.workers import Crew, crew
 
 TEACHER_SEED = 0  # one teacher for all seeds
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from tgt_fast._threads import cores
 from tgt_fast.demos.lm import memory
 from tgt_fast.demos.lm.corpus import Corpus, load_corpus
 from tgt_fast.demos.lm.data import Text, make_text
@@ -14,7 +15,7 @@ from tgt_fast.demos.lm.students import StudentResult, train_student
 from tgt_fast.demos.lm.teachers import TeacherResult, train_teacher
 from tgt_fast.demos.progress import Progress
 from tgt_fast.demos.results import checked_seeds, in_order
-from tgt_fast.demos.workers import Crew, cores, crew
+from tgt_fast.demos.workers import Crew, crew
 
 # The longest first, so that no core waits at the end for one that began late.
 _TAUGHT = ("distillation-records", "distillation", "distillation-plenty", "distillation-cached")

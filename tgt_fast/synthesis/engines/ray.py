@@ -21,13 +21,14 @@ import torch
 
 from tgt_fast._optional import optional
 from tgt_fast._rng import isolated_rng
+from tgt_fast._threads import threads
 from tgt_fast.cache.arguments import as_loader
 from tgt_fast.cache.command import factory
 from tgt_fast.cache.fingerprint import Fingerprint
 from tgt_fast.cache.query import as_ids
 from tgt_fast.errors import ProcessError, TgtError
 from tgt_fast.synthesis.engines.local import interrupted_by_sigterm
-from tgt_fast.synthesis.job import Job, threads
+from tgt_fast.synthesis.job import Job
 from tgt_fast.synthesis.maker import OP, Batch
 from tgt_fast.synthesis.parquet import is_address
 from tgt_fast.synthesis.summary import SynthesisSummary
