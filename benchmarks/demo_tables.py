@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
+
+from table_parts import grid
 
 DIGITS_NAMES = {
     "one-hot": "one-hot labels",
@@ -40,11 +41,6 @@ RETRIEVAL_NAMES = {
     "uniform-negatives": "distillation + real further passages",
     "tgt-random": "teacher-guided, random",
 }
-
-
-def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
 def _spread(value: dict[str, Any], digits: int = 1) -> str:

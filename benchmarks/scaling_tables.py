@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from demo_tables import grid
+from table_parts import grid
 
 _CALLED = {"gradients": "gradients of 4 Mi weights", "count": "a count of rows", "gather": "a gather of 4 Mi numbers"}
 
