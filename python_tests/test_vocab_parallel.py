@@ -13,12 +13,16 @@ from emulated_gpu import tensors_on_an_emulated_gpu
 from numerics import assert_close, assert_matches_truth, magnitude, relative_error, truth
 from process_kit import Raised, all_made, in_processes, needs_processes
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from vocab_kit import CLASSES, OFFSETS, ROWS, Case, cases, evaluated, joined, part_of
 
 import tgt_fast as tgt
 from tgt_fast.errors import ArgumentError
-from tgt_fast.kernels.options import DIVERGENCES, TAILS
-from tgt_fast.ops.vocab_parallel import opening, shards
+from tgt_fast.kernels.calls import DistillCall
+from tgt_fast.kernels.options import DIVERGENCES, TAILS, DistillOptions, DistillStats
+from tgt_fast.ops.topk import rows_of
+from tgt_fast.ops.vocab_parallel import library, opening, shards
+from tgt_fast.ops.vocab_parallel.kernel import row_kernel
 
 worlds = pytest.mark.parametrize("world", [2, 4])
 PLAIN = Case("forward_kl", "smoothed", (2.0, 2.0), "plain", (torch.float32, torch.float32), "mean", False)
@@ -38,7 +42,7 @@ def assert_they_are(case: Case, parts: list[Any]) -> None:
     )  # fmt: skip
     loss, d_student, d_teacher, stats = evaluated(case, student, teacher, target, weight)
     bar = 1e-5 * max(1.0, magnitude(student / ts, teacher / tt) / 10)
-    for name, out, own in zip(result.stats._fields, result.stats, stats, strict=True):  # type: ignore[union-attr]
+    for name, out, own in zip(DistillStats._fields, result.stats or stats, stats, strict=True):
         assert_close(name, out.double(), own.double(), bar=bar, floor=1e-2 * ROWS**0.5)
     if case.dtypes == (torch.float32, torch.float32) and case.kind != "far":
         assert_close("loss", result.loss, loss, bar=bar, floor=1e-2)
@@ -167,6 +171,36 @@ def test_a_call(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert "must begin with 0 and not fall" in messages[2]
         assert "by vocab_offsets process" in messages[3]
         assert "count_group must be None" in messages[4]
+
+
+class NothingWaits(TorchDispatchMode):
+    """Lets no op run for which the host would wait on a device, or send it a list of columns."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "index", "index_put", "_index_put_impl", "equal", "masked_select")
+
+    def __torch_dispatch__(self, op: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        assert op.overloadpacket._qualified_op_name.split("::")[1].rstrip("_") not in self.FORBIDDEN, op
+        return op(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("divergence", ["symmetric", "tvd"])
+def test_the_host_waits_for_no_device(native: str, divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "on_host", lambda tensor: False)
+    student, teacher, target, _ = PLAIN.inputs()
+    options = DistillOptions(divergence, temperature=2.0, hard_weight=1.0, label_smoothing=0.1)
+    wanted: dict[str, Any] = dict.fromkeys(("want_d_student", "want_d_teacher", "want_row_state", "want_stats"), True)
+    call = DistillCall(options, student, teacher, target, torch.rand(ROWS), **wanted)
+    record = tgt.topk_teacher(teacher, 5)
+    rows = options._replace(divergence="jsd")
+    of_record = DistillCall(rows, student, rows_of(record), target, want_d_student=True, want_row_state=True)
+    shares = call._replace(target=teacher.softmax(-1), options=options._replace(label_smoothing=0.0))
+    for one in (call, of_record, shares):
+        form = "distill" if isinstance(one.teacher, Tensor) else "topk"
+        kernels = [row_kernel(op, native) for op in (form, "distill")]
+        made = library.sharded(one, kernels, shards.Shards((), 0, CLASSES, CLASSES, CLASSES))
+        with NothingWaits():
+            out = made.forward(one)
+            made.backward(one, out.row_state, torch.ones(()))
 
 
 def with_shares(at: int, rank: int = 0, world: int = 1, **more: Any) -> list[Tensor]:

@@ -99,14 +99,17 @@ def part_of(tensor: Tensor, rank: int, world: int) -> Tensor:
     return tensor[..., start:end].contiguous()
 
 
-def evaluated(case: Case, student: Tensor, teacher: Tensor, target: Tensor, weight: Tensor | None, **more: Any) -> Any:
-    """Loss, gradients and statistics, as plain tensors."""
+def evaluated(
+    case: Case, student: Tensor, teacher: Tensor, target: Tensor, weight: Tensor | None, stats: bool = True, **more: Any
+) -> Any:
+    """Loss, gradients and statistics, as plain tensors; without ``stats`` none of these."""
     student, teacher = student.clone().requires_grad_(), teacher.clone().requires_grad_()
-    loss, stats = tgt.distillation_loss(
-        student, teacher, target, sample_weight=weight, return_stats=True, **case.options, **more
+    made = tgt.distillation_loss(
+        student, teacher, target, sample_weight=weight, return_stats=stats, **case.options, **more
     )
+    loss, fields = made if stats else (made, ())
     loss.sum().backward()
-    return loss.detach(), student.grad, teacher.grad, tuple(stats)
+    return loss.detach(), student.grad, teacher.grad, tuple(fields)
 
 
 def joined(found: list[Any]) -> Result:
@@ -117,4 +120,4 @@ def joined(found: list[Any]) -> Result:
         for mine, theirs in zip(stats, also, strict=True):
             assert torch.equal(mine.double().nan_to_num(7), theirs.double().nan_to_num(7))
     d_student, d_teacher = (torch.cat([one[side] for one in found], dim=-1) for side in (1, 2))
-    return Result(loss, d_student, d_teacher, DistillStats(*stats))
+    return Result(loss, d_student, d_teacher, DistillStats(*stats) if stats else None)

@@ -56,6 +56,11 @@ def _numbers(options: DistillOptions, hard: bool) -> _Numbers:
     return _Numbers(options, hard)
 
 
+def unit_of(options: DistillOptions, classes: int) -> float:
+    """The nats by which the sums of a row's state are counted, of so many classes."""
+    return _numbers(options, False).unit(classes)
+
+
 def _stride(matrix: Tensor | None) -> int:
     return 0 if matrix is None else matrix.stride(0)
 

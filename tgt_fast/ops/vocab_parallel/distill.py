@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tgt_fast.errors import ShapeError
 from tgt_fast.kernels import select
-from tgt_fast.kernels.calls import Direct, DistillCall, is_soft
+from tgt_fast.kernels.calls import DistillCall, is_soft
 from tgt_fast.kernels.late import beside, is_on
 from tgt_fast.kernels.options import DistillOptions, DistillStats
 from tgt_fast.ops import _checks
@@ -29,7 +29,7 @@ from tgt_fast.ops.counts import divisor_over
 from tgt_fast.ops.library import graph_wanted, seen_by_dispatcher
 from tgt_fast.ops.topk import TeacherTopK, check_where_asked, rows_of, warn_where_small
 from tgt_fast.ops.vocab_parallel import library as vocab_library
-from tgt_fast.ops.vocab_parallel.kernel import served
+from tgt_fast.ops.vocab_parallel.kernel import row_kernel, served
 from tgt_fast.ops.vocab_parallel.shards import Shards, local_target
 
 
@@ -65,7 +65,7 @@ def distillation_loss(
     if inplace and student.numel():
         check_inplace(student_logits, student)
     inputs = (options, student, given, target, sample_weight, normalizer)
-    direct = Direct(select.kernel("distill", chosen(backend, tensors_of(student, given))))
+    direct = row_kernel("distill", chosen(backend, tensors_of(student, given)))
     kernel = vocab_library.sharded(DistillCall(*inputs), (direct, direct), shards)
     if graph_wanted(student, given):
         loss, rows = with_graph(kernel, *inputs, return_stats, inplace)
@@ -111,7 +111,7 @@ def _of_record(
     if inplace and student.numel():
         check_inplace(student_logits, student)
     name = chosen(backend, tensors_of(student, topk), select.TOPK)
-    kernels = [Direct(select.kernel(op, name)) for op in (select.TOPK, "distill")]
+    kernels = [row_kernel(op, name) for op in (select.TOPK, "distill")]
     kernel = vocab_library.sharded(DistillCall(options, student, topk, target), kernels, shards)
     if graph_wanted(student):
         loss, _ = with_graph(kernel, options, student, topk, target, sample_weight, divisor, False, inplace)

@@ -8,11 +8,13 @@ from typing import Any, Final
 from torch import Tensor
 
 from tgt_fast.errors import BackendError
-from tgt_fast.kernels.calls import DistillCall, Gradients, Outputs, accumulate_dtype
+from tgt_fast.kernels import select
+from tgt_fast.kernels.calls import Direct, DistillCall, Gradients, Outputs, accumulate_dtype
 from tgt_fast.ops.vocab_parallel import gradients, merging, opening, statistics
 from tgt_fast.ops.vocab_parallel.shards import Shards
+from tgt_fast.ops.vocab_parallel.triton_rows import TritonRows
 
-SERVED: Final = ("native",)  # the backends whose row states are merged
+SERVED: Final = ("native", "triton")  # the backends whose row states are merged
 
 
 def served(name: str, op: str) -> str:
@@ -27,6 +29,12 @@ def served(name: str, op: str) -> str:
             f"are sharded on classes, pass one of {SERVED}"
         )
     return name
+
+
+def row_kernel(op: str, name: str) -> Any:
+    """The row kernel of a backend, whose states are in the form that is merged."""
+    direct = Direct(select.kernel(op, name))
+    return TritonRows(direct) if name == "triton" else direct
 
 
 class Steps:

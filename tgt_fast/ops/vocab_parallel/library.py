@@ -10,8 +10,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from tgt_fast.kernels import select
-from tgt_fast.kernels.calls import Direct, DistillCall, Gradients, gradients, is_soft, outputs
+from tgt_fast.kernels.calls import DistillCall, Gradients, gradients, is_soft, outputs
 from tgt_fast.ops import library
 from tgt_fast.ops._distill_op import (
     CALL,
@@ -26,7 +25,7 @@ from tgt_fast.ops._distill_op import (
 )
 from tgt_fast.ops.library import or_nothing
 from tgt_fast.ops.vocab_parallel import statistics, topk
-from tgt_fast.ops.vocab_parallel.kernel import Sharded, Steps, served
+from tgt_fast.ops.vocab_parallel.kernel import Sharded, Steps, row_kernel, served
 from tgt_fast.ops.vocab_parallel.merging import SUMS
 from tgt_fast.ops.vocab_parallel.opening import OPENED, STATE
 from tgt_fast.ops.vocab_parallel.records import of_record
@@ -49,14 +48,14 @@ def as_arguments(shards: Shards) -> tuple[Any, ...]:
     return (list(shards.groups), *shards[1:])
 
 
-def _settled(call: DistillCall, backend: str) -> tuple[DistillCall, list[Direct]]:
+def _settled(call: DistillCall, backend: str) -> tuple[DistillCall, list[Any]]:
     """A call that can run, and the kernels that it runs on: of its form, and of pairs of logits."""
     call, chosen = ready(call, backend, looked_at=True)
     form = form_of(call.teacher)
-    return call, [Direct(select.kernel(op, served(chosen, form))) for op in (form, "distill")]
+    return call, [row_kernel(op, served(chosen, form)) for op in (form, "distill")]
 
 
-def _steps(call: DistillCall, kernels: list[Direct]) -> Any:
+def _steps(call: DistillCall, kernels: list[Any]) -> Any:
     return Steps(kernels[1]) if isinstance(call.teacher, Tensor) else topk.Steps(*kernels)
 
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from tgt_fast.kernels import linear_chunks, select
-from tgt_fast.kernels.calls import Direct, DistillCall
+from tgt_fast.kernels.calls import DistillCall
 from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, LinearForward, LinearOptions, LinearTensors
 from tgt_fast.ops import library
 from tgt_fast.ops._linear_op import CALL, Call, Linear, chosen, forward_fake, settled_inputs, unpacked
 from tgt_fast.ops.library import or_nothing
 from tgt_fast.ops.vocab_parallel import library as rows_library
-from tgt_fast.ops.vocab_parallel.kernel import served
+from tgt_fast.ops.vocab_parallel.kernel import row_kernel, served
 from tgt_fast.ops.vocab_parallel.shards import Shards, finished, started
 
 
@@ -40,7 +40,7 @@ class Driver:
         """
         form = "distill" if t.topk_ids is None else select.TOPK
         name = served(chosen(backend, t), "linear" if t.topk_ids is None else form)
-        return cls([Direct(select.kernel(op, name)) for op in (form, "distill")], shards)
+        return cls([row_kernel(op, name) for op in (form, "distill")], shards)
 
     def forward(
         self, t: LinearTensors, divisor: Any, heads: LinearOptions, options: DistillOptions, **keywords: Any

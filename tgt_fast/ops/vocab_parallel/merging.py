@@ -52,7 +52,8 @@ from tgt_fast.ops.vocab_parallel.opening import (
     soft_kind,
 )
 
-MAXIMA: Final = [STUDENT_MAX, TEACHER_MAX, BAD_STUDENT, BAD_TEACHER, INFINITE, IS_WIDE, LABELLED]
+assert (STUDENT_MAX, TEACHER_MAX) == (0, 1)
+assert tuple(range(BAD_STUDENT + 1, BAD_STUDENT + 5)) == (BAD_TEACHER, INFINITE, IS_WIDE, LABELLED)
 SUMS: Final = 8
 _FLOAT_MAX: Final = 3.4028234663852886e38
 _FORWARD: Final = ("forward_kl", "symmetric")
@@ -74,7 +75,8 @@ class Parts(NamedTuple):
 
 def maxima_of(opened: Tensor) -> Tensor:
     """Numbers of which the processes take the largest.  [N, OPENED] -> [N, 7]"""
-    return opened[:, MAXIMA]
+    # Slices alone: a list of columns would have to be sent to a device.
+    return torch.cat([opened[:, :2], opened[:, BAD_STUDENT : LABELLED + 1]], dim=1)
 
 
 def sums_of(opened: Tensor, maxima: Tensor, options: DistillOptions) -> Tensor:
@@ -171,7 +173,7 @@ def merged(opened: Tensor, maxima: Tensor, totals: Tensor, divisor: Tensor, opti
 def _far(opened: Tensor, maxima: Tensor, options: DistillOptions) -> Tensor:
     """True if the logits here are so far below the largest that differences leave the range of float32."""
     reach = 16 * max(1 / options.temperature, 1 / options.teacher_temperature, 1.0)
-    most = (maxima[:, :2] - opened[:, [STUDENT_MAX, TEACHER_MAX]]) * reach
+    most = (maxima[:, :2] - opened[:, :2]) * reach
     return ((most > _FLOAT_MAX) & (most < math.inf)).any(dim=1)
 
 

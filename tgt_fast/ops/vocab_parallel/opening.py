@@ -50,7 +50,7 @@ def opened(kernel: Any, call: DistillCall) -> Tensor:
     kind = soft_kind(options)
     made = student.new_zeros((count, OPENED), dtype=torch.float64)
     if width == 0:
-        made[:, [STUDENT_MAX, TEACHER_MAX]] = -math.inf
+        made[:, STUDENT_MAX] = made[:, TEACHER_MAX] = -math.inf
         _drop(made, call)
         return made
     plain = options._replace(reduction="none")
@@ -117,7 +117,7 @@ def _side_by_side(kernel: Any, call: DistillCall, made: Tensor) -> Tensor:
     some = torch.zeros(made.shape[0], dtype=torch.int64, device=made.device)
     student = call._replace(teacher=call.student, target=some)
     ts = options.temperature
-    own = state_of(kernel, student, plain._replace(teacher_temperature=ts, label_smoothing=0.0, unlabeled_index=-1))
+    own = state_of(kernel, student, plain._replace(teacher_temperature=ts, unlabeled_index=-1))
     bad, empty = _extremes(call.student)
     for column in (STUDENT_SUM, HARD_SUM, FINITE):
         made[:, column] = torch.where(bad | empty, 0.0, own[:, column])

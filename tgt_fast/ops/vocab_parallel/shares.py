@@ -100,8 +100,8 @@ def _hard(call: DistillCall) -> DistillCall:
     assert call.target is not None
     options, numbers = call.options, call.options.numbers
     if numbers is not None:
-        known = torch.tensor([0.5, 1.0, 1.0], dtype=numbers.dtype, device=numbers.device)
-        numbers = torch.cat([known, numbers[_HARD : _HARD + 1], torch.zeros_like(numbers[:2])])
+        half, ones = numbers.new_full((1,), 0.5), numbers.new_ones(2)
+        numbers = torch.cat([half, ones, numbers[_HARD : _HARD + 1], torch.zeros_like(numbers[:2])])
     plain = DistillOptions(
         "cross_entropy", soft_weight=options.hard_weight, ignore_index=options.ignore_index,
         unlabeled_index=options.unlabeled_index, reduction=options.reduction, numbers=numbers,

@@ -36,7 +36,7 @@ def opened(kernel: Any, call: DistillCall) -> Tensor:
     made[:, :OPENED] = state
     if call.student.shape[1]:
         stats = kernel.forward(call._replace(want_stats=True)).stats
-        made[:, OPENED:] = stats[[0, 1, 3]].t()
+        made[:, OPENED : OPENED + 2], made[:, OPENED + 2] = stats[:2].t(), stats[3]
     return made
 
 
@@ -47,7 +47,7 @@ def maxima_of(own: Tensor) -> Tensor:
 
 def first_of(own: Tensor, maxima: Tensor, shards: Shards) -> Tensor:
     """Less the first class here for a side whose largest logit is here; of all, the largest says whose.  -> [N, 2]"""
-    owned = own[:, [STUDENT_MAX, TEACHER_MAX]] == maxima[:, :2]
+    owned = torch.stack([own[:, STUDENT_MAX], own[:, TEACHER_MAX]], dim=1) == maxima[:, :2]
     return torch.where(owned, float(-shards.start) if shards.width else -math.inf, -math.inf).to(DTYPE)
 
 

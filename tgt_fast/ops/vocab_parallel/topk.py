@@ -185,7 +185,8 @@ class Steps:
 def maxima_of(opened: Tensor) -> Tensor:
     """Numbers of which the processes take the largest: of all, of what is no number, of labels, tail and entries."""
     own = merging.maxima_of(opened[:, : opening.OPENED])
-    return torch.cat([own[:, [0, 2, 6]], opened[:, [opening.OPENED, opening.OPENED + 2, opening.OPENED + 3]]], dim=1)
+    columns = (own[:, 0], own[:, 2], own[:, 6], *opened[:, opening.OPENED :].unbind(1))
+    return torch.stack([columns[at] for at in (0, 1, 2, 3, 5, 6)], dim=1)
 
 
 def _alone(call: DistillCall) -> DistillCall:
