@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tgt_fast import errors as errors
     from tgt_fast import explore as explore
     from tgt_fast import kernels as kernels
+    from tgt_fast import long_tail as long_tail
     from tgt_fast import losses as losses
     from tgt_fast import ops as ops
     from tgt_fast import report as report
@@ -89,6 +90,7 @@ _MODULES: Final = (
     "errors",
     "explore",
     "kernels",
+    "long_tail",
     "losses",
     "ops",
     "report",

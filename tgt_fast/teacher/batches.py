@@ -12,7 +12,7 @@ from torch import Tensor
 from tgt_fast.errors import ArgumentError
 from tgt_fast.teacher import tree
 
-_LABELS: Final = ("labels", "label", "y", "targets", "target", "label_ids")  # keys that no input has
+LABELS: Final = ("labels", "label", "y", "targets", "target", "label_ids")  # keys that no input has
 _IDS: Final = ("sample_ids", "sample_id", "ids", "id", "index", "idx")
 
 
@@ -112,7 +112,7 @@ class Columns:
         if _is_vector(x, None) and not alone:
             return f"x is read from where there is a vector of integers {tuple(x.shape)}, as ids or labels are"
         if alone and isinstance(x, Mapping):
-            named = [key for key in x if str(key).lower() in _LABELS or _is_vector(x[key], size)]
+            named = [key for key in x if str(key).lower() in LABELS or _is_vector(x[key], size)]
             if named:
                 return f"of a mapping it is not known whether {named} are labels, ids or part of x"
         return None
@@ -225,7 +225,7 @@ def _example(batch: Any, needs_ids: bool) -> tuple[Any, Any, Any]:
         batch = batch[0]
     if isinstance(batch, Mapping):
         ids = next((key for key in batch if str(key).lower() in _IDS), "ids" if needs_ids else None)
-        y = next((key for key in batch if str(key).lower() in _LABELS), None)
+        y = next((key for key in batch if str(key).lower() in LABELS), None)
         if y is None:
             y = next((key for key in batch if key != ids and _is_vector(batch[key], None)), None)
         x = tuple(key for key in batch if key not in (ids, y))

@@ -29,6 +29,7 @@ from tgt_fast.train.opinions import hard_of, soft_of
 if TYPE_CHECKING:
     from tgt_fast.cache import EnsembleCache, TeacherCache
     from tgt_fast.explore import LatentSampler, Synthetic, SyntheticReplay
+    from tgt_fast.long_tail import LatentMixUp
 
 
 class Parts(TypedDict):
@@ -60,8 +61,8 @@ class TGTObjective:
 
     Args:
         teacher: the frozen teacher.
-        sampler: makes the synthetic examples, a :class:`LatentSampler` or :class:`SyntheticReplay`; None leaves the
-            third term out (plain distillation).
+        sampler: makes the synthetic examples, a :class:`LatentSampler`, :class:`SyntheticReplay` or
+            :class:`tgt_fast.long_tail.LatentMixUp`; None leaves the third term out (plain distillation).
         loss: l_d and the hard term, with reduction "mean";
             ``DistillationLoss(temperature=2.0, hard_weight=1.0)`` by default.
         synthetic_weight: factor of the third term, >= 0. With 0 the sampler is not called.
@@ -107,7 +108,7 @@ class TGTObjective:
     def __init__(
         self,
         teacher: Teacher,
-        sampler: LatentSampler | SyntheticReplay | None = None,
+        sampler: LatentSampler | SyntheticReplay | LatentMixUp | None = None,
         *,
         loss: DistillationLoss | None = None,
         synthetic_weight: float = 1.0,
