@@ -17,6 +17,18 @@ DIGITS_NAMES = {
     "tgt-persistent": "teacher-guided, persistent",
 }
 
+GLYPHS_NAMES = {
+    "one-hot": "one-hot labels",
+    "distillation": "distillation",
+    "distillation-mixup": "distillation + mixup",
+    "distillation-augmented": "distillation + best input augmentation",
+    "tgt-prior": "teacher-guided, prior",
+    "tgt-random": "teacher-guided, random",
+    "tgt-gradient": "teacher-guided, gradient",
+    "tgt-random-replay": "teacher-guided, random, replay",
+    "tgt-gradient-replay": "teacher-guided, gradient, replay",
+}
+
 
 LM_NAMES = {
     "one-hot": "one-hot labels",
@@ -66,6 +78,43 @@ def digits(record: dict[str, Any]) -> str:
         "as many student examples a step. `tgt-fast demo digits`; " + _made_by(record)
     )
     return grid(["", "accuracy", "head", "middle", "tail", "agreement", "KL", "s"], rows) + "\n\n" + caption
+
+
+def glyphs(record: dict[str, Any]) -> str:
+    rows = [_accuracy(name, record["methods"][key]) for key, name in GLYPHS_NAMES.items()]
+    drawn = record["pictures"]
+    caption = (
+        f"Test accuracy in percent (mean and standard deviation of {len(record['seeds'])} seeds), by class frequency, "
+        f"agreement and mean KL divergence with the teacher (which is right in "
+        f"{fmean(record['teacher']['labeler_accuracy']):.1f} %, {fmean(record['teacher']['tail_accuracy']):.1f} % on "
+        f"the rarest third), processor seconds of training. {record['labels']} long-tailed labelled images of "
+        f"{drawn['pool_families']} families, {drawn['test_images']:,} test images of {drawn['test_families']} others; "
+        f"every method sees as many student examples a step. `{record['command']}`, "
+        f"{record['processor_seconds']:.0f} processor seconds; " + _made_by(record)
+    )
+    table = grid(["", "accuracy", "head", "middle", "tail", "agreement", "KL", "s"], rows) + "\n\n" + caption
+    return f"{table}\n\n{_glyphs_labels(record)}" if "sample_size_factors" in record else table
+
+
+def _glyphs_labels(record: dict[str, Any]) -> str:
+    rows = []
+    for found in record["sample_size_factors"]:
+        low, high = min(found["factors"]), max(found["factors"])
+        more = "more than " if any(found["beyond"]) else ""
+        rows.append(
+            [
+                GLYPHS_NAMES[found["method"]],
+                f"{found['labels']:,}",
+                f"{found['accuracy']:.1f}",
+                f"{more}{fmean(found['factors']):.1f} ({low:.1f} to {high:.1f})",
+            ]
+        )
+    most = max(point["labels"] for line in record["curve"].values() for point in line)
+    caption = (
+        f"Times the labels that a method needs for the accuracy of {GLYPHS_NAMES[record['best_tgt']]} (mean, lowest "
+        f"and highest of {len(record['seeds'])} seeds). “More than”: in some seed it does not get there with {most:,}."
+    )
+    return grid(["", "TGT's labels", "its accuracy", "times as many"], rows) + "\n\n" + caption
 
 
 _SERVED = {

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import scaling_tables
-from demo_tables import digits, docstrings, lm, replay, retrieval
+from demo_tables import digits, docstrings, glyphs, lm, replay, retrieval
 from op_tables import cache, contrast, cuda, distill, explore, gpu, latent, linear, tokens, topk
 from step_tables import step
 from table_parts import grid, measured, ms, times
@@ -47,6 +47,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "digits": digits,
     "replay-digits-random": replay,
     "replay-digits-gradient": replay,
+    "glyphs": glyphs,
     "docstrings": docstrings,
     "retrieval": retrieval,
     "lm": lm,

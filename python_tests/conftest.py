@@ -42,7 +42,7 @@ OF_THE_OPS_ALONE = {"test_gradcheck_in_float64", "test_the_sphere_can_be_differe
 # Files of tests, or of fixtures, that take many seconds each.
 LONG = {
     "test_triton_launch.py", "test_gpu_tests_host.py", "test_cuda_races.py", "test_cuda_launch.py",
-    "test_demo_digits.py", "test_demo_lm.py", "test_compile.py", "test_fit_failures.py",
+    "test_demo_digits.py", "test_demo_glyphs.py", "test_demo_lm.py", "test_compile.py", "test_fit_failures.py",
     "test_fuzz.py", "test_kills.py", "test_gpu_calls.py", "test_linear_autograd.py",
     "test_cache_frameworks.py", "test_triton.py",
 }  # fmt: skip

@@ -103,7 +103,7 @@ def bars(
         axes.set_yticks(range(len(items)), [item.label for item in items])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set_ylim(len(items) - 0.45, -0.55)
-        axes.set_xlim(low, top + 0.06 * (top - low))
+        axes.set_xlim(low, low + 1.06 * ((top - low) or 1.0))
         axes.grid(axis="x")
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(unit)

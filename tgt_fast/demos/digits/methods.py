@@ -138,17 +138,21 @@ def train_student(
         steps=settings.steps,
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(settings.steps)),
-        evaluate=_accuracy_on(test),
+        evaluate=accuracy_on(test),
         eval_every=max(1, settings.steps // settings.evaluations),
         seed=seed,
         progress=False,
     )
     seconds = time.perf_counter() - started
     curve = tuple((int(record["step"]), record["accuracy"]) for record in result.history)
-    return _measured(method, seed, student, teacher, images, test, counts, seconds, curve)
+    with torch.no_grad():
+        theirs = teacher.label(test.x)
+    return measured(method, seed, student, theirs, len(images), test, counts, seconds, curve)
 
 
-def _accuracy_on(test: Images) -> Callable[[nn.Module], dict[str, float]]:
+def accuracy_on(test: Images) -> Callable[[nn.Module], dict[str, float]]:
+    """What ``fit`` calls to evaluate: the accuracy in percent."""
+
     @torch.no_grad()
     def evaluate(student: nn.Module) -> dict[str, float]:
         return {"accuracy": 100 * (student(test.x).argmax(1) == test.y).float().mean().item()}
@@ -157,18 +161,19 @@ def _accuracy_on(test: Images) -> Callable[[nn.Module], dict[str, float]]:
 
 
 @torch.no_grad()
-def _measured(
+def measured(
     method: str,
     seed: int,
     student: nn.Module,
-    teacher: Teacher,
-    images: Images,
+    theirs: Tensor,
+    labels: int,
     test: Images,
     counts: Sequence[int],
     seconds: float,
     curve: tuple[tuple[int, float], ...],
 ) -> StudentResult:
-    logits, theirs = student.eval()(test.x), teacher.label(test.x)
+    """A student on the test images, beside the labeler, whose logits are ``theirs``."""
+    logits = student.eval()(test.x)
     right = logits.argmax(1) == test.y
 
     def share(classes: Tensor | None = None) -> float:
@@ -179,7 +184,7 @@ def _measured(
     return StudentResult(
         method=method,
         seed=seed,
-        labels=len(images),
+        labels=labels,
         accuracy=share(),
         head=share(head),
         middle=share(middle),

@@ -59,12 +59,12 @@ def sample_factors(
             if labels == line[-1][0]:
                 continue  # with all labels there is nothing further to compare with
             accuracy = mean(values)
-            needed = _labels_for(line, accuracy)
+            needed = labels_for(line, accuracy)
             factors.append(SampleFactor(other, labels, accuracy, (needed or line[-1][0]) / labels, needed is None))
     return factors
 
 
-def _labels_for(line: Sequence[tuple[int, float]], accuracy: float) -> float | None:
+def labels_for(line: Sequence[tuple[int, float]], accuracy: float) -> float | None:
     """The point at which a curve first reaches an accuracy; None where it does not."""
     before: tuple[int, float] | None = None
     for labels, reached in line:

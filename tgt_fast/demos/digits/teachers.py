@@ -59,7 +59,7 @@ def train_vae(images: Images, settings: Settings, seed: int) -> tuple[Weights, W
             return squares / (2 * settings.pixel_noise**2) + divergence
 
         parameters = [*encoder.parameters(), *decoder.parameters()]
-        _minimise(loss, torch.optim.Adam(parameters, settings.vae_rate, fused=True), settings.vae_steps)
+        minimise(loss, torch.optim.Adam(parameters, settings.vae_rate, fused=True), settings.vae_steps)
     return networks.weights_of(encoder), networks.weights_of(decoder)
 
 
@@ -74,7 +74,7 @@ def train_labeler(images: Images, settings: Settings, seed: int) -> Weights:
             return F.cross_entropy(labeler(warped(x, generator, settings.labeler_warp)), y)
 
         optimizer = torch.optim.AdamW(labeler.parameters(), settings.labeler_rate, weight_decay=1e-2, fused=True)
-        _minimise(loss, optimizer, settings.labeler_steps)
+        minimise(loss, optimizer, settings.labeler_steps)
     return networks.weights_of(models.folded(labeler))
 
 
@@ -88,7 +88,8 @@ def _batch(images: Images, size: int, generator: torch.Generator) -> tuple[Tenso
     return images.x[rows], images.y[rows]
 
 
-def _minimise(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, steps: int) -> None:
+def minimise(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """So many steps down the loss, at the rate that :func:`cosine` gives."""
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(steps))
     for _ in range(steps):
         optimizer.zero_grad()

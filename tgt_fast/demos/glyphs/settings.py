@@ -1,0 +1,64 @@
+"""Every number the demo was tuned on, chosen on families of the pool by ``tune.py``, the same for all seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from tgt_fast.demos.glyphs.augment import Augmentation
+
+BASELINES = ("one-hot", "distillation", "distillation-mixup", "distillation-augmented")
+TGT_METHODS = ("tgt-prior", "tgt-random", "tgt-gradient", "tgt-random-replay", "tgt-gradient-replay")
+METHODS = BASELINES + TGT_METHODS
+BEST_TGT = "tgt-gradient-replay"  # the best of them in tuning: the one that is compared
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyper-parameters. Lengths in the latent space are in its standard deviations over the labelled images."""
+
+    # teacher
+    latents: int = 24
+    vae_width: int = 16
+    vae_steps: int = 1500
+    vae_rate: float = 2e-3
+    pixel_noise: float = 0.2  # the decoder's assumed standard deviation: smaller means sharper and less smooth
+    labeler_width: int = 12
+    labeler_steps: int = 800
+    labeler_rate: float = 3e-3
+    labeler_augmentation: Augmentation = field(default_factory=lambda: Augmentation(warp=0.5))
+    teacher_batch: int = 64
+    # student
+    steps: int = 600
+    rate: float = 3e-3
+    one_hot_rate: float = 3e-3
+    real: int = 64  # real examples a step beside as many others; alone: twice as many
+    temperature: float = 2.0
+    distillation_temperature: float = 4.0  # of distillation on the real examples alone
+    augmented_temperature: float = 4.0
+    balanced: tuple[str, ...] = ()  # methods without exploration whose examples are of classes drawn uniformly
+    mixup: Augmentation = field(default_factory=lambda: Augmentation(mixup=True))
+    augmentation: Augmentation = field(default_factory=lambda: Augmentation(warp=1.0))
+    # exploration
+    sigma: float = 1.0
+    prior_sigma: float = 1.0
+    step_size: float = 1.0
+    ascent_steps: int = 1
+    anchors: str = "balanced"
+    reuse: int = 4
+    candidates: int = 4
+    evaluations: int = 8  # points of a learning curve
+
+    def rate_of(self, method: str) -> float:
+        """The learning rate a method begins with."""
+        return self.one_hot_rate if method == "one-hot" else self.rate
+
+    def temperature_of(self, method: str) -> float:
+        """The temperature of a method's loss."""
+        if method == "distillation":
+            return self.distillation_temperature
+        return self.temperature if method in TGT_METHODS else self.augmented_temperature
+
+
+def quick(settings: Settings) -> Settings:
+    """About half of the steps."""
+    return replace(settings, vae_steps=700, labeler_steps=400, steps=300, evaluations=4)
