@@ -219,3 +219,15 @@ _OF_TESTS = {"failed": "failed", "skipped": "skipped", "missing": "not reached"}
 PEERS = ("liger", "orda", "quack", "cce")
 _CALLED = {"compile": "torch.compile", "chunked": "chunks", "linear_cross_entropy": "`linear_cross_entropy`"}
 CACHE_RIVALS = ("over_memmap", "over_pread", "over_safe_open", "over_file")
+
+
+def vocab_parallel(record: dict[str, Any]) -> str:
+    """One process with all classes beside two with half of them each."""
+    rows = []
+    for point in record["points"]:
+        time, worked = point["time"], point["processor"]
+        seconds = (f"{time[one]:.3f}" for one in ("one", "two"))
+        rows.append([point["call"], *seconds, f"{time['factor']:.2f}", f"{worked['factor']:.2f}"])
+    header = [f"{record['rows']} x {record['classes']}", "one process, s", "two, s", "factor", "processor's, factor"]
+    caption = f"The machine's load was {record['load'][0]:.0f} at the end. " + source(record)
+    return grid(header, rows) + "\n\n" + caption

@@ -18,7 +18,7 @@ from typing import Any
 
 import scaling_tables
 from demo_tables import digits, docstrings, glyphs, lm, replay, retrieval
-from op_tables import cache, contrast, cuda, distill, explore, gpu, latent, linear, tokens, topk
+from op_tables import cache, contrast, cuda, distill, explore, gpu, latent, linear, tokens, topk, vocab_parallel
 from step_tables import step
 from table_parts import grid, measured, ms, times
 
@@ -60,6 +60,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "tokens-cpu": tokens,
     "contrast-cpu": contrast,
     "step-cpu": step,
+    "vocab-parallel-cpu": vocab_parallel,
     "distill-cuda": cuda,
     "linear-cuda": linear,
     "topk-cuda": cuda,
