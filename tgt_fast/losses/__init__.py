@@ -1,7 +1,39 @@
-"""The losses as modules, which keep their options."""
+"""The losses as modules, which keep their options.
+
+The first three, which run fused kernels, are in ``tgt_fast``, too. The others are written in PyTorch's operations; all
+are called ``loss(student, teacher, target=None, *, weight=None)``, with the same rows, masks and reductions.
+"""
 
 from tgt_fast.losses.contrast import ContrastiveDistillationLoss
+from tgt_fast.losses.correlation import DIST, MLKDBatch, MLKDClass
 from tgt_fast.losses.distill import DistillationLoss
+from tgt_fast.losses.features import AttentionTransfer, EmbeddingDistillation, FitNets
 from tgt_fast.losses.linear import LinearDistillationLoss
+from tgt_fast.losses.ranking import BiLD, MarginMSE
+from tgt_fast.losses.relational import RKDAngle, RKDDistance, SimilarityPreserving
+from tgt_fast.losses.rows import RowLoss
+from tgt_fast.losses.split import GDKD, NKD
+from tgt_fast.losses.tempered import WTTM, SymmetricCE, TopKReverseKL
 
-__all__ = ["ContrastiveDistillationLoss", "DistillationLoss", "LinearDistillationLoss"]
+__all__ = [
+    "DIST",
+    "GDKD",
+    "NKD",
+    "WTTM",
+    "AttentionTransfer",
+    "BiLD",
+    "ContrastiveDistillationLoss",
+    "DistillationLoss",
+    "EmbeddingDistillation",
+    "FitNets",
+    "LinearDistillationLoss",
+    "MLKDBatch",
+    "MLKDClass",
+    "MarginMSE",
+    "RKDAngle",
+    "RKDDistance",
+    "RowLoss",
+    "SimilarityPreserving",
+    "SymmetricCE",
+    "TopKReverseKL",
+]
