@@ -24,7 +24,15 @@ struct Traits<float> {
   static TGT_HD float from_int(int32_t x) { return static_cast<float>(x); }
   static TGT_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }
   static TGT_HD float larger(float a, float b) { return a > b ? a : b; }
-  static TGT_HD float square_root(float x) { return sqrtf(x); }
+  static TGT_HD float square_root(float x) {  // of 0 or a normal number
+#if defined(__CUDA_ARCH__)                    // one instruction, to a unit in the last place
+    float y;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return sqrtf(x);
+#endif
+  }
 };
 template <>
 struct Traits<double> {
@@ -38,7 +46,12 @@ struct Traits<double> {
 template <>
 struct Traits<uint32_t> {
   static TGT_HD void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+#if defined(__CUDA_ARCH__)  // one instruction; of the product in C++ the compiler adds up parts that are 0
+    uint64_t product;
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+#else
     const uint64_t product = static_cast<uint64_t>(a) * b;
+#endif
     high = static_cast<uint32_t>(product >> 32);
     low = static_cast<uint32_t>(product);
   }

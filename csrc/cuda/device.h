@@ -65,6 +65,18 @@ TGT_DEVICE float log2_fast(float x) {
   return y;
 }
 
+// Sine and cosine of an angle between -pi and pi, to 2^-20.5.
+TGT_DEVICE float sine_fast(float x) {
+  float y;
+  asm("sin.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+TGT_DEVICE float cosine_fast(float x) {
+  float y;
+  asm("cos.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Largest and smallest of two pairs of 16-bit numbers; a NaN wins.
 #if __CUDA_ARCH__ >= 800
 #define TGT_PACKED_EXTREMES 1

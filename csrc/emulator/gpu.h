@@ -74,6 +74,9 @@ inline float exp2_fast(float x) {
 inline float log2_fast(float x) {
   return x == 1 ? 0.0f : log2f(x) + static_cast<float>(approximation_error(x)) * 0x1p-23f;
 }
+// By -2^-20.5 to 2^-20.5.
+inline float sine_fast(float x) { return sinf(x) + static_cast<float>(approximation_error(x)) * 3.37e-7f; }
+inline float cosine_fast(float x) { return cosf(x) - static_cast<float>(approximation_error(x)) * 3.37e-7f; }
 
 template <class Stored, class Choose>
 uint32_t by_halves(uint32_t a, uint32_t b, Choose choose) {
