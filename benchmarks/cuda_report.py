@@ -6,9 +6,11 @@
     python benchmarks/cuda_report.py --json report.json
     python benchmarks/cuda_report.py --known               # 0 where benchmarks/results/cuda-kernels.json is of the same
     python benchmarks/cuda_report.py LIBRARY.so --save     # writes that file
+    python benchmarks/cuda_report.py --model [LIBRARY.so]  # what its machine code allows, and bars
 
 Needs cuobjdump or nvcc, no GPU. Exits with 1 when a hot kernel has a stack frame or spills, with 2 where a tool is
-missing, with 3 when the library holds no device code.
+missing, with 3 when the library holds no device code. ``--model`` (cuda_model.py) also needs nvdisasm, reads sm_90
+alone and exits with 1 when a bound misses its bar; its report is benchmarks/results/cuda-model.json.
 """
 
 from __future__ import annotations
@@ -28,8 +30,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import compiled
+import cuda_cases
+import cuda_model
+import sass
 
-NAME = "cuda-kernels"
+NAME, MODEL = "cuda-kernels", "cuda-model"
 ROOT = Path(__file__).parents[1]
 DEFAULT = ("90",)
 FULL = ("80", "90", "100", "120")
@@ -154,6 +159,80 @@ def of_sources(architectures: tuple[str, ...], jobs: int) -> list[Kernel]:
         return [kernel for report in reports for kernel in parse(report)]
 
 
+def cubins(library: Path | None, jobs: int, folder: Path) -> list[Path]:
+    """The device code of a library for sm_90, or of the units that the model looks at, in files of a folder."""
+    if library is not None:
+        cuobjdump = find_tool("cuobjdump")
+        if cuobjdump is None:
+            raise SystemExit(_missing("cuobjdump"))
+        subprocess.run([cuobjdump, "-xelf", "all", str(library.resolve())], cwd=folder, capture_output=True, check=True)
+        return sorted(folder.glob("*sm_90*.cubin"))
+    nvcc = find_tool("nvcc")
+    if nvcc is None:
+        raise SystemExit(_missing("nvcc"))
+
+    def compile_one(unit: str) -> Path:
+        made = folder / f"{unit}.cubin"
+        source = ROOT / "csrc" / "cuda" / f"{unit}.cu"
+        command = [nvcc, *flags(), "-gencode=arch=compute_90,code=sm_90", "-cubin", str(source), "-o", str(made)]
+        subprocess.run(command, check=True)
+        return made
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(compile_one, cuda_cases.UNITS))
+
+
+def modelled(library: Path | None, jobs: int) -> list[cuda_model.Found]:
+    """What the model says of each of its cases."""
+    cuobjdump, nvdisasm = find_tool("cuobjdump"), find_tool("nvdisasm")
+    if cuobjdump is None or nvdisasm is None:
+        raise SystemExit(_missing("cuobjdump" if cuobjdump is None else "nvdisasm"))
+    cases = cuda_cases.cases(ROOT)
+    wanted = re.compile("|".join(f"(?:{case.kernel})" for case in cases))
+    kernels: dict[str, tuple[sass.Kernel, int]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        for cubin in cubins(library, jobs, Path(name)):
+            usage = subprocess.run([cuobjdump, "--dump-resource-usage", str(cubin)], capture_output=True, text=True)
+            registers = {found[0]: int(found[1]) for found in _USAGE.findall(usage.stdout)}
+            called = dict(zip(registers, demangle(list(registers)), strict=True))
+            chosen = {mangled for mangled, plain in called.items() if wanted.search(plain)}
+            if not chosen:
+                continue
+            code = subprocess.run([nvdisasm, "-c", "-gi", str(cubin)], capture_output=True, text=True, check=True)
+            for kernel in sass.parse(code.stdout, chosen.__contains__):
+                mangled, kernel.name = kernel.name, called[kernel.name]
+                kernels[kernel.name] = (kernel, registers[mangled])
+    sources = sass.Sources(ROOT)
+    found = []
+    for case in cases:
+        of_case = [each for plain, each in kernels.items() if re.search(case.kernel, plain)]
+        if not of_case:
+            raise SystemExit(f"no code for sm_90 of a kernel like {case.kernel}: is a demangler installed?")
+        try:
+            found.append(cuda_model.judge(case, *of_case[0], sources))
+        except cuda_model.UnknownCodeError as error:
+            raise SystemExit(str(error)) from None
+    return found
+
+
+def report_model(library: Path | None, jobs: int, save: bool, target: Path | None) -> int:
+    """Prints a line a case and a summary."""
+    found = modelled(library, jobs)
+    for line in cuda_model.lines(found):
+        print(line)
+    missed = [one.title for one in found if one.missed]
+    print(f"{len(found)} cases, {len(missed)} of them below their bars" + "".join(f"\n  {title}" for title in missed))
+    rows = [asdict(one) for one in found]
+    if target:
+        target.write_text(json.dumps(rows, indent=1) + "\n")
+    if save:
+        nvcc = find_tool("nvcc")
+        if nvcc is None:
+            return _missing("nvcc")
+        compiled.save(MODEL, made_of(nvcc, True), f"nvcc, {version(nvcc)}", rows, len(missed))
+    return 1 if missed else 0
+
+
 def version(nvcc: str) -> str:
     """The release of a compiler."""
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
@@ -161,12 +240,13 @@ def version(nvcc: str) -> str:
     return found[0] if found else said
 
 
-def made_of(nvcc: str) -> str:
-    """A hash of the sources and of the compiler."""
+def made_of(nvcc: str, model: bool = False) -> str:
+    """A hash of the sources and of the compiler; of the model's too."""
     sources = [path for folder in ("common", "cuda") for path in (ROOT / "csrc" / folder).iterdir()]
     settings = [ROOT / "cmake" / "cuda_flags.txt", ROOT / "cmake" / "cuda_architectures.cmake"]
     here = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    return compiled.digest(ROOT, [*sources, *settings], here, version(nvcc))
+    scripts = [hashlib.sha256(Path(one.__file__).read_bytes()).hexdigest() for one in (sass, cuda_model, cuda_cases)]
+    return compiled.digest(ROOT, [*sources, *settings], here, *(scripts if model else ()), version(nvcc))
 
 
 def _missing(tool: str) -> int:
@@ -182,14 +262,17 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once")
     parser.add_argument("--quiet", action="store_true", help="only the bad rows and the counts")
     parser.add_argument("--known", action="store_true", help="say whether the committed report is of the same kernels")
-    parser.add_argument("--save", action="store_true", help=f"write benchmarks/results/{NAME}.json")
+    parser.add_argument("--save", action="store_true", help=f"write benchmarks/results/{NAME}.json, or {MODEL}.json")
+    parser.add_argument("--model", action="store_true", help="the bounds of the hot kernels, from their machine code")
     args = parser.parse_args()
     nvcc = find_tool("nvcc")
+    if args.model and not args.known:
+        return report_model(args.library, args.jobs, args.save, args.json)
     if (args.known or args.save) and nvcc is None:
         return _missing("nvcc")
     if args.known:
         assert nvcc is not None
-        before = compiled.known(NAME, made_of(nvcc))
+        before = compiled.known(MODEL if args.model else NAME, made_of(nvcc, args.model), bad=args.model)
         print("no report is of these kernels" if before is None else compiled.words(before))
         return 0 if before is not None else 1
     rows = (

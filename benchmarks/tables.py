@@ -18,6 +18,7 @@ from typing import Any
 
 import scaling_tables
 from demo_tables import digits, docstrings, glyphs, lm, replay, retrieval
+from model_table import model
 from op_tables import cache, contrast, cuda, distill, explore, gpu, latent, linear, tokens, topk, vocab_parallel
 from step_tables import step
 from table_parts import grid, measured, ms, times
@@ -70,6 +71,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "contrast-cuda": contrast,
     "step-cuda": step,
     "gpu-cuda": gpu,
+    "cuda-model": model,
     "wheels": wheels,
     "scaling-cpu": scaling_tables.points,
 }

@@ -1,0 +1,146 @@
+"""The calls that the model of the CUDA kernels looks at, and their bars: the bench's shapes on an H200."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from cuda_model import CHIP, Case, Mark, Pass, constants
+
+UNITS = ("distill_on_chip_kl", "distill_on_chip_mix", "latent", "topk")  # of csrc/cuda, where their kernels are
+ROWS = 8192
+CLASSES = (32000, 128256, 151936)
+LATENT_BYTES = 256 << 20
+LONG = 1 << 20  # numbers of a long latent
+
+# Bounds in percent of the copy floor at the lower clock, at every width.
+BARS = {"forward_kl": 95, "teacher gradient": 80, "reverse_kl": 70, "tvd": 60, "jsd": 50, "sparse": 80}
+LATENT_BARS = {"perturb, bf16": 65, "perturb, fp32": 85, "ascend with noise and ball, bf16": 55}
+
+_BALL = r"out\.v\[j\] = anchor\.v\[j\] \+ distance_j"
+_EXCHANGES = (Mark(r"if \(stage == 0\) cluster_wait", 1, True), Mark(r"team\.h: cluster_arrive\(\);", 2, True))
+
+
+def on_chip(classes: int, pair_bytes: int, reserved: int) -> tuple[int, int]:
+    """The blocks of a row and the bytes of each, as csrc/cuda/distill.cu and topk.cu lay it."""
+    most = CHIP.shared_bytes - 1024  # what a block may ask for
+    for limit in ((most - 1024) // 2, most):
+        for blocks in (1, 2, 4, 8):
+            asked = reserved + math.ceil(math.ceil(classes / 8) / blocks) * 8 * pair_bytes
+            if asked <= limit:
+                return blocks, asked
+    raise ValueError(f"{classes} classes do not fit on the chip")
+
+
+def distill(title: str, divergence: str, classes: int, known: dict[str, int]) -> Case:
+    """The loss with its hard term at T = 2; its gradients at once."""
+    blocks, shared = on_chip(classes, 4, known["kTeamBytes"] + known["kBarrierBytes"])
+    sums = Pass("sums", r"add_sums<D>\(s, t, constants", 4, (r"(?s)^MUFU.*hard_exponential\(",))
+    of_teacher = (r"(?s)^MUFU.*teacher_gradient<D>\(", r"store_eight\(") if "teacher" in title else ()
+    of_student = (r"(?s)^MUFU.*f\.inverse_hard - floor", r"store_eight\(")
+    gradients = Pass("gradients", r"student_gradient<D>\(", 4, (*of_teacher, *of_student))
+    middle = (Pass("mixture", r"D::add\(normalised<D>\(", 4),) if divergence in {"Jsd", "Tvd"} else ()
+    marks = (Mark(r"(?s)^DFMA.*double hard = log\(", 2 + len(middle), True),)
+    return Case(
+        title=f"{title}, T = 2, bf16, {ROWS} x {classes}",
+        kernel=rf"distill_fwd_kernel<{divergence}, BlockTeam, 1>",
+        rows=ROWS,
+        items=classes,
+        moved=2 * (4 if of_teacher else 3) * ROWS * classes,
+        passes=(Pass("maxima", r"student\.add\(load16", 4, times=known["kChunks"]), sums, *middle, gradients),
+        threads=384,
+        marks=(*_EXCHANGES, *marks) if blocks > 1 else marks,
+        blocks=blocks,
+        shared=shared,
+        fetched=shared,
+        bench=("distill", title, f"{ROWS} x {classes}", "bfloat16"),
+        bar=BARS["teacher gradient" if of_teacher else title.split(" + ")[0]],
+    )
+
+
+def sparse(classes: int, known: dict[str, int], entries: int = 64) -> Case:
+    """A top-k teacher."""
+    reserved = known["kTopKBytes"] + entries * known["kEntryBytes"]
+    blocks, shared = on_chip(classes, 2, reserved)
+    marks = (
+        Mark(r"entries\[j\]\.id = mine"),
+        Mark(r"sums\.teacher \+= exp_nonpositive", 2),
+        Mark(r"settle_topk\(state", 2),
+        Mark(r"topk_row_loss<D>", 2),
+        Mark(r"double grad = topk_gradient<D>", 3),
+    )
+    return Case(
+        title=f"sparse forward_kl + CE, k = {entries}, bf16, {ROWS} x {classes}",
+        kernel=r"topk_fwd_kernel<1>",
+        rows=ROWS,
+        items=classes,
+        moved=ROWS * (4 * classes + 12 * entries + 4),
+        passes=(
+            Pass("maxima", r"load16\(row\.student", 2, times=known["kChunks"]),
+            Pass("sums", r"scale\.share\(s\.v\[j\]\);", 2, (r"(?s)^MUFU.*sums\.hard \+= scale\.hard",)),
+            Pass("gradients", r"scale\.share\(s\.v\[j\]\) \* both", 2, (r"store_eight\(",)),
+        ),
+        threads=known["kTopKThreads"],
+        marks=marks,
+        blocks=blocks,
+        shared=shared,
+        fetched=shared,
+        unit="entry",
+        bench=("topk", "forward_kl, bucket", f"{ROWS} x {classes}, k {entries}", "bfloat16"),
+        leads=math.ceil(entries / 32),
+        bar=BARS["sparse"],
+    )
+
+
+def latents(title: str, known: dict[str, int]) -> Case:
+    """Noise for short latents, or a step of long ones."""
+    half = title.endswith("bf16")
+    width = 2 if half else 4
+    vector = r"unpack_halves<BFloat16>\(" if half else r"load16\(from \+ 16 \* i\)"
+    numbers = LATENT_BYTES // width
+    if title.startswith("perturb"):
+        way = (vector, r"(?s)^MUFU.*normal_pair", r"store_eight\(")
+        return Case(
+            title=f"{title}, {numbers // 4096} x 4096",
+            kernel=r"latent_perturb_kernel<float>",
+            rows=numbers // 4096,
+            items=4096,
+            moved=2 * LATENT_BYTES,
+            passes=(),
+            threads=known["kThreads"],
+            marks=tuple(Mark(line) for line in way),
+            item_bytes=width,
+            unit="number",
+            bench=("latent", "perturb", f"{numbers // 4096} x 4096", "bfloat16" if half else "float32"),
+            bar=LATENT_BARS[title],
+        )
+    noise = r"(?s)^MUFU.*normal_pair"
+    return Case(
+        title=f"{title}, {numbers // LONG} x {LONG}",
+        kernel=r"latent_ascend_kernel<float, BlockTeam>",
+        rows=numbers // LONG,
+        items=LONG,
+        moved=4 * LATENT_BYTES,
+        passes=(
+            Pass("norm", r"add_squared_products\(", width, (vector,)),
+            Pass("reach", r"furthest|away\.other = larger\(", 3 * width, (vector, vector, noise, vector)),
+            Pass("write", _BALL, 3 * width, (vector, noise, vector, r"store_eight\(")),
+        ),
+        threads=known["kThreads"],
+        blocks=8,
+        shared=known["kTeamBytes"],
+        unit="number",
+        bench=("latent", "ascend with noise", f"{numbers // LONG} x {LONG}", "bfloat16" if half else "float32"),
+        bar=LATENT_BARS[title],
+    )  # fmt: skip
+
+
+def cases(root: Path) -> list[Case]:
+    """All of them, as the sources below ``root`` lay them on the chip."""
+    known = constants(root)
+    titles = {"forward_kl": "ForwardKl", "reverse_kl": "ReverseKl", "tvd": "Tvd", "jsd": "Jsd"}
+    found = [distill(f"{name} + CE", divergence, c, known) for name, divergence in titles.items() for c in CLASSES]
+    found += [distill("forward_kl + CE, teacher gradient", "ForwardKl", c, known) for c in CLASSES]
+    found += [sparse(classes, known) for classes in CLASSES]
+    found += [latents(title, known) for title in LATENT_BARS]
+    return found
