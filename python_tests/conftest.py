@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -96,6 +97,7 @@ def _tested_package() -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # until all tests are collected
     tested = _tested_package()
     reason = _native_reason()
     if REQUIRE_NATIVE and reason:
@@ -114,6 +116,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in dropped]
     # Last come short ones: a process that begins a minute's work when the others are done keeps them all waiting.
     items.sort(key=lambda item: item.path.name not in LONG)
+
+
+def pytest_collection_finish() -> None:
+    """What lives as long as the tests' process, millions of objects, the garbage collector need not look at."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def _interprets(item: pytest.Item) -> bool:

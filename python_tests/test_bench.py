@@ -205,7 +205,7 @@ def test_a_wrong_loss_or_gradient_is_reported_and_not_timed(
     broken: Callable[..., Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(distill, "our_loss", broken)
-    status, record = bench(tmp_path, "--rivals", "eager")
+    status, record = bench(tmp_path, "--rivals", "eager", "--ops", "distill,latent")
     assert status == 1
     for row in record["rows"]:
         assert row["status"] == ("WRONG" if row["noun"] == "distill" else "ok")
@@ -236,7 +236,7 @@ def test_ours_that_raises_fails_alone(
         raise RuntimeError("no such kernel\nand more")
 
     monkeypatch.setattr(latent, "our_op", stumble)
-    status, record = bench(tmp_path, "--rivals", "none")
+    status, record = bench(tmp_path, "--rivals", "none", "--ops", "distill,latent,tokens")
     assert status == 1
     assert all(row["status"] == ("failed" if row["noun"] == "latent" else "ok") for row in record["rows"])
     assert {row["reason"] for row in record["rows"]} == {"", "RuntimeError: no such kernel"}
@@ -255,7 +255,7 @@ def test_a_rival_that_raises_does_not_stop_the_run(tmp_path: Path, monkeypatch: 
         raise RuntimeError("out of registers")
 
     monkeypatch.setattr(distill_rivals, "loss_of", stumble)
-    status, record = bench(tmp_path, "--rivals", "eager")
+    status, record = bench(tmp_path, "--rivals", "eager", "--ops", "distill,latent")
     assert status == 0
     row = record["rows"][0]
     assert row["rivals"]["eager"] == {"status": "failed", "reason": "RuntimeError: out of registers"}
@@ -468,7 +468,7 @@ def test_errors_and_bars() -> None:
 
 
 def test_the_readmes_gpu_table(tables: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, record = bench(tmp_path, "--rivals", "eager,liger")
+    _, record = bench(tmp_path, "--rivals", "eager,liger", "--ops", "distill,latent")
     record |= {"driver": "1.2.3"}
     record["rows"][0] |= {"over_liger": 7.0, "over_quack": 3.0}
     text = tables.cuda(record)

@@ -192,8 +192,6 @@ class Step:
 @pytest.mark.parametrize(
     ("mode", "options", "ids_given", "dynamic"),
     [
-        ("prior", {}, False, True),
-        ("random", {}, False, None),
         ("random", {}, True, True),
         ("gradient", {"steps": 2, "radius": 1.5, "step_noise": 0.1}, False, None),
     ],

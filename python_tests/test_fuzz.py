@@ -15,9 +15,9 @@ import pytest
 def test_odd_arguments_give_results_or_typed_errors(child_environment: dict[str, str]) -> None:
     script = Path(__file__).with_name("fuzz.py")
     done = subprocess.run(
-        [sys.executable, str(script), "--calls", "640"],
+        [sys.executable, str(script), "--calls", "240"],
         env=child_environment, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     told = json.loads(done.stdout)
-    assert min(told["results"], told["errors"]) > 200  # neither is all that happens
+    assert min(told["results"], told["errors"]) > 70  # neither is all that happens

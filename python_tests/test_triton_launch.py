@@ -1,30 +1,79 @@
 """Triton's real launch path: kernels compiled for sm_90 and launched on a driver that starts nothing, see dry_gpu.py.
 
 What they compute is tested elsewhere, in Triton's interpreter; that forgives what a GPU or its driver would not.
+
+It takes a minute of a core, and what comes out depends on sources and versions alone: where the committed report
+benchmarks/results/triton-launches.json is of the same, the tests skip. ``TGT_FAST_SAVE_REPORTS=1`` runs them and, when
+none has failed, writes that report.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
+import tgt_fast
 from tgt_fast.kernels import triton as backend_module
 
 REGISTERS = 65536  # of a multiprocessor
 STORE = re.compile(r"tt\.store %[\w#]+, (%[\w#]+)")
 
 
-def found_by(script: str, environment: dict[str, str], folder: Path) -> dict[str, Any]:
-    """The findings of a script, with nothing compiled before."""
+NAME = "triton-launches"
+HERE = Path(__file__).parent
+# What the two scripts run, and what looks at it.
+TESTS = (
+    "dry_forms.py", "dry_gpu.py", "dry_gpu_tests.py", "kernel_calls.py", "test_registration.py", "test_tokens_soft.py",
+    "test_triton_gpu.py", "test_triton_launch.py",
+)  # fmt: skip
+
+
+def made_of(compiled: ModuleType) -> str:
+    """A hash of all that decides what these tests find."""
+    package = Path(tgt_fast.__file__).parent
+    sources = [path for folder in ("kernels", "ops") for path in (package / folder).rglob("*.py")]
+    tests: str = compiled.digest(HERE, [HERE / name for name in TESTS])
+    versions = [metadata.version(name) for name in ("triton", "torch")]
+    digest: str = compiled.digest(package, [*sources, package / "testing.py"], tests, *versions)
+    return digest
+
+
+@pytest.fixture(scope="module")
+def launched(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """The kernels that went through, for the report: what the committed one says of the same sources is skipped."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
+    folder, save = HERE.parent / "benchmarks", os.environ.get("TGT_FAST_SAVE_REPORTS") == "1"
+    names: list[str] = []
+    if not folder.is_dir():  # the tests run outside a checkout
+        yield names
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        compiled = importlib.import_module("compiled")
+    report = None if save else compiled.known(NAME, made_of(compiled))
+    if report is not None:
+        pytest.skip(compiled.words(report))
+    failed = request.session.testsfailed
+    yield names
+    if save and names and request.session.testsfailed == failed:
+        rows = [{"kernel": name} for name in names]
+        compiled.save(NAME, made_of(compiled), f"Triton {metadata.version('triton')}", rows, 0)
+
+
+def found_by(script: str, environment: dict[str, str], folder: Path) -> dict[str, Any]:
+    """The findings of a script, with nothing compiled before."""
     unwanted = ("TRITON_INTERPRET", "TGT_FAST_TRITON_PLANS")
     environment = {name: value for name, value in environment.items() if name not in unwanted}
     subprocess.run(
@@ -36,9 +85,13 @@ def found_by(script: str, environment: dict[str, str], folder: Path) -> dict[str
 
 
 @pytest.fixture(scope="module")
-def findings(child_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def findings(
+    launched: list[str], child_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """The findings of dry_forms.py."""
-    return found_by("dry_forms.py", child_environment, tmp_path_factory.mktemp("dry"))
+    found = found_by("dry_forms.py", child_environment, tmp_path_factory.mktemp("dry"))
+    launched += found["names"]
+    return found
 
 
 def test_every_kernel_is_launched_twice(findings: dict[str, Any]) -> None:
@@ -127,7 +180,7 @@ def test_a_limit_of_registers_fits_the_warps(warps: int) -> None:
     assert asked["maxnreg"] == min(168, REGISTERS // (32 * warps))
 
 
-def test_the_host_side_of_the_gpu_tests(child_environment: dict[str, str], tmp_path: Path) -> None:
+def test_the_host_side_of_the_gpu_tests(launched: list[str], child_environment: dict[str, str], tmp_path: Path) -> None:
     """Each that launches Triton's kernels, on tensors of more than 2^31 elements too."""
     found = found_by("dry_gpu_tests.py", child_environment, tmp_path)
     assert found["errors"] == {}

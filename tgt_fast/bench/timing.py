@@ -99,12 +99,15 @@ def _wall(call: Callable[[], Any], device: torch.device) -> float:
     return statistics.median(times)
 
 
+_UNTOLD_CACHE, _LEAST_FLUSHED = 64 << 20, 128 << 20  # bytes
+
+
 class Flush:
     """Empties the L2 cache by reading a buffer several times its size: what is left in it is of no use, and clean."""
 
     def __init__(self, device: torch.device) -> None:
-        cache = int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)) or 64 << 20
-        self._buffer = torch.zeros(max(4 * cache, 128 << 20) // 4, dtype=torch.int32, device=device)
+        cache = int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)) or _UNTOLD_CACHE
+        self._buffer = torch.zeros(max(4 * cache, _LEAST_FLUSHED) // 4, dtype=torch.int32, device=device)
 
     def __call__(self) -> None:
         self._buffer.amax()
