@@ -1,11 +1,14 @@
 """No thread of a CUDA kernel reads or writes what another may be writing: every access, on an emulated device.
 
 Barriers order memory, shuffles do not. With gradients in place a logit is gone once its gradient is written.
+
+Compiling the kernels so takes a minute of a core: where nothing has changed, the tests skip (reports.py).
 """
 
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,17 +18,22 @@ import torch
 from cuda_calls import PLANS, Kernels, Plan
 from gpu_calls import every_kernel_once
 from numerics import logits, targets
+from reports import report
 
 CSRC = emulated_gpu.CSRC
 
 
 @pytest.fixture(scope="module")
-def watched(request: pytest.FixtureRequest, native: str) -> ModuleType:
+def watched(request: pytest.FixtureRequest, native: str) -> Iterator[ModuleType]:
     """The kernels on an emulated device that looks for races."""
     reason = emulated_gpu.why_not()
     if reason:
         pytest.skip(f"no emulated GPU: {reason}")
-    return emulated_gpu.build(request.config.cache.mkdir("emulated_gpu"), races=True)  # type: ignore[union-attr]
+    sources = [path for folder in ("bind", "common", "cuda", "emulator") for path in (CSRC / folder).iterdir()]
+    tests = ("cuda_calls.py", "emulated_gpu.py", "gpu_calls.py", "numerics.py", "test_cuda_races.py")
+    with report(request.session, "cuda-races", "csrc/emulator", sources, CSRC, tests) as names:
+        names += sorted(path.name for path in CSRC.glob("cuda/*.cu"))
+        yield emulated_gpu.build(request.config.cache.mkdir("emulated_gpu"), races=True)  # type: ignore[union-attr]
 
 
 def test_no_kernel_has_a_race(watched: ModuleType) -> None:

@@ -2,26 +2,23 @@
 
 What they compute is tested elsewhere, in Triton's interpreter; that forgives what a GPU or its driver would not.
 
-It takes a minute of a core, and what comes out depends on sources and versions alone: where the committed report
-benchmarks/results/triton-launches.json is of the same, the tests skip. ``TGT_FAST_SAVE_REPORTS=1`` runs them and, when
-none has failed, writes that report.
+It takes a minute of a core, and what comes out depends on sources and versions alone: see reports.py.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from reports import report
 
 import tgt_fast
 from tgt_fast.kernels import triton as backend_module
@@ -30,46 +27,20 @@ REGISTERS = 65536  # of a multiprocessor
 STORE = re.compile(r"tt\.store %[\w#]+, (%[\w#]+)")
 
 
-NAME = "triton-launches"
-HERE = Path(__file__).parent
-# What the two scripts run, and what looks at it.
-TESTS = (
-    "dry_forms.py", "dry_gpu.py", "dry_gpu_tests.py", "kernel_calls.py", "test_registration.py", "test_tokens_soft.py",
-    "test_triton_gpu.py", "test_triton_launch.py",
-)  # fmt: skip
-
-
-def made_of(compiled: ModuleType) -> str:
-    """A hash of all that decides what these tests find."""
-    package = Path(tgt_fast.__file__).parent
-    sources = [path for folder in ("kernels", "ops") for path in (package / folder).rglob("*.py")]
-    tests: str = compiled.digest(HERE, [HERE / name for name in TESTS])
-    versions = [metadata.version(name) for name in ("triton", "torch")]
-    digest: str = compiled.digest(package, [*sources, package / "testing.py"], tests, *versions)
-    return digest
-
-
 @pytest.fixture(scope="module")
 def launched(request: pytest.FixtureRequest) -> Iterator[list[str]]:
-    """The kernels that went through, for the report: what the committed one says of the same sources is skipped."""
+    """The kernels that went through, for the report."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    folder, save = HERE.parent / "benchmarks", os.environ.get("TGT_FAST_SAVE_REPORTS") == "1"
-    names: list[str] = []
-    if not folder.is_dir():  # the tests run outside a checkout
+    package = Path(tgt_fast.__file__).parent
+    sources = [path for folder in ("kernels", "ops") for path in (package / folder).rglob("*.py")]
+    tests = (
+        "dry_forms.py", "dry_gpu.py", "dry_gpu_tests.py", "kernel_calls.py", "test_registration.py",
+        "test_tokens_soft.py", "test_triton_gpu.py", "test_triton_launch.py",
+    )  # fmt: skip
+    by = f"Triton {metadata.version('triton')}, PyTorch {metadata.version('torch')}"
+    with report(request.session, "triton-launches", by, [*sources, package / "testing.py"], package, tests) as names:
         yield names
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
-        compiled = importlib.import_module("compiled")
-    report = None if save else compiled.known(NAME, made_of(compiled))
-    if report is not None:
-        pytest.skip(compiled.words(report))
-    failed = request.session.testsfailed
-    yield names
-    if save and names and request.session.testsfailed == failed:
-        rows = [{"kernel": name} for name in names]
-        compiled.save(NAME, made_of(compiled), f"Triton {metadata.version('triton')}", rows, 0)
 
 
 def found_by(script: str, environment: dict[str, str], folder: Path) -> dict[str, Any]:
