@@ -64,6 +64,7 @@ def test_the_main_docstrings_hold_examples() -> None:
         tgt_fast.SyntheticDataset,
         tgt_fast.teacher_fingerprint,
         tgt_fast.TGTObjective,
+        tgt_fast.Term,
         tgt_fast.explain,
     ):
         assert ">>>" in (thing.__doc__ or ""), thing

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tgt_fast.losses.contrast import ContrastiveDistillationLoss
     from tgt_fast.losses.distill import DistillationLoss
     from tgt_fast.losses.linear import LinearDistillationLoss
+    from tgt_fast.losses.terms import Term
     from tgt_fast.ops.contrast import contrastive_distillation_loss
     from tgt_fast.ops.distill import distillation_loss
     from tgt_fast.ops.latent import ascend_latents, perturb_latents
@@ -65,6 +66,7 @@ __all__ = [
     "TeacherCache",
     "TeacherEnsemble",
     "TeacherTopK",
+    "Term",
     "__version__",
     "align_logits",
     "ascend_latents",
@@ -116,6 +118,7 @@ _WHERE: Final = {
     "TeacherEnsemble": "tgt_fast.teacher",
     "TeacherCache": "tgt_fast.cache",
     "TeacherTopK": "tgt_fast.ops.topk",
+    "Term": "tgt_fast.losses.terms",
     "align_logits": "tgt_fast.ops.vocabulary",
     "ascend_latents": "tgt_fast.ops.latent",
     "backends": "tgt_fast.kernels.select",

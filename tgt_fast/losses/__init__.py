@@ -14,6 +14,7 @@ from tgt_fast.losses.relational import RKDAngle, RKDDistance, SimilarityPreservi
 from tgt_fast.losses.rows import RowLoss
 from tgt_fast.losses.split import GDKD, NKD
 from tgt_fast.losses.tempered import WTTM, SymmetricCE, TopKReverseKL
+from tgt_fast.losses.terms import GradientBalance, Term, warmup
 
 __all__ = [
     "DIST",
@@ -26,6 +27,7 @@ __all__ = [
     "DistillationLoss",
     "EmbeddingDistillation",
     "FitNets",
+    "GradientBalance",
     "LinearDistillationLoss",
     "MLKDBatch",
     "MLKDClass",
@@ -35,5 +37,7 @@ __all__ = [
     "RowLoss",
     "SimilarityPreserving",
     "SymmetricCE",
+    "Term",
     "TopKReverseKL",
+    "warmup",
 ]

@@ -83,7 +83,7 @@ def of_log(folder: Path) -> Story:
 def of_result(result: FitResult, exploration: Mapping[str, Any] | None, thirds: Mapping[str, float] | None) -> Story:
     """Of a run that is over."""
     first = result.history[0] if result.history else {}
-    names = [name for name in ("loss", "hard", "soft", "synthetic") if name in first]
+    names = [name for name in itertools.takewhile(lambda name: name != "lr", first) if name != "step"]
     told = Story(
         name="Training run",
         state="finished",

@@ -82,6 +82,7 @@ def save_checkpoint(
     scheduler: Stateful | None = None,
     sampler: Stateful | None = None,
     data: Stateful | None = None,
+    objective: Stateful | None = None,
     step: int = 0,
     extra: Any = None,
 ) -> Path:
@@ -97,6 +98,7 @@ def save_checkpoint(
         optimizer, scheduler, sampler: whatever of them the run has. Their states must be tensors, numbers,
             strings and containers of them.
         data: what knows the place in the data's order, such as a :class:`tgt_fast.train.data.BatchStream`.
+        objective: what keeps a state of its own, a :class:`TGTObjective` with ``terms``.
         step: the number of optimizer steps taken.
         extra: anything else of such values.
 
@@ -108,7 +110,9 @@ def save_checkpoint(
         CheckpointError: a state cannot be stored without pickle, or the folder cannot be written (full,
             read-only). The previous checkpoint in the folder is then intact.
     """
-    parts = {"data": data, "sampler": sampler, "scheduler": scheduler, "optimizer": optimizer}
+    parts = {
+        "data": data, "sampler": sampler, "scheduler": scheduler, "optimizer": optimizer, "objective": objective
+    }  # fmt: skip
     return save_together(ALONE, as_path("save_checkpoint", "directory", directory), student, parts, step, extra)
 
 
@@ -161,6 +165,7 @@ def load_checkpoint(
     scheduler: Stateful | None = None,
     sampler: Stateful | None = None,
     data: Stateful | None = None,
+    objective: Stateful | None = None,
     check: Callable[[Checkpoint], None] | None = None,
 ) -> Checkpoint:
     """Fill the objects of a run from the checkpoint in ``directory``: all of them, or none.
@@ -171,8 +176,8 @@ def load_checkpoint(
 
     Args:
         directory: a folder written by :func:`save_checkpoint`.
-        student, optimizer, scheduler, sampler, data: built as for the run that saved; None where that run had
-            None.
+        student, optimizer, scheduler, sampler, data, objective: built as for the run that saved; None where that run
+            had None.
         check: given what will be returned, raises a CheckpointError where your run cannot go on from it.
 
     Returns:
@@ -183,7 +188,9 @@ def load_checkpoint(
             schedule, sampler or loader. The message names the file and what differs, and nothing was changed.
     """
     # The data first, since finding its place may move the global generators, which are set last.
-    parts = {"data": data, "sampler": sampler, "scheduler": scheduler, "optimizer": optimizer}
+    parts = {
+        "data": data, "sampler": sampler, "scheduler": scheduler, "optimizer": optimizer, "objective": objective
+    }  # fmt: skip
     return load_together(ALONE, as_path("load_checkpoint", "directory", directory), student, parts, check)
 
 
@@ -259,7 +266,9 @@ def _checked(
         weights = under_names_of(student.state_dict(), decode(state["student"], tensors))
         rng = decode(state["rng"], tensors)
         checkpoint = Checkpoint(_steps(state["step"]), decode(state["extra"], tensors))
-        states = {name: _decode_part(name, part, state[name], tensors) for name, part in parts.items()}
+        # Checkpoints from before objectives had a state hold none.
+        saved = {"objective": None, **state}
+        states = {name: _decode_part(name, part, saved[name], tensors) for name, part in parts.items()}
         _check_student(student, weights)
         if parts["optimizer"] is not None:
             _check_optimizer(parts["optimizer"], states["optimizer"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -24,28 +24,18 @@ from tgt_fast.teacher.returned import LogitsOf, check_logits_of
 from tgt_fast.teacher.sharing import warn_of_shared
 from tgt_fast.teacher.teacher import Opinion
 from tgt_fast.train.cached import Known
-from tgt_fast.train.opinions import hard_of, soft_of
+from tgt_fast.train.kept import Kept, ObjectiveOutput, Parts
+from tgt_fast.train.opinions import real_of, soft_part
+from tgt_fast.train.terms import Seen, Terms, Watch, one_opinion, share_of
 
 if TYPE_CHECKING:
     from tgt_fast.cache import EnsembleCache, TeacherCache
     from tgt_fast.explore import LatentSampler, Synthetic, SyntheticReplay
     from tgt_fast.long_tail import LatentMixUp
+    from tgt_fast.losses.terms import GradientBalance, Term
 
 
-class Parts(TypedDict):
-    """The terms of the objective, weighted as they enter it: they add up to the loss. Detached, 0-d."""
-
-    hard: Tensor
-    soft: Tensor
-    synthetic: Tensor
-
-
-class ObjectiveOutput(TypedDict):
-    loss: Tensor  # 0-d, with a graph
-    parts: Parts
-
-
-class TGTObjective:
+class TGTObjective(Kept):
     r"""The objective of teacher-guided training, in one call::
 
         R(f) = 1/n sum_i [ hard_weight * CE(f(x_i), y_i) + l_d(f(x_i), h(x_i)) ]
@@ -82,12 +72,18 @@ class TGTObjective:
 
         start_after: >= 0, the first ``step`` with a third term: before it the sampler is not called. Where no step is
             given, calls are counted.
+        terms: further terms, each a :class:`tgt_fast.Term`, added to R(f). They divide by n and m as the three do, and
+            see the logits (or features) of the same passes; not with a loss that is ``inplace``. Parameters of theirs,
+            such as a projection, are found in ``parameters()``, for the optimizer.
+        balance: a :class:`tgt_fast.losses.GradientBalance`, which weighs the three terms (as one) and each further one
+            by their gradients.
 
     A batch x that is a dict goes into a student of transformers or peft as keywords, and so it does into any with
     several parameters that names its keys; one with a single parameter gets the dict.
 
-    ``teacher``, ``sampler``, ``loss``, its settings, ``synthetic_weight``, ``count_group``, ``logits_of`` and ``cache``
-    are attributes that can be changed between calls; the next call goes by what they are then.
+    ``teacher``, ``sampler``, ``loss``, its settings, ``synthetic_weight``, ``count_group``, ``logits_of``, ``cache``,
+    ``terms`` and ``balance`` are attributes that can be changed between calls; the next call goes by what they are
+    then.
 
     Raises:
         ArgumentError: a teacher that is no :class:`Teacher`, a loss with another reduction or with ``return_stats``, a
@@ -116,6 +112,8 @@ class TGTObjective:
         logits_of: LogitsOf = None,
         cache: TeacherCache | EnsembleCache | None = None,
         start_after: int = 0,
+        terms: Sequence[Term] = (),
+        balance: GradientBalance | None = None,
     ) -> None:
         self.teacher = teacher
         self.sampler = sampler
@@ -125,6 +123,8 @@ class TGTObjective:
         self.logits_of = logits_of
         self.cache = cache
         self.start_after = _checks.integer("TGTObjective", "start_after", start_after, 0, 1 << 62)
+        self.terms, self.balance = terms, balance
+        self._beside = Terms(terms, balance)
         self.waiting = False  # no step explores as long as it is set, which fit(explore_on_plateau=) does
         self._calls = 0
         self._known: Known | None = None
@@ -155,6 +155,10 @@ class TGTObjective:
                 "TGTObjective: a loss with soft_weight=0 ignores synthetic examples; leave the sampler out"
             )
         self._known = Known.of(self.cache, self.teacher, self._known)
+        if self.terms is not self._beside.given or self.balance is not self._beside.balance:
+            self._beside = Terms(self.terms, self.balance)
+        if self._beside.terms and getattr(self.loss, "inplace", False):
+            raise ArgumentError("TGTObjective: the loss has inplace=True, which leaves no logits for terms; pass False")
         return options
 
     def __call__(
@@ -195,7 +199,7 @@ class TGTObjective:
 
         Returns:
             ``{"loss", "parts": {"hard", "soft", "synthetic"}}``, 0-d; the parts are detached and add up to
-            the loss.
+            the loss. Further terms have parts of their own.
 
         Raises:
             ShapeError: student, teacher and labels do not fit together. Errors of the sampler are passed on.
@@ -203,10 +207,23 @@ class TGTObjective:
             ArgumentError: the student is the teacher's labeler; a ``cache`` without ``sample_ids``.
         """
         options = self._options()
+        with self._beside.watching(student, self.teacher) as watch:
+            return self._evaluate(
+                watch, options, student, x, y, sample_ids, step, sample_weight, normalizer, synthetic_normalizer,
+                occurrence, logits_of, synthetic,
+            )  # fmt: skip
+
+    def _evaluate(
+        self, watch: Watch, options: DistillOptions, student: Callable[..., Any], x: Any, y: Tensor | None,
+        sample_ids: Tensor | None, step: int | Tensor | None, sample_weight: Tensor | None,
+        normalizer: float | Tensor | None, synthetic_normalizer: float | Tensor | None, occurrence: Tensor | None,
+        logits_of: LogitsOf, synthetic: Synthetic | None,
+    ) -> ObjectiveOutput:  # fmt: skip
         if synthetic is not None:
             self._check_made(synthetic)
-        begun = self.begun(self._calls if step is None else step)
-        if self.start_after and step is None:
+        now = self._calls if step is None else step
+        begun = self.begun(now)
+        if (self.start_after or self.terms) and step is None:
             self._calls += 1
         synthetic = synthetic if begun else None
         if not torch.compiler.is_compiling():
@@ -225,8 +242,10 @@ class TGTObjective:
                 opinions, latents = self._known(
                     x, sample_ids, encode=synthetic is None and begun and self._asks_latents()
                 )
+        theirs_seen = self._features_of_labeler(watch, x, "real", ran=self._known is None)
         with named_range("student"):
             logits = student_logits("TGTObjective", student, self.teacher.student_view(x), logits_of, class_dim)
+        ours_seen = watch.ours(tree.batch_size(x)) if self._beside.sees("real") else {}
         if isinstance(y, Tensor) and y.dim() == logits.dim():  # shares of the classes, in the layout of the logits
             y = y.movedim(class_dim, -1)
         group = self._group()
@@ -239,6 +258,7 @@ class TGTObjective:
             given = {"occurrence": occurrence, "logits_of": logits_of, "latents": latents}
             made = self._explored(student, x, sample_ids, step, given)
         if made is not None:
+            watch.ours(None)  # what exploring left
             with named_range("student (synthetic)"):
                 view = self.teacher.student_view(made.x)
                 synthetic_logits = student_logits("TGTObjective", student, view, logits_of, class_dim)
@@ -251,6 +271,7 @@ class TGTObjective:
         loss, hard = real
         soft = loss.detach() - hard
         of_made = torch.zeros_like(soft)
+        also: Seen | None = None
         if made is not None:
             with named_range("loss (synthetic)"):
                 theirs: tuple[Opinion, ...] = (Opinion(made.teacher_logits, None),)
@@ -259,7 +280,32 @@ class TGTObjective:
                 term = self._soft(options, synthetic_logits, theirs, None, synthetic_normalizer)
                 term = self.synthetic_weight * term
             loss, of_made = loss + term, term.detach()
-        return {"loss": loss, "parts": {"hard": hard, "soft": soft, "synthetic": of_made}}
+            if self._beside.terms:
+                share = share_of(options, synthetic_logits, None, None, synthetic_normalizer)
+                ours_made = watch.ours(tree.batch_size(made.x)) if self._beside.sees("synthetic") else {}
+                theirs_made = self._features_of_labeler(watch, made.x, "synthetic", ran=False)
+                also = Seen(
+                    synthetic_logits, one_opinion(theirs), None, None, ours_made, theirs_made,
+                    self.synthetic_weight * share,
+                )  # fmt: skip
+        parts: dict[str, Tensor] = {"hard": hard, "soft": soft, "synthetic": of_made}
+        if self._beside.terms:
+            share = share_of(options, logits, y, sample_weight, normalizer)
+            seen = Seen(logits, one_opinion(opinions), y, sample_weight, ours_seen, theirs_seen, share)
+            with named_range("terms"):
+                loss, own, more = self._beside(lambda: int(now), seen, also, loss, student, group)
+            parts = {name: part if own is None else own.to(part.dtype) * part for name, part in parts.items()} | more
+        return {"loss": loss, "parts": cast(Parts, parts)}
+
+    def _features_of_labeler(self, watch: Watch, x: Any, rows: str, *, ran: bool) -> dict[Any, Tensor]:
+        """What terms want to see of such rows; the labeler is run for it, unless it just has been."""
+        if not self._beside.sees(rows):
+            return {}
+        if not ran:
+            watch.theirs(None)
+            with torch.no_grad():
+                self.teacher.label(x)
+        return watch.theirs(tree.batch_size(x))
 
     @property
     def explores(self) -> bool:
@@ -371,53 +417,13 @@ class TGTObjective:
         return occurrences_over([batch.sample_ids if distinct else None for batch in found])
 
     def _real(
-        self,
-        options: DistillOptions,
-        logits: Tensor,
-        opinions: Sequence[Opinion],
-        y: Tensor | None,
-        weight: Tensor | None,
-        normalizer: float | Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The first sum, and (detached) the hard term in it."""
-        hard = None
-        if opinions[0].weight is not None:
-            loss = self._soft(options, logits, opinions, weight, normalizer, y)
-            if y is not None and is_on(options.hard_weight):
-                hard = hard_of(options, logits, y, weight, normalizer, self.loss.backend)
-                loss, hard = loss + hard, hard.detach()
-        elif y is None:
-            loss = self._soft(options, logits, opinions, weight, normalizer)
-        else:
-            if is_on(options.hard_weight) and is_on(options.soft_weight):
-                with torch.no_grad():  # before the loss, which may write over the logits
-                    hard = hard_of(options, logits, y, weight, normalizer, self.loss.backend)
-            # Without a hard weight the labels say which rows count, and nothing else.
-            given = self._laid_out(logits, opinions[0].logits, y)
-            loss = cast(Tensor, self.loss(*given, sample_weight=weight, normalizer=normalizer))
-            if is_on(options.hard_weight) and not is_on(options.soft_weight):
-                hard = loss.detach()
-        return loss, torch.zeros_like(loss.detach()) if hard is None else hard
+        self, options: DistillOptions, logits: Tensor, opinions: Sequence[Opinion], y: Tensor | None,
+        weight: Tensor | None, normalizer: float | Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return real_of(self.loss, options, logits, opinions, y, weight, normalizer)
 
     def _soft(
         self, options: DistillOptions, logits: Tensor, opinions: Sequence[Opinion], weight: Tensor | None,
-        normalizer: float | Tensor | None, y: Tensor | None = None,
+        normalizer: float | Tensor | None,
     ) -> Tensor:  # fmt: skip
-        def one(ours: Tensor, theirs: Tensor, **options: Any) -> Tensor:
-            # A pair only with return_stats, which __init__ refused.
-            return cast(Tensor, self.loss.soft(*self._laid_out(ours, theirs), **options))
-
-        if opinions[0].weight is None:
-            return one(logits, opinions[0].logits, sample_weight=weight, normalizer=normalizer)
-        return soft_of(one, options, logits, opinions, weight, normalizer, y)
-
-    def _laid_out(self, logits: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-        """Logits and shares with their classes where the loss has them; views, which it looks at the other way."""
-        class_dim = getattr(self.loss, "class_dim", -1)
-        if class_dim == -1:
-            return logits, *others
-        dims = logits.dim()
-        moved = (
-            x if not isinstance(x, Tensor) or x.dim() != dims else x.movedim(-1, class_dim) for x in (logits, *others)
-        )
-        return tuple(moved)
+        return soft_part(self.loss, options, logits, opinions, weight, normalizer)

@@ -40,9 +40,10 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 class Objective(Protocol):
     """The objective that :func:`fit` minimises: a ``TGTObjective``, or any callable that can be called like one.
 
-    Five attributes are used where they exist: ``teacher``, whose parameters the optimizer must not hold; ``sampler``,
-    whose state goes into checkpoints; ``cache``, which is flushed then; and for ``accumulate`` ``normalizers``, which
-    it needs, and ``occurrences``: what it gives that is not None is passed as ``occurrence=``.
+    Six attributes are used where they exist: ``teacher``, whose parameters the optimizer must not hold; ``sampler``,
+    whose state goes into checkpoints, as the objective's own does where it has ``terms``; ``cache``, which is flushed
+    then; and for ``accumulate`` ``normalizers``, which it needs, and ``occurrences``: what it gives that is not None is
+    passed as ``occurrence=``.
     """
 
     def __call__(
@@ -282,6 +283,7 @@ class Run:
             "sampler": getattr(self.objective, "sampler", None),
             "scheduler": self.scheduler,
             "optimizer": self.optimizer,
+            "objective": self.objective if getattr(self.objective, "terms", ()) else None,
         }
 
 

@@ -133,7 +133,7 @@ class TGTTrainer(CountingTrainer):
         more = self._window.popleft() if self._window else {}
         with self.accelerator.autocast():
             made = self.objective(model, x, y, sample_ids=ids, step=self.state.global_step, **more)
-        terms = {name: made["parts"][name] for name in ("soft", "hard", "synthetic")}
+        terms = dict(made["parts"])
         self._keep_terms(terms, made["loss"], torch.ones((), device=made["loss"].device))  # they are of the whole step
         return made["loss"]
 
