@@ -66,6 +66,7 @@ def test_layouts(world: int, tmp_path: Path) -> None:
                 for mine, theirs in zip(own, stats, strict=True):
                     close(mine, theirs)
             records(mesh, placed[0])
+        edges(mesh_of_one_dimension(world))
         return refusals(mesh_of_one_dimension(world))
 
     for messages in all_made(in_processes(world, tmp_path, work)):
@@ -116,6 +117,33 @@ def records(mesh: Any, placements: list[Any]) -> None:
         ).detach())  # fmt: skip
         out = tgt.distillation_loss(leaf, of_logits[0], given, hard_weight=0.5)
         close(out, tgt.distillation_loss(whole, of_logits[0].full_tensor(), shares, hard_weight=0.5).detach())
+
+
+def edges(mesh: Any) -> None:
+    """Processes without a class or a row; dimensions counted from the end; classes elsewhere; in place."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    generator = torch.Generator().manual_seed(6)
+    for (*shape, classes), placement, options in (
+        ((6, 5), Shard(-1), {}), ((1, 5), Shard(0), {"reduction": "none"}), ((6, 5), Shard(1), {"inplace": True}),
+        ((2, 5, 3), Shard(1), {"class_dim": 1}),
+    ):  # fmt: skip
+        rest: dict[str, Any] = dict(options)
+        student, teacher = (torch.randn(*shape, classes, generator=generator) for _ in range(2))
+
+        def loss_of(leaf: Any, given: Any, rest: dict[str, Any] = rest) -> Any:
+            return tgt.distillation_loss(leaf * 1.0, given, temperature=2.0, **rest)
+
+        whole = student.clone().requires_grad_()
+        expected = loss_of(whole, teacher)
+        expected.sum().backward()
+        leaf = distribute_tensor(student, mesh, [placement]).requires_grad_()
+        for given in (distribute_tensor(teacher, mesh, [placement]), distribute_tensor(teacher, mesh, [Replicate()])):
+            leaf.grad = None
+            loss = loss_of(leaf, given)
+            loss.sum().backward()
+            close(loss, expected.detach())
+            close(leaf.grad, whole.grad)  # type: ignore[arg-type]
 
 
 def mesh_of_one_dimension(world: int) -> Any:

@@ -123,6 +123,9 @@ def test_a_call(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             return original(numbers, operation, groups)
 
         monkeypatch.setattr(shards, "reduced", counted)
+        exchanges: list[int] = []
+        exchanged = shards.exchanged
+        monkeypatch.setattr(shards, "exchanged", lambda *one: (exchanges.append(1), exchanged(*one))[1])
         s, t = part_of(student, rank, world), part_of(teacher, rank, world)
 
         def loss_of(leaf: Tensor, **options: Any) -> Tensor:
@@ -134,6 +137,13 @@ def test_a_call(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             sent.clear()
             loss_of(s.clone().requires_grad_(), divergence=divergence).backward()
             travels[divergence] = list(sent)
+        sent.clear()
+        loss_of(s, return_stats=True)
+        travels["statistics"] = list(sent)
+        sent.clear()
+        record = tgt.topk_teacher(teacher, 5, 2.0)
+        tgt.distillation_loss(s, record, target, **PLAIN.options, vocab_group="world")
+        travels["record"] = list(sent)
 
         leaf = s.clone().requires_grad_()
         first, second = loss_of(leaf), loss_of(leaf, vocab_offsets=offsets)
@@ -162,15 +172,40 @@ def test_a_call(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             with pytest.raises((ValueError, RuntimeError)) as raised:
                 loss_of(s, **options)
             messages.append(f"{type(raised.value).__name__}: {raised.value}")
+        assert len(exchanges) == 1  # of a group and a width
+        if world == 4:
+            beside_data_parallelism(rank)
         return travels, messages
 
     for travels, messages in all_made(in_processes(world, tmp_path, work)):
-        assert travels == {"forward_kl": [7, 8], "jsd": [7, 8, 2]}
+        assert travels == {
+            "forward_kl": [7, 8], "jsd": [7, 8, 2], "statistics": [7, 8, 7, 2, 6], "record": [6, 6, 2],
+        }  # fmt: skip
         assert messages[0].startswith("BackendError: distill: backend 'reference' has all classes of a row in one")
         assert f"must hold {world + 1} numbers for {world} processes" in messages[1]
         assert "must begin with 0 and not fall" in messages[2]
         assert "by vocab_offsets process" in messages[3]
         assert "count_group must be None" in messages[4]
+
+
+def beside_data_parallelism(rank: int) -> None:
+    """Four processes: two groups with half of the rows each, in which classes are spread over two processes."""
+    new, half, side = torch.distributed.new_group, rank // 2, rank % 2
+    of_classes, of_rows = [new([0, 1]), new([2, 3])][half], [new([0, 2]), new([1, 3])][side]
+    student, teacher, target, _ = PLAIN.inputs()
+    whole = student.clone().requires_grad_()
+    tgt.distillation_loss(whole, teacher, target, **PLAIN.options).backward()
+    assert whole.grad is not None
+    rows = slice(0, 5) if half == 0 else slice(5, ROWS)
+    leaf = part_of(student[rows], side, 2).requires_grad_()
+    loss = tgt.distillation_loss(
+        leaf, part_of(teacher[rows], side, 2), target[rows], vocab_group=of_classes, count_group=of_rows,
+        **PLAIN.options,
+    )  # fmt: skip
+    loss.backward()
+    assert leaf.grad is not None
+    # DDP takes the mean of the gradients of both groups.
+    assert relative_error(leaf.grad / 2, part_of(whole.grad[rows], side, 2), 1e-2) < 2e-5
 
 
 class NothingWaits(TorchDispatchMode):

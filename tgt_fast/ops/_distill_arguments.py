@@ -242,11 +242,16 @@ def _is_a_number_a_class(target: Tensor, student: Tensor, classes: int | None) -
     return target.shape == (*student.shape[:-1], student.shape[-1] if classes is None else classes)
 
 
+def as_rows(matrix: Tensor) -> Tensor:
+    """(..., C) as (N, C), also where C is 0."""
+    return matrix.unsqueeze(0) if matrix.dim() == 1 else matrix.flatten(0, -2)
+
+
 def flat_target(target: Tensor, rows: int, like: Tensor) -> Tensor:
     """Labels as [N] int64, shares of the classes as [N, C] floating point with dense rows; ``rows``: dimensions."""
     if target.dim() == rows:
         return flat_labels(target)
-    shares = target.detach().reshape(-1, target.shape[-1])
+    shares = as_rows(target.detach())
     if not shares.is_floating_point():  # one-hot rows, as torch.nn.functional.one_hot makes them
         shares = shares.to(like.dtype)
     return shares if shares.stride(-1) == 1 or shares.shape[-1] == 1 else shares.contiguous()

@@ -13,7 +13,7 @@ from tgt_fast.kernels.calls import Direct, DistillCall, Gradients, Outputs, grad
 from tgt_fast.kernels.options import DistillOptions, TopK
 from tgt_fast.ops import library
 from tgt_fast.ops._checks import all_readable, upstream
-from tgt_fast.ops._distill_arguments import OP, check_values, settled
+from tgt_fast.ops._distill_arguments import OP, as_rows, check_values, settled
 from tgt_fast.ops.library import or_nothing
 
 # Of a call: a record's log-probabilities stand in the teacher's place. A divisor is a tensor or a number.
@@ -26,7 +26,7 @@ _COUNT: Final = 9 + len(DistillOptions._fields)
 
 def dense_rows(logits: Tensor) -> Tensor:
     """(..., C) as (N, C) with dense rows: a view where the strides allow, else one copy."""
-    rows = (logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])).resolve_neg()
+    rows = (logits if logits.dim() == 2 else as_rows(logits)).resolve_neg()
     return rows if rows.stride(1) == 1 or rows.numel() == 0 or rows.shape[1] == 1 else rows.contiguous()
 
 

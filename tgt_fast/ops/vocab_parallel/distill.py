@@ -17,6 +17,7 @@ from tgt_fast.ops._checks import check_entries, check_ids, check_row_values
 from tgt_fast.ops._distill_arguments import (
     OP,
     as_mask,
+    as_rows,
     check_classes,
     check_inplace,
     check_rows,
@@ -54,8 +55,8 @@ def distillation_loss(
     normalizer = divisor_over(OP, count_group, normalizer, student_logits, target, sample_weight, shape[-1], options)
     if seen_by_dispatcher(student_logits, teacher, target, sample_weight):
         call = DistillCall(
-            packed(options), student_logits.reshape(-1, shards.width), teacher.reshape(-1, shards.width), target,
-            sample_weight, beside(normalizer, student_logits),
+            packed(options), as_rows(student_logits), as_rows(teacher), target, sample_weight,
+            beside(normalizer, student_logits),
         )  # fmt: skip
         loss, rows = vocab_library.vocab_distillation_loss(
             *packed_call(call), return_stats, backend, *vocab_library.as_arguments(shards)
@@ -101,8 +102,7 @@ def _of_record(
     divisor = divisor_over(OP, count_group, normalizer, student_logits, target, sample_weight, shape[-1], options)
     if seen_by_dispatcher(student_logits, topk.log_probs, target, sample_weight):
         divisor = beside(divisor, student_logits)
-        flat = student_logits.reshape(-1, shards.width)
-        call = DistillCall(packed(options), flat, topk, target, sample_weight, divisor)
+        call = DistillCall(packed(options), as_rows(student_logits), topk, target, sample_weight, divisor)
         loss, _ = vocab_library.vocab_distillation_loss(
             *packed_call(call), False, backend, *vocab_library.as_arguments(shards)
         )

@@ -15,7 +15,7 @@ from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, DistillStat
 from tgt_fast.kernels.vocabulary import Vocabulary, shared
 from tgt_fast.ops import _checks
 from tgt_fast.ops._checks import check_entries, check_ids
-from tgt_fast.ops._distill_arguments import check_classes, check_rows, flat_target, packed
+from tgt_fast.ops._distill_arguments import as_rows, check_classes, check_rows, flat_target, packed
 from tgt_fast.ops._heads import warn_of_adapters
 from tgt_fast.ops._linear_arguments import OP, check_head, check_tail, warn_of_trained_teacher
 from tgt_fast.ops._linear_op import Call, Linear, packed_call
@@ -117,7 +117,7 @@ def _with_known_scale(given: LinearTensors, heads: LinearOptions) -> tuple[Tenso
 
 def _rows(matrix: Tensor, weight: Tensor | None) -> Tensor:
     """(..., H) as (N, H), in a dtype that hidden states' gradients are not rounded to before they are added up."""
-    rows = matrix if matrix.dim() == 2 else matrix.reshape(-1, matrix.shape[-1])
+    rows = matrix if matrix.dim() == 2 else as_rows(matrix)
     if weight is None or rows.dtype not in (torch.bfloat16, torch.float16) or casts_operands(rows.device):
         return rows
     return rows.to(torch.float32)
