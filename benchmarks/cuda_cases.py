@@ -18,13 +18,19 @@ BARS = {"forward_kl": 95, "teacher gradient": 80, "reverse_kl": 70, "tvd": 60, "
 LATENT_BARS = {"perturb, bf16": 65, "perturb, fp32": 85, "ascend with noise and ball, bf16": 55}
 
 _BALL = r"out\.v\[j\] = anchor\.v\[j\] \+ distance_j"
-_EXCHANGES = (Mark(r"if \(stage == 0\) cluster_wait", 1, True), Mark(r"team\.h: cluster_arrive\(\);", 2, True))
+# Between blocks: the first warp exchanges, the others wait.
+_EXCHANGES = (
+    Mark(r"(?s)store_remote\(.*tell<Extremes", 1),
+    Mark(r"(?s)cluster_wait\(\);.*tell<Extremes", 1, "others"),
+    Mark(r"(?s)store_remote\(.*tell<", 2),
+    Mark(r"(?s)cluster_wait\(\);.*tell<", 2, "others"),
+)
 
 
-def on_chip(classes: int, pair_bytes: int, reserved: int) -> tuple[int, int]:
+def on_chip(classes: int, pair_bytes: int, reserved: int, thirds: bool = False) -> tuple[int, int]:
     """The blocks of a row and the bytes of each, as csrc/cuda/distill.cu and topk.cu lay it."""
     most = CHIP.shared_bytes - 1024  # what a block may ask for
-    for limit in ((most - 1024) // 2, most):
+    for limit in ((most - 2048) // 3 if thirds else 0, (most - 1024) // 2, most):
         for blocks in (1, 2, 4, 8):
             asked = reserved + math.ceil(math.ceil(classes / 8) / blocks) * 8 * pair_bytes
             if asked <= limit:
@@ -34,27 +40,37 @@ def on_chip(classes: int, pair_bytes: int, reserved: int) -> tuple[int, int]:
 
 def distill(title: str, divergence: str, classes: int, known: dict[str, int]) -> Case:
     """The loss with its hard term at T = 2; its gradients at once."""
-    blocks, shared = on_chip(classes, 4, known["kTeamBytes"] + known["kBarrierBytes"])
-    sums = Pass("sums", r"add_sums<D>\(s, t, constants", 4, (r"(?s)^MUFU.*hard_exponential\(",))
-    of_teacher = (r"(?s)^MUFU.*teacher_gradient<D>\(", r"store_eight\(") if "teacher" in title else ()
-    of_student = (r"(?s)^MUFU.*f\.inverse_hard - floor", r"store_eight\(")
-    gradients = Pass("gradients", r"student_gradient<D>\(", 4, (*of_teacher, *of_student))
-    middle = (Pass("mixture", r"D::add\(normalised<D>\(", 4),) if divergence in {"Jsd", "Tvd"} else ()
-    marks = (Mark(r"(?s)^DFMA.*double hard = log\(", 2 + len(middle), True),)
+    blocks, shared = on_chip(classes, 4, known["kTeamBytes"] + known["kBarrierBytes"], True)
+    both = str("teacher" in title).lower()
+    sums = Pass("sums", r"(?s)lean_sums<D.*Power<2>", 4)
+    gradients = Pass("gradients", rf"(?s)lean_gradients<D, kPower, {both}>.*Power<2>", 4)
+    middle: tuple[Pass, ...] = ()
+    if divergence == "Jsd":
+        middle = (Pass("mixture", r"lean_halves\(", 4),)
+    if divergence == "Tvd":
+        middle = (Pass("mixture", r"D::add\(normalised<D>\(", 4),)
+        of_student = (r"\(power_of\(c\.q, f\.power\) \* f\.inverse_hard - floor", r"store_eight\(")
+        gradients = Pass("gradients", r"student_gradient<D>\(", 4, of_student)
+    last = 2 + len(middle)
+    marks = (
+        Mark(r"copy_start\(row\.student"),
+        Mark(r"(?s)^DFMA.*mine\.log = log\(", 2),
+        Mark(r"ready\.of_lean = ", last),
+    )
     return Case(
         title=f"{title}, T = 2, bf16, {ROWS} x {classes}",
         kernel=rf"distill_fwd_kernel<{divergence}, BlockTeam, 1>",
         rows=ROWS,
         items=classes,
-        moved=2 * (4 if of_teacher else 3) * ROWS * classes,
+        moved=2 * (4 if both == "true" else 3) * ROWS * classes,
         passes=(Pass("maxima", r"student\.add\(load16", 4, times=known["kChunks"]), sums, *middle, gradients),
-        threads=384,
+        threads=known["kPairThreads"],
         marks=(*_EXCHANGES, *marks) if blocks > 1 else marks,
         blocks=blocks,
         shared=shared,
         fetched=shared,
         bench=("distill", title, f"{ROWS} x {classes}", "bfloat16"),
-        bar=BARS["teacher gradient" if of_teacher else title.split(" + ")[0]],
+        bar=BARS["teacher gradient" if both == "true" else title.split(" + ")[0]],
     )
 
 

@@ -65,7 +65,7 @@ class Mark:
 
     line: str
     after: int = 0  # passes that are over by then
-    everyone: bool = False  # all warps come by; otherwise one a block does
+    who: str = "lead"  # a warp a block comes by; "others": all but that; "all"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Case:
     item_bytes: int = 0  # without passes: that an item has in what a thread loads by 16 bytes
     unit: str = "pair"
     bench: tuple[str, str, str, str] = ("", "", "", "")  # the row of the bench: op, what it computes, shape, dtype
-    leads: int = 1  # warps of a block that come by the marks which are not everyone's
+    leads: int = 1  # warps of a block that come by the marks which are the lead's
     bar: float | None = None
 
 
@@ -163,7 +163,8 @@ class Reader:
         free = frozenset(at for of_pass in loops for loop, _, _ in of_pass for at in loop.blocks)
         through: list[frozenset[int]] = []
         for number in range(len(case.passes) + 1):
-            marks = [mark for mark in case.marks if mark.after == number and (lead or mark.everyone)]
+            here = {"all", "lead" if lead else "others"}
+            marks = [mark for mark in case.marks if mark.after == number and mark.who in here]
             through.extend(self.blocks(mark.line) for mark in marks)
             if number < len(loops):
                 through.append(frozenset(loop.head for loop, _, _ in loops[number]))

@@ -66,6 +66,31 @@ def test_every_layout(kernels: Kernels, plan: Plan, divergence: str, classes: in
     check(kernels, plan, student, teacher, target, **options)
 
 
+@pytest.mark.parametrize("plan", [PLANS["a warp"], PLANS["2 blocks, bulk copies"]], ids=["a warp", "2 blocks"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0, 2.5])
+def test_rows_that_take_the_short_loops(kernels: Kernels, plan: Plan, divergence: str, temperature: float) -> None:
+    """Halves of whole vectors, with and without a hard term, which is a power of the soft one at some temperatures;
+    beside them rows with masks, far logits, a peak, another temperature of the teacher, and one that is dropped."""
+    student, teacher = logits(7, 520, 0, dtype=torch.bfloat16), logits(7, 520, 1, dtype=torch.bfloat16)
+    student[2, 17] = teacher[2, 17] = -math.inf
+    student[3, 17] = teacher[3, 17] = -2e19
+    student[4, 300] += 60
+    teacher[1] = student[1] + 1
+    student[6] = student[6] * 50 + 3000
+    target = torch.tensor([0, -1, 519, 300, 300, -100, 77])
+    other = {"divergence": divergence, "temperature": temperature, "teacher_temperature": temperature + 0.5}
+    check(kernels, plan, student, teacher, target, hard_weight=0.5, **other)
+    options: dict[str, Any] = {"divergence": divergence, "temperature": temperature, "reduction": "none"}
+    check(kernels, plan, student, teacher, **options)
+    both = check(kernels, plan, student, teacher, target, hard_weight=0.5, **options)
+    alone = kernels.forward(plan, student, teacher, target, hard_weight=0.5, wanted=(True, False), **options)
+    assert torch.equal(alone.loss, both.loss)
+    assert alone.d_student is not None
+    assert both.d_student is not None
+    assert torch.equal(alone.d_student, both.d_student)
+
+
 @plans
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("at", [0, 1, 602])

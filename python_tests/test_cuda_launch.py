@@ -51,6 +51,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 static const dim3 threadIdx, blockIdx, blockDim, gridDim;
 inline void __syncthreads() {}
 inline void __syncwarp() {}
+inline int __any_sync(unsigned, int mine) { return mine; }
 inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int) { return value; }
 inline void __stcs(uint4* to, uint4 value) { *to = value; }
 

@@ -34,6 +34,7 @@ TGT_DEVICE int threads_in_block() { return static_cast<int>(blockDim.x); }
 TGT_DEVICE int64_t block_in_grid() { return blockIdx.x; }
 TGT_DEVICE int64_t blocks_in_grid() { return gridDim.x; }
 TGT_DEVICE void block_barrier() { __syncthreads(); }
+TGT_DEVICE bool any_in_warp(bool mine) { return __any_sync(kWholeWarp, mine) != 0; }
 TGT_DEVICE void warp_barrier() { __syncwarp(); }
 
 // The value of the lane whose number differs in the bits of `mask`; any type made of 4-byte words.
@@ -58,6 +59,13 @@ TGT_DEVICE float exp2_fast(float x) {
   return y;
 }
 
+// 1 / x of a normal number, to a unit in the last place.
+TGT_DEVICE float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // log2 of a normal number, to 2^-22 between 1/2 and 2 and to 2 units in the last place beyond; 0 at 1.
 TGT_DEVICE float log2_fast(float x) {
   float y;
@@ -75,6 +83,13 @@ TGT_DEVICE float cosine_fast(float x) {
   float y;
   asm("cos.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// A half as a float, by the chip's own conversion.
+TGT_DEVICE float widened_fp16(uint16_t half) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(half));
+  return wide;
 }
 
 // Largest and smallest of two pairs of 16-bit numbers; a NaN wins.
@@ -140,9 +155,19 @@ TGT_DEVICE int cluster_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(n));
   return static_cast<int>(n);
 }
+TGT_DEVICE int cluster_in_grid() {
+  uint32_t n;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(n));
+  return static_cast<int>(n);
+}
 TGT_DEVICE void cluster_arrive() {
   __syncwarp();  // the instruction is for warps whose lanes arrive together
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+// The same of a warp that has written nothing which another block is to read: no fence.
+TGT_DEVICE void cluster_arrive_relaxed() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 TGT_DEVICE void cluster_wait() {
   __syncwarp();
@@ -191,7 +216,9 @@ TGT_DEVICE void copy_wait(uint64_t* barrier) {  // for the first phase of the ba
 #else
 TGT_DEVICE int cluster_size() { return 1; }
 TGT_DEVICE int cluster_rank() { return 0; }
+TGT_DEVICE int cluster_in_grid() { return static_cast<int>(blockIdx.x); }
 TGT_DEVICE void cluster_arrive() {}
+TGT_DEVICE void cluster_arrive_relaxed() {}
 TGT_DEVICE void cluster_wait() {}
 TGT_DEVICE void store_remote(void*, int, uint64_t) {}
 #endif

@@ -12,6 +12,7 @@ DeviceCall device_call(const DistillCall& call) {
   DeviceCall d;
   d.call = call;
   d.unit = unit_for(call.options, call.classes);
+  set_temperatures(d);
   d.student_aligned = aligned_rows(call.student);
   d.teacher_aligned = aligned_rows(call.options.soft_weight == 0 ? call.student : call.teacher);
   d.d_student_aligned = aligned_rows(call.d_student);
@@ -39,8 +40,10 @@ Layout layout_of(const DistillCall& call, const Plan& plan, const Chip& chip) {
   if (small && kWarpTeamThreads / kWarp * vectors * a_vector <= chip.shared_bytes) {
     return {Path::kWarp, 1, vectors, kWarpTeamThreads / kWarp * vectors * a_vector};
   }
-  // Two blocks to a multiprocessor if possible: one computes while the other's row arrives.
-  for (const int64_t limit : {(chip.shared_bytes - 1024) / 2, chip.shared_bytes}) {
+  // Three or two blocks to a multiprocessor if possible: one computes while the others' rows arrive. As many fit as
+  // share what a multiprocessor has, of which each block takes 1024 bytes more than it asks for.
+  for (const int blocks : {3, 2, 1}) {
+    const int64_t limit = (chip.shared_bytes - (blocks - 1) * 1024) / blocks / 16 * 16;
     for (int cluster = 1; cluster <= (chip.major >= 9 ? kMostBlocks : 1); cluster *= 2) {
       if (plan.cluster > cluster) continue;
       const int64_t share = (vectors + cluster - 1) / cluster;

@@ -5,7 +5,7 @@
 //   distill_fwd_stream_kernel   a block a row; the row pair is read again for the gradients
 #pragma once
 
-#include "distill_peak.h"
+#include "distill_lean.h"
 
 namespace tgt::cuda {
 inline namespace TGT_ISA {
@@ -21,7 +21,7 @@ struct RowHead {
 };
 
 // Which terms the row has. A label or a weight that is out of range drops the row: on a device it cannot be an error.
-TGT_DEVICE RowHead open_row(const DeviceCall& d, int64_t i) {
+TGT_DEVICE RowHead look_at_row(const DeviceCall& d, int64_t i) {
   const DistillCall& call = d.call;
   RowHead head;
   head.weight = call.weight ? call.weight[i] : 1;
@@ -31,8 +31,16 @@ TGT_DEVICE RowHead open_row(const DeviceCall& d, int64_t i) {
       !(head.weight > 0 && head.weight < HUGE_VAL) || (call.target && head.label == call.options.ignore_index);
   dropped |= labelled && (head.label < 0 || head.label >= call.classes);
   head.flags = dropped ? kDropped : labelled ? kHard : 0;
-  const double divisor = call.divisor_at ? *call.divisor_at : call.divisor;
-  head.coefficient = divisor == 0 || dropped ? 0 : head.weight / divisor;
+  head.coefficient = 0;
+  return head;
+}
+TGT_DEVICE double coefficient_of(const DeviceCall& d, const RowHead& head) {
+  const double divisor = d.call.divisor_at ? *d.call.divisor_at : d.call.divisor;
+  return divisor == 0 || head.flags & kDropped ? 0 : head.weight / divisor;
+}
+TGT_DEVICE RowHead open_row(const DeviceCall& d, int64_t i) {
+  RowHead head = look_at_row(d, i);
+  head.coefficient = coefficient_of(d, head);
   return head;
 }
 
@@ -100,20 +108,21 @@ TGT_DEVICE double not_negative(double loss) { return loss < 0 ? 0 : loss; }
 
 // State and unweighted loss of a row that is a distribution on both sides. of_label: the label's logit.
 template <class D>
-TGT_DEVICE double close_row(const DistillOptions& options, const Sums<double>& sums, double of_label, int unusual,
-                            RowState& state) {
+TGT_DEVICE double close_row(const DeviceCall& d, const Sums<double>& sums, double of_label, int unusual,
+                            const Normalisers& n, RowState& state) {
+  const DistillOptions& options = d.call.options;
   double loss = 0;
   if (is_infinite<D>(unusual)) {
     state.flags += kInfiniteSoft;
     state.x = state.y = 0;
     loss = HUGE_VAL;
   } else {
-    const double squared = D::kProbabilities ? options.temperature * options.temperature : 1;
+    const double squared = D::kProbabilities ? d.squared : 1;
     loss = options.soft_weight * squared * not_negative(D::value(state.x, state.y, options.beta));
   }
   if (!(static_cast<int>(state.flags) & kHard)) return loss;
   const double smoothing = options.label_smoothing;
-  double hard = log(state.hard_sum);
+  double hard = n.log_hard;
   if (smoothing < 1) hard -= (1 - smoothing) * (of_label - state.student_max);
   if (smoothing > 0) hard -= smoothing / state.finite * (sums.linear / kTiny);
   if (of_label == -HUGE_VAL && smoothing < 1) {
@@ -123,19 +132,159 @@ TGT_DEVICE double close_row(const DistillOptions& options, const Sums<double>& s
   return loss + options.hard_weight * not_negative(hard);
 }
 
-// The gradients of a source's vectors. The student's may overwrite its logits: a vector is read before it is written.
-// `label`: the label's class, or -1. `stage`: of the reduction that a row with a peak takes.
-template <class D, class Real, class Team, class Source>
-TGT_DEVICE void write_gradients(const DeviceCall& d, const Team& team, const Source& source, int64_t i, int64_t label,
-                                const Constants<Real>& row, const Factors<Real>& factors, const Peaked& peaked,
-                                int stage) {
+// What all threads of a row have to know for its gradients.
+template <class Real>
+struct alignas(16) Ready {
+  Constants<Real> row;
+  Factors<Real> factors;
+  LeanRow of_lean;
+  Peaked peaked;
+  bool counts, labelled, lean;
+};
+
+// What a row is after its maxima and its sums.
+struct Measured {
+  Sums<double> sums;
+  Normalisers normalisers;
+  Extremes<double> extremes;
+  bool in_bits;  // x and y are: an ordinary row
+  bool lean;     // so are its gradients to be
+};
+
+TGT_DEVICE Measured measured_of(const Terms& terms, const Sums<double>& sums, const Extremes<double>& extremes,
+                                bool in_bits, bool lean) {
+  const double hard = terms.same() ? sums.student : sums.hard;
+  return {sums, normalisers_of(sums.student, sums.teacher, hard), extremes, in_bits, lean};
+}
+
+TGT_DEVICE LeanRow lean_row(const DeviceCall& d, const Measured& found, float power_factor) {
+  const Normalisers& n = found.normalisers;
+  const double student_max = found.extremes.student, teacher_max = found.extremes.teacher;
+  return {d.binary_ts,
+          d.binary_tt,
+          float(student_max * d.binary_ts + n.log_student * kLog2E),
+          float(teacher_max * d.binary_tt + n.log_teacher * kLog2E),
+          power_factor,
+          float(student_max),
+          float(teacher_max),
+          float((n.log_teacher - n.log_student) * kLog2E)};
+}
+
+// Writes the row's loss and state, from all that is known of it. x and y: of the divergences that are summed over
+// normalised classes.
+template <class Real, class D, class Team>
+TGT_DEVICE Ready<Real> close(const DeviceCall& d, const Team& team, int64_t i, RowHead head, const Measured& found,
+                             double x, double y, double of_label) {
+  const DistillCall& call = d.call;
+  const Terms terms = terms_of<D>(d, head.flags & kHard);
+  const Sums<double>& sums = found.sums;
+  const Normalisers& n = found.normalisers;
+  const Unit unit = unit_of<D>(d), bits = {kBit, kLog2E};
+  head.coefficient = coefficient_of(d, head);
+
+  RowState state{};
+  state.flags = head.flags;
+  state.coefficient = head.coefficient;
+  state.student_max = found.extremes.student;
+  state.teacher_max = found.extremes.teacher;
+  state.student_sum = sums.student;
+  state.teacher_sum = sums.teacher;
+  state.hard_sum = terms.same() ? sums.student : sums.hard;
+  state.finite = static_cast<double>(call.classes - found.extremes.masked);
+  if constexpr (D::kShiftedSums) {
+    const double in_nats = found.in_bits ? bits.in_nats : unit.in_nats;
+    OnlineSums online;
+    online.student = sums.student;
+    online.teacher = sums.teacher;
+    online.x = sums.x * in_nats;
+    online.y = sums.y * in_nats;
+    D::finish(online, n.log_student, n.log_teacher, state.x, state.y);
+  } else if constexpr (D::kProbabilities) {
+    state.x = x;
+    state.y = y;
+  } else if constexpr (D::kSquares) {
+    constexpr double kFits = 1e37;
+    state.x = sums.x < kFits ? sums.x : sums.y / (kSmall * kSmall);
+  }
+  const double loss = close_row<D>(d, sums, of_label, found.extremes.unusual, n, state);
+  if (head.coefficient == 0) state.flags = kDropped;  // a divisor of 0
+  if (team.leads()) write_row<Real>(call, i, head.coefficient * loss, state);
+
+  Ready<Real> ready;
+  ready.counts = head.coefficient != 0;
+  ready.labelled = (static_cast<int>(state.flags) & kHard) && !(static_cast<int>(state.flags) & kInfiniteHard);
+  ready.peaked = peaked_of<D>(call, state);
+  const bool lean = ready.lean = found.lean && !ready.peaked.any();
+  ready.row = constants_of<D, Real>(d, state.student_max, state.teacher_max);
+  settle(ready.row, n);
+  if (lean) ready.row.nat = Real(bits.nat);
+  ready.factors = factors_of<D, Real>(d, state, terms, lean ? bits : unit, n, 1);
+  ready.of_lean = lean_row(d, found, float(ready.factors.inverse_hard * ready.factors.hard_factor));
+  return ready;
+}
+
+// Where the gradients of a source's vectors go, and whose the label's class is.
+template <class Index>
+struct Target {
+  char* d_student;
+  char* d_teacher;
+  Index label;  // among the source's classes, of the thread that has it; -1 in the others
+};
+template <class Team, class Source>
+TGT_DEVICE Target<typename Source::Index> target_of(const DeviceCall& d, const Team& team, const Source& source,
+                                                    int64_t i, int64_t label, bool labelled) {
   using Index = typename Source::Index;
   const Matrix &student = d.call.d_student, &teacher = d.call.d_teacher;
+  const Index first = Index(source.first) * kVector;
+  const Index at = labelled && student.data ? Index(label) - first : Index(-1);
+  const bool mine = at >= 0 && at < Index(source.count) * kVector && at / kVector % team.size == team.thread;
+  return {student.row(i) + first * Index(element_size(source.student_gradient_type(d.call))),
+          teacher.row(i) + first * Index(element_size(source.teacher_gradient_type(d.call))), mine ? at : Index(-1)};
+}
+
+template <class D, class Team, class Source>
+TGT_DEVICE void write_lean_gradients(const DeviceCall& d, const Team& team, const Source& source,
+                                     const Target<int>& target, const Ready<float>& ready) {
+  const LeanRow row = ready.of_lean;
+  const Factors<float>& f = ready.factors;
+  const Constants<float>& constants = ready.row;
+  const int count = static_cast<int>(source.count);
+  float s = 0, t = 0;
+  if (target.label >= 0) source.one(target.label, s, t);
+  with_power(ready.labelled ? f.power : 0, [&](auto of) {
+    constexpr int kPower = decltype(of)::kPower;
+    if (d.call.d_teacher.data) {
+      lean_gradients<D, kPower, true>(source, target.d_student, target.d_teacher, team.thread, count, team.size, row,
+                                      constants, f);
+    } else {
+      lean_gradients<D, kPower, false>(source, target.d_student, target.d_teacher, team.thread, count, team.size, row,
+                                       constants, f);
+    }
+    if (target.label < 0) return;
+    const float of_class = lean_student<D, kPower>(lean_class<D>(s, t, row, constants), row, constants, f);
+    store_one(target.d_student, DType::kBFloat16, target.label, of_class - f.label);
+  });
+}
+
+// The gradients of a source's vectors, and of the label's class after them. The student's may overwrite its logits: a
+// vector is read before it is written, and what is needed of the label's before all.
+template <class D, class Real, class Team, class Source>
+TGT_DEVICE void write_gradients(const DeviceCall& d, const Team& team, const Source& source, int64_t i, int64_t label,
+                                const Ready<Real>& ready, int stage) {
+  using Index = typename Source::Index;
+  const Target<Index> target = target_of(d, team, source, i, label, ready.labelled);
+  if constexpr (Source::template kLean<D>) {
+    if (ready.lean) return write_lean_gradients<D>(d, team, source, target, ready);
+  }
+  const Constants<Real> row = ready.row;
+  const Factors<Real> factors = ready.factors;
+  const Peaked peaked = ready.peaked;
+  const Matrix &student = d.call.d_student, &teacher = d.call.d_teacher;
   const DType student_type = source.student_gradient_type(d.call), teacher_type = source.teacher_gradient_type(d.call);
-  const int64_t first = source.first * kVector, classes = d.call.classes - first;
-  char* d_student = student.row(i) + first * element_size(student.type);
-  char* d_teacher = teacher.row(i) + first * element_size(teacher.type);
-  const Index labelled = label < first ? Index(-1) : Index((label - first) / kVector);
+  const Index classes = Index(d.call.classes) - Index(source.first) * kVector;
+  char *d_student = target.d_student, *d_teacher = target.d_teacher;
+  Real s_of_label = 0, t_of_label = 0;
+  if (target.label >= 0) source.one(target.label, s_of_label, t_of_label);
   const Real student_max = row.student_max / Real(kShrink), teacher_max = row.teacher_max / Real(kShrink);
   Others<Real> mine;
   Peak<Real, Index> student_peak, teacher_peak;
@@ -145,13 +294,17 @@ TGT_DEVICE void write_gradients(const DeviceCall& d, const Team& team, const Sou
     if (teacher.data) {
       const Eight<Real> grad = teacher_gradient<D>(s, t, row, factors);
       if (peaked.teacher) teacher_peak.add(t, grad, teacher_max, Index(k * kVector), mine.teacher);
-      store_padded(d_teacher, teacher_type, Index(k * kVector), Index(classes), d.d_teacher_aligned, grad);
+      store_padded(d_teacher, teacher_type, Index(k * kVector), classes, d.d_teacher_aligned, grad);
     }
     if (student.data) {
-      const Eight<Real> grad = student_gradient<D>(s, t, row, factors, k == labelled ? int(label % kVector) : -1);
+      const Eight<Real> grad = student_gradient<D>(s, t, row, factors);
       if (peaked.student) student_peak.add(s, grad, student_max, Index(k * kVector), mine.student);
-      store_padded(d_student, student_type, Index(k * kVector), Index(classes), d.d_student_aligned, grad);
+      store_padded(d_student, student_type, Index(k * kVector), classes, d.d_student_aligned, grad);
     }
+  }
+  if (target.label >= 0) {
+    store_one(d_student, student_type, target.label, at_label<D>(s_of_label, t_of_label, row, factors));
+    mine.student -= s_of_label == student_max ? Real(0) : factors.label;
   }
   if (!peaked.any()) return;
   const Others<Real> of_warp = merge_lanes<kWarp / 2>(mine, AddOthers<Real>());
@@ -160,72 +313,84 @@ TGT_DEVICE void write_gradients(const DeviceCall& d, const Team& team, const Sou
   if (peaked.student) student_peak.write(d_student, student_type, others.student);
 }
 
-// Everything that follows a row's maxima and sums, for on-chip and streamed rows alike. Source gives vectors of the
-// row pair: load(k, s, t), k in [0, source.count).
-template <class Real, class D, class Team, class Source>
-TGT_DEVICE void finish_row(const DeviceCall& d, const Team& team, const Source& source, int64_t i, const RowHead& head,
-                           const Sums<double>& sums, const Extremes<double>& extremes, double of_label) {
-  const DistillCall& call = d.call;
-  const DistillOptions& options = call.options;
-  const Terms terms = terms_of<D>(options, head.flags & kHard);
-  Constants<Real> row = constants_of<D, Real>(d, extremes.student, extremes.teacher);
-  const Normalisers normalisers = normalisers_of(sums.student, sums.teacher);
-  settle(row, normalisers);
+template <class Real>
+struct WidenPair {
+  TGT_DEVICE Others<double> operator()(const Others<Real>& x) const { return x.template as<double>(); }
+};
 
-  RowState state{};
-  state.flags = head.flags;
-  state.coefficient = head.coefficient;
-  state.student_max = extremes.student;
-  state.teacher_max = extremes.teacher;
-  state.student_sum = sums.student;
-  state.teacher_sum = sums.teacher;
-  state.hard_sum = terms.same ? sums.student : sums.hard;
-  state.finite = static_cast<double>(call.classes - extremes.masked);
-  if constexpr (D::kShiftedSums) {
-    OnlineSums online;
-    online.student = sums.student;
-    online.teacher = sums.teacher;
-    online.x = sums.x * units_of<D>(d);
-    online.y = sums.y * units_of<D>(d);
-    D::finish(online, normalisers.log_student, normalisers.log_teacher, state.x, state.y);
-  } else if constexpr (D::kProbabilities) {  // jsd, tvd: their sums need the normalisers
-    Sums<Real> mine;
-    using Index = typename Source::Index;
-    for (Index k = team.thread; k < Index(source.count); k += team.size) {
-      Eight<Real> s, t;
-      source.load(k, s, t);
-      TGT_UNROLL
-      for (int j = 0; j < kVector; ++j) {
-        D::add(normalised<D>(s.v[j], t.v[j], row), row.mixture, mine.x, mine.y);
-      }
-    }
-    const Sums<double> all = add_all(team, mine, 2);
-    state.x = all.x;
-    state.y = all.y;
-  } else if constexpr (D::kSquares) {
-    constexpr double kFits = 1e37;
-    state.x = sums.x < kFits ? sums.x : sums.y / (kSmall * kSmall);
-  }
-  const double loss = close_row<D>(options, sums, of_label, extremes.unusual, state);
-  if (head.coefficient == 0) state.flags = kDropped;  // a divisor of 0
-  if (team.leads()) write_row<Real>(call, i, head.coefficient * loss, state);
+// Everything that follows a row's sums, for on-chip and streamed rows alike. Source gives vectors of the row pair:
+// load(k, s, t), k in [0, source.count), and classes by themselves: one(at, s, t).
+template <class Real, class D, class Team, class Source>
+TGT_DEVICE void end_row(const DeviceCall& d, const Team& team, const Source& source, int64_t i, const RowHead& head,
+                        const Ready<Real>& ready) {
+  const DistillCall& call = d.call;
   if (!call.d_student.data && !call.d_teacher.data) return;
-  if (head.coefficient == 0) {
+  if (!ready.counts) {
     fill_gradients(d, team, i, source.first, source.count, Real(0));
     return;
   }
-
-  const bool labelled = (static_cast<int>(state.flags) & kHard) && !(static_cast<int>(state.flags) & kInfiniteHard);
   // A stage that was not the last one: between its two uses all threads meet.
   constexpr int kStage = D::kProbabilities && !D::kShiftedSums ? 1 : 2;
-  write_gradients<D>(d, team, source, i, labelled ? head.label : -1, row, factors_of<D, Real>(d, state, terms, 1),
-                     peaked_of<D>(call, state), kStage);
+  write_gradients<D>(d, team, source, i, head.label, ready, kStage);
+}
+
+// The sums of a divergence over normalised classes: jsd, tvd.
+template <class Real, class D, class Team, class Source>
+TGT_DEVICE Others<Real> normalised_sums(const DeviceCall& d, const Team& team, const Source& source,
+                                        const Constants<Real>& row, const Measured& found) {
+  using Index = typename Source::Index;
+  Others<Real> mine;
+  if constexpr (D::kMixture && Source::template kLean<D>) {
+    if (found.in_bits && d.even) {
+      const LeanRow lean = lean_row(d, found, 0);
+      mine = lean_halves(source, team.thread, int(source.count), team.size, lean, row);
+      return merge_lanes<kWarp / 2>(mine, AddOthers<Real>());
+    }
+  }
+  for (Index k = team.thread; k < Index(source.count); k += team.size) {
+    Eight<Real> s, t;
+    source.load(k, s, t);
+    TGT_UNROLL
+    for (int j = 0; j < kVector; ++j) {
+      D::add(normalised<D>(s.v[j], t.v[j], row), row.mixture, mine.student, mine.teacher);
+    }
+  }
+  return merge_lanes<kWarp / 2>(mine, AddOthers<Real>());
+}
+
+// What follows a row's sums, of which each warp has its own: `widen` and `merge` make `Found` of them, `total` gives
+// Sums<double> of that.
+template <class Real, class D, class Team, class Source, class Partial, class Widen, class Merge, class Total>
+TGT_DEVICE void finish_row(const DeviceCall& d, const Team& team, const Source& source, int64_t i, const RowHead& head,
+                           const Partial& of_warp, const Extremes<double>& extremes, double of_label, bool in_bits,
+                           bool lean, Widen widen, Merge merge, Total total) {
+  const Terms terms = terms_of<D>(d, head.flags & kHard);
+  if constexpr (D::kProbabilities && !D::kShiftedSums) {
+    const auto& found = team.template tell<Measured>(of_warp, 1, widen, merge, [&](const auto& all) {
+      return measured_of(terms, total(all), extremes, in_bits, lean);
+    });
+    Constants<Real> row = constants_of<D, Real>(d, extremes.student, extremes.teacher);
+    settle(row, found.normalisers);
+    const Others<Real> mine = normalised_sums<Real, D>(d, team, source, row, found);
+    const auto& ready = team.template tell<Ready<Real>>(
+        mine, 2, WidenPair<Real>(), AddOthers<double>(), [&](const Others<double>& pair) {
+          return close<Real, D>(d, team, i, head, found, pair.student, pair.teacher, of_label);
+        });
+    end_row<Real, D>(d, team, source, i, head, ready);
+  } else {
+    const auto& ready = team.template tell<Ready<Real>>(of_warp, 1, widen, merge, [&](const auto& all) {
+      const Measured found = measured_of(terms, total(all), extremes, in_bits, lean);
+      return close<Real, D>(d, team, i, head, found, 0, 0, of_label);
+    });
+    end_row<Real, D>(d, team, source, i, head, ready);
+  }
 }
 
 // A row that is no distribution: NaN for itself alone.
 template <class Real, class Team>
-TGT_DEVICE void spoil_row(const DeviceCall& d, const Team& team, int64_t i, const RowHead& head, int64_t first,
+TGT_DEVICE void spoil_row(const DeviceCall& d, const Team& team, int64_t i, RowHead head, int64_t first,
                           int64_t count) {
+  head.coefficient = coefficient_of(d, head);
   const bool counts = head.coefficient != 0;  // a divisor of 0 leaves no gradient, not even NaN
   if (team.leads()) {
     RowState state{};

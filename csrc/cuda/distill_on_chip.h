@@ -9,8 +9,15 @@ inline namespace TGT_ISA {
 // The element types of a row pair, when they are known to the compiler.
 enum Types : int { kAnyTypes, kBothBFloat16 };
 
-// Two blocks to a multiprocessor. What any type takes does not fit into the 80 registers that 384 threads leave.
-constexpr int on_chip_threads(int types) { return types == kBothBFloat16 ? 384 : 320; }
+// Three blocks to a multiprocessor, where shared memory has room for them. What any type takes does not fit into the 80
+// registers that are left then.
+constexpr int kPairThreads = 256, kAnyThreads = 320;
+template <class Team, int kTypes>
+constexpr int kOnChipThreads = Team::kIsWarp             ? kWarpTeamThreads
+                               : kTypes == kBothBFloat16 ? kPairThreads
+                                                         : kAnyThreads;
+template <class Team, int kTypes>
+constexpr int kOnChipBlocks = !Team::kIsWarp && kTypes == kBothBFloat16 ? 3 : 2;
 
 template <class Real, int kTypes>
 struct OnChipRow {
@@ -19,6 +26,11 @@ struct OnChipRow {
   unsigned char* teacher;
   int64_t first, count;  // vectors of the row that are here
   DType student_type_, teacher_type_;
+
+  template <class D>
+  static constexpr bool kLeanSums = kTypes == kBothBFloat16 && D::kProbabilities;
+  template <class D>
+  static constexpr bool kLean = kLeanSums<D> && (D::kShiftedSums || D::kMixture);
 
   TGT_DEVICE DType student_type() const { return kTypes == kBothBFloat16 ? DType::kBFloat16 : student_type_; }
   TGT_DEVICE DType teacher_type() const { return kTypes == kBothBFloat16 ? DType::kBFloat16 : teacher_type_; }
@@ -32,6 +44,10 @@ struct OnChipRow {
                          student_type());
     t = load_eight<Real>(reinterpret_cast<const char*>(teacher) + at * int(element_size(teacher_type())),
                          teacher_type());
+  }
+  TGT_DEVICE void one(int at, Real& s, Real& t) const {
+    s = load_one<Real>(reinterpret_cast<const char*>(student), student_type(), at);
+    t = load_one<Real>(reinterpret_cast<const char*>(teacher), teacher_type(), at);
   }
 };
 
@@ -122,67 +138,87 @@ struct PackedExtremes {
   TGT_DEVICE float low(uint32_t pair) const { return bit_cast<float>(pair << 16); }
   TGT_DEVICE float high(uint32_t pair) const { return bit_cast<float>(pair & 0xffff0000u); }
   TGT_DEVICE float most() const { return larger(low(largest), high(largest)); }
+  TGT_DEVICE float least() const { return -larger(-low(smallest), -high(smallest)); }
   TGT_DEVICE bool finite() const {
     const float sum = (low(largest) + high(largest) + low(smallest) + high(smallest)) * 0.0f;
     return sum == 0;
   }
 };
 
+// Of a thread's vectors, chunk by chunk.
 template <class Row>
-TGT_DEVICE void scan_packed(const Row& row, int64_t classes, int begin, int end, int step, Extremes<float>& e) {
+struct PackedScan {
   PackedExtremes student, teacher;
-  bool any = false;
-  for (int k = begin; k < end; k += step) {
-    student.add(load16(row.student + k * 2 * kVector));
-    teacher.add(load16(row.teacher + k * 2 * kVector));
-    any = true;
+
+  TGT_DEVICE void add(const Row& row, int64_t, int begin, int end, int step) {
+    TGT_NO_UNROLL  // a thread has few vectors of a chunk
+        for (int k = begin; k < end; k += step) {
+      student.add(load16(row.student + k * 2 * kVector));
+      teacher.add(load16(row.teacher + k * 2 * kVector));
+    }
   }
-  if (!any) return;
-  if (student.finite() && teacher.finite()) {
-    e.student = larger(student.most(), e.student);
-    e.teacher = larger(teacher.most(), e.teacher);
-  } else {
-    scan<float>(row, classes, begin, end, step, e);
+  // `ordinary`: what the logits of ordinary rows stay within. Without a vector there is nothing to tell.
+  TGT_DEVICE Extremes<float> result(const Row& row, int64_t classes, int begin, int end, int step,
+                                    float ordinary) const {
+    Extremes<float> e;
+    if (begin >= end) return e;
+    if (student.finite() && teacher.finite()) {
+      e.student = student.most();
+      e.teacher = teacher.most();
+      const float most = larger(e.student, e.teacher), least = -larger(-student.least(), -teacher.least());
+      if (most > ordinary || least < -ordinary) e.unusual = kFar;
+    } else {
+      scan<float>(row, classes, begin, end, step, e);
+    }
+    return e;
   }
-}
+};
 #endif
 
+template <class Real, class Row>
+struct PlainScan {
+  Extremes<Real> e;
+
+  TGT_DEVICE void add(const Row& row, int64_t classes, int begin, int end, int step) {
+    scan<Real>(row, classes, begin, end, step, e);
+  }
+  TGT_DEVICE Extremes<Real> result(const Row&, int64_t, int, int, int, float) const { return e; }
+};
+
 template <int kTypes, class Real, class Row>
-TGT_DEVICE void scan_chunk(const Row& row, int64_t classes, int begin, int end, int step, Extremes<Real>& e) {
+TGT_DEVICE auto new_scan(const Row&) {
 #if defined(TGT_PACKED_EXTREMES)
-  if constexpr (kTypes == kBothBFloat16) return scan_packed(row, classes, begin, end, step, e);
+  if constexpr (kTypes == kBothBFloat16) {
+    return PackedScan<Row>();
+  } else
 #endif
-  scan<Real>(row, classes, begin, end, step, e);
+  {
+    return PlainScan<Real, Row>();
+  }
 }
 
 template <class D, class Team, int kTypes>
-__global__ void TGT_BOUNDS(Team::kIsWarp ? kWarpTeamThreads : on_chip_threads(kTypes), 2)
+__global__ void TGT_BOUNDS((kOnChipThreads<Team, kTypes>), (kOnChipBlocks<Team, kTypes>))
     distill_fwd_kernel(const TGT_GRID_CONSTANT DeviceCall d, const TGT_GRID_CONSTANT int bulk) {
   using Real = float;
   const DistillCall& call = d.call;
-  const Team team;
-  const int64_t i = Team::kIsWarp ? block_in_grid() * (threads_in_block() / kWarp) + thread_in_block() / kWarp
-                                  : block_in_grid() / team.ranks;
-  if (i >= call.rows) return;
+  Team team;
+  team.size = Team::kIsWarp ? kWarp : kOnChipThreads<Team, kTypes>;
+  const int64_t i = Team::kIsWarp ? block_in_grid() * (kWarpTeamThreads / kWarp) + thread_in_block() / kWarp
+                                  : int64_t(cluster_in_grid());
+  if (Team::kIsWarp && i >= call.rows) return;
 
   // The share of this block: vectors [first, first + count) of the row.
   const Matrix& other = partner(call);
   OnChipRow<Real, kTypes> row;
   row.student_type_ = call.student.type;
   row.teacher_type_ = other.type;
-  const int64_t vectors = (call.classes + kVector - 1) / kVector;
-  const int room = static_cast<int>(d.vectors_per_block);
-  row.first = int64_t(team.rank) * room;
-  const int64_t left = vectors - row.first;
-  row.count = left < 0 ? 0 : left < room ? left : room;
-  const int count = static_cast<int>(row.count);
-
-  const RowHead head = open_row(d, i);
-  if (head.flags & kDropped) {
-    drop_row<Real>(d, team, i, row.first, row.count);
-    return;
-  }
-  team.begin();
+  const int classes = static_cast<int>(call.classes), vectors = (classes + kVector - 1) / kVector;
+  const int room = static_cast<int>(d.vectors_per_block), first = team.rank * room;
+  const int left = vectors - first, count = left < 0 ? 0 : left < room ? left : room;
+  const int rest = classes - first * kVector, here = rest < 0 ? 0 : rest < count * kVector ? rest : count * kVector;
+  row.first = first;
+  row.count = count;
 
   const int student_bytes = int(element_size(row.student_type())),
             teacher_bytes = int(element_size(row.teacher_type()));
@@ -191,63 +227,90 @@ __global__ void TGT_BOUNDS(Team::kIsWarp ? kWarpTeamThreads : on_chip_threads(kT
   uint64_t* barriers = reinterpret_cast<uint64_t*>(memory + kTeamBytes);
   row.student = Team::kIsWarp ? memory + (thread_in_block() / kWarp) * a_pair : memory + kTeamBytes + kBarrierBytes;
   row.teacher = row.student + room * kVector * student_bytes;
-  const char* student = call.student.row(i);
-  const char* teacher = other.row(i);
-  student += row.first * kVector * student_bytes;
-  teacher += row.first * kVector * teacher_bytes;
-  const int64_t rest = call.classes - row.first * kVector;
-  const int64_t here = rest < 0 ? 0 : rest < row.count * kVector ? rest : row.count * kVector;
+  const auto of_student = [&] { return call.student.row(i) + first * kVector * student_bytes; };
+  const auto of_teacher = [&] { return other.row(i) + first * kVector * teacher_bytes; };
 
-  // Whole vectors may arrive in chunks by bulk copies, the rest is copied by threads.
+  // Whole vectors may arrive in chunks by bulk copies, the rest is copied by threads. The copies start before anything
+  // else is read, and end before the block does.
   const bool by_bulk = !Team::kIsWarp && bulk;
-  const int whole = by_bulk ? static_cast<int>(here / kVector) : 0;
+  const int whole = by_bulk ? here / kVector : 0;
   const int chunks = by_bulk ? kChunks : 1;
-  const int chunk = (count + chunks * team.size - 1) / (chunks * team.size) * team.size;  // same threads later
 #if defined(TGT_BULK_COPIES)
   if (by_bulk && team.thread == 0) {
     for (int c = 0; c < kChunks; ++c) copy_barrier_init(barriers + c);
     copy_barriers_ready();
-    start_copies(row, student, teacher, whole, chunk, barriers);
+    start_copies(row, of_student(), of_teacher(), whole, d.chunk, barriers);
   }
 #endif
-  const int64_t bulk_classes = int64_t(whole) * kVector;
-  copy_side(row.student, student, row.student_type(), here, row.count * kVector, bulk_classes, d.student_aligned,
-            team.thread, team.size);
-  copy_side(row.teacher, teacher, row.teacher_type(), here, row.count * kVector, bulk_classes, d.teacher_aligned,
-            team.thread, team.size);
+  const RowHead head = look_at_row(d, i);
+  if (head.flags & kDropped) {
+#if defined(TGT_BULK_COPIES)
+    if (by_bulk) {
+      team.barrier();
+      for (int c = 0; c < kChunks; ++c) copy_wait(barriers + c);
+    }
+#endif
+    drop_row<Real>(d, team, i, row.first, row.count);
+    return;
+  }
+  team.begin();
+  if (!by_bulk || here % kVector != 0) {
+    const int64_t bulk_classes = int64_t(whole) * kVector;
+    copy_side(row.student, of_student(), row.student_type(), here, row.count * kVector, bulk_classes, d.student_aligned,
+              team.thread, team.size);
+    copy_side(row.teacher, of_teacher(), row.teacher_type(), here, row.count * kVector, bulk_classes, d.teacher_aligned,
+              team.thread, team.size);
+  }
   team.barrier();  // what threads copied is there, and so are the barriers of the rest
-  Extremes<Real> mine;
+  auto scanned = new_scan<kTypes, Real>(row);
   TGT_NO_UNROLL
   for (int c = 0; c < chunks; ++c) {
 #if defined(TGT_BULK_COPIES)
     if (by_bulk) copy_wait(barriers + c);
 #endif
-    const int end = (c + 1) * chunk < count ? (c + 1) * chunk : count;
-    scan_chunk<kTypes>(row, call.classes, c * chunk + team.thread, end, team.size, mine);
+    const int begin = c * d.chunk, end = begin + d.chunk < count ? begin + d.chunk : count;
+    scanned.add(row, call.classes, begin + team.thread, end, team.size);
   }
-  // Read while others wait, and before the first reduction: after it another block may write a gradient over it.
+  const Extremes<Real> mine = scanned.result(row, call.classes, team.thread, count, team.size, d.ordinary);
+  // Read by whom it concerns, and before the first reduction: after it another block may write a gradient over it.
+  const bool hard = head.flags & kHard;
   const double of_label =
-      head.flags & kHard ? load_one<double>(call.student.row(i), row.student_type(), head.label) : 0;
+      hard && team.in_first_warp() ? load_one<double>(call.student.row(i), row.student_type(), head.label) : 0;
   // A warp's reductions are shuffles, which order no memory: with gradients in place, a lane that is ahead could write
   // over the label that another has yet to read.
   if (Team::kIsWarp) team.barrier();
-  const Extremes<Real> extremes = merge_all(team, mine, 0, MergeExtremes<Real>());
+  const MergeExtremes<Real> merge_extremes;
+  const Extremes<Real> extremes =
+      team.template tell<Extremes<Real>>(extremes_of_warp(mine, merge_extremes), 0, Same(), merge_extremes, Same());
   if (is_invalid(extremes)) {
     spoil_row<Real>(d, team, i, head, row.first, row.count);
     return;
   }
 
-  const Constants<Real> constants = constants_of<D, Real>(d, extremes.student, extremes.teacher);
-  const Terms terms = terms_of<D>(call.options, head.flags & kHard);
+  const Terms terms = terms_of<D>(d, hard);
+  const bool ordinary = OnChipRow<Real, kTypes>::template kLeanSums<D> && (extremes.unusual | extremes.masked) == 0 &&
+                        classes % kVector == 0 && !terms.smoothed && (!hard || terms.power != 0);
   Sums<Real> sums;
-  for (int k = team.thread; k < count; k += team.size) {
-    Eight<Real> s, t;
-    row.load(k, s, t);
-    add_sums<D>(s, t, constants, terms, sums);
+  if (ordinary) {
+    if constexpr (OnChipRow<Real, kTypes>::template kLeanSums<D>) {
+      with_power(hard ? terms.power : 0, [&](auto of) {
+        lean_sums<D, decltype(of)::kPower>(d, row, team.thread, count, team.size, extremes, sums);
+      });
+    }
+  } else {
+    const Constants<Real> constants = constants_of<D, Real>(d, extremes.student, extremes.teacher);
+    for (int k = team.thread; k < count; k += team.size) {
+      Eight<Real> s, t;
+      row.load(k, s, t);
+      add_sums<D>(s, t, constants, terms, sums);
+    }
   }
-  const Sums<double> all = add_all(team, sums, 1);
+  const bool lean = OnChipRow<Real, kTypes>::template kLean<D> && ordinary && (!D::kMixture || d.even) &&
+                    call.d_student.data && d.d_student_aligned && (!call.d_teacher.data || d.d_teacher_aligned);
+  const Sums<Real> of_warp = sums_of_warp<D>(sums, hard && !terms.same(), terms.smoothed);
   const Extremes<double> in_double = {extremes.student, extremes.teacher, extremes.masked, extremes.unusual};
-  finish_row<Real, D>(d, team, row, i, head, all, in_double, of_label);
+  finish_row<Real, D>(d, team, row, i, head, of_warp, in_double, of_label, ordinary, lean, WidenSums<Real>(),
+                      AddSums<double>(), [](const Sums<double>& all) { return all; });
 }
 
 }  // namespace TGT_ISA

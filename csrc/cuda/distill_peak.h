@@ -1,7 +1,7 @@
 // The gradient of a class that has most of its row's probability: what the others' leave, see csrc/cpu/distill_peak.h.
 #pragma once
 
-#include "distill_row.h"
+#include "distill_gradient.h"
 
 namespace tgt::cuda {
 inline namespace TGT_ISA {

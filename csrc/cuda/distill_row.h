@@ -26,8 +26,15 @@ namespace tgt::cuda {
 // A call as the kernels read it. Every pointer is to memory of the device.
 struct DeviceCall {
   DistillCall call;
-  double unit = 1;                                        // of log-probabilities in nats, see units_of
+  double unit = 1, nat = 1;                               // of log-probabilities in nats, see units_of; its inverse
+  double squared = 1;                                     // the square of the student's temperature
+  double inverse_ts = 1, inverse_tt = 1;                  // 1 / T
+  float binary_ts = 0, binary_tt = 0;                     // log2(e) / T
+  float ordinary = 0;                                     // what the logits of ordinary rows stay within
+  int power = 0;                                          // see Terms
+  bool even = false;                                      // the weights of a mixture are equal
   int64_t vectors_per_block = 0;                          // of a row, with clusters
+  int chunk = 0;                                          // of these, what arrives at once
   bool student_aligned = false, teacher_aligned = false;  // rows start at multiples of 16 bytes
   bool d_student_aligned = false, d_teacher_aligned = false;
 };
@@ -76,6 +83,22 @@ TGT_DEVICE double shrunk(double s, double shrunk_max) { return fused(s, kShrink,
 template <class Real>
 TGT_DEVICE Real exponent_of(double temperature) {
   return Real((sizeof(Real) == 8 ? 1 : kLog2E) / kShrink / temperature);
+}
+inline void set_temperatures(DeviceCall& d) {
+  const DistillOptions& options = d.call.options;
+  const double ts = options.temperature, tt = options.teacher_temperature;
+  d.nat = 1 / d.unit;
+  d.squared = ts * ts;
+  d.inverse_ts = 1 / ts;
+  d.inverse_tt = 1 / tt;
+  d.binary_ts = static_cast<float>(kLog2E / ts);
+  d.binary_tt = static_cast<float>(kLog2E / tt);
+  // At such a size the rounding of a largest logit over its temperature, which all exponents of a gradient then share,
+  // is less than that of a 16-bit result.
+  constexpr double kOrdinary = 4096;
+  d.ordinary = static_cast<float>(kOrdinary * (ts < tt ? ts : tt));
+  d.even = options.beta == 0.5;
+  d.power = ts == 1 ? 1 : ts == 2 ? 2 : ts == 3 ? 3 : ts == 4 ? 4 : 0;
 }
 TGT_DEVICE float exp_scaled(float shifted, float binary) { return exp2_fast(shifted * binary); }
 TGT_DEVICE double exp_scaled(double shifted, double inverse) {
@@ -132,15 +155,27 @@ TGT_DEVICE Real hard_exponential(Real s, const Constants<Real>& row) {
   return exp_scaled(shrunk(s, row.student_max), exponent_of<Real>(1));
 }
 
-// What the threads of a row find in its logits.
+// What the threads of a row find in its logits. alignas: exchanged by 16 bytes
 template <class Real>
-struct Extremes {
+struct alignas(16) Extremes {
   Real student = minus_infinity<Real>();
   Real teacher = minus_infinity<Real>();
   int masked = 0;  // classes whose student logit is -inf
   int unusual = 0;
 };
-enum UnusualFlag : int { kStudentOnly = 1, kTeacherOnly = 2, kNotANumber = 4 };
+enum UnusualFlag : int { kStudentOnly = 1, kTeacherOnly = 2, kNotANumber = 4, kFar = 8 };
+
+// Of a warp.
+template <class Real, class Merge>
+TGT_DEVICE Extremes<Real> extremes_of_warp(Extremes<Real> mine, Merge merge) {
+  if (any_in_warp(mine.masked != 0 || mine.unusual != 0)) return merge_lanes<kWarp / 2>(mine, merge);
+  TGT_UNROLL
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    mine.student = larger(mine.student, shuffle_xor(mine.student, mask));
+    mine.teacher = larger(mine.teacher, shuffle_xor(mine.teacher, mask));
+  }
+  return mine;
+}
 
 template <class Real>
 struct MergeExtremes {
@@ -204,6 +239,28 @@ struct AddSums {
   }
 };
 
+// Of a warp: those that the divergence and the row's terms have.
+template <class D, class Real>
+TGT_DEVICE Sums<Real> sums_of_warp(Sums<Real> mine, bool hard, bool linear) {
+  const auto add = [](Real& sum) {
+    TGT_UNROLL
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  };
+  if constexpr (D::kProbabilities) {
+    add(mine.student);
+    add(mine.teacher);
+  }
+  if constexpr (D::kSquares || (D::kShiftedSums && D::kNeedsStudent)) add(mine.x);
+  if constexpr (D::kSquares || (D::kShiftedSums && D::kNeedsTeacher)) add(mine.y);
+  if (hard) add(mine.hard);
+  if (linear) add(mine.linear);
+  return mine;
+}
+template <class Real>
+struct WidenSums {
+  TGT_DEVICE Sums<double> operator()(const Sums<Real>& sums) const { return sums.template as<double>(); }
+};
+
 template <class Team, class Real>
 TGT_DEVICE Sums<double> add_all(const Team& team, const Sums<Real>& mine, int stage) {
   const Sums<Real> of_warp = merge_lanes<kWarp / 2>(mine, AddSums<Real>());
@@ -213,24 +270,35 @@ TGT_DEVICE Sums<double> add_all(const Team& team, const Sums<Real>& mine, int st
 // Which terms a row has; the same for all its threads.
 struct Terms {
   bool hard;      // a hard term
-  bool same;      // exp(s - max) is exp((s - max) / Ts): the temperature is 1 and the divergence takes it
+  int power;      // exp(s - max) is this power of exp((s - max) / Ts), which the divergence takes; 0: of its own
   bool smoothed;  // a smoothed label
+
+  TGT_DEVICE bool same() const { return power == 1; }
 };
 
+// The powers of Terms, from 2 on.
+template <class Real>
+TGT_DEVICE Real power_of(Real x, int power) {
+  const Real squared = x * x;
+  return power == 2 ? squared : squared * (power == 3 ? x : squared);
+}
+
 template <class D>
-TGT_DEVICE Terms terms_of(const DistillOptions& options, bool hard) {
-  return {hard, D::kProbabilities && options.temperature == 1, hard && options.label_smoothing > 0};
+TGT_DEVICE Terms terms_of(const DeviceCall& d, bool hard) {
+  return {hard, D::kProbabilities ? d.power : 0, hard && d.call.options.label_smoothing > 0};
 }
 
 template <class D, class Real>
 TGT_DEVICE void add_sums(const Eight<Real>& s, const Eight<Real>& t, const Constants<Real>& row, const Terms& terms,
                          Sums<Real>& sums) {
+  const bool powers = terms.hard && terms.power > 1;
   TGT_UNROLL
   for (int i = 0; i < kVector; ++i) {
     const Class<Real> c = shifted<D>(s.v[i], t.v[i], row);
     if constexpr (D::kProbabilities) {
       sums.student += c.q;
       sums.teacher += c.p;
+      if (powers) sums.hard += power_of(c.q, terms.power);
     }
     if constexpr (D::kSquares) {
       const Real difference = c.b - c.a, in_nats = difference * row.in_nats,
@@ -241,7 +309,7 @@ TGT_DEVICE void add_sums(const Eight<Real>& s, const Eight<Real>& t, const Const
       D::add(c, row.mixture, sums.x, sums.y);
     }
   }
-  if (terms.hard && !terms.same) {
+  if (terms.hard && terms.power == 0) {
     TGT_UNROLL
     for (int i = 0; i < kVector; ++i) sums.hard += hard_exponential(s.v[i], row);
   }
@@ -254,39 +322,56 @@ TGT_DEVICE void add_sums(const Eight<Real>& s, const Eight<Real>& t, const Const
   }
 }
 
+// Log-probabilities in what unit: so many nats, and its inverse.
+struct Unit {
+  double in_nats, nat;
+};
+template <class D>
+TGT_DEVICE Unit unit_of(const DeviceCall& d) {
+  if constexpr (in_units<D>()) return {d.unit, d.nat};
+  return {1, 1};
+}
+
 template <class D, class Real>
 TGT_DEVICE Constants<Real> constants_of(const DeviceCall& d, double student_max, double teacher_max) {
   const DistillOptions& options = d.call.options;
-  const double unit = units_of<D>(d), shrink = D::kProbabilities ? kShrink : 1;
+  const Unit unit = unit_of<D>(d);
+  constexpr double kGrow = 1 / kShrink;
+  const double grown = unit.nat * (D::kProbabilities ? kGrow : 1);
+  constexpr bool kDouble = sizeof(Real) == 8;
   Constants<Real> row{};
   row.student_max = Real(student_max * kShrink);
   row.teacher_max = Real(teacher_max * kShrink);
-  row.inverse_ts = Real(1 / (options.temperature * shrink * unit));
-  row.inverse_tt = Real(1 / (options.teacher_temperature * shrink * unit));
-  row.binary_ts = exponent_of<Real>(options.temperature);
-  row.binary_tt = exponent_of<Real>(options.teacher_temperature);
-  row.in_nats = Real(unit);
-  row.nat = Real(1 / unit);
+  row.inverse_ts = Real(d.inverse_ts * grown);
+  row.inverse_tt = Real(d.inverse_tt * grown);
+  row.binary_ts = kDouble ? Real(d.inverse_ts * kGrow) : Real(d.binary_ts) * Real(kGrow);
+  row.binary_tt = kDouble ? Real(d.inverse_tt * kGrow) : Real(d.binary_tt) * Real(kGrow);
+  row.in_nats = Real(unit.in_nats);
+  row.nat = Real(unit.nat);
   row.mixture = {Real(options.beta), Real(1 - options.beta)};
   return row;
 }
 
 struct Normalisers {
-  double log_student, log_teacher, inverse_student, inverse_teacher;
+  double log_student, log_teacher, inverse_student, inverse_teacher, log_hard, inverse_hard;
 };
 
-// Logarithms and reciprocals in double, where a lone lane would leave the other half idle: even lanes take the
-// student's, odd lanes the teacher's.
-TGT_DEVICE Normalisers normalisers_of(double student_sum, double teacher_sum) {
+// Logarithms and reciprocals in double, where lone lanes would leave the others idle: of four lanes the first takes
+// the student's, the second the teacher's, the others the hard term's.
+TGT_DEVICE Normalisers normalisers_of(double student_sum, double teacher_sum, double hard_sum) {
   struct Mine {
     double log, inverse;
   };
-  const bool odd = thread_in_block() % 2 != 0;
-  const double sum = odd ? teacher_sum : student_sum;
-  const Mine mine{log(sum), 1 / sum};
-  const Mine other = shuffle_xor(mine, 1);
-  return odd ? Normalisers{other.log, mine.log, other.inverse, mine.inverse}
-             : Normalisers{mine.log, other.log, mine.inverse, other.inverse};
+  const int lane = thread_in_block() % 4;
+  const double sum = lane == 0 ? student_sum : lane == 1 ? teacher_sum : hard_sum;
+  Mine mine;
+  mine.log = log(sum);
+  mine.inverse = 1 / sum;
+  const Mine next = shuffle_xor(mine, 1), second = shuffle_xor(mine, 2), third = shuffle_xor(mine, 3);
+  const Mine& student = lane == 0 ? mine : lane == 1 ? next : lane == 2 ? second : third;
+  const Mine& teacher = lane == 0 ? next : lane == 1 ? mine : lane == 2 ? third : second;
+  const Mine& hard = lane < 2 ? second : mine;
+  return {student.log, teacher.log, student.inverse, teacher.inverse, hard.log, hard.inverse};
 }
 
 template <class Real>
@@ -297,105 +382,6 @@ TGT_DEVICE void settle(Constants<Real>& row, const Normalisers& n) {
   row.inverse_teacher = Real(n.inverse_teacher);
   row.binary_log_student = Real(n.log_student * kLog2E);
   row.binary_log_teacher = Real(n.log_teacher * kLog2E);
-}
-
-// The factors of a row's gradients. Those of a term that the row has not are 0.
-template <class Real>
-struct Factors {
-  bool hard;              // a hard gradient that `same` does not cover
-  Real x, y;              // the divergence's normalised sums, in units
-  Real student, teacher;  // of the soft term
-  Real same;              // of q, where that is the hard term's probability too
-  Real hard_factor, inverse_hard, smoothed;
-  Real label;  // what the label's own class loses
-};
-
-template <class D, class Real>
-TGT_DEVICE Factors<Real> factors_of(const DeviceCall& d, const RowState& state, const Terms& terms, double upstream) {
-  constexpr bool kForward = D::kNeedsStudent && !D::kNeedsTeacher;
-  constexpr bool kReverse =
-      D::kNeedsTeacher && !D::kNeedsStudent;  // whose other gradient is a difference of probabilities
-  const DistillOptions& options = d.call.options;
-  const double unit = units_of<D>(d);
-  const int flags = static_cast<int>(state.flags);
-  const bool hard = (flags & kHard) && !(flags & kInfiniteHard);
-  const double squared = D::kProbabilities ? options.temperature * options.temperature : 1;
-  const double soft = flags & kInfiniteSoft ? 0 : upstream * state.coefficient * options.soft_weight * squared;
-  const double hard_factor = hard ? upstream * state.coefficient * options.hard_weight : 0;
-  const bool same = terms.same && !terms.smoothed;
-  Factors<Real> f;
-  f.hard = hard && !same;
-  f.x = Real(state.x / unit);
-  f.y = Real(state.y / unit);
-  f.student = Real(soft / options.temperature * (kForward ? 1 : unit));
-  f.teacher = Real(soft / options.teacher_temperature * (kReverse ? 1 : unit));
-  f.hard_factor = Real(hard_factor);
-  f.inverse_hard = hard ? Real(1 / state.hard_sum) : Real(0);
-  f.same = same ? f.hard_factor : Real(0);
-  f.smoothed = hard ? Real(options.label_smoothing / state.finite) : Real(0);
-  f.label = Real(hard_factor * (1 - options.label_smoothing));
-  return f;
-}
-
-// What a divergence of probabilities gives is finite, so that a factor of 0 is enough to leave it out. The difference
-// of two logits may not be.
-template <class D, class Real>
-TGT_DEVICE Real soft_gradient(Real of_class, Real factor) {
-  if constexpr (D::kProbabilities) return of_class * factor;
-  return factor == 0 ? Real(0) : of_class * factor;
-}
-
-// A forward and a reverse divergence, of which one gradient is a difference of probabilities.
-template <class D>
-constexpr bool kTwoSided = D::kShiftedSums && D::kNeedsStudent && D::kNeedsTeacher;
-template <class D, class Real>
-TGT_DEVICE Real d_student(const Class<Real>& c, const Constants<Real>& row, const Factors<Real>& f) {
-  if constexpr (!kTwoSided<D>) return D::d_student(c, row.mixture, f.x, f.y);
-  return fused(c.q - c.p, row.nat, ReverseKl::d_student(c, row.mixture, f.x, f.y));
-}
-template <class D, class Real>
-TGT_DEVICE Real d_teacher(const Class<Real>& c, const Constants<Real>& row, const Factors<Real>& f) {
-  if constexpr (!kTwoSided<D>) return D::d_teacher(c, row.mixture, f.x, f.y);
-  return fused(c.p - c.q, row.nat, ForwardKl::d_teacher(c, row.mixture, f.x, f.y));
-}
-
-template <class D, class Real>
-TGT_DEVICE Eight<Real> teacher_gradient(const Eight<Real>& s, const Eight<Real>& t, const Constants<Real>& row,
-                                        const Factors<Real>& f) {
-  Eight<Real> grad;
-  TGT_UNROLL
-  for (int i = 0; i < kVector; ++i) {
-    grad.v[i] = soft_gradient<D>(d_teacher<D>(normalised<D>(s.v[i], t.v[i], row), row, f), f.teacher);
-  }
-  return grad;
-}
-
-// `label`: the label's place among the eight, or none of them.
-template <class D, class Real>
-TGT_DEVICE Eight<Real> student_gradient(const Eight<Real>& s, const Eight<Real>& t, const Constants<Real>& row,
-                                        const Factors<Real>& f, int label) {
-  Eight<Real> grad;
-  TGT_UNROLL
-  for (int i = 0; i < kVector; ++i) {
-    const Class<Real> c = normalised<D>(s.v[i], t.v[i], row);
-    grad.v[i] = soft_gradient<D>(d_student<D>(c, row, f), f.student);
-    if constexpr (D::kProbabilities) grad.v[i] = fused(c.q, f.same, grad.v[i]);
-  }
-  if (f.hard) {
-    constexpr Real kLowest = sizeof(Real) == 8 ? Real(-DBL_MAX) : Real(-FLT_MAX);
-    TGT_UNROLL
-    for (int i = 0; i < kVector; ++i) {
-      const Real floor = s.v[i] < kLowest ? Real(0) : f.smoothed;
-      grad.v[i] += (hard_exponential(s.v[i], row) * f.inverse_hard - floor) * f.hard_factor;
-    }
-  }
-  if (label >= 0) {
-    TGT_UNROLL
-    for (int i = 0; i < kVector; ++i) {  // a run-time index would send the values through memory
-      if (i == label) grad.v[i] -= f.label;
-    }
-  }
-  return grad;
 }
 
 }  // namespace TGT_ISA

@@ -17,12 +17,19 @@ struct StreamRow {
   int64_t classes;
   int64_t first, count;  // vectors
 
+  template <class D>
+  static constexpr bool kLean = false;
+
   TGT_DEVICE DType student_gradient_type(const DistillCall& call) const { return call.d_student.type; }
   TGT_DEVICE DType teacher_gradient_type(const DistillCall& call) const { return call.d_teacher.type; }
   TGT_DEVICE void load(int64_t k, Eight<Real>& s, Eight<Real>& t) const {
     const int64_t at = (first + k) * kVector;
     s = load_padded(student, student_type, at, classes, student_aligned, minus_infinity<Real>());
     t = load_padded(teacher, teacher_type, at, classes, teacher_aligned, minus_infinity<Real>());
+  }
+  TGT_DEVICE void one(int64_t at, Real& s, Real& t) const {
+    s = load_one<Real>(student, student_type, first * kVector + at);
+    t = load_one<Real>(teacher, teacher_type, first * kVector + at);
   }
 };
 
@@ -71,7 +78,7 @@ TGT_DEVICE void see(const Eight<Real>& s, const Eight<Real>& t, const DistillOpt
     row.teacher_max = teacher == -HUGE_VAL ? Real(0) : Real(teacher * kShrink);
   }
   Sums<Real> sums;
-  add_sums<D>(s, t, row, {terms.hard, terms.same, false}, sums);
+  add_sums<D>(s, t, row, {terms.hard, terms.power, false}, sums);
   seen.sums.student += sums.student;
   seen.sums.teacher += sums.teacher;
   seen.sums.hard += sums.hard;
@@ -94,13 +101,13 @@ __global__ void TGT_BOUNDS(kStreamThreads, 1) distill_fwd_stream_kernel(const TG
   const BlockTeam team;
   const int64_t i = block_in_grid();
   const StreamRow<Real> row = stream_row<Real>(d, i);
-  const RowHead head = open_row(d, i);
+  const RowHead head = look_at_row(d, i);
   if (head.flags & kDropped) {
     drop_row<Real>(d, team, i, 0, row.count);
     return;
   }
   const double of_label = head.flags & kHard ? load_one<double>(row.student, row.student_type, head.label) : 0;
-  const Terms terms = terms_of<D>(call.options, head.flags & kHard);
+  const Terms terms = terms_of<D>(d, head.flags & kHard);
   Constants<Real> constants = constants_of<D, Real>(d, 0, 0);
   Extremes<Real> mine;
   Seen seen;
@@ -110,19 +117,22 @@ __global__ void TGT_BOUNDS(kStreamThreads, 1) distill_fwd_stream_kernel(const TG
     if (!add_extremes(s, t, mine)) inspect(s, t, call.classes - k * kVector, mine);
     if (!(mine.unusual & kNotANumber)) see<D>(s, t, call.options, terms, constants, seen);
   }
-  const Extremes<Real> extremes = merge_all(team, mine, 0, MergeExtremes<Real>());
+  const Extremes<Real> extremes = team.template tell<Extremes<Real>>(extremes_of_warp(mine, MergeExtremes<Real>()), 0,
+                                                                     Same(), MergeExtremes<Real>(), Same());
   if (is_invalid(extremes)) {
     spoil_row<Real>(d, team, i, head, 0, row.count);
     return;
   }
-  seen = merge_all(team, seen, 1, MergeSeen<D>{1 / call.options.temperature, 1 / call.options.teacher_temperature});
-  const double unit = D::kShiftedSums ? units_of<D>(d) : 1;
-  const double finite = static_cast<double>(call.classes - extremes.masked);
-  const Sums<double> all = {seen.sums.student,  seen.sums.teacher,
-                            seen.sums.hard,     seen.plain - finite * (seen.sums.student_max * kTiny),
-                            seen.sums.x / unit, seen.sums.y / unit};
+  const MergeSeen<D> merge{d.inverse_ts, d.inverse_tt};
   const Extremes<double> in_double = {extremes.student, extremes.teacher, extremes.masked, extremes.unusual};
-  finish_row<Real, D>(d, team, row, i, head, all, in_double, of_label);
+  finish_row<Real, D>(d, team, row, i, head, merge_lanes<kWarp / 2>(seen, merge), in_double, of_label, false, false,
+                      Same(), merge, [&](const Seen& all) -> Sums<double> {
+                        const double nat = D::kShiftedSums ? unit_of<D>(d).nat : 1;
+                        const double finite = static_cast<double>(call.classes - extremes.masked);
+                        const OnlineSums& sums = all.sums;
+                        return {sums.student, sums.teacher, sums.hard, all.plain - finite * (sums.student_max * kTiny),
+                                sums.x * nat, sums.y * nat};
+                      });
 }
 
 // The gradients from the logits and the row states: a block or a cluster a row.
@@ -137,21 +147,28 @@ __global__ void TGT_BOUNDS(kBackwardThreads, 2) distill_bwd_kernel(const TGT_GRI
   row.first = int64_t(team.rank) * d.vectors_per_block;
   const int64_t left = row.count - row.first;
   row.count = left < 0 ? 0 : left < d.vectors_per_block ? left : d.vectors_per_block;
-  const RowState state = call.row_state[i];
+  const RowState& state = call.row_state[i];
   const int flags = state.coefficient == 0 ? int(kDropped) : static_cast<int>(state.flags);
   if (flags & (kDropped | kInvalid)) {
     fill_gradients(d, team, i, row.first, row.count, flags & kDropped ? Real(0) : Real(NAN));
     return;
   }
-  const Peaked peaked = peaked_of<D>(call, state);
-  if (peaked.any()) team.begin();
-  const Real upstream = static_cast<const Real*>(call.upstream)[call.upstream_per_row ? i : 0];
-  const int64_t label = (flags & kHard) && !(flags & kInfiniteHard) ? call.target[i] : -1;
-  const Terms terms = terms_of<D>(call.options, flags & kHard);
-  Constants<Real> constants = constants_of<D, Real>(d, state.student_max, state.teacher_max);
-  settle(constants, normalisers_of(state.student_sum, state.teacher_sum));
-  write_gradients<D>(d, team, row, i, label, constants, factors_of<D, Real>(d, state, terms, double(upstream)), peaked,
-                     0);
+  const Terms terms = terms_of<D>(d, flags & kHard);
+  // By one warp, as double precision is slow.
+  const auto& ready = team.template tell_block<Ready<Real>>([&] {
+    const RowState here = state;
+    const Real upstream = static_cast<const Real*>(call.upstream)[call.upstream_per_row ? i : 0];
+    const Normalisers n = normalisers_of(here.student_sum, here.teacher_sum, here.hard_sum);
+    Ready<Real> made{};
+    made.row = constants_of<D, Real>(d, here.student_max, here.teacher_max);
+    settle(made.row, n);
+    made.factors = factors_of<D, Real>(d, here, terms, unit_of<D>(d), n, double(upstream));
+    made.peaked = peaked_of<D>(call, here);
+    made.labelled = (flags & kHard) && !(flags & kInfiniteHard);
+    return made;
+  });
+  if (ready.peaked.any()) team.begin();
+  write_gradients<D>(d, team, row, i, ready.labelled ? call.target[i] : -1, ready, 0);
 }
 
 }  // namespace TGT_ISA

@@ -20,12 +20,21 @@ TGT_DEVICE constexpr Real minus_infinity() {
   return Real(-HUGE_VAL);
 }
 
+template <class Real>
+TGT_DEVICE Real widened(BFloat16 x) {
+  return cast<Real>(x);
+}
+template <class Real>
+TGT_DEVICE Real widened(Float16 x) {
+  return Real(widened_fp16(x.bits));
+}
+
 template <class Stored, class Real>
 TGT_DEVICE void unpack_halves(const Bytes16& raw, Real* to) {
   TGT_UNROLL
   for (int i = 0; i < 4; ++i) {
-    to[2 * i] = cast<Real>(Stored{static_cast<uint16_t>(raw.words[i] & 0xffffu)});
-    to[2 * i + 1] = cast<Real>(Stored{static_cast<uint16_t>(raw.words[i] >> 16)});
+    to[2 * i] = widened<Real>(Stored{static_cast<uint16_t>(raw.words[i] & 0xffffu)});
+    to[2 * i + 1] = widened<Real>(Stored{static_cast<uint16_t>(raw.words[i] >> 16)});
   }
 }
 
@@ -73,7 +82,7 @@ TGT_DEVICE Real load_one(const char* row, DType type, int64_t at) {
     case DType::kBFloat16:
       return cast<Real>(reinterpret_cast<const BFloat16*>(row)[at]);
     case DType::kFloat16:
-      return cast<Real>(reinterpret_cast<const Float16*>(row)[at]);
+      return widened<Real>(reinterpret_cast<const Float16*>(row)[at]);
   }
   return 0;
 }

@@ -65,11 +65,21 @@ T shuffle_xor(const T& value, int mask) {
   return other;
 }
 
+inline bool any_in_warp(bool mine) {
+  int any = mine;
+  for (int mask = 16; mask > 0; mask /= 2) any |= shuffle_xor(any, mask);
+  return any != 0;
+}
+
 // With errors as large as a chip's may be: -2 to 2, by the bits of the argument.
 inline int approximation_error(float x) { return static_cast<int>(bit_cast<uint32_t>(x) * 2654435761u >> 29) % 5 - 2; }
 inline float exp2_fast(float x) {
   if (x == 0 || !(x >= -126.0f)) return x < -126.0f ? 0.0f : exp2f(x);
   return bit_cast<float>(bit_cast<int32_t>(exp2f(x)) + approximation_error(x));
+}
+inline float reciprocal_fast(float x) {
+  const int error = approximation_error(x);
+  return bit_cast<float>(bit_cast<int32_t>(1 / x) + (error > 0) - (error < 0));
 }
 inline float log2_fast(float x) {
   return x == 1 ? 0.0f : log2f(x) + static_cast<float>(approximation_error(x)) * 0x1p-23f;
@@ -77,6 +87,8 @@ inline float log2_fast(float x) {
 // By -2^-20.5 to 2^-20.5.
 inline float sine_fast(float x) { return sinf(x) + static_cast<float>(approximation_error(x)) * 3.37e-7f; }
 inline float cosine_fast(float x) { return cosf(x) - static_cast<float>(approximation_error(x)) * 3.37e-7f; }
+
+inline float widened_fp16(uint16_t half) { return cast<float>(Float16{half}); }
 
 template <class Stored, class Choose>
 uint32_t by_halves(uint32_t a, uint32_t b, Choose choose) {
@@ -117,7 +129,9 @@ inline void check_aligned(const void* p) {
 
 TGT_OF_THE_DEVICE int cluster_size() { return emulator::here->ranks; }
 TGT_OF_THE_DEVICE int cluster_rank() { return emulator::here->rank; }
+TGT_OF_THE_DEVICE int cluster_in_grid() { return static_cast<int>(emulator::here->block / emulator::here->ranks); }
 inline void cluster_arrive() { emulator::cluster_arrive(); }
+inline void cluster_arrive_relaxed() { emulator::cluster_arrive(); }
 inline void cluster_wait() { emulator::cluster_wait(); }
 inline void store_remote(void* at, int rank, uint64_t value) {
   const emulator::Place& p = *emulator::here;
