@@ -11,13 +11,14 @@ UNITS = ("distill_on_chip_kl", "distill_on_chip_mix", "latent", "topk")  # of cs
 ROWS = 8192
 CLASSES = (32000, 128256, 151936)
 LATENT_BYTES = 256 << 20
-LONG = 1 << 20  # numbers of a long latent
+SHORT, LONG = 4096, 1 << 20  # numbers of a latent
 
 # Bounds in percent of the copy floor at the lower clock, at every width.
 BARS = {"forward_kl": 95, "teacher gradient": 80, "reverse_kl": 70, "tvd": 60, "jsd": 50, "sparse": 80}
 LATENT_BARS = {"perturb, bf16": 65, "perturb, fp32": 85, "ascend with noise and ball, bf16": 55}
 
-_BALL = r"out\.v\[j\] = anchor\.v\[j\] \+ distance_j"
+# Eight numbers by one load or two, in halves or not.
+_VECTOR = {True: r"unpack_halves<BFloat16>\(", False: r"load16\(from \+ 16 \* i\)"}
 # Between blocks: the first warp exchanges, the others wait.
 _EXCHANGES = (
     Mark(r"(?s)store_remote\(.*tell<Extremes", 1),
@@ -108,47 +109,64 @@ def sparse(classes: int, known: dict[str, int], entries: int = 64) -> Case:
     )
 
 
-def latents(title: str, known: dict[str, int]) -> Case:
-    """Noise for short latents, or a step of long ones."""
+def perturbed(title: str, known: dict[str, int]) -> Case:
+    """Noise for short latents: two vectors a thread."""
     half = title.endswith("bf16")
     width = 2 if half else 4
-    vector = r"unpack_halves<BFloat16>\(" if half else r"load16\(from \+ 16 \* i\)"
-    numbers = LATENT_BYTES // width
-    if title.startswith("perturb"):
-        way = (vector, r"(?s)^MUFU.*normal_pair", r"store_eight\(")
-        return Case(
-            title=f"{title}, {numbers // 4096} x 4096",
-            kernel=r"latent_perturb_kernel<float>",
-            rows=numbers // 4096,
-            items=4096,
-            moved=2 * LATENT_BYTES,
-            passes=(),
-            threads=known["kThreads"],
-            marks=tuple(Mark(line) for line in way),
-            item_bytes=width,
-            unit="number",
-            bench=("latent", "perturb", f"{numbers // 4096} x 4096", "bfloat16" if half else "float32"),
-            bar=LATENT_BARS[title],
-        )
-    noise = r"(?s)^MUFU.*normal_pair"
+    vector = _VECTOR[half]
+    each = (r"(?s)^MUFU.*normal_pair", r"store_eight\(")
+    way = (rf"(?s){vector}.*z\[0\] = load_padded", rf"(?s){vector}.*z\[1\] = load_padded", *each, *each)
+    samples = LATENT_BYTES // width // SHORT
     return Case(
-        title=f"{title}, {numbers // LONG} x {LONG}",
-        kernel=r"latent_ascend_kernel<float, BlockTeam>",
-        rows=numbers // LONG,
+        title=f"{title}, {samples} x {SHORT}",
+        kernel=rf"latent_perturb_kernel<float, {int(half)}>",
+        rows=samples,
+        items=SHORT,
+        moved=2 * LATENT_BYTES,
+        passes=(),
+        threads=known["kThreads"],
+        marks=tuple(Mark(line) for line in way),
+        item_bytes=width,
+        unit="number",
+        bench=("latent", "perturb", f"{samples} x {SHORT}", "bfloat16" if half else "float32"),
+        bar=LATENT_BARS[title],
+    )
+
+
+def ascended(title: str, known: dict[str, int]) -> Case:
+    """A step of long latents in bf16, by a cluster of eight blocks; as much of it as there is room for stays in shared
+    memory, in float."""
+    vector, noise = _VECTOR[True], r"(?s)^MUFU.*normal_pair"
+    share = LONG // 8 // 8  # vectors a block
+    room = (CHIP.shared_bytes - 1024 - known["kTeamBytes"]) // 32
+    kept = min(1.0, room / share)
+    get, grad, anchor = r"places\.get\(k\)", rf"(?s){vector}.*ascent\.grad\(k\)", rf"(?s){vector}.*anchor_at\(k\)"
+    z = rf"(?s){vector}.*ascent\.moved\("
+    offsets = r"offset\.v\[j\] = out\.v\[j\] - anchor\.v\[j\]"
+    written = r"out\.v\[j\] = anchor\.v\[j\] \+ distance_j \* shrink"
+    matrices = (1 + 2 + (1 - kept)) + (1 + 2 * (1 - kept)) + 1
+    return Case(
+        title=f"{title}, {LATENT_BYTES // 2 // LONG} x {LONG}",
+        kernel=r"latent_ascend_kernel<float, BlockTeam, 1, false>",
+        rows=LATENT_BYTES // 2 // LONG,
         items=LONG,
         moved=4 * LATENT_BYTES,
         passes=(
-            Pass("norm", r"add_squared_products\(", width, (vector,)),
-            Pass("reach", r"furthest|away\.other = larger\(", 3 * width, (vector, vector, noise, vector)),
-            Pass("write", _BALL, 3 * width, (vector, noise, vector, r"store_eight\(")),
+            Pass("norm", r"add_squared_products\(", 2, (vector,)),
+            Pass("reach, kept", offsets, 8, (anchor, get, z, noise), part=kept),
+            Pass("reach, not kept", offsets, 6, (anchor, grad, z, noise), part=1 - kept),
+            Pass("write, kept", rf"(?s){written}.*places\.get\(k\)", 6, (anchor, r"store_eight\("), part=kept),
+            Pass("write, not kept", rf"(?s){written}.*ascent\.moved\(", 6, (grad, z, noise, anchor), part=1 - kept),
         ),
-        threads=known["kThreads"],
+        threads=2 * known["kThreads"],
         blocks=8,
-        shared=known["kTeamBytes"],
+        shared=known["kTeamBytes"] + 32 * room,
+        asked=int(matrices * LATENT_BYTES),
+        fetched=2 * known["kThreads"] * 3 * 16,
         unit="number",
-        bench=("latent", "ascend with noise", f"{numbers // LONG} x {LONG}", "bfloat16" if half else "float32"),
+        bench=("latent", "ascend with noise", f"{LATENT_BYTES // 2 // LONG} x {LONG}", "bfloat16"),
         bar=LATENT_BARS[title],
-    )  # fmt: skip
+    )
 
 
 def cases(root: Path) -> list[Case]:
@@ -158,5 +176,5 @@ def cases(root: Path) -> list[Case]:
     found = [distill(f"{name} + CE", divergence, c, known) for name, divergence in titles.items() for c in CLASSES]
     found += [distill("forward_kl + CE, teacher gradient", "ForwardKl", c, known) for c in CLASSES]
     found += [sparse(classes, known) for classes in CLASSES]
-    found += [latents(title, known) for title in LATENT_BARS]
+    found += [(perturbed if title.startswith("perturb") else ascended)(title, known) for title in LATENT_BARS]
     return found

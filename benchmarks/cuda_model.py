@@ -57,6 +57,7 @@ class Pass:
     item_bytes: int  # that a pair, or a number, has in what the loop loads by 16 bytes
     through: tuple[str, ...] = ()  # lines that every round comes by, in this order
     times: int = 1  # it runs a row, in a loop of pieces
+    part: float = 1.0  # of the row's items that it takes
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,13 @@ class Case:
     kernel: str  # a regular expression of its name
     rows: int
     items: int  # pairs or numbers a row
-    moved: int  # bytes that the call reads and writes
+    moved: int  # bytes that the call has to read and to write
     passes: tuple[Pass, ...]
     threads: int
     marks: tuple[Mark, ...] = ()
     blocks: int = 1  # a row
     shared: int = 0  # bytes a block asks for
+    asked: int = 0  # bytes that the kernel asks memory for; 0: no more than it has to
     fetched: int = 0  # bytes a block asks memory for at once; 0: what its threads load in a round
     item_bytes: int = 0  # without passes: that an item has in what a thread loads by 16 bytes
     unit: str = "pair"
@@ -206,6 +208,7 @@ def judge(case: Case, kernel: Kernel, registers: int, sources: Sources, chip: Ch
             times = round(most / least)
             in_wide = math.floor(rounds / warps / times) * times * warps / rounds if times > 1 else 0.0
             an_item = wide * (in_wide / most) + narrow * ((1 - in_wide) / least)
+            rounds = math.ceil(rounds * one.part)
             a_block = a_block + (wide * (in_wide / times) + narrow * (1 - in_wide)) * rounds
             passes.append({"pass": one.name, **_rounded(an_item)})
             width = max(width, most * one.item_bytes)
@@ -226,7 +229,7 @@ def judge(case: Case, kernel: Kernel, registers: int, sources: Sources, chip: Ch
     fetched = case.fetched or int(width) * case.threads
     in_flight = resident * fetched
     floor = case.moved / chip.bytes_a_second
-    memory = floor / min(1.0, in_flight / chip.needed_in_flight)
+    memory = (case.asked or case.moved) / chip.bytes_a_second / min(1.0, in_flight / chip.needed_in_flight)
     issue = [busiest * a_block.instructions / chip.issued_a_clock / clock for clock in chip.clocks]
     special = [busiest * a_block.special / chip.special_a_clock / clock for clock in chip.clocks]
     worst = [max(i, s, memory) for i, s in zip(issue, special, strict=True)]

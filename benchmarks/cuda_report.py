@@ -123,9 +123,10 @@ def demangle(names: list[str]) -> list[str]:
     tool = find_tool("cu++filt") or shutil.which("c++filt")
     if tool is None or not names:
         return names
-    plain = subprocess.run([tool, *names], capture_output=True, text=True, check=True).stdout.splitlines()
-    short = (re.sub(r"\w+::|\(anonymous namespace\)::|<unnamed>::|\(int\)", "", name) for name in plain)
-    return [re.sub(r"^void ", "", name).split("(")[0] for name in short]
+    said = subprocess.run([tool, *names], capture_output=True, text=True, check=True).stdout.splitlines()
+    short = (re.sub(r"\w+::|\(anonymous namespace\)::|<unnamed>::|\(int\)", "", name) for name in said)
+    plain = (re.sub(r"\(\w+\)(?=-?\d)", "", name) for name in short)  # an enumerator is a cast of a number
+    return [re.sub(r"^void ", "", name).split("(")[0] for name in plain]
 
 
 def find_tool(name: str) -> str | None:

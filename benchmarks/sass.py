@@ -141,8 +141,11 @@ class Kernel:
         weight = [0.0 if at in free else self.counts(at).instructions for at in range(len(self.blocks))]
 
         def passed(at: int, stage: int) -> int:
-            while stage < len(through) and at in through[stage]:
-                stage += 1
+            first = stage
+            while (
+                stage < len(through) and at in through[stage] and (stage == first or through[stage] != through[first])
+            ):
+                stage += 1  # a set that is named twice is come by twice
             return stage
 
         first = (start, passed(start, 0))

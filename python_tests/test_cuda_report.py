@@ -71,6 +71,13 @@ def test_a_librarys_kernels_carry_their_architecture(report: ModuleType) -> None
     assert (second.architecture, second.stack_bytes, second.bad) == ("sm_120", 16, True)
 
 
+def test_an_enumerator_in_a_name_is_a_number(report: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "void tgt::cuda::device::(anonymous namespace)::kernel<float, (tgt::cuda::device::Draw)1, (bool)0>(int)\n"
+    monkeypatch.setattr(report, "find_tool", lambda name: name)
+    monkeypatch.setattr(report.subprocess, "run", lambda *_, **__: report.subprocess.CompletedProcess([], 0, said))
+    assert report.demangle(["_Z"]) == ["kernel<float, 1, 0>"]
+
+
 def test_a_library_without_device_code_is_no_success(report: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "of_library", lambda library, jobs: [])
     monkeypatch.setattr(sys, "argv", ["cuda_report.py", "some.so"])
