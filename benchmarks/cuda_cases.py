@@ -64,7 +64,7 @@ def distill(title: str, divergence: str, classes: int, known: dict[str, int]) ->
         rows=ROWS,
         items=classes,
         moved=2 * (4 if both == "true" else 3) * ROWS * classes,
-        passes=(Pass("maxima", r"student\.add\(load16", 4, times=known["kChunks"]), sums, *middle, gradients),
+        passes=(Pass("maxima", r"student\.add\(load16", 4, times=known["kPieces"]), sums, *middle, gradients),
         threads=known["kPairThreads"],
         marks=(*_EXCHANGES, *marks) if blocks > 1 else marks,
         blocks=blocks,

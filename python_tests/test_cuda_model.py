@@ -116,7 +116,7 @@ def test_lines_that_are_gone_are_named(modules: dict[str, ModuleType], reader: M
 def test_the_cases_are_laid_as_the_sources_say(modules: dict[str, ModuleType]) -> None:
     model, cases = modules["cuda_model"], modules["cuda_cases"]
     known = model.constants(ROOT)
-    assert {"kTeamBytes", "kBarrierBytes", "kChunks", "kTopKThreads", "kThreads"} <= set(known)
+    assert {"kTeamBytes", "kBarrierBytes", "kPieces", "kChunks", "kTopKThreads", "kThreads"} <= set(known)
     found = cases.cases(ROOT)
     assert len({one.title for one in found}) == len(found)
     bars = {one.title.split(" + ")[0]: one.bar for one in found if one.bar}

@@ -10,7 +10,7 @@
 namespace tgt::cuda {
 inline namespace TGT_ISA {
 
-constexpr int kChunks = 4;         // pieces in which a row arrives
+constexpr int kChunks = 4;         // pieces in which a row of a top-k teacher arrives
 constexpr int kBarrierBytes = 64;  // of their barriers
 constexpr int kWarpTeamThreads = 256, kStreamThreads = 512;
 

@@ -9,6 +9,9 @@ inline namespace TGT_ISA {
 // The element types of a row pair, when they are known to the compiler.
 enum Types : int { kAnyTypes, kBothBFloat16 };
 
+// In which a row arrives: few, as each is waited for, and other blocks compute meanwhile.
+constexpr int kPieces = 2;
+
 // Three blocks to a multiprocessor, where shared memory has room for them. What any type takes does not fit into the 80
 // registers that are left then.
 constexpr int kPairThreads = 256, kAnyThreads = 320;
@@ -100,7 +103,7 @@ TGT_DEVICE void start_copies(const Row& row, const char* student, const char* te
                              uint64_t* barriers) {
   const int student_bytes = kVector * int(element_size(row.student_type()));
   const int teacher_bytes = kVector * int(element_size(row.teacher_type()));
-  for (int c = 0; c < kChunks; ++c) {
+  for (int c = 0; c < kPieces; ++c) {
     const int from = c * chunk, left = whole - from;
     const int count = left < 0 ? 0 : left < chunk ? left : chunk;
     copy_expect(barriers + c, static_cast<uint32_t>(count * (student_bytes + teacher_bytes)));
@@ -234,10 +237,10 @@ __global__ void TGT_BOUNDS((kOnChipThreads<Team, kTypes>), (kOnChipBlocks<Team, 
   // else is read, and end before the block does.
   const bool by_bulk = !Team::kIsWarp && bulk;
   const int whole = by_bulk ? here / kVector : 0;
-  const int chunks = by_bulk ? kChunks : 1;
+  const int chunks = by_bulk ? kPieces : 1;
 #if defined(TGT_BULK_COPIES)
   if (by_bulk && team.thread == 0) {
-    for (int c = 0; c < kChunks; ++c) copy_barrier_init(barriers + c);
+    for (int c = 0; c < kPieces; ++c) copy_barrier_init(barriers + c);
     copy_barriers_ready();
     start_copies(row, of_student(), of_teacher(), whole, d.chunk, barriers);
   }
@@ -247,7 +250,7 @@ __global__ void TGT_BOUNDS((kOnChipThreads<Team, kTypes>), (kOnChipBlocks<Team, 
 #if defined(TGT_BULK_COPIES)
     if (by_bulk) {
       team.barrier();
-      for (int c = 0; c < kChunks; ++c) copy_wait(barriers + c);
+      for (int c = 0; c < kPieces; ++c) copy_wait(barriers + c);
     }
 #endif
     drop_row<Real>(d, team, i, row.first, row.count);

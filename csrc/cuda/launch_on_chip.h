@@ -24,7 +24,7 @@ cudaError_t launch_distill_fwd(const DeviceCall& call, Path path, int cluster, b
   const auto kernel =
       halves ? distill_fwd_kernel<D, BlockTeam, kBothBFloat16> : distill_fwd_kernel<D, BlockTeam, kAnyTypes>;
   const int threads = halves ? kPairThreads : kAnyThreads;
-  const int chunks = bulk ? kChunks : 1, room = static_cast<int>(d.vectors_per_block);
+  const int chunks = bulk ? kPieces : 1, room = static_cast<int>(d.vectors_per_block);
   d.chunk = (room + chunks * threads - 1) / (chunks * threads) * threads;  // a vector is the same thread's later
   return launch(kernel, d.call.rows * cluster, threads, shared, cluster, stream, d, bulk ? 1 : 0);
 }
