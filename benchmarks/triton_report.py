@@ -29,9 +29,11 @@ import compiled
 
 import tgt_fast
 from tgt_fast.kernels.options import DIVERGENCES
+from tgt_fast.kernels.triton.distill import grain_of
 from tgt_fast.kernels.triton.tuning import (
     LATENT_REGISTERS,
     SOFT_REGISTERS,
+    SoftPlan,
     elementwise_plan,
     latent_plan,
     shipped_plan,
@@ -99,8 +101,8 @@ def _distill(architecture: str, classes: int, divergence: str, kind: str, is_fp6
     pointers = dict.fromkeys(("student", "teacher", "d_student", "d_teacher"), kind)
     pointers |= dict.fromkeys(("row_loss", "row_state", "upstream"), real)
     constants: dict[str, Any] = {
-        "DIVERGENCE": divergence, "SMOOTHED": whole, "SAME": not whole and divergence not in ("mse", "none"),
-        "IS_FP64": is_fp64, "weight": None,
+        "DIVERGENCE": divergence, "SMOOTHED": whole, "POWER": 0 if whole or divergence in ("mse", "none") else 2,
+        "IS_FP64": is_fp64, "GRAIN": grain_of(classes), "weight": None,
     }  # fmt: skip
     if divergence == "none":
         constants["teacher"] = None
@@ -126,12 +128,12 @@ def small_jobs(architecture: str) -> Iterator[Job]:
     """The kernels round the rows."""
     tile = elementwise_plan(shipped_plan(128256, False))
     pointers = {"student": "bf16", "teacher": "bf16", "stats": "fp32", "row_loss": "fp32", "loss": "fp32"}
-    constants: dict[str, Any] = {"IS_FP64": False, "BLOCK": tile.block}
+    constants: dict[str, Any] = {"IS_FP64": False, "GRAIN": 8, "BLOCK": tile.block}
     yield Job("distill_kernels", "distill_stats_kernel", architecture, "bf16", pointers, constants, tile.warps)
     pointers["divisor"] = "fp64"
     for name in ("distill_count_kernel", "distill_reduce_kernel"):
         yield Job("distill_kernels", name, architecture, "", pointers, {"BLOCK": 2048}, 8)
-    constants = {"PER_ROW": False, "ROWS": 1, "BLOCK": tile.block}
+    constants = {"PER_ROW": False, "GRAIN": 8, "ROWS": 1, "BLOCK": tile.block}
     pointers = {"grad": "bf16", "factor": "fp32"}
     yield Job("distill_finish", "distill_scale_kernel", architecture, "bf16", pointers, constants, tile.warps)
 
@@ -176,6 +178,11 @@ def latent_jobs(architecture: str) -> Iterator[Job]:
     )
 
 
+def soft_cut(plan: SoftPlan) -> dict[str, int]:
+    """A plan as constants of a kernel."""
+    return {"ROWS": plan.rows, "CLASSES": plan.classes, "WIDTH": plan.width}
+
+
 def soft_jobs(architecture: str) -> Iterator[Job]:
     """The soft embedding, forward and both gradients, with and without noise, by the type of the table."""
     import torch
@@ -187,7 +194,7 @@ def soft_jobs(architecture: str) -> Iterator[Job]:
     }
     for kind, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
         plan = soft_plan(512, 30522, 384, dtype, device)
-        cut = {"ROWS": plan.rows, "CLASSES": plan.classes, "WIDTH": plan.width}
+        cut = soft_cut(plan)
         pointers = state | dict.fromkeys(("logits", "table", "d_out", "d_logits", "d_table"), kind)
         for noise in (False, True):
             constants: dict[str, Any] = {"GUMBEL": noise, "PRECISION": precision, **cut}
@@ -195,14 +202,16 @@ def soft_jobs(architecture: str) -> Iterator[Job]:
                 constants |= {"ids": None}
             label = kind + (" gumbel" if noise else "")
             for name in ("soft_fwd_kernel", "soft_mean_kernel", "soft_bwd_logits_kernel", "soft_bwd_table_kernel"):
-                own: dict[str, Any] = {"HARD": False, "chosen": None} if name == "soft_fwd_kernel" else {}
+                own: dict[str, Any] = {}
+                if name == "soft_fwd_kernel":
+                    own = {"HARD": False, "chosen": None, **soft_cut(plan.forward(noise))}
                 if name in ("soft_mean_kernel", "soft_bwd_logits_kernel"):
                     own["WIDTH"] = slope_width(plan, dtype)
                 yield Job(
                     "tokens_kernels", name, architecture, label, pointers, constants | own, plan.warps,
                     registers=SOFT_REGISTERS,
                 )  # fmt: skip
-    constants = {"GUMBEL": True, "PRECISION": precision, "HARD": True, "sums": None, **cut}
+    constants = {"GUMBEL": True, "PRECISION": precision, "HARD": True, "sums": None, **soft_cut(plan.forward(True))}
     pointers = state | {"logits": "bf16", "table": "bf16"}
     yield Job(
         "tokens_kernels", "soft_fwd_kernel", architecture, "hard bf16", pointers, constants, plan.warps,
@@ -230,7 +239,8 @@ def compile_job(job: Job) -> Row:
             signature[name] = f"*{pointer}"
         else:
             signature[name] = "i32" if INTEGERS.fullmatch(name) else "fp32"
-        if signature[name].startswith("*") or (signature[name] == "i32" and ALIGNED.fullmatch(name)):
+        specialised = ALIGNED.fullmatch(name) and not function.params[place].do_not_specialize
+        if signature[name].startswith("*") or (signature[name] == "i32" and specialised):
             attributes[(place,)] = [["tt.divisibility", 16]]
     nvidia = job.architecture.startswith("sm_")
     target = GPUTarget("cuda", int(job.architecture[3:]), 32) if nvidia else GPUTarget("hip", job.architecture, 64)

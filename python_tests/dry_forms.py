@@ -13,6 +13,7 @@ import functools
 import importlib
 import itertools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,8 @@ from tgt_fast.kernels.triton.tuning import Plan, shipped_plan
 
 MODULES: Final = ("distill_kernels", "distill_finish", "latent_kernels", "tokens_kernels")
 LABELS: Final = {"no labels": (0.0, 0.0), "labels": (0.7, 0.0), "smoothed": (0.7, 0.1)}
+
+ACCESS: Final = re.compile(r"(?:ld|st)\.global\S*|cp\.async\S*global.*, (?:0x)?\w+,")
 
 Form = Callable[..., Any]
 
@@ -50,7 +53,7 @@ def main_forms() -> dict[str, Form]:
     made["distill: float64"] = functools.partial(
         distill_form, "forward_kl", 100, torch.float64, "smoothed", again=False
     )
-    made["distill: a row a program"] = functools.partial(distill_form, "forward_kl", 2000, torch.bfloat16, "labels")
+    made["distill: a row a program"] = functools.partial(distill_form, "forward_kl", 1000, torch.bfloat16, "labels")
     for warps in (16, 32):
         plan = Plan("stream", 1, 4096, warps)
         made[f"distill: {warps} warps"] = functools.partial(
@@ -186,7 +189,7 @@ def compiled() -> list[dict[str, Any]]:
             "name": name, "code": kernel.asm["ttir"], "warps": kernel.metadata.num_warps,
             "constants": {function.arg_names[place]: value for (place,), value in kernel.src.constants.items()},
             "registers": resources(kernel.asm["cubin"])[0] if kernel.asm["cubin"] else None,
-            "limit": kernel.metadata.maxnreg,
+            "limit": kernel.metadata.maxnreg, "accesses": ACCESS.findall(kernel.asm.get("ptx", "")),
         }
         for name, function in functions().items()
         for kernel in function.device_caches[0][0].values()

@@ -287,7 +287,9 @@ def test_chunks_of_rows_change_nothing_but_rounding(
 
 
 @pytest.mark.parametrize(
-    "plan", [SoftPlan(16, 16, 16, 1, 1), SoftPlan(16, 32, 32, 3, 1), SoftPlan(32, 16, 16, 7, 1)], ids=str
+    "plan",
+    [SoftPlan(16, 16, 16, 1, 1), SoftPlan(16, 32, 32, 3, 1), SoftPlan(32, 16, 16, 7, 1, (16, 32, 32))],
+    ids=lambda plan: str(plan).replace(", noisy=None", ""),
 )
 @pytest.mark.parametrize("hard", [False, True])
 def test_every_way_to_cut_a_call(interpreted: str, hard: bool, plan: SoftPlan, monkeypatch: pytest.MonkeyPatch) -> None:

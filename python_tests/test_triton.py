@@ -255,6 +255,12 @@ def test_shipped_plans_cover_a_row(classes: int, wide: bool) -> None:
         assert number & (number - 1) == 0
 
 
+def test_plans_of_long_rows_and_wide_tables() -> None:
+    assert tuning.shipped_plan(128256, False) == Plan("stream", 1, 1024, 4)
+    plan = tuning.soft_plan(512, 30522, 384, torch.bfloat16, torch.device("cuda"))
+    assert (plan.forward(True).width, plan.forward(False)) == (256, plan)  # noise is drawn once a tile of the width
+
+
 @pytest.fixture
 def plans_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A file of plans, in force for a test."""
@@ -263,6 +269,19 @@ def plans_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv(tuning.PLANS_VARIABLE, str(path))
     yield path
     tuning.own_plans.cache_clear()
+
+
+@pytest.mark.parametrize(("temperature", "power"), [(3.0, 3), (4.0, 4), (2.5, 0)])
+def test_hard_terms_by_powers(interpreted: str, plans_file: Path, temperature: float, power: int) -> None:
+    plans_file.write_text(json.dumps([{"kernel": "stream", "classes": 24, "rows": 1, "block": 16, "warps": 1}]))
+    options: dict[str, Any] = {"temperature": temperature, "hard_weight": 1.0, "reduction": "none"}
+    assert distill._numbers(DistillOptions(**options), True).constants["POWER"] == power
+    for classes in (24, 40):  # streamed, and a tile a row; both divide by 8
+        student, teacher = logits(3, classes, 0) * 3, logits(3, classes, 1)
+        target = torch.tensor([5, -1, 23])
+        best = truth(student, teacher, target, **options)
+        made = evaluate(student, teacher, target, backend=interpreted, **options)
+        assert_matches_truth(made, best, student, teacher, temperature=temperature, hard=True)
 
 
 def test_a_table_of_ones_own_comes_first(interpreted: str, plans_file: Path) -> None:

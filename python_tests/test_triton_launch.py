@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -109,6 +110,37 @@ def test_the_count_of_classes_is_a_constant_in_the_state_of_rows_without_smoothi
         stored = [found[1] for line in lines if (found := STORE.search(line)) and base(line, lines) == "row_state"]
         assert len(stored) == 11
         assert stored[5] in constants, kernel["constants"]
+
+
+def test_rows_of_1000_classes_are_read_16_bytes_at_a_time(findings: dict[str, Any]) -> None:
+    """1000 is a multiple of 8 and not of 16, which is all that Triton asks of numbers by itself."""
+    checked = [
+        kernel for kernel in findings["kernels"]
+        if kernel["name"] in ("distill_fwd_kernel", "distill_bwd_kernel") and kernel["accesses"]
+        and (kernel["constants"].get("GRAIN"), kernel["constants"].get("BLOCK")) == (8, 1024)
+    ]  # fmt: skip
+    assert {kernel["name"] for kernel in checked} == {"distill_fwd_kernel", "distill_bwd_kernel"}
+    for kernel in checked:
+        seen = Counter(kernel["accesses"])
+        assert seen["ld.global.v4.b32"] == 2  # 1024 classes of 128 threads, of student and teacher
+        assert seen["st.global.v4.b32"] >= 1
+        assert seen["ld.global.b16"] <= 1  # the label's logit
+        assert seen["st.global.b16"] == 0
+
+
+def test_passes_of_a_streamed_row(findings: dict[str, Any]) -> None:
+    """Every other one walks back; of labels at temperatures 1 to 4 none takes an exponential."""
+    checked = [kernel for kernel in forwards(findings, "d_student", "teacher") if "STAGES" in kernel["constants"]]
+    powers = set()
+    for kernel in checked:
+        divergence, power = kernel["constants"]["DIVERGENCE"], kernel["constants"]["POWER"]
+        passes = kernel["code"].split("scf.for ")[1:]
+        back = [re.search(r"%col\w* = arith\.subi %last", code) is not None for code in passes]
+        assert back == ([False, True, False] if divergence in ("jsd", "tvd") else [False, True])
+        if divergence != "mse" and kernel["constants"].get("target", 0) is not None:
+            powers.add(power)
+            assert passes[0].count("math.exp2") == (4 if power else 6)  # of both sides, and of their maxima's rise
+    assert {1, 2} <= powers
 
 
 def test_the_logit_of_the_label_is_read_before_the_first_barrier(findings: dict[str, Any]) -> None:

@@ -43,7 +43,8 @@ class _Numbers:
         self.constants: dict[str, Any] = {
             "DIVERGENCE": self.divergence,
             "SMOOTHED": hard and options.label_smoothing > 0,
-            "SAME": ts == 1 and self.divergence not in ("mse", "none"),  # exp((s - max) / Ts) is exp(s - max)
+            # exp(s - max) is that power of exp((s - max) / Ts), where there is this; 0: another exponential
+            "POWER": int(ts) if ts in (1, 2, 3, 4) and self.divergence not in ("mse", "none") else 0,
         }
 
     def unit(self, classes: int) -> float:
@@ -63,6 +64,12 @@ def unit_of(options: DistillOptions, classes: int) -> float:
 
 def _stride(matrix: Tensor | None) -> int:
     return 0 if matrix is None else matrix.stride(0)
+
+
+def grain_of(*counts: int) -> int:
+    """What classes and strides are counted by, for a kernel to know by what they divide: 8 elements, 16 bytes of half
+    precision, are read at once."""
+    return 1 if any(count % 8 for count in counts) else 8
 
 
 def _programs(rows: int, classes: int, plan: Plan) -> tuple[int, int]:
@@ -108,13 +115,14 @@ def forward(call: DistillCall, out: Outputs, *, plan: Plan | None = None) -> Non
         if plan.kernel == "stream":
             kernel = module.distill_fwd_stream_kernel
             constants["STAGES"], registers = streaming_of(numbers.divergence)
+        sizes = (classes, *map(_stride, (student, partner, out.d_student, out.d_teacher)))
+        grain = grain_of(*sizes)
         launch(
             kernel, -(-rows // plan.rows), student, partner, target, weight, divisor_at, row_loss, out.d_student,
-            out.d_teacher, _columns(out.row_state, out.loss.dtype), rows, classes, _stride(student), _stride(partner),
-            _stride(out.d_student), _stride(out.d_teacher), options.ignore_index, options.unlabeled_index,
-            *numbers.inverses, numbers.unit(classes), *numbers.beta, *numbers.temperature, *numbers.factors,
-            *two_floats(divisor), **constants, IS_FP64=is_fp64, ROWS=plan.rows, BLOCK=plan.block, warps=plan.warps,
-            registers=registers,
+            out.d_teacher, _columns(out.row_state, out.loss.dtype), rows, *(size // grain for size in sizes),
+            options.ignore_index, options.unlabeled_index, *numbers.inverses, numbers.unit(classes), *numbers.beta,
+            *numbers.temperature, *numbers.factors, *two_floats(divisor), **constants, IS_FP64=is_fp64, GRAIN=grain,
+            ROWS=plan.rows, BLOCK=plan.block, warps=plan.warps, registers=registers,
         )  # fmt: skip
         if options.reduction != "none":
             launch(
@@ -153,12 +161,14 @@ def _statistics(
     divisor_at: Tensor | None, divisor: float, stats: Tensor, numbers: _Numbers, options: DistillOptions, is_fp64: bool,
     plan: Plan,
 ) -> None:  # fmt: skip
-    tile = elementwise_plan(plan)
+    tile, rows, classes = elementwise_plan(plan), *student.shape
+    sizes = (classes, student.stride(0), teacher.stride(0))
+    grain = grain_of(*sizes)
     launch(
-        loaded.distill.distill_stats_kernel, len(student), student, teacher, target, sample_weight, divisor_at,
-        *two_floats(divisor), stats, *student.shape, _stride(student), _stride(teacher), options.ignore_index,
-        options.unlabeled_index, *numbers.inverses, numbers.unit(student.shape[1]), IS_FP64=is_fp64, BLOCK=tile.block,
-        warps=tile.warps,
+        loaded.distill.distill_stats_kernel, rows, student, teacher, target, sample_weight, divisor_at,
+        *two_floats(divisor), stats, rows, *(size // grain for size in sizes), options.ignore_index,
+        options.unlabeled_index, *numbers.inverses, numbers.unit(classes), IS_FP64=is_fp64, GRAIN=grain,
+        BLOCK=tile.block, warps=tile.warps,
     )  # fmt: skip
 
 
@@ -177,12 +187,14 @@ def backward(
     numbers = _numbers(call.options, target is not None)
     partner = teacher if numbers.divergence != "none" else None
     tile = elementwise_plan(plan or plan_of(rows, classes, is_fp64, planning_device(student)))
+    sizes = (classes, *map(_stride, (student, partner, *grads)))
+    grain = grain_of(*sizes)
     with running_on(student):
         launch(
             loaded.finish.distill_bwd_kernel, -(-rows // tile.rows), student, partner, target,
-            _columns(row_state, dtype), d_loss, *grads, rows, classes, _stride(student), _stride(partner),
-            *map(_stride, grads), *numbers.inverses, numbers.unit(classes), *numbers.beta, *numbers.factors,
-            UPSTREAM_PER_ROW=d_loss.dim() > 0, **numbers.constants, IS_FP64=is_fp64, ROWS=tile.rows, BLOCK=tile.block,
+            _columns(row_state, dtype), d_loss, *grads, rows, *(size // grain for size in sizes), *numbers.inverses,
+            numbers.unit(classes), *numbers.beta, *numbers.factors, UPSTREAM_PER_ROW=d_loss.dim() > 0,
+            **numbers.constants, IS_FP64=is_fp64, GRAIN=grain, ROWS=tile.rows, BLOCK=tile.block,
             WHOLE=classes <= tile.block, warps=tile.warps,
         )  # fmt: skip
 
@@ -196,9 +208,10 @@ def scale_(grad: Tensor, d_loss: Tensor) -> None:
     rows, classes = grad.shape
     tile = elementwise_plan(plan_of(rows, classes, grad.dtype == torch.float64, planning_device(grad)))
     programs, tiles = _programs(rows, classes, tile)
-    arguments: tuple[Any, ...] = (grad.detach(), d_loss, rows, classes, grad.stride(0), tiles)
+    grain = grain_of(classes, grad.stride(0))
+    sizes = (classes // grain, grad.stride(0) // grain)
     with running_on(grad):
         launch(
-            loaded.finish.distill_scale_kernel, programs, *arguments, PER_ROW=d_loss.dim() > 0, ROWS=tile.rows,
-            BLOCK=tile.block, warps=tile.warps,
+            loaded.finish.distill_scale_kernel, programs, grad.detach(), d_loss, rows, *sizes, tiles,
+            PER_ROW=d_loss.dim() > 0, GRAIN=grain, ROWS=tile.rows, BLOCK=tile.block, warps=tile.warps,
         )  # fmt: skip

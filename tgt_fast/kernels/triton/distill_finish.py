@@ -5,6 +5,7 @@ import triton.language as tl
 
 from tgt_fast.kernels.triton.distill_peak import folded, student_peak, teacher_peak, with_peak, write_peak
 from tgt_fast.kernels.triton.distill_row import (
+    COUNTS,
     FINITE,
     HARD,
     HARD_SUM,
@@ -98,7 +99,7 @@ def write_tile(
     s_max, t_max, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
     inverse_ts, inverse_tt, beta, unit, soft_student, soft_teacher, hard_weight, smoothing,
     peaks,  # of the tiles before, from no_peaks; not read where a tile is a whole row
-    DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, IS_FP64: tl.constexpr,
+    DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr, POWER: tl.constexpr, IS_FP64: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Writes the wanted gradients of a tile. The student's may overwrite its logits: both sides are read by now."""
@@ -133,7 +134,7 @@ def write_tile(
         grad = student_tile(
             s, t, col, label, s_max, t_max, inverse_ts, inverse_tt, inverse_s, inverse_t, log_ratio, x, y, beta,
             unit, soft * soft_student, hard, inverse_h, floor, hard * (1 - smoothing),
-            DIVERGENCE, LABELS, SMOOTHED, SAME, IS_FP64,
+            DIVERGENCE, LABELS, SMOOTHED, POWER, IS_FP64,
         )  # fmt: skip
         if DIVERGENCE != "mse":
             peak = student_peak(s, s_max, student_sum, hard_sum, hard, DIVERGENCE, LABELS)
@@ -167,7 +168,7 @@ def write_peaks(
         write_peak(d_student, row, live, d_student_stride, of_student, student_at)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=COUNTS)
 def distill_bwd_kernel(
     student, teacher, target, row_state, upstream, d_student, d_teacher,
     rows, classes, student_stride, teacher_stride, d_student_stride, d_teacher_stride,
@@ -175,11 +176,16 @@ def distill_bwd_kernel(
     soft_student_, soft_student_low, soft_teacher_, soft_teacher_low,
     hard_weight_, hard_weight_low, smoothing_, smoothing_low,
     UPSTREAM_PER_ROW: tl.constexpr,
-    DIVERGENCE: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, IS_FP64: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    DIVERGENCE: tl.constexpr, SMOOTHED: tl.constexpr, POWER: tl.constexpr, IS_FP64: tl.constexpr,
+    GRAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The gradients from logits and states; the upstream gradient is applied before rounding. WHOLE: rows fit a tile"""
     LABELS: tl.constexpr = target is not None
+    classes *= GRAIN
+    student_stride *= GRAIN
+    teacher_stride *= GRAIN
+    d_student_stride *= GRAIN
+    d_teacher_stride *= GRAIN
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, BLOCK)[None, :]
     live = row < rows
@@ -218,17 +224,20 @@ def distill_bwd_kernel(
             real(inverse_ts_, inverse_ts_low, IS_FP64), real(inverse_tt_, inverse_tt_low, IS_FP64),
             real(beta_, beta_low, IS_FP64), real(unit_, 0.0, IS_FP64), real(soft_student_, soft_student_low, IS_FP64),
             real(soft_teacher_, soft_teacher_low, IS_FP64), real(hard_weight_, hard_weight_low, IS_FP64),
-            real(smoothing_, smoothing_low, IS_FP64), peaks, DIVERGENCE, LABELS, SMOOTHED, SAME, IS_FP64, WHOLE,
+            real(smoothing_, smoothing_low, IS_FP64), peaks, DIVERGENCE, LABELS, SMOOTHED, POWER, IS_FP64, WHOLE,
         )  # fmt: skip
     if not WHOLE:
         write_peaks(peaks, row, live, kind, d_student, d_teacher, d_student_stride, d_teacher_stride, DIVERGENCE)
 
 
-@triton.jit(do_not_specialize=["rows", "tiles"])
+@triton.jit(do_not_specialize=["rows", "classes", "stride", "tiles"])
 def distill_scale_kernel(
-    grad, factor, rows, classes, stride, tiles, PER_ROW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    grad, factor, rows, classes, stride, tiles,
+    PER_ROW: tl.constexpr, GRAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """grad *= factor, a tile a program. Reads nothing but the factor where that is 1."""
+    classes *= GRAIN
+    stride *= GRAIN
     program = tl.program_id(0)
     row = (program // tiles) * ROWS + tl.arange(0, ROWS)[:, None]
     col = (program % tiles) * BLOCK + tl.arange(0, BLOCK)[None, :]

@@ -6,7 +6,8 @@
     distill_reduce_kernel       the reduced loss
     distill_stats_kernel        entropies, KL, agreement and log-sum-exps of the rows
 
-Nothing is added atomically and every sum has one order, so the same inputs give the same bits.
+Nothing is added atomically and every sum has one order, so the same inputs give the same bits. Classes and strides come
+divided by GRAIN, which is 8 where all of them can be: then rows are read 16 bytes at a time.
 """
 
 import triton
@@ -14,17 +15,20 @@ import triton.language as tl
 
 from tgt_fast.kernels.triton.distill_finish import close_rows, no_peaks, write_peaks, write_tile
 from tgt_fast.kernels.triton.distill_row import (
+    COUNTS,
     TINY,
     centred_terms,
     classes_of,
     exponential,
     finite_maximum,
     fp64_sum,
+    hard_exponential,
     in_units,
     label_logit,
     load_tile,
     normalised_terms,
     open_rows,
+    power_of,
     problems_of,
     rise_of,
     shifted_terms,
@@ -33,17 +37,22 @@ from tgt_fast.kernels.triton.distill_row import (
 from tgt_fast.kernels.triton.numbers import INFINITY, as_real, real
 
 
-@triton.jit(do_not_specialize=["rows", "ignore_index", "unlabeled_index"])
+@triton.jit(do_not_specialize=COUNTS)
 def distill_fwd_kernel(
     student, teacher, target, weight, divisor_at, row_loss, d_student, d_teacher, row_state,
     rows, classes, student_stride, teacher_stride, d_student_stride, d_teacher_stride, ignore_index, unlabeled_index,
     inverse_ts_, inverse_ts_low, inverse_tt_, inverse_tt_low, unit_, beta_, beta_low, temperature_, temperature_low,
     soft_student_, soft_student_low, soft_teacher_, soft_teacher_low,
     hard_weight_, hard_weight_low, smoothing_, smoothing_low, divisor_, divisor_low,
-    DIVERGENCE: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, IS_FP64: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    DIVERGENCE: tl.constexpr, SMOOTHED: tl.constexpr, POWER: tl.constexpr, IS_FP64: tl.constexpr,
+    GRAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     LABELS: tl.constexpr = target is not None
+    classes *= GRAIN
+    student_stride *= GRAIN
+    teacher_stride *= GRAIN
+    d_student_stride *= GRAIN
+    d_teacher_stride *= GRAIN
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     live = row < rows
@@ -105,8 +114,8 @@ def distill_fwd_kernel(
     linear = s_peak * 0.0
     finite = linear
     if LABELS:
-        if not SAME:
-            hard_sum = tl.sum(exponential(shrunk(s, s_peak), 1.0, IS_FP64), 1, keep_dims=True)
+        if POWER != 1:
+            hard_sum = tl.sum(hard_exponential(s, s_peak, q, POWER, IS_FP64), 1, keep_dims=True)
         if SMOOTHED:
             exists = s > -INFINITY
             linear = tl.sum(tl.where(exists, shrunk(s, s_peak) * TINY, 0.0), 1, keep_dims=True)
@@ -123,22 +132,27 @@ def distill_fwd_kernel(
             d_student, d_teacher, d_student_stride, d_teacher_stride,
             s_peak, t_peak, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
             inverse_ts, inverse_tt, beta, unit, soft_student, real(soft_teacher_, soft_teacher_low, IS_FP64),
-            hard_weight, smoothing, no_peaks(s_peak, 1, 4), DIVERGENCE, LABELS, SMOOTHED, SAME, IS_FP64, True,
+            hard_weight, smoothing, no_peaks(s_peak, 1, 4), DIVERGENCE, LABELS, SMOOTHED, POWER, IS_FP64, True,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "ignore_index", "unlabeled_index"])
+@triton.jit(do_not_specialize=COUNTS)
 def distill_fwd_stream_kernel(
     student, teacher, target, weight, divisor_at, row_loss, d_student, d_teacher, row_state,
     rows, classes, student_stride, teacher_stride, d_student_stride, d_teacher_stride, ignore_index, unlabeled_index,
     inverse_ts_, inverse_ts_low, inverse_tt_, inverse_tt_low, unit_, beta_, beta_low, temperature_, temperature_low,
     soft_student_, soft_student_low, soft_teacher_, soft_teacher_low,
     hard_weight_, hard_weight_low, smoothing_, smoothing_low, divisor_, divisor_low,
-    DIVERGENCE: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, IS_FP64: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    DIVERGENCE: tl.constexpr, SMOOTHED: tl.constexpr, POWER: tl.constexpr, IS_FP64: tl.constexpr,
+    GRAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every lane of the tile keeps its own sums, relative to the row's maxima so far; they meet at the row's end."""
     LABELS: tl.constexpr = target is not None
+    classes *= GRAIN
+    student_stride *= GRAIN
+    teacher_stride *= GRAIN
+    d_student_stride *= GRAIN
+    d_teacher_stride *= GRAIN
     PROBABILITIES: tl.constexpr = DIVERGENCE != "mse" and DIVERGENCE != "none"
     row = tl.program_id(0) + tl.zeros([1, 1], tl.int32)
     lane = tl.arange(0, BLOCK)[None, :]
@@ -200,8 +214,10 @@ def distill_fwd_stream_kernel(
             y_sums += y_terms
         if LABELS:
             rise = rise_of(s_max, s_new)
-            if not SAME:
+            if POWER == 0:
                 hard_sums = hard_sums * exponential(-rise, 1.0, IS_FP64) + exponential(shrunk(s, s_peak), 1.0, IS_FP64)
+            elif POWER != 1:
+                hard_sums = hard_sums * power_of(shrink_s, POWER) + power_of(q, POWER)
             if SMOOTHED:
                 exists = s > -INFINITY
                 risen = as_real(counted, IS_FP64) * (rise * TINY)
@@ -210,6 +226,7 @@ def distill_fwd_stream_kernel(
         s_max = s_new
         t_max = t_new
 
+    last = (classes - 1) // BLOCK * BLOCK  # every other pass walks back, over what the cache still holds
     s_peak = finite_maximum(s_max)
     t_peak = finite_maximum(t_max)
     problem = tl.max(problems, 1, keep_dims=True)
@@ -223,7 +240,7 @@ def distill_fwd_stream_kernel(
     if DIVERGENCE == "jsd" or DIVERGENCE == "tvd":
         log_ratio = tl.log(teacher_sum / student_sum)
         for start in tl.range(0, classes, BLOCK, num_stages=STAGES):
-            col = start + lane
+            col = last - start + lane
             s = load_tile(student, row, live, student_stride, col, classes, IS_FP64)
             t = load_tile(teacher, row, live, teacher_stride, col, classes, IS_FP64)
             a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, unit, DIVERGENCE, IS_FP64)
@@ -247,7 +264,7 @@ def distill_fwd_stream_kernel(
     linear = s_peak * 0.0
     finite = linear
     if LABELS:
-        if not SAME:
+        if POWER != 1:
             hard_sum = tl.sum(hard_sums, 1, keep_dims=True)
         if SMOOTHED:
             linear = tl.sum(linear_sums, 1, keep_dims=True)
@@ -262,7 +279,10 @@ def distill_fwd_stream_kernel(
         label = tl.where(hard != 0, label, -1)
         peaks = no_peaks(s_peak, 1, BLOCK)
         for start in tl.range(0, classes, BLOCK, num_stages=STAGES):
-            col = start + lane
+            if DIVERGENCE == "jsd" or DIVERGENCE == "tvd":
+                col = start + lane
+            else:
+                col = last - start + lane
             s = load_tile(student, row, live, student_stride, col, classes, IS_FP64)
             t = s
             if teacher is not None:
@@ -271,7 +291,7 @@ def distill_fwd_stream_kernel(
                 s, t, row, live, col, classes, label, d_student, d_teacher, d_student_stride, d_teacher_stride,
                 s_peak, t_peak, student_sum, teacher_sum, hard_sum, finite, x, y, soft, hard, kind,
                 inverse_ts, inverse_tt, beta, unit, soft_student, real(soft_teacher_, soft_teacher_low, IS_FP64),
-                hard_weight, smoothing, peaks, DIVERGENCE, LABELS, SMOOTHED, SAME, IS_FP64, False,
+                hard_weight, smoothing, peaks, DIVERGENCE, LABELS, SMOOTHED, POWER, IS_FP64, False,
             )  # fmt: skip
         write_peaks(peaks, row, live, kind, d_student, d_teacher, d_student_stride, d_teacher_stride, DIVERGENCE)
 
@@ -310,14 +330,17 @@ def distill_reduce_kernel(
     tl.store(loss + tl.zeros([1, 1], tl.int32), result.to(loss.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["rows", "ignore_index", "unlabeled_index"])
+@triton.jit(do_not_specialize=COUNTS)
 def distill_stats_kernel(
     student, teacher, target, weight, divisor_at, divisor_, divisor_low, stats,
     rows, classes, student_stride, teacher_stride, ignore_index, unlabeled_index,
     inverse_ts_, inverse_ts_low, inverse_tt_, inverse_tt_low, unit_,
-    IS_FP64: tl.constexpr, BLOCK: tl.constexpr,
+    IS_FP64: tl.constexpr, GRAIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Statistics of a row, whatever the loss; zeros for a row that does not count, NaN for what is no distribution."""
+    classes *= GRAIN
+    student_stride *= GRAIN
+    teacher_stride *= GRAIN
     row = tl.program_id(0) + tl.zeros([1, 1], tl.int32)
     lane = tl.arange(0, BLOCK)[None, :]
     live = row < rows

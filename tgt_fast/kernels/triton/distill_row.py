@@ -25,6 +25,12 @@ TINY = tl.constexpr(2.0**-33)  # sums of shrunk differences of as many classes a
 SMALL = tl.constexpr(2.0**-70)  # squares in units of its inverse stay in range
 FITS = tl.constexpr(1e37)
 
+# Numbers of calls for each of which no kernel is compiled anew.
+COUNTS = [
+    "rows", "classes", "student_stride", "teacher_stride", "d_student_stride", "d_teacher_stride", "ignore_index",
+    "unlabeled_index",
+]  # fmt: skip
+
 # The columns of a row's state: what the gradients are made of, beside the logits.
 STUDENT_MAX = tl.constexpr(0)
 TEACHER_MAX = tl.constexpr(1)
@@ -66,6 +72,29 @@ def exponential(difference, inverse, IS_FP64: tl.constexpr):
         return tl.exp(difference * (inverse / SHRINK))
     else:
         return tl.exp2(difference * (inverse * (LOG2_E / SHRINK)))
+
+
+@triton.jit
+def power_of(base, POWER: tl.constexpr):
+    """base ** POWER, of 1 to 4."""
+    if POWER == 1:
+        return base
+    elif POWER == 2:
+        return base * base
+    elif POWER == 3:
+        return base * base * base
+    else:
+        squared = base * base
+        return squared * squared
+
+
+@triton.jit
+def hard_exponential(s, s_max, q, POWER: tl.constexpr, IS_FP64: tl.constexpr):
+    """exp(s - max); with POWER, the student's temperature, by multiplications from q = exp((s - max) / Ts)."""
+    if POWER > 0:
+        return power_of(q, POWER)
+    else:
+        return exponential(shrunk(s, s_max), 1.0, IS_FP64)
 
 
 @triton.jit
@@ -294,7 +323,7 @@ def hard_value(label_shifted, hard_sum, linear, finite, smoothing, SMOOTHED: tl.
 def student_tile(
     s, t, col, label, s_max, t_max, inverse_ts, inverse_tt, inverse_s, inverse_t, log_ratio, x, y, beta, unit,
     soft, hard, inverse_h, floor, of_label,
-    DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr, SAME: tl.constexpr, IS_FP64: tl.constexpr,
+    DIVERGENCE: tl.constexpr, LABELS: tl.constexpr, SMOOTHED: tl.constexpr, POWER: tl.constexpr, IS_FP64: tl.constexpr,
 ):  # fmt: skip
     """The gradient to a tile of student logits: soft * d D + hard * (softmax - smoothed label)."""
     a, b, p, q = classes_of(s, t, s_max, t_max, inverse_ts, inverse_tt, unit, DIVERGENCE, IS_FP64)
@@ -313,10 +342,7 @@ def student_tile(
     if DIVERGENCE == "mse":
         grad = (b - a) * 2.0 * (soft * unit)
     if LABELS:
-        if SAME:
-            share = q * inverse_h
-        else:
-            share = exponential(shrunk(s, s_max), 1.0, IS_FP64) * inverse_h
+        share = hard_exponential(s, s_max, q, POWER, IS_FP64) * inverse_h
         if SMOOTHED:
             share = tl.where(s == -INFINITY, share, share - floor)
         grad += share * hard

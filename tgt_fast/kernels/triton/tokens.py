@@ -33,12 +33,13 @@ class _Call:
         self.count, self.classes = self.logits.shape
         self.width = self.table.shape[1]
         self.positions = positions_of(call)
+        self.noise = call.options.gumbel
         self.inverse_tau = 1.0 / call.options.tau
         self.key = noise_values(self.logits.device, call.noise)
         shape = (self.count, self.classes, self.width)
         self.plan = plan or soft_plan(*shape, self.table.dtype, planning_device(self.logits))
         self._constants: dict[str, Any] = {
-            "GUMBEL": call.options.gumbel,
+            "GUMBEL": self.noise,
             # Three products of tensor cores give float32 its digits; where there are none, or none of that kind, one.
             "PRECISION": "ieee" if kernels().interpreted or torch.version.hip else "tf32x3",
             "ROWS": self.plan.rows, "CLASSES": self.plan.classes, "WIDTH": self.plan.width,
@@ -56,16 +57,17 @@ class _Call:
 
     def forward(self, hard: bool, out: Tensor, state: SoftState) -> None:
         """The embeddings and the state: the splits' parts, merged in their order."""
-        splits, new = self.plan.splits, self.logits.new_empty
+        splits, new, plan = self.plan.splits, self.logits.new_empty, self.plan.forward(self.noise)
         sums = None if hard else new((splits, self.count, self.width), dtype=torch.float32)
         largest, total = new((2, splits, self.count), dtype=torch.float32)
         places = new((splits if hard else 0, self.count), dtype=torch.int64)
         if self.count:
-            widths = 1 if hard else max(1, self.tiles(self.width, self.plan.width))
+            widths = 1 if hard else max(1, self.tiles(self.width, plan.width))
             self.run(
-                kernels().tokens.soft_fwd_kernel, self.tiles(self.count, self.plan.rows) * splits * widths,
+                kernels().tokens.soft_fwd_kernel, self.tiles(self.count, plan.rows) * splits * widths,
                 self.logits, self.table, sums, largest, total, places if hard else None, self.count, self.classes,
                 self.width, self.logits.stride(0), self.table.stride(0), self.positions, splits, HARD=hard,
+                ROWS=plan.rows, CLASSES=plan.classes, WIDTH=plan.width,
             )  # fmt: skip
         peak = largest.amax(0)  # NaN where a part is
         peak = peak.masked_fill(peak == -math.inf, math.nan)

@@ -62,7 +62,7 @@ def shipped_plan(classes: int, is_fp64: bool) -> Plan:
     if classes <= 4096:
         block = power_of_two(classes)
         return Plan("rows", 1, block, block // 512)
-    return Plan("stream", 1, 2048, 8)
+    return Plan("stream", 1, 1024, 4)  # three such programs fit a multiprocessor where one of 8 warps did
 
 
 class Streaming(NamedTuple):
@@ -163,19 +163,29 @@ class SoftPlan(NamedTuple):
     width: int
     splits: int  # of the vocabulary in forward, so that few rows still fill the chip
     warps: int
+    noisy: tuple[int, int, int] | None = None  # the first three in forward with noise, where they differ
+
+    def forward(self, noise: bool) -> SoftPlan:
+        """The cut of forward."""
+        if self.noisy is None or not noise:
+            return self
+        rows, classes, width = self.noisy
+        return self._replace(rows=rows, classes=classes, width=width)
 
 
 def soft_plan(rows: int, classes: int, width: int, table: torch.dtype, device: torch.device | None) -> SoftPlan:
     """``device``: None where kernels are interpreted. Not yet timed."""
-    tile = min(256, max(16, power_of_two(width)))
+    widest = tile = min(256, max(16, power_of_two(width)))
     if device is None:
         tiles = -(-classes // 1024)
         return SoftPlan(min(64, max(16, power_of_two(rows))), min(1024, max(16, power_of_two(classes))), tile, tiles, 1)
     # A product of float32 numbers is three, whose parts take registers and shared memory.
     height, deep, tile = (32, 32, min(tile, 64)) if table == torch.float32 else (64, 64, min(tile, 128))
+    # Forward draws noise once for each tile of the embedding, so these are as wide as registers hold without spilling.
+    noisy = (32, 32, min(widest, 128 if table == torch.float32 else 256)) if widest > tile else None
     programs = max(1, -(-rows // height) * -(-width // tile))
     splits = max(1, min(64, 264 // programs, -(-classes // 512)))
-    return SoftPlan(height, deep, tile, splits, 8)
+    return SoftPlan(height, deep, tile, splits, 8, noisy)
 
 
 def slope_width(plan: SoftPlan, table: torch.dtype) -> int:
