@@ -241,7 +241,7 @@ def _setup(page: Page, result: DemoResult) -> None:
         [
             ["teacher: generator", f"convolutional autoencoder, variational, {s.latents} latents, {s.vae_steps} steps"],
             ["teacher: labeler", f"four convolutions, {s.labeler_steps} steps on images with {s.labeler_augmentation}"],
-            ["student", f"three convolutions, {s.steps} steps of Adam with cosine decay"],
+            ["student", f"two convolutions, {s.steps} steps of Adam with cosine decay"],
             ["student: examples a step", f"{s.real} real and {s.real} other; alone: {2 * s.real} real"],
             ["student: learning rate", f"{s.rate:g}; one-hot: {s.one_hot_rate:g}"],
             [

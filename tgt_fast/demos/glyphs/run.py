@@ -30,8 +30,8 @@ from tgt_fast.train import class_thirds
 
 ALL = 1e6  # times the labels of the main experiment: as many of each class as the pool has of every class
 CURVE = {  # times the labels of the main experiment
-    "one-hot": (0.25, 2.0, 4.0, 8.0, 16.0, ALL),
-    "distillation": (0.25, 2.0, 4.0, 8.0, 16.0, ALL),
+    "one-hot": (0.25, 4.0, 16.0, ALL),
+    "distillation": (0.25, 4.0, 16.0, ALL),
     BEST_TGT: (0.25, 4.0),
 }
 # The longest first, so that no core waits at the end for one that began late.

@@ -28,16 +28,19 @@ class Settings:
     labeler_augmentation: Augmentation = field(default_factory=lambda: Augmentation(warp=0.5))
     teacher_batch: int = 64
     # student
-    steps: int = 600
+    steps: int = 500
     rate: float = 3e-3
     one_hot_rate: float = 3e-3
-    real: int = 64  # real examples a step beside as many others; alone: twice as many
+    real: int = 32  # real examples a step beside as many others; alone: twice as many
     temperature: float = 2.0
     distillation_temperature: float = 4.0  # of distillation on the real examples alone
     augmented_temperature: float = 4.0
-    balanced: tuple[str, ...] = ()  # methods without exploration whose examples are of classes drawn uniformly
+    # methods without exploration whose examples are of classes drawn uniformly
+    balanced: tuple[str, ...] = ("one-hot", "distillation", "distillation-augmented")
     mixup: Augmentation = field(default_factory=lambda: Augmentation(mixup=True))
-    augmentation: Augmentation = field(default_factory=lambda: Augmentation(warp=1.0))
+    augmentation: Augmentation = field(
+        default_factory=lambda: Augmentation(warp=1.0, elastic=0.1, weight=0.8, mixup=True)
+    )
     # exploration
     sigma: float = 1.0
     prior_sigma: float = 1.0
@@ -46,7 +49,7 @@ class Settings:
     anchors: str = "balanced"
     reuse: int = 4
     candidates: int = 4
-    evaluations: int = 8  # points of a learning curve
+    evaluations: int = 6  # points of a learning curve
 
     def rate_of(self, method: str) -> float:
         """The learning rate a method begins with."""
@@ -61,4 +64,4 @@ class Settings:
 
 def quick(settings: Settings) -> Settings:
     """About half of the steps."""
-    return replace(settings, vae_steps=700, labeler_steps=400, steps=300, evaluations=4)
+    return replace(settings, vae_steps=700, labeler_steps=400, steps=250, evaluations=4)

@@ -33,7 +33,11 @@ def trials(group: str, base: Settings) -> list[Trial]:
     return [Trial(method, options, replace(base, **options)) for options in choices]
 
 
-_SAMPLING: tuple[tuple[str, ...], ...] = ((), BASELINES)
+def _sampling(method: str) -> list[tuple[str, ...]]:
+    """The settings' balanced methods without this one and with it."""
+    others = [one for one in Settings().balanced if one != method]
+    return [tuple(one for one in BASELINES if one in chosen) for chosen in (others, [*others, method])]
+
 
 # Each method has 12 tries at most.
 GROUPS: dict[str, tuple[str, list[Options]]] = {
@@ -43,14 +47,17 @@ GROUPS: dict[str, tuple[str, list[Options]]] = {
         each(labeler_augmentation=(Augmentation(), Augmentation(warp=0.5), Augmentation(warp=1.0, weight=0.5))),
     ),
     "vae": ("tgt-random", each(pixel_noise=(0.1, 0.2, 0.3), latents=(24,))),
-    "one-hot": ("one-hot", each(one_hot_rate=(1e-3, 3e-3, 1e-2), balanced=_SAMPLING)),
+    "one-hot": ("one-hot", each(one_hot_rate=(1e-3, 3e-3, 1e-2), balanced=_sampling("one-hot"))),
     "distillation": (
         "distillation",
-        each(distillation_temperature=(2.0, 4.0, 8.0), rate=(3e-3, 1e-2), balanced=_SAMPLING),
+        each(distillation_temperature=(2.0, 4.0, 8.0), rate=(3e-3, 1e-2), balanced=_sampling("distillation")),
     ),
     "mixup": (
         "distillation-mixup",
-        each(mixup=(Augmentation(mixup=True), Augmentation(mixup=True, noise=0.2)), balanced=_SAMPLING),
+        each(
+            mixup=(Augmentation(mixup=True), Augmentation(mixup=True, noise=0.2)),
+            balanced=_sampling("distillation-mixup"),
+        ),
     ),
     "augmentation": (
         "distillation-augmented",
@@ -63,7 +70,7 @@ GROUPS: dict[str, tuple[str, list[Options]]] = {
                 Augmentation(warp=1.0, elastic=0.1, weight=0.8),
                 Augmentation(warp=1.0, elastic=0.1, weight=0.8, mixup=True),
             ),
-            balanced=_SAMPLING,
+            balanced=_sampling("distillation-augmented"),
         ),
     ),
     "augmented": ("distillation-augmented", each(augmented_temperature=(2.0, 4.0, 8.0), rate=(3e-3, 1e-2))),
