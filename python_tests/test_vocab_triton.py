@@ -45,6 +45,8 @@ ON_A_DEVICE = (0, 8)  # by the way that waits for none, and with statistics
 def test_loss_and_gradients_are_those_of_all_classes(
     interpreted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
     hidden, head, teacher_head = (torch.randn(n, 4, generator=torch.Generator().manual_seed(n)) for n in (9, 37, 38))
 
     def of_heads(here: slice, **more: Any) -> list[Tensor]:
@@ -69,6 +71,13 @@ def test_loss_and_gradients_are_those_of_all_classes(
         loss.backward()
         assert leaf.grad is not None
         assert torch.equal(leaf.grad.nan_to_num(7), made[-1][1].nan_to_num(7))
+        mesh = init_device_mesh("cpu", (WORLD,))
+        placed = [distribute_tensor(x, mesh, [Shard(1)]).requires_grad_() for x in (student, teacher)]
+        tgt.distillation_loss(
+            *placed, target, sample_weight=weight, backend=interpreted, **CASES[-1].options
+        ).full_tensor().backward()  # type: ignore[attr-defined]
+        for mine, own in zip(placed, made[-1][1:3], strict=True):
+            torch.testing.assert_close(mine.grad.to_local(), own, equal_nan=True)  # type: ignore[union-attr]
         with pytest.raises(BackendError, match="there are no Triton kernels for top-k records"):
             tgt.distillation_loss(sides[0], tgt.topk_teacher(teacher, 3), **more)
         return made, of_heads(slice(*OFFSETS[WORLD][rank : rank + 2]), **more)
