@@ -42,9 +42,10 @@ def on_chip(classes: int, pair_bytes: int, reserved: int, thirds: bool = False) 
 def distill(title: str, divergence: str, classes: int, known: dict[str, int]) -> Case:
     """The loss with its hard term at T = 2; its gradients at once."""
     blocks, shared = on_chip(classes, 4, known["kTeamBytes"] + known["kBarrierBytes"], True)
-    both = str("teacher" in title).lower()
+    both = "teacher" in title
     sums = Pass("sums", r"(?s)lean_sums<D.*Power<2>", 4)
-    gradients = Pass("gradients", rf"(?s)lean_gradients<D, kPower, {both}>.*Power<2>", 4)
+    chosen = "Yes" if both else "No"
+    gradients = Pass("gradients", rf"(?s)loop\({chosen}\(\), No\(\)\).*Power<2>", 4)
     middle: tuple[Pass, ...] = ()
     if divergence == "Jsd":
         middle = (Pass("mixture", r"lean_halves\(", 4),)
@@ -63,7 +64,7 @@ def distill(title: str, divergence: str, classes: int, known: dict[str, int]) ->
         kernel=rf"distill_fwd_kernel<{divergence}, BlockTeam, 1>",
         rows=ROWS,
         items=classes,
-        moved=2 * (4 if both == "true" else 3) * ROWS * classes,
+        moved=2 * (4 if both else 3) * ROWS * classes,
         passes=(Pass("maxima", r"student\.add\(load16", 4, times=known["kPieces"]), sums, *middle, gradients),
         threads=known["kPairThreads"],
         marks=(*_EXCHANGES, *marks) if blocks > 1 else marks,
@@ -71,7 +72,7 @@ def distill(title: str, divergence: str, classes: int, known: dict[str, int]) ->
         shared=shared,
         fetched=shared,
         bench=("distill", title, f"{ROWS} x {classes}", "bfloat16"),
-        bar=BARS["teacher gradient" if both == "true" else title.split(" + ")[0]],
+        bar=BARS["teacher gradient" if both else title.split(" + ")[0]],
     )
 
 

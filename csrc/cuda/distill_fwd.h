@@ -5,7 +5,7 @@
 //   distill_fwd_stream_kernel   a block a row; the row pair is read again for the gradients
 #pragma once
 
-#include "distill_lean.h"
+#include "distill_write.h"
 
 namespace tgt::cuda {
 inline namespace TGT_ISA {
@@ -132,16 +132,6 @@ TGT_DEVICE double close_row(const DeviceCall& d, const Sums<double>& sums, doubl
   return loss + options.hard_weight * not_negative(hard);
 }
 
-// What all threads of a row have to know for its gradients.
-template <class Real>
-struct alignas(16) Ready {
-  Constants<Real> row;
-  Factors<Real> factors;
-  LeanRow of_lean;
-  Peaked peaked;
-  bool counts, labelled, lean;
-};
-
 // What a row is after its maxima and its sums.
 struct Measured {
   Sums<double> sums;
@@ -214,103 +204,13 @@ TGT_DEVICE Ready<Real> close(const DeviceCall& d, const Team& team, int64_t i, R
   ready.counts = head.coefficient != 0;
   ready.labelled = (static_cast<int>(state.flags) & kHard) && !(static_cast<int>(state.flags) & kInfiniteHard);
   ready.peaked = peaked_of<D>(call, state);
-  const bool lean = ready.lean = found.lean && !ready.peaked.any();
+  const bool lean = ready.lean = found.lean && !(ready.peaked.any() && (call.d_teacher.data || !kLeanPeaks<D>));
   ready.row = constants_of<D, Real>(d, state.student_max, state.teacher_max);
   settle(ready.row, n);
   if (lean) ready.row.nat = Real(bits.nat);
   ready.factors = factors_of<D, Real>(d, state, terms, lean ? bits : unit, n, 1);
   ready.of_lean = lean_row(d, found, float(ready.factors.inverse_hard * ready.factors.hard_factor));
   return ready;
-}
-
-// Where the gradients of a source's vectors go, and whose the label's class is.
-template <class Index>
-struct Target {
-  char* d_student;
-  char* d_teacher;
-  Index label;  // among the source's classes, of the thread that has it; -1 in the others
-};
-template <class Team, class Source>
-TGT_DEVICE Target<typename Source::Index> target_of(const DeviceCall& d, const Team& team, const Source& source,
-                                                    int64_t i, int64_t label, bool labelled) {
-  using Index = typename Source::Index;
-  const Matrix &student = d.call.d_student, &teacher = d.call.d_teacher;
-  const Index first = Index(source.first) * kVector;
-  const Index at = labelled && student.data ? Index(label) - first : Index(-1);
-  const bool mine = at >= 0 && at < Index(source.count) * kVector && at / kVector % team.size == team.thread;
-  return {student.row(i) + first * Index(element_size(source.student_gradient_type(d.call))),
-          teacher.row(i) + first * Index(element_size(source.teacher_gradient_type(d.call))), mine ? at : Index(-1)};
-}
-
-template <class D, class Team, class Source>
-TGT_DEVICE void write_lean_gradients(const DeviceCall& d, const Team& team, const Source& source,
-                                     const Target<int>& target, const Ready<float>& ready) {
-  const LeanRow row = ready.of_lean;
-  const Factors<float>& f = ready.factors;
-  const Constants<float>& constants = ready.row;
-  const int count = static_cast<int>(source.count);
-  float s = 0, t = 0;
-  if (target.label >= 0) source.one(target.label, s, t);
-  with_power(ready.labelled ? f.power : 0, [&](auto of) {
-    constexpr int kPower = decltype(of)::kPower;
-    if (d.call.d_teacher.data) {
-      lean_gradients<D, kPower, true>(source, target.d_student, target.d_teacher, team.thread, count, team.size, row,
-                                      constants, f);
-    } else {
-      lean_gradients<D, kPower, false>(source, target.d_student, target.d_teacher, team.thread, count, team.size, row,
-                                       constants, f);
-    }
-    if (target.label < 0) return;
-    const float of_class = lean_student<D, kPower>(lean_class<D>(s, t, row, constants), row, constants, f);
-    store_one(target.d_student, DType::kBFloat16, target.label, of_class - f.label);
-  });
-}
-
-// The gradients of a source's vectors, and of the label's class after them. The student's may overwrite its logits: a
-// vector is read before it is written, and what is needed of the label's before all.
-template <class D, class Real, class Team, class Source>
-TGT_DEVICE void write_gradients(const DeviceCall& d, const Team& team, const Source& source, int64_t i, int64_t label,
-                                const Ready<Real>& ready, int stage) {
-  using Index = typename Source::Index;
-  const Target<Index> target = target_of(d, team, source, i, label, ready.labelled);
-  if constexpr (Source::template kLean<D>) {
-    if (ready.lean) return write_lean_gradients<D>(d, team, source, target, ready);
-  }
-  const Constants<Real> row = ready.row;
-  const Factors<Real> factors = ready.factors;
-  const Peaked peaked = ready.peaked;
-  const Matrix &student = d.call.d_student, &teacher = d.call.d_teacher;
-  const DType student_type = source.student_gradient_type(d.call), teacher_type = source.teacher_gradient_type(d.call);
-  const Index classes = Index(d.call.classes) - Index(source.first) * kVector;
-  char *d_student = target.d_student, *d_teacher = target.d_teacher;
-  Real s_of_label = 0, t_of_label = 0;
-  if (target.label >= 0) source.one(target.label, s_of_label, t_of_label);
-  const Real student_max = row.student_max / Real(kShrink), teacher_max = row.teacher_max / Real(kShrink);
-  Others<Real> mine;
-  Peak<Real, Index> student_peak, teacher_peak;
-  for (Index k = team.thread; k < Index(source.count); k += team.size) {
-    Eight<Real> s, t;
-    source.load(k, s, t);
-    if (teacher.data) {
-      const Eight<Real> grad = teacher_gradient<D>(s, t, row, factors);
-      if (peaked.teacher) teacher_peak.add(t, grad, teacher_max, Index(k * kVector), mine.teacher);
-      store_padded(d_teacher, teacher_type, Index(k * kVector), classes, d.d_teacher_aligned, grad);
-    }
-    if (student.data) {
-      const Eight<Real> grad = student_gradient<D>(s, t, row, factors);
-      if (peaked.student) student_peak.add(s, grad, student_max, Index(k * kVector), mine.student);
-      store_padded(d_student, student_type, Index(k * kVector), classes, d.d_student_aligned, grad);
-    }
-  }
-  if (target.label >= 0) {
-    store_one(d_student, student_type, target.label, at_label<D>(s_of_label, t_of_label, row, factors));
-    mine.student -= s_of_label == student_max ? Real(0) : factors.label;
-  }
-  if (!peaked.any()) return;
-  const Others<Real> of_warp = merge_lanes<kWarp / 2>(mine, AddOthers<Real>());
-  const Others<double> others = team.merge_warps(of_warp.template as<double>(), stage, AddOthers<double>());
-  if (peaked.teacher) teacher_peak.write(d_teacher, teacher_type, others.teacher);
-  if (peaked.student) student_peak.write(d_student, student_type, others.student);
 }
 
 template <class Real>

@@ -170,10 +170,16 @@ TGT_DEVICE float lean_teacher(const Class<float>& c, const Constants<float>& con
   return d_teacher<D>(c, constants, f) * f.teacher;
 }
 
-// The gradients of a source's vectors, whole and aligned, without the label's part.
-template <class D, int kPower, bool kTeacher, class Source>
+// Whose rows with a peak the loop below takes, where only the student's gradient is wanted. Others would take more
+// registers than there are.
+template <class D>
+constexpr bool kLeanPeaks = !kTwoSided<D> && !D::kMixture;
+
+// The gradients of a source's vectors, whole and aligned, without the label's part. kPeaked: of the student.
+template <class D, int kPower, bool kTeacher, bool kPeaked, class Source>
 TGT_DEVICE void lean_gradients(const Source& source, char* d_student, char* d_teacher, int begin, int end, int step,
-                               const LeanRow& row, const Constants<float>& constants, const Factors<float>& f) {
+                               const LeanRow& row, const Constants<float>& constants, const Factors<float>& f,
+                               Peak<float, int>& peak, float& others) {
   for (int k = begin; k < end; k += step) {
     Eight<float> s, t, of_student, of_teacher;
     source.load(k, s, t);
@@ -183,6 +189,7 @@ TGT_DEVICE void lean_gradients(const Source& source, char* d_student, char* d_te
       of_student.v[i] = lean_student<D, kPower>(c, row, constants, f);
       if constexpr (kTeacher) of_teacher.v[i] = lean_teacher<D>(c, constants, f);
     }
+    if constexpr (kPeaked) peak.add(s, of_student, row.student_max, k * kVector, others);
     store_eight(d_student + k * 2 * kVector, DType::kBFloat16, of_student);
     if constexpr (kTeacher) store_eight(d_teacher + k * 2 * kVector, DType::kBFloat16, of_teacher);
   }

@@ -140,8 +140,9 @@ struct PackedExtremes {
   }
   TGT_DEVICE float low(uint32_t pair) const { return bit_cast<float>(pair << 16); }
   TGT_DEVICE float high(uint32_t pair) const { return bit_cast<float>(pair & 0xffff0000u); }
-  TGT_DEVICE float most() const { return larger(low(largest), high(largest)); }
-  TGT_DEVICE float least() const { return -larger(-low(smallest), -high(smallest)); }
+  // Of finite numbers.
+  TGT_DEVICE float most() const { return largest_of(low(largest), high(largest)); }
+  TGT_DEVICE float least() const { return smaller_of(low(smallest), high(smallest)); }
   TGT_DEVICE bool finite() const {
     const float sum = (low(largest) + high(largest) + low(smallest) + high(smallest)) * 0.0f;
     return sum == 0;
@@ -168,8 +169,8 @@ struct PackedScan {
     if (student.finite() && teacher.finite()) {
       e.student = student.most();
       e.teacher = teacher.most();
-      const float most = larger(e.student, e.teacher), least = -larger(-student.least(), -teacher.least());
-      if (most > ordinary || least < -ordinary) e.unusual = kFar;
+      const float most = largest_of(e.student, e.teacher), least = smaller_of(student.least(), teacher.least());
+      if (largest_of(most, -least) > ordinary) e.unusual = kFar;
     } else {
       scan<float>(row, classes, begin, end, step, e);
     }
