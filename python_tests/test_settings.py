@@ -51,6 +51,7 @@ CHANGES: dict[str, Any] = {
     "label_smoothing": 0.1,
     "reduction": "none",
 }
+ADJUSTED: dict[str, Any] = {"standardize": True, "decoupled": (1.0, 2.0), "skew": 0.2, "correct_teacher": 0.3}
 INDICES: dict[str, Any] = {"ignore_index": 3, "unlabeled_index": 1}
 HEADS: dict[str, Any] = {
     "student_scale": 2.0,
@@ -60,8 +61,8 @@ HEADS: dict[str, Any] = {
     "vocab_size": 4,
 }
 LOSSES: list[tuple[Any, Call, dict[str, Any]]] = [
-    (tgt.DistillationLoss, dense, {**CHANGES, **INDICES}),
-    (tgt.LinearDistillationLoss, linear, {**CHANGES, **INDICES, **HEADS}),
+    (tgt.DistillationLoss, dense, {**CHANGES, **ADJUSTED, **INDICES}),
+    (tgt.LinearDistillationLoss, linear, {**CHANGES, **ADJUSTED, **INDICES, **HEADS}),
     (tgt.ContrastiveDistillationLoss, contrast, CHANGES),
 ]
 CASES = [(kind, call, name, changes[name]) for kind, call, changes in LOSSES for name in changes]

@@ -142,8 +142,6 @@ def test_arguments() -> None:
     for divergence in ("symmetric", "tvd", "mse"):
         with pytest.raises(ArgumentError, match=f"with a top-k record, got '{divergence}'"):
             tgt.distillation_loss(student, topk, divergence=divergence)
-    with pytest.raises(ArgumentError, match="return_stats"):
-        tgt.distillation_loss(student, topk, return_stats=True)
     with pytest.raises(ShapeError, match=r"student_logits have 8 classes, the record's ids point into 9"):
         tgt.distillation_loss(student[:, :8], topk)
     with pytest.raises(ShapeError, match=r"student_logits \(1, 9\) and the record's rows \(2,\)"):

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from tgt_fast.ops.distill import distillation_loss
     from tgt_fast.ops.latent import ascend_latents, perturb_latents
     from tgt_fast.ops.linear import linear_distillation_loss
+    from tgt_fast.ops.record_stats import RecordStats
     from tgt_fast.ops.tokens import sample_tokens, soft_embedding
     from tgt_fast.ops.topk import TeacherTopK, topk_teacher
     from tgt_fast.ops.vocabulary import align_logits
@@ -58,6 +59,7 @@ __all__ = [
     "LatentSampler",
     "Latents",
     "LinearDistillationLoss",
+    "RecordStats",
     "Synthetic",
     "SyntheticDataset",
     "SyntheticReplay",
@@ -110,6 +112,7 @@ _WHERE: Final = {
     "LatentSampler": "tgt_fast.explore",
     "Latents": "tgt_fast.teacher",
     "LinearDistillationLoss": "tgt_fast.losses.linear",
+    "RecordStats": "tgt_fast.ops.record_stats",
     "Synthetic": "tgt_fast.explore",
     "SyntheticDataset": "tgt_fast.synthesis",
     "SyntheticReplay": "tgt_fast.explore",

@@ -11,6 +11,7 @@ from torch import Tensor
 from tgt_fast.errors import ShapeError
 from tgt_fast.kernels.options import DistillStats
 from tgt_fast.losses import DistillationLoss, LinearDistillationLoss
+from tgt_fast.losses.distill import FORMS
 from tgt_fast.ops._heads import adapters_seen_to
 from tgt_fast.ops.topk import TeacherTopK
 
@@ -74,7 +75,8 @@ def linear_terms(
 
     if not _has_both(loss):
         return _split(call(), None, loss)
-    if settings["divergence"] != "forward_kl" or isinstance(said.logits, TeacherTopK) or loss.vocab_map is not None:
+    record = isinstance(said.logits, TeacherTopK)
+    if settings["divergence"] != "forward_kl" or record or loss.vocab_map is not None or _is_adjusted(settings):
         with torch.no_grad():
             hard = call(**_HARD_ALONE)
         return _split(call(), hard, loss)
@@ -84,6 +86,12 @@ def linear_terms(
     kl = torch.where(counts, stats.kl.double(), 0.0).sum() / rows
     soft = settings["soft_weight"] * settings["temperature"] ** 2 * kl
     return _split(whole, whole.detach() - soft, loss)
+
+
+def _is_adjusted(settings: dict[str, Any]) -> bool:
+    """True if the soft term is not a number times the KL of the statistics, with one number for all rows."""
+    by_row = any(isinstance(settings[name], Tensor) for name in ("temperature", "teacher_temperature"))
+    return by_row or any(settings[name] for name in FORMS)
 
 
 def _with_stats(loss: LinearDistillationLoss, call: Any) -> tuple[Tensor, DistillStats]:

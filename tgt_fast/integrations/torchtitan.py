@@ -56,13 +56,18 @@ class TGTLoss(BaseLoss):
         teacher_temperature: float | None = None
         soft_weight: float = 1.0
         hard_weight: float = 1.0
+        standardize: bool = False
+        decoupled: tuple[float, float] | None = None
+        skew: float = 0.0
+        correct_teacher: float | None = None
         vocab_size: int | None = None
         """The first so many classes of both sides are the same, the others padding (with ``set_lm_head``)."""
 
     def __init__(self, config: Config, *, compile_config: Any = None) -> None:
         shared: dict[str, Any] = {
             "beta": config.beta, "temperature": config.temperature, "teacher_temperature": config.teacher_temperature,
-            "soft_weight": config.soft_weight, "hard_weight": config.hard_weight,
+            "soft_weight": config.soft_weight, "hard_weight": config.hard_weight, "standardize": config.standardize,
+            "decoupled": config.decoupled, "skew": config.skew, "correct_teacher": config.correct_teacher,
         }  # fmt: skip
         self._logits = DistillationLoss(config.divergence, **shared)
         self._linear = LinearDistillationLoss(config.divergence, vocab_size=config.vocab_size, **shared)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tgt_fast.kernels.adjust import Adjustments
 from tgt_fast.kernels.memory import gradient_like
 from tgt_fast.kernels.options import ROW_STATE, DistillOptions, TopK
 
@@ -30,6 +31,7 @@ class DistillCall(NamedTuple):
     want_row_state: bool = False  # what backward needs to make the gradients again
     want_stats: bool = False
     inplace: bool = False  # the student's gradient is written over its logits
+    adjust: Adjustments | None = None
 
 
 class Outputs(NamedTuple):
@@ -54,7 +56,7 @@ def accumulate_dtype(student: Tensor, teacher: Tensor | TopK) -> torch.dtype:
 
 def outputs(call: DistillCall) -> Outputs:
     """Room for all that is wanted."""
-    options, student, teacher, _, _, _, want_d_student, want_d_teacher, want_row_state, want_stats, _ = call
+    options, student, teacher, _, _, _, want_d_student, want_d_teacher, want_row_state, want_stats, *_ = call
     count = student.shape[0]
     dtype = accumulate_dtype(student, teacher)
     loss = student.new_empty(count if options.reduction == "none" else (), dtype=dtype)
@@ -95,6 +97,11 @@ def soft_target() -> Any:
     return importlib.import_module("tgt_fast.kernels.soft_target")
 
 
+def composed() -> Any:
+    """The module for adjustments that a kernel does not take, likewise."""
+    return importlib.import_module("tgt_fast.kernels.composed")
+
+
 class Direct:
     """A backend's kernel, called from Python."""
 
@@ -106,7 +113,9 @@ class Direct:
     def forward(self, call: DistillCall) -> Outputs:
         """One pass over the logits."""
         out = outputs(call)
-        if call.target is not None and is_soft(call.target):
+        if call.adjust is not None and not composed().serves(self.kernel, call):
+            composed().forward(call, out)
+        elif call.target is not None and is_soft(call.target):
             soft_target().forward(self.kernel, call, out)
         else:
             self.kernel.forward(call, out)
@@ -116,7 +125,9 @@ class Direct:
         """The gradients from logits and the rows' state; ``d_loss`` is 0-d, or [N]."""
         made = gradients(call)
         if call.want_d_student or call.want_d_teacher:
-            if is_soft(call.target):
+            if call.adjust is not None and not composed().serves(self.kernel, call):
+                composed().backward(call, row_state, d_loss, made)
+            elif is_soft(call.target):
                 soft_target().backward(self.kernel, call, row_state, d_loss, made)
             else:
                 self.kernel.backward(call, row_state, d_loss, made)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tgt_fast.kernels import memory
+from tgt_fast.kernels.adjust import Adjustments
 from tgt_fast.kernels.calls import Direct, DistillCall, Outputs
 from tgt_fast.kernels.linear_call import result_dtype, row_weights, same_as_own, topk_of, vocabulary_of
 from tgt_fast.kernels.linear_heads import Head, LogitsTeacher, RemappedTeacher, TopKTeacher
@@ -52,6 +53,7 @@ def forward(
     upstream: Tensor | None = None,  # 0-d, or [N]; None: 1
     widest: int | None = None,  # classes, of any of the processes that must make the same chunks; None: those here
     together: Callable[[list[Tensor]], None] | None = None,  # given each chunk's gradients of hidden states
+    adjust: Adjustments | None = None,
 ) -> LinearForward:
     """Row losses, their reduction and the wanted gradients."""
     vocabulary = vocabulary_of(tensors, heads)
@@ -59,7 +61,9 @@ def forward(
     weights = row_weights(tensors, target, vocabulary.classes, divisor, options)
     if options.reduction == "mean" and divisor is None:  # that of all rows, not of a chunk's
         divisor = float(tensors.student_hidden.shape[0]) if weights is None else weights.sum()
-    chunked = ChunkedLoss(tensors, vocabulary, None if weights is None else weights != 0, heads, wanted)
+    counted = None if weights is None else weights != 0
+    # How large the gradients of adjusted logits may be is not known beforehand.
+    chunked = ChunkedLoss(tensors, vocabulary, counted, heads, wanted, casts=adjust is None)
     if upstream is not None:
         upstream = upstream.detach().to(chunked.dtype).expand(tensors.student_hidden.shape[0])[:, None]
     if chunked.casts_grad:
@@ -74,7 +78,7 @@ def forward(
             DistillCall(
                 options, chunk.student, chunk.teacher, None if target is None else target[chunk.at],
                 None if weight is None else weight[chunk.at], divisor, *chunked.wanted_logits, want_stats=want_stats,
-                inplace=chunked.inplace,
+                inplace=chunked.inplace, adjust=None if adjust is None else adjust.of_rows(chunk.at),
             )
         )  # fmt: skip
         for grad in (made.d_student, made.d_teacher):
@@ -99,9 +103,10 @@ def backward(
     options: DistillOptions,
     *,
     wanted: tuple[bool, ...],
+    adjust: Adjustments | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients anew, with the upstream gradient applied to those of the logits, before any rounding."""
-    return forward(kernel, tensors, divisor, heads, options, wanted=wanted, upstream=d_loss).grads
+    return forward(kernel, tensors, divisor, heads, options, wanted=wanted, upstream=d_loss, adjust=adjust).grads
 
 
 class _Chunk(NamedTuple):
@@ -117,7 +122,7 @@ class ChunkedLoss:
 
     def __init__(
         self, t: LinearTensors, vocabulary: Vocabulary, counted: Tensor | None, heads: LinearOptions,
-        wanted: tuple[bool, ...],
+        wanted: tuple[bool, ...], casts: bool = True,
     ) -> None:  # fmt: skip
         self.device = t.student_hidden.device
         self.dtype = result_dtype(t)
@@ -142,6 +147,9 @@ class ChunkedLoss:
                 t.teacher, t.teacher_weight, t.teacher_bias, heads.teacher_scale, heads.teacher_softcap,
                 vocabulary.teacher_classes, counted, self.dtype, wanted[3:], self._empty, self._budget,
             )  # fmt: skip
+        for side in (self._student, self._teacher):
+            if isinstance(side, Head):
+                side.casts_grad = side.casts_grad and casts
         self._own_teacher = t.teacher_weight is not None or vocabulary.source is not None
         source, back, unused = vocabulary.source, vocabulary.back, vocabulary.unused
         if topk is None and source is not None and back is not None and unused is not None:

@@ -7,9 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tgt_fast.kernels.options import DistillOptions, DistillStats, LinearOptions
-from tgt_fast.losses.distill import OPTIONS
-from tgt_fast.losses.settings import Settings, setting
-from tgt_fast.ops._distill_arguments import make_options
+from tgt_fast.losses.distill import FORMS, OPTIONS, SOFT_ALONE, shown_adjustments, split_settings
+from tgt_fast.losses.settings import Adjusted, setting
 from tgt_fast.ops._linear_arguments import OP, make_heads
 from tgt_fast.ops.counts import counting_group
 from tgt_fast.ops.linear import linear_distillation_loss
@@ -21,18 +20,19 @@ _HEADS = (
 )  # fmt: skip
 
 
-class LinearDistillationLoss(Settings, nn.Module):
+class LinearDistillationLoss(Adjusted, nn.Module):
     r"""``DistillationLoss`` of two linear heads from their hidden states, without ever holding all logits.
 
     The same options, checks and errors as :func:`tgt_fast.linear_distillation_loss`. It has no parameters: the heads
-    stay where they are, and their weights are arguments of a call. ``vocab_map`` and ``vocab_mask`` are buffers, which
-    move with the module and stay out of ``state_dict()``. Each option is an attribute, too, and can be changed:
-    ``loss.temperature = 1.0`` takes effect at the next call.
+    stay where they are, and their weights are arguments of a call. ``vocab_map``, ``vocab_mask`` and ``label_margin``
+    are buffers, which move with the module and stay out of ``state_dict()``. Each option is an attribute, too, and can
+    be changed: ``loss.temperature = 1.0`` takes effect at the next call.
 
     Args:
-        divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing, ignore_index,
-        unlabeled_index, reduction, student_scale, student_softcap, teacher_scale, teacher_softcap, vocab_size,
-        vocab_map, vocab_mask, count_group, vocab_group, vocab_offsets, memory_budget, return_stats, backend: see
+        divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing, label_margin,
+        standardize, decoupled, skew, correct_teacher, ignore_index, unlabeled_index, reduction, student_scale,
+        student_softcap, teacher_scale, teacher_softcap, vocab_size, vocab_map, vocab_mask, count_group, vocab_group,
+        vocab_offsets, memory_budget, return_stats, backend: see
         :func:`tgt_fast.linear_distillation_loss`.
 
     >>> import tgt_fast as tgt
@@ -42,6 +42,7 @@ class LinearDistillationLoss(Settings, nn.Module):
 
     vocab_map: Tensor | None
     vocab_mask: Tensor | None
+    label_margin: Tensor | None
 
     ignore_index = setting("ignore_index")
     unlabeled_index = setting("unlabeled_index")
@@ -57,11 +58,16 @@ class LinearDistillationLoss(Settings, nn.Module):
         divergence: str = "forward_kl",
         *,
         beta: float = 0.5,
-        temperature: float = 1.0,
-        teacher_temperature: float | None = None,
+        temperature: float | Tensor = 1.0,
+        teacher_temperature: float | Tensor | None = None,
         soft_weight: float = 1.0,
         hard_weight: float = 0.0,
         label_smoothing: float = 0.0,
+        label_margin: Tensor | None = None,
+        standardize: bool = False,
+        decoupled: tuple[float, float] | None = None,
+        skew: float = 0.0,
+        correct_teacher: float | None = None,
         ignore_index: int = -100,
         unlabeled_index: int = -1,
         reduction: str = "mean",
@@ -83,9 +89,10 @@ class LinearDistillationLoss(Settings, nn.Module):
         values = (
             divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing,
             ignore_index, unlabeled_index, reduction, student_scale, student_softcap, teacher_scale, teacher_softcap,
-            vocab_size, memory_budget,
+            vocab_size, memory_budget, standardize, decoupled, skew, correct_teacher,
         )  # fmt: skip
-        self._begin(dict(zip((*OPTIONS, *_HEADS), values, strict=True)))
+        self._begin(dict(zip((*OPTIONS, *_HEADS, *FORMS), values, strict=True)))
+        self.register_buffer("label_margin", label_margin, persistent=False)
         self.register_buffer("vocab_map", vocab_map, persistent=False)
         self.register_buffer("vocab_mask", vocab_mask, persistent=False)
         self.count_group = count_group
@@ -101,7 +108,7 @@ class LinearDistillationLoss(Settings, nn.Module):
 
     @staticmethod
     def _options(settings: dict[str, Any]) -> DistillOptions:
-        return make_options(*(settings[name] for name in OPTIONS), OP)
+        return split_settings(OP, settings, OPTIONS)[0]
 
     @staticmethod
     def _heads(settings: dict[str, Any]) -> LinearOptions:
@@ -155,10 +162,12 @@ class LinearDistillationLoss(Settings, nn.Module):
         return self._call(
             student_hidden, student_weight, teacher_hidden, teacher_weight, None, student_bias=student_bias,
             teacher_bias=teacher_bias, teacher_logits=teacher_logits, sample_weight=sample_weight,
-            normalizer=normalizer, **{**self._settings, "hard_weight": 0.0},
+            normalizer=normalizer, **{**self._settings, **SOFT_ALONE},
         )  # fmt: skip
 
     def _call(self, *tensors: Tensor | None, **keywords: Any) -> Tensor | tuple[Tensor, DistillStats]:
+        if len(tensors) > 4 and tensors[4] is not None:
+            keywords["label_margin"] = self.label_margin
         made: Tensor | tuple[Tensor, DistillStats] = linear_distillation_loss(
             *tensors, vocab_map=self.vocab_map, vocab_mask=self.vocab_mask, return_stats=self.return_stats,  # type: ignore[arg-type, misc]
             count_group=self.count_group, vocab_group=self.vocab_group, vocab_offsets=self.vocab_offsets,
@@ -169,12 +178,16 @@ class LinearDistillationLoss(Settings, nn.Module):
     def extra_repr(self) -> str:
         options, heads = self.options, self.heads
         shown = [f"divergence={options.divergence!r}"]
-        for given, default in ((options, DistillOptions()), (heads, LinearOptions())):
-            for name, value, usual in zip(given._fields, given, default, strict=True):
+        for made, default in ((options, DistillOptions()), (heads, LinearOptions())):
+            for name, value, usual in zip(made._fields, made, default, strict=True):
                 if name == "teacher_temperature":
                     usual = options.temperature
-                if name != "divergence" and value != usual:
+                given = self._settings.get(name)
+                if isinstance(given, Tensor) and given.dim():
+                    shown.append(f"{name}=...")
+                elif name != "divergence" and value != usual:
                     shown.append(f"{name}={value!r}")
+        shown += shown_adjustments(self)
         shown += [f"{name}=..." for name in ("vocab_map", "vocab_mask") if getattr(self, name) is not None]
         for name in ("count_group", "vocab_group", "vocab_offsets"):
             if getattr(self, name) is not None:

@@ -43,3 +43,15 @@ class Settings:
     def _begin(self, settings: dict[str, Any]) -> None:
         self._check_settings(settings)
         self._settings = settings
+
+
+class Adjusted(Settings):
+    """Settings of a loss that may adjust its logits, see :class:`tgt_fast.kernels.adjust.Adjustments`.
+
+    What has a number a class is a buffer of the module, by its name, which moves with it and is in no ``state_dict()``.
+    """
+
+    standardize = setting("standardize")
+    decoupled = setting("decoupled")
+    skew = setting("skew")
+    correct_teacher = setting("correct_teacher")

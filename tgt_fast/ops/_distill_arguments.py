@@ -105,11 +105,9 @@ def check_tensors(
 
 def check_topk(
     student: Tensor, topk: TeacherTopK, target: Tensor | None, sample_weight: Tensor | None,
-    normalizer: float | Tensor | None, options: DistillOptions, want_stats: bool,
+    normalizer: float | Tensor | None, options: DistillOptions,
 ) -> None:  # fmt: skip
     """The same where a record stands in the place of the teacher's logits."""
-    if want_stats:
-        raise ArgumentError(f"{OP}: return_stats=True needs the teacher's logits, got a top-k record")
     _checks.floating(OP, "student_logits", student)
     check_options(OP, topk, options)
     if student.shape[-1:] != (topk.num_classes,):

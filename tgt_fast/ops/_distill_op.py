@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.kernels import select
+from tgt_fast.kernels.adjust import Adjustments
 from tgt_fast.kernels.calls import Direct, DistillCall, Gradients, Outputs, gradients, outputs
 from tgt_fast.kernels.options import DistillOptions, TopK
 from tgt_fast.ops import library
@@ -43,6 +44,7 @@ def tensors_of(student: Tensor, teacher: Tensor | TopK) -> list[Tensor]:
 def with_graph(
     kernel: Any, options: DistillOptions, student: Tensor, teacher: Tensor | TopK, target: Tensor | None,
     sample_weight: Tensor | None, divisor: float | Tensor | None, want_stats: bool, inplace: bool = False,
+    adjust: Adjustments | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Loss and statistics, differentiable in the logits that require it; ``kernel``: of the form of ``Direct``.
 
@@ -54,7 +56,7 @@ def with_graph(
         leaf, half = teacher, half or teacher.dtype == torch.float16
     call = DistillCall(
         options, student, teacher, target, sample_weight, divisor, d_student and not half,
-        leaf is not None and not half, True, want_stats, inplace and d_student,
+        leaf is not None and not half, True, want_stats, inplace and d_student, adjust,
     )  # fmt: skip
     made: tuple[Tensor, Tensor | None] = library.apply(Distill, student, leaf, call, kernel, half)
     return made
@@ -69,7 +71,7 @@ class Distill(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, leaf: Tensor | None, call: DistillCall, kernel: Any, deferred: bool) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.kernel, ctx.options, ctx.inplace = kernel, call.options, call.inplace
+        ctx.kernel, ctx.options, ctx.inplace, ctx.adjust = kernel, call.options, call.inplace, call.adjust
         ctx.ready, ctx.spent = None, False
         out: Outputs = kernel.forward(call)
         if not deferred:
@@ -127,8 +129,9 @@ def _again(ctx: Any, d_loss: Tensor) -> Gradients:
     all_readable(f"{OP}, backward", student_logits=student, target=target, **names)
     d_student, d_teacher = ctx.needs_input_grad[:2]
     call = DistillCall(
-        ctx.options, student, teacher, target, want_d_student=d_student, want_d_teacher=d_teacher, inplace=ctx.inplace
-    )
+        ctx.options, student, teacher, target, want_d_student=d_student, want_d_teacher=d_teacher, inplace=ctx.inplace,
+        adjust=ctx.adjust,
+    )  # fmt: skip
     grads: Gradients = ctx.kernel.backward(call, row_state, d_loss)
     if ctx.inplace:
         torch.autograd.graph.increment_version(student)

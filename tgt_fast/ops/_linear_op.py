@@ -11,6 +11,7 @@ from torch import Tensor
 from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.kernels import calls as row_calls
 from tgt_fast.kernels import late, linear_chunks, select
+from tgt_fast.kernels.adjust import Adjustments
 from tgt_fast.kernels.linear_call import result_dtype
 from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, LinearForward, LinearOptions, LinearTensors
 from tgt_fast.ops import _checks, library
@@ -34,13 +35,17 @@ CALL: Final = (
 class Call:
     """Options that travel through autograd beside the tensors."""
 
-    __slots__ = ("heads", "kernel", "options", "want_stats")
+    __slots__ = ("beside", "heads", "kernel", "options", "want_stats")
 
-    def __init__(self, heads: LinearOptions, options: DistillOptions, kernel: Any, want_stats: bool) -> None:
+    def __init__(
+        self, heads: LinearOptions, options: DistillOptions, kernel: Any, want_stats: bool,
+        adjust: Adjustments | None = None,
+    ) -> None:  # fmt: skip
         self.heads = heads
         self.options = options
         self.kernel = kernel  # forward(), backward() and scale_(), as Direct
         self.want_stats = want_stats
+        self.beside: dict[str, Any] = {} if adjust is None else {"adjust": adjust}  # not of every kernel
 
 
 class Linear(torch.autograd.Function):
@@ -60,7 +65,7 @@ class Linear(torch.autograd.Function):
         deferred = half or (call.options.reduction == "none" and any(wanted[i] for i in _HEADS))
         out = call.kernel.forward(
             t, divisor, call.heads, call.options, want_stats=call.want_stats,
-            wanted=(False,) * DIFFERENTIABLE if deferred else wanted,
+            wanted=(False,) * DIFFERENTIABLE if deferred else wanted, **call.beside,
         )  # fmt: skip
         ctx.ready = None if deferred else out.grads
         on_device, ctx.divisor = library.split(divisor)
@@ -86,7 +91,7 @@ class Linear(torch.autograd.Function):
             t = LinearTensors(*tensors)
             all_readable(f"{OP}, backward", **t._asdict())
             divisor = ctx.divisor if on_device is None else on_device
-            grads = call.kernel.backward(t, divisor, d_loss, call.heads, call.options, wanted=ctx.wanted)
+            grads = call.kernel.backward(t, divisor, d_loss, call.heads, call.options, wanted=ctx.wanted, **call.beside)
         if torch.is_grad_enabled():
             refusal = f"{OP}: no second derivative; pass backend='reference'"
             grads = library.once(refusal, grads, library.saved(ctx)[:DIFFERENTIABLE])

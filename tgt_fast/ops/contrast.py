@@ -18,9 +18,9 @@ from tgt_fast.ops import _checks
 from tgt_fast.ops._checks import check_row_values
 from tgt_fast.ops._distill_arguments import check_rows, make_options
 from tgt_fast.ops._linear_op import all_at_once
+from tgt_fast.ops._linear_run import run_dispatched, run_in_chunks
 from tgt_fast.ops.counts import divisor_over, gathered, process_group, same_count
 from tgt_fast.ops.library import seen_by_dispatcher, without_autocast
-from tgt_fast.ops.linear import run_dispatched, run_in_chunks
 
 
 @overload

@@ -4,36 +4,28 @@ from __future__ import annotations
 
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from tgt_fast._forks import one_thread_in_forks
 from tgt_fast.errors import ArgumentError
-from tgt_fast.kernels import select
-from tgt_fast.kernels.calls import Direct, DistillCall
-from tgt_fast.kernels.late import beside, is_on
-from tgt_fast.kernels.options import DistillStats, TopK
+from tgt_fast.kernels.late import is_on
+from tgt_fast.kernels.options import DistillStats
 from tgt_fast.kernels.plain import PLAIN
-from tgt_fast.kernels.reference import distill as reference_distill
-from tgt_fast.kernels.reference import topk as reference_topk
-from tgt_fast.ops import _checks, _distill_op
-from tgt_fast.ops._checks import check_entries
+from tgt_fast.ops import _checks
+from tgt_fast.ops._adjustments import DEFAULTS, check_adjustments, make_adjustments, refuse, row_temperatures
 from tgt_fast.ops._distill_arguments import (
     OP,
     as_mask,
-    check_inplace,
     check_tensors,
     check_topk,
-    check_values,
     classes_last,
     flat_target,
     make_options,
-    packed,
 )
-from tgt_fast.ops._distill_op import dense_rows, packed_call, tensors_of, with_graph
+from tgt_fast.ops._distill_run import run
 from tgt_fast.ops.counts import divisor_over
-from tgt_fast.ops.library import seen_by_dispatcher
-from tgt_fast.ops.topk import TeacherTopK, check_where_asked, rows_of, warn_where_small
+from tgt_fast.ops.record_stats import RecordStats
+from tgt_fast.ops.topk import TeacherTopK, check_where_asked, rows_of
 from tgt_fast.ops.vocab_parallel import distill as vocab_parallel
 from tgt_fast.ops.vocab_parallel.dtensor import distillation_loss as of_dtensors
 from tgt_fast.ops.vocab_parallel.dtensor import is_dtensor
@@ -48,11 +40,18 @@ def distillation_loss(
     *,
     divergence: str = ...,
     beta: float = ...,
-    temperature: float = ...,
-    teacher_temperature: float | None = ...,
+    temperature: float | Tensor = ...,
+    teacher_temperature: float | Tensor | None = ...,
     soft_weight: float = ...,
     hard_weight: float = ...,
     label_smoothing: float = ...,
+    student_bias: Tensor | None = ...,
+    teacher_bias: Tensor | None = ...,
+    label_margin: Tensor | None = ...,
+    standardize: bool = ...,
+    decoupled: tuple[float, float] | None = ...,
+    skew: float = ...,
+    correct_teacher: float | None = ...,
     sample_weight: Tensor | None = ...,
     ignore_index: int = ...,
     unlabeled_index: int = ...,
@@ -69,16 +68,23 @@ def distillation_loss(
 @overload
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor | TeacherTopK,
+    teacher_logits: Tensor,
     target: Tensor | None = ...,
     *,
     divergence: str = ...,
     beta: float = ...,
-    temperature: float = ...,
-    teacher_temperature: float | None = ...,
+    temperature: float | Tensor = ...,
+    teacher_temperature: float | Tensor | None = ...,
     soft_weight: float = ...,
     hard_weight: float = ...,
     label_smoothing: float = ...,
+    student_bias: Tensor | None = ...,
+    teacher_bias: Tensor | None = ...,
+    label_margin: Tensor | None = ...,
+    standardize: bool = ...,
+    decoupled: tuple[float, float] | None = ...,
+    skew: float = ...,
+    correct_teacher: float | None = ...,
     sample_weight: Tensor | None = ...,
     ignore_index: int = ...,
     unlabeled_index: int = ...,
@@ -95,16 +101,56 @@ def distillation_loss(
 @overload
 def distillation_loss(
     student_logits: Tensor,
+    teacher_logits: TeacherTopK,
+    target: Tensor | None = ...,
+    *,
+    divergence: str = ...,
+    beta: float = ...,
+    temperature: float | Tensor = ...,
+    teacher_temperature: float | Tensor | None = ...,
+    soft_weight: float = ...,
+    hard_weight: float = ...,
+    label_smoothing: float = ...,
+    student_bias: Tensor | None = ...,
+    teacher_bias: Tensor | None = ...,
+    label_margin: Tensor | None = ...,
+    standardize: bool = ...,
+    decoupled: tuple[float, float] | None = ...,
+    skew: float = ...,
+    correct_teacher: float | None = ...,
+    sample_weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    unlabeled_index: int = ...,
+    reduction: str = ...,
+    normalizer: float | Tensor | None = ...,
+    count_group: Any = ...,
+    class_dim: int = ...,
+    vocab_group: Any = ...,
+    vocab_offsets: Any = ...,
+    inplace: bool = ...,
+    return_stats: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, RecordStats]: ...
+@overload
+def distillation_loss(
+    student_logits: Tensor,
     teacher_logits: Tensor | TeacherTopK,
     target: Tensor | None = ...,
     *,
     divergence: str = ...,
     beta: float = ...,
-    temperature: float = ...,
-    teacher_temperature: float | None = ...,
+    temperature: float | Tensor = ...,
+    teacher_temperature: float | Tensor | None = ...,
     soft_weight: float = ...,
     hard_weight: float = ...,
     label_smoothing: float = ...,
+    student_bias: Tensor | None = ...,
+    teacher_bias: Tensor | None = ...,
+    label_margin: Tensor | None = ...,
+    standardize: bool = ...,
+    decoupled: tuple[float, float] | None = ...,
+    skew: float = ...,
+    correct_teacher: float | None = ...,
     sample_weight: Tensor | None = ...,
     ignore_index: int = ...,
     unlabeled_index: int = ...,
@@ -117,7 +163,7 @@ def distillation_loss(
     inplace: bool = ...,
     return_stats: bool = ...,
     backend: str = ...,
-) -> Tensor | tuple[Tensor, DistillStats]: ...
+) -> Tensor | tuple[Tensor, DistillStats | RecordStats]: ...
 @one_thread_in_forks
 def distillation_loss(
     student_logits: Tensor,  # [..., C]
@@ -126,11 +172,18 @@ def distillation_loss(
     *,
     divergence: str = "forward_kl",
     beta: float = 0.5,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
     soft_weight: float = 1.0,
     hard_weight: float = 0.0,
     label_smoothing: float = 0.0,
+    student_bias: Tensor | None = None,  # [C]
+    teacher_bias: Tensor | None = None,  # [C]
+    label_margin: Tensor | None = None,  # [C]
+    standardize: bool = False,
+    decoupled: tuple[float, float] | None = None,
+    skew: float = 0.0,
+    correct_teacher: float | None = None,
     sample_weight: Tensor | None = None,  # [...]
     ignore_index: int = -100,
     unlabeled_index: int = -1,
@@ -143,7 +196,7 @@ def distillation_loss(
     inplace: bool = False,
     return_stats: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, DistillStats]:
+) -> Tensor | tuple[Tensor, DistillStats | RecordStats]:
     r"""Soft-label distillation loss, optionally mixed with the hard-label cross-entropy, in one pass over the logits.
 
     With ``p = softmax(t / Tt)``, ``q = softmax(s / Ts)`` and ``w`` the sample weights, a row's loss is::
@@ -157,6 +210,14 @@ def distillation_loss(
             sum(abs(p - q)) / 2                            tvd
             -sum(p * log q)                                cross_entropy
             sum((s / Ts - t / Tt)**2), without Ts**2       mse
+            a * KL((p[y], 1 - p[y]), (q[y], 1 - q[y]))     forward_kl with decoupled=(a, b): DKD
+              + b * KL(p over c != y, q over c != y)
+            KL(p, l * p + (1 - l) * q)                     forward_kl with skew=l
+            KL(q, l * q + (1 - l) * p)                     reverse_kl with skew=l
+            KL((1 - m) * p + m * onehot(y), q)             forward_kl with correct_teacher: MFT
+
+    and with the options for it ``s`` is ``student_logits + student_bias``, less ``label_margin[y]`` at the label in
+    ``cross_entropy``, and ``(x - mean) / (1e-7 + std)`` of each side stands for ``s`` and ``t`` in ``D``.
 
     Args:
         student_logits: ``(..., C)``, float64, float32, bfloat16 or float16. Differentiable. One class (C = 1) has
@@ -174,11 +235,26 @@ def distillation_loss(
         divergence: one of the names above.
         beta: weight of the teacher in the mixture of ``jsd``, ``0 < beta < 1``.
         temperature: ``Ts``, in [1e-30, 100]: above, rounding would leave little of the loss. The soft term carries the
-            factor ``Ts**2`` (not with mse), which :func:`tgt_fast.contrastive_distillation_loss` leaves out.
-        teacher_temperature: ``Tt``, in [1e-30, 100]; ``Ts`` by default.
+            factor ``Ts**2`` (not with mse), which :func:`tgt_fast.contrastive_distillation_loss` leaves out. A number,
+            or ``(...)`` one a row, not differentiable, whose square is the row's factor.
+        teacher_temperature: ``Tt``, in [1e-30, 100], likewise; ``Ts`` by default.
         soft_weight: factor of the soft term, >= 0. A term of weight 0 is not computed.
         hard_weight: factor of the hard term, >= 0.
         label_smoothing: in [0, 1], spread over the classes whose student logit is finite.
+        student_bias, teacher_bias: ``(C,)``, added to a side's logits before all else, in the precision of the
+            arithmetic; not differentiable. The logarithms of the classes' shares make logit adjustment and the balanced
+            softmax: on the student's side of the hard term, and of the soft one where the teacher's have them, too.
+        label_margin: ``(C,)``, by class; what the label's student logit is lowered by in the hard term (LDAM).
+        standardize: the soft term sees each side's logits with a mean of 0 and an (unbiased) standard deviation of 1
+            over the classes that are not -inf, before the temperature. A row's scale then says nothing.
+        decoupled: ``(a, b)``, the weights of the label's part and of the others', DKD's alpha and beta, in the place of
+            forward_kl, which is the label's part + ``(1 - p[y])`` * the others'. The label is that of ``target``, which
+            is needed, also with ``hard_weight=0``; an unlabelled row has forward_kl. A part of weight 0 is not
+            computed.
+        skew: ``l`` in [0, 0.99]; 0 leaves the divergence as it is. The loss is finite whatever is masked.
+        correct_teacher: in (0, 1], by how much the teacher's probability of the label is to lead that of its own first
+            class (MFT; 0.2 there); ``m`` mixes in as much of the label, and where it leads, the same is added. It needs
+            a target, and an unlabelled row has forward_kl. The gradient to the teacher is that of all of it.
         sample_weight: ``(...)`` non-negative weights, not differentiable; 0 drops the row.
         reduction: ``"mean"`` divides by the sum of the counted rows' weights (their number, without weights), for
             both terms alike; ``"sum"``; ``"none"`` returns a loss a row, 0 for dropped rows.
@@ -202,7 +278,7 @@ def distillation_loss(
             here.
         inplace: write the gradient over ``student_logits``, which saves one buffer of their size. They must not be used
             afterwards, and backward runs once.
-        return_stats: also return a :class:`DistillStats` from the same pass.
+        return_stats: also return a :class:`DistillStats`, or of a record a :class:`RecordStats`.
         backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
 
     Returns:
@@ -223,9 +299,14 @@ def distillation_loss(
     **A top-k record of the teacher** in the place of its logits: the loss of the classes that it lists and of the rest
     as its ``tail`` says. With ``"bucket"`` p and q are distributions over k + 1 classes: the divergence is 0 exactly
     where those are equal, never negative, and never above that of the full distributions. It is one of forward_kl,
-    reverse_kl, jsd and cross_entropy, ``temperature`` must be the record's, and there are no statistics. The hard term
-    sees all classes. On a CPU an id that is out of range or repeated in its row is an error; on a device it is dropped,
+    reverse_kl, jsd and cross_entropy, and ``temperature`` must be the record's. The hard term sees all classes. On a
+    CPU an id that is out of range or repeated in its row is an error; on a device it is dropped,
     unless the environment variable ``TGT_FAST_CHECK_RECORDS=1`` asks for a check, which waits for the device.
+
+    **Biases, margins and the forms of the divergence** (from ``student_bias`` to ``correct_teacher``, and temperatures
+    a row) go with each other, but for the last three, of which one replaces the divergence. Where a kernel does not
+    take them they are made in float64 by PyTorch, a few rows at a time; ``torch.compile`` sees that formula, of all
+    rows. They are refused for a record, in ``vocab_group`` and with DTensors.
 
     **Classes in several processes.** With ``vocab_group`` the loss is that of all classes, the same bits in each
     process, and the gradients are those of a process's own: of one loss, also where all call ``backward``. The rows'
@@ -244,7 +325,10 @@ def distillation_loss(
         BackendError: the backend asked for by name cannot run this call.
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015; the teacher-side gradient
-    serves the exploration of Zaheer et al., "Teacher Guided Training", ICLR 2023.
+    serves the exploration of Zaheer et al., "Teacher Guided Training", ICLR 2023. Menon et al., "Long-Tail Learning via
+    Logit Adjustment", 2021; Cao et al., LDAM, 2019; Sun et al., "Logit Standardization in Knowledge Distillation",
+    2024; Zhao et al., "Decoupled Knowledge Distillation", 2022; Ko et al., DistiLLM, 2024; NVIDIA's Model Optimizer for
+    the corrected teacher.
 
     >>> import torch, tgt_fast as tgt
     >>> student = torch.tensor([[2.0, 0.0, -1.0]], requires_grad=True)
@@ -259,10 +343,19 @@ def distillation_loss(
         inplace = _checks.flag(OP, "inplace", inplace)
     if return_stats is not False:
         return_stats = _checks.flag(OP, "return_stats", return_stats)
+    temperatures = None
+    if isinstance(temperature, Tensor) or isinstance(teacher_temperature, Tensor):
+        temperature, teacher_temperature, temperatures = row_temperatures(OP, temperature, teacher_temperature)
     options = make_options(
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing,
         ignore_index, unlabeled_index, reduction,
     )  # fmt: skip
+    asked = (student_bias, teacher_bias, label_margin, standardize, decoupled, skew, correct_teacher)
+    adjust = None
+    if temperatures is not None or any(
+        given is not usual and given != usual for given, usual in zip(asked, DEFAULTS, strict=True)
+    ):
+        adjust = make_adjustments(OP, options, *asked, temperatures)
     if class_dim != -1:
         student_logits, teacher_logits, target = classes_last(
             OP, class_dim, student_logits=student_logits, teacher_logits=teacher_logits, target=target
@@ -272,6 +365,7 @@ def distillation_loss(
     if not plain and (is_dtensor(student_logits) or is_dtensor(teacher)):
         if vocab_group is not None or vocab_offsets is not None:
             raise ArgumentError(f"{OP}: vocab_group is for plain tensors; DTensors say themselves how they are sharded")
+        refuse(OP, adjust, "with DTensors")
         return of_dtensors(  # type: ignore[no-any-return]
             distillation_loss, vocab_parallel.distillation_loss, student_logits, teacher, target, options,
             sample_weight, normalizer, count_group, inplace, return_stats, backend,
@@ -279,6 +373,7 @@ def distillation_loss(
     if vocab_group is not None or vocab_offsets is not None:
         shards = shards_of(OP, vocab_group, vocab_offsets, student_logits.shape[-1] if student_logits.dim() else 0)
         if shards is not None:
+            refuse(OP, adjust, "with classes in several processes (vocab_group)")
             return vocab_parallel.distillation_loss(
                 shards, student_logits, teacher, target, options, sample_weight, normalizer, count_group, inplace,
                 return_stats, backend,
@@ -286,69 +381,31 @@ def distillation_loss(
     topk = rest = None
     if not plain and isinstance(teacher, TeacherTopK):
         topk = teacher
-        check_topk(student_logits, topk, target, sample_weight, normalizer, options, return_stats)
+        refuse(OP, adjust, "with a top-k record of the teacher")
+        check_topk(student_logits, topk, target, sample_weight, normalizer, options)
         teacher = rows_of(topk)
         rest = teacher.tail_log_prob
         check_where_asked(topk)
     else:
         check_tensors(student_logits, teacher, target, sample_weight, normalizer, options)
-    of_teacher = teacher if topk is None else teacher.log_probs
     shape = student_logits.shape
-    loss: Tensor
+    if adjust is not None:
+        adjust = check_adjustments(OP, adjust, shape[:-1], shape[-1], student_logits, target)
     if sample_weight is not None:
         sample_weight = sample_weight.reshape(-1)
     if target is not None:
         target = flat_target(target, len(shape) - 1, student_logits)
-        if not is_on(options.hard_weight):
+        if not is_on(options.hard_weight) and (adjust is None or not adjust.by_label):
             target, options = as_mask(OP, shape[-1], target, sample_weight, options)
     divisor: Any = normalizer
     if count_group is not None:
         divisor = divisor_over(OP, count_group, divisor, student_logits, target, sample_weight, shape[-1], options)
-
-    if backend != "reference" and seen_by_dispatcher(student_logits, of_teacher, rest, target, sample_weight):
-        # inplace is a permission: whoever traces plans the memory.
-        student = student_logits.reshape(-1, shape[-1])
-        if topk is None:
-            teacher = teacher.reshape(-1, shape[-1])
-        divisor = beside(divisor, student_logits)
-        call = DistillCall(packed(options), student, teacher, target, sample_weight, divisor)
-        loss, rows = _distill_op.distillation_loss(*packed_call(call), return_stats, backend)
-        stats = DistillStats.from_rows(rows) if return_stats else None
-    else:
-        student = dense_rows(student_logits)
-        if inplace:
-            check_inplace(student_logits, student)
-        if topk is None:
-            teacher = dense_rows(teacher)
-            form, chosen = "distill", select.choose("distill", backend, (student, teacher))
-        else:
-            check_entries(OP, teacher, target, sample_weight, options)
-            warn_where_small(OP, topk, teacher, target, sample_weight, options, stacklevel=3)
-            form, chosen = select.TOPK, select.choose(select.TOPK, backend, tensors_of(student, teacher))
-        inputs = (options, student, teacher, target, sample_weight, divisor)
-        if chosen == "reference":
-            loss, stats = _run_reference(DistillCall(*inputs, want_stats=return_stats))
-        else:
-            kernel = Direct(select.kernel(form, chosen))
-            if (student.requires_grad or of_teacher.requires_grad) and torch.is_grad_enabled():
-                loss, rows = with_graph(kernel, *inputs, return_stats, inplace)
-            else:
-                loss, rows, *_ = kernel.forward(DistillCall(*inputs, False, False, False, return_stats))
-            stats = None if rows is None else DistillStats.from_rows(rows)
-
+    loss, stats = run(
+        student_logits, teacher, target, sample_weight, divisor, options, adjust, record=topk, rest=rest,
+        want_stats=return_stats, inplace=inplace, backend=backend,
+    )  # fmt: skip
     if reduction == "none":
         loss = loss.reshape(shape[:-1])
     if stats is None:
         return loss
-    return loss, DistillStats(*(value.reshape(shape[:-1]) for value in stats))
-
-
-def _run_reference(call: DistillCall) -> tuple[Tensor, DistillStats | None]:
-    """Plain PyTorch, which anything can differentiate and transform."""
-    check_values(call, "reference")
-    options, student, teacher, target, sample_weight, divisor = call[:6]
-    if isinstance(teacher, TopK):
-        return reference_topk.distillation_loss(student, teacher, target, sample_weight, divisor, options), None
-    return reference_distill.distillation_loss(
-        student, teacher, target, sample_weight, divisor, options, want_stats=call.want_stats
-    )
+    return loss, type(stats)(*(value.reshape(shape[:-1]) for value in stats))

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from tgt_fast._forks import one_thread_in_forks
-from tgt_fast.kernels.late import beside, is_on
+from tgt_fast.kernels.late import is_on
 from tgt_fast.kernels.linear_call import topk_of, vocabulary_of
-from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, DistillStats, LinearOptions, LinearTensors
-from tgt_fast.kernels.reference import linear as reference_linear
+from tgt_fast.kernels.options import DistillStats, LinearTensors
 from tgt_fast.ops import _checks
-from tgt_fast.ops._distill_arguments import as_mask, flat_target, make_options, packed
+from tgt_fast.ops._adjustments import check_adjustments, make_adjustments, refuse, row_temperatures
+from tgt_fast.ops._distill_arguments import as_mask, flat_target, make_options
 from tgt_fast.ops._heads import warn_of_adapters, whole_head
 from tgt_fast.ops._linear_arguments import (
     OP,
@@ -24,10 +24,10 @@ from tgt_fast.ops._linear_arguments import (
     make_heads,
     warn_of_trained_teacher,
 )
-from tgt_fast.ops._linear_op import Call, Direct, Linear, all_at_once, chosen, packed_call, packed_heads
-from tgt_fast.ops._linear_op import linear_distillation_loss as linear_distillation_loss_op
+from tgt_fast.ops._linear_op import all_at_once
+from tgt_fast.ops._linear_run import run_dispatched, run_in_chunks, run_reference
 from tgt_fast.ops.counts import divisor_over
-from tgt_fast.ops.library import graph_wanted, seen_by_dispatcher, without_autocast
+from tgt_fast.ops.library import seen_by_dispatcher
 from tgt_fast.ops.topk import TeacherTopK, check_where_asked, warn_where_small
 from tgt_fast.ops.vocab_parallel import linear as vocab_parallel
 from tgt_fast.ops.vocab_parallel.dtensor import is_dtensor
@@ -55,11 +55,16 @@ def linear_distillation_loss(
     vocab_mask: Tensor | None = ...,
     divergence: str = ...,
     beta: float = ...,
-    temperature: float = ...,
-    teacher_temperature: float | None = ...,
+    temperature: float | Tensor = ...,
+    teacher_temperature: float | Tensor | None = ...,
     soft_weight: float = ...,
     hard_weight: float = ...,
     label_smoothing: float = ...,
+    label_margin: Tensor | None = ...,
+    standardize: bool = ...,
+    decoupled: tuple[float, float] | None = ...,
+    skew: float = ...,
+    correct_teacher: float | None = ...,
     sample_weight: Tensor | None = ...,
     ignore_index: int = ...,
     unlabeled_index: int = ...,
@@ -92,11 +97,16 @@ def linear_distillation_loss(
     vocab_mask: Tensor | None = ...,
     divergence: str = ...,
     beta: float = ...,
-    temperature: float = ...,
-    teacher_temperature: float | None = ...,
+    temperature: float | Tensor = ...,
+    teacher_temperature: float | Tensor | None = ...,
     soft_weight: float = ...,
     hard_weight: float = ...,
     label_smoothing: float = ...,
+    label_margin: Tensor | None = ...,
+    standardize: bool = ...,
+    decoupled: tuple[float, float] | None = ...,
+    skew: float = ...,
+    correct_teacher: float | None = ...,
     sample_weight: Tensor | None = ...,
     ignore_index: int = ...,
     unlabeled_index: int = ...,
@@ -129,11 +139,16 @@ def linear_distillation_loss(
     vocab_mask: Tensor | None = ...,
     divergence: str = ...,
     beta: float = ...,
-    temperature: float = ...,
-    teacher_temperature: float | None = ...,
+    temperature: float | Tensor = ...,
+    teacher_temperature: float | Tensor | None = ...,
     soft_weight: float = ...,
     hard_weight: float = ...,
     label_smoothing: float = ...,
+    label_margin: Tensor | None = ...,
+    standardize: bool = ...,
+    decoupled: tuple[float, float] | None = ...,
+    skew: float = ...,
+    correct_teacher: float | None = ...,
     sample_weight: Tensor | None = ...,
     ignore_index: int = ...,
     unlabeled_index: int = ...,
@@ -166,11 +181,16 @@ def linear_distillation_loss(
     vocab_mask: Tensor | None = None,  # [Cs]
     divergence: str = "forward_kl",
     beta: float = 0.5,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
     soft_weight: float = 1.0,
     hard_weight: float = 0.0,
     label_smoothing: float = 0.0,
+    label_margin: Tensor | None = None,  # [C]
+    standardize: bool = False,
+    decoupled: tuple[float, float] | None = None,
+    skew: float = 0.0,
+    correct_teacher: float | None = None,
     sample_weight: Tensor | None = None,  # [...]
     ignore_index: int = -100,
     unlabeled_index: int = -1,
@@ -204,7 +224,8 @@ def linear_distillation_loss(
         target: ``(...)`` student's class indices, needed when ``hard_weight > 0``; with ``hard_weight=0`` it may be
             given as a mask, of which ``ignore_index`` alone has an effect. Or ``(..., C)`` shares of the classes, C
             those of the student or ``vocab_size``; see :func:`tgt_fast.distillation_loss`.
-        student_bias, teacher_bias: ``(Cs,)`` and ``(Ct,)``. Differentiable.
+        student_bias, teacher_bias: ``(Cs,)`` and ``(Ct,)``. Differentiable. Add to them, divided by the scale, what
+            :func:`tgt_fast.distillation_loss` takes by these names (it has no place beside a softcap).
         teacher_logits: ``(..., Ct)`` instead of ``teacher_hidden`` and ``teacher_weight``; taken as they are.
             Differentiable. Or a :class:`TeacherTopK`, see below.
         student_scale, teacher_scale: factors of the logits, > 0.
@@ -214,9 +235,11 @@ def linear_distillation_loss(
         vocab_map: ``(Ct,)`` integers, the student's class of each of the teacher's, -1 where it has none. A class that
             one side lacks gets no probability on either side. Not together with ``vocab_size``.
         vocab_mask: ``(Cs,)`` bool, False for classes to leave out besides.
-        divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing, sample_weight,
-            ignore_index, unlabeled_index, reduction, normalizer, count_group: see
-            :func:`tgt_fast.distillation_loss`; the rows are those of ``student_hidden``.
+        divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing, label_margin,
+            standardize, decoupled, skew, correct_teacher, sample_weight, ignore_index, unlabeled_index, reduction,
+            normalizer, count_group: see :func:`tgt_fast.distillation_loss`; the rows are those of ``student_hidden``,
+            the margins those of the classes of the loss. From ``label_margin`` to ``correct_teacher``, and with a
+            temperature a row, the loss cannot be compiled.
         vocab_group, vocab_offsets: likewise, for heads of which each process has some consecutive rows; hidden states
             are the same in all. See below.
         memory_budget: bytes of a chunk's logits and of what stands beside them; 64 MiB by default on a CPU, 2 GiB on a
@@ -279,10 +302,16 @@ def linear_distillation_loss(
     """
     _checks.refuse_tracing(OP)
     return_stats = _checks.flag(OP, "return_stats", return_stats)
+    temperatures = None
+    if isinstance(temperature, Tensor) or isinstance(teacher_temperature, Tensor):
+        temperature, teacher_temperature, temperatures = row_temperatures(OP, temperature, teacher_temperature)
     options = make_options(
         divergence, beta, temperature, teacher_temperature, soft_weight, hard_weight, label_smoothing,
         ignore_index, unlabeled_index, reduction, OP,
     )  # fmt: skip
+    adjust = make_adjustments(
+        OP, options, None, None, label_margin, standardize, decoupled, skew, correct_teacher, temperatures
+    )
     topk = teacher_logits if isinstance(teacher_logits, TeacherTopK) else None
     heads = make_heads(
         student_scale, student_softcap, teacher_scale, teacher_softcap, vocab_size, memory_budget, topk
@@ -290,9 +319,11 @@ def linear_distillation_loss(
     check_teacher(teacher_hidden, teacher_weight, teacher_bias, teacher_logits, heads)
     teacher, ids, rest = teacher_hidden if teacher_logits is None else teacher_logits, None, None
     if topk is not None:
+        refuse(OP, adjust, "with a top-k record of the teacher")
         check_topk(topk, heads, options, return_stats)  # before its tensors are read
         teacher, ids, rest = topk.log_probs.detach(), topk.ids, topk.rest()
     if is_dtensor(student_hidden) or is_dtensor(teacher):
+        refuse(OP, adjust, "with DTensors")
         sides: Any = (student_hidden, student_weight, student_bias, teacher, teacher_weight, teacher_bias)
         others: Any = (target, sample_weight, vocab_map, vocab_mask)
         return of_dtensors(  # type: ignore[no-any-return]
@@ -309,6 +340,7 @@ def linear_distillation_loss(
     if vocab_group is not None or vocab_offsets is not None:
         shards = shards_of(OP, vocab_group, vocab_offsets, student_weight.shape[0] if student_weight.dim() else 0)
         if shards is not None:
+            refuse(OP, adjust, "with classes in several processes (vocab_group)")
             return vocab_parallel.linear_distillation_loss(
                 shards, given, topk, normalizer, count_group, heads, options, return_stats, backend
             )
@@ -318,6 +350,9 @@ def linear_distillation_loss(
     if topk is not None:
         check_where_asked(topk)
     shape = student_hidden.shape[:-1]
+    classes = student_weight.shape[0] if vocab_size is None else vocab_size
+    if adjust is not None:
+        adjust = check_adjustments(OP, adjust, shape, classes, student_hidden, target)
     loss: Tensor
     tensors = given._replace(
         student_hidden=_rows(given.student_hidden),
@@ -327,8 +362,7 @@ def linear_distillation_loss(
         topk_ids=None if ids is None else _rows(ids).to(torch.int64),
         tail_log_prob=None if rest is None else rest.reshape(-1),
     )
-    if tensors.target is not None and not is_on(options.hard_weight):
-        classes = student_weight.shape[0] if vocab_size is None else vocab_size
+    if tensors.target is not None and not is_on(options.hard_weight) and (adjust is None or not adjust.by_label):
         mask, options = as_mask(OP, classes, tensors.target, tensors.sample_weight, options)
         tensors = tensors._replace(target=mask)
     divisor = normalizer
@@ -339,14 +373,15 @@ def linear_distillation_loss(
             OP, count_group, normalizer, tensors.student_hidden, named, tensors.sample_weight, shared.classes, options
         )
     if backend != "reference" and seen_by_dispatcher(*tensors):
+        refuse(OP, adjust, "inside torch.compile; call it in what torch.compiler.disable leaves out")
         loss, stats = run_dispatched(tensors, divisor, heads, options, return_stats, backend)
     else:
         check_values(tensors, heads, options)
         entries = topk_of(tensors, heads)
         if topk is not None and entries is not None:
             warn_where_small(OP, topk, entries, tensors.target, tensors.sample_weight, options, stacklevel=3)
-        run = _run_reference if all_at_once(tensors, backend) else run_in_chunks
-        loss, stats = run(tensors, divisor, heads, options, return_stats, backend)
+        run = run_reference if all_at_once(tensors, backend) else run_in_chunks
+        loss, stats = run(tensors, divisor, heads, options, return_stats, backend, adjust)
 
     if reduction == "none":
         loss = loss.reshape(shape)
@@ -358,37 +393,3 @@ def linear_distillation_loss(
 def _rows(matrix: Tensor) -> Tensor:
     """(..., H) as (N, H)."""
     return matrix if matrix.dim() == 2 else matrix.reshape(-1, matrix.shape[-1])
-
-
-def _run_reference(
-    tensors: LinearTensors, divisor: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
-    want_stats: bool, backend: str,
-) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
-    """Plain PyTorch, which anything can differentiate and transform."""
-    with without_autocast():
-        return reference_linear.linear_distillation_loss(tensors, divisor, heads, options, want_stats)
-
-
-def run_dispatched(
-    tensors: LinearTensors, divisor: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
-    want_stats: bool, backend: str,
-) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
-    """The dispatcher path to the driver."""
-    divisor = beside(divisor, tensors.student_hidden)
-    inputs = packed_call(tensors, divisor, packed_heads(heads), packed(options))
-    loss, rows = linear_distillation_loss_op(*inputs, want_stats, backend)
-    return loss, DistillStats.from_rows(rows) if want_stats else None
-
-
-def run_in_chunks(
-    tensors: LinearTensors, divisor: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
-    want_stats: bool, backend: str,
-) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
-    """The eager path to the driver."""
-    kernel = Direct(chosen(backend, tensors), tensors)
-    if graph_wanted(*tensors[:DIFFERENTIABLE]):
-        loss, rows = Linear.apply(divisor, Call(heads, options, kernel, want_stats), *tensors)
-    else:
-        out = kernel.forward(tensors, divisor, heads, options, want_stats=want_stats)
-        loss, rows = out.loss, out.stats
-    return loss, None if rows is None else DistillStats.from_rows(rows)

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tgt_fast.errors import ArgumentError
 from tgt_fast.kernels.calls import labels_of
 from tgt_fast.kernels.late import is_on
 from tgt_fast.kernels.options import DistillOptions
@@ -52,13 +53,14 @@ def soft_of(
 
 def hard_of(
     options: DistillOptions, logits: Tensor, y: Tensor, weight: Tensor | None, normalizer: float | Tensor | None,
-    backend: str,
+    loss: DistillationLoss,
 ) -> Tensor:  # fmt: skip
-    """The hard term alone."""
+    """The hard term alone, of a loss with these options."""
     return distillation_loss(
         logits, logits.detach(), y, soft_weight=0.0, hard_weight=options.hard_weight,
         label_smoothing=options.label_smoothing, sample_weight=weight, ignore_index=options.ignore_index,
-        unlabeled_index=options.unlabeled_index, normalizer=normalizer, backend=backend,
+        unlabeled_index=options.unlabeled_index, normalizer=normalizer, backend=loss.backend,
+        student_bias=getattr(loss, "student_bias", None), label_margin=getattr(loss, "label_margin", None),
     )  # fmt: skip
 
 
@@ -69,16 +71,19 @@ def real_of(
     """The first sum of the objective, and (detached) the hard term in it."""
     hard = None
     if opinions[0].weight is not None:
+        for name in ("decoupled", "correct_teacher"):
+            if getattr(module, name, None) is not None:
+                raise ArgumentError(f"TGTObjective: {name} is for a teacher of one opinion, this one has several")
         loss = soft_part(module, options, logits, opinions, weight, normalizer, y)
         if y is not None and is_on(options.hard_weight):
-            hard = hard_of(options, logits, y, weight, normalizer, module.backend)
+            hard = hard_of(options, logits, y, weight, normalizer, module)
             loss, hard = loss + hard, hard.detach()
     elif y is None:
         loss = soft_part(module, options, logits, opinions, weight, normalizer)
     else:
         if is_on(options.hard_weight) and is_on(options.soft_weight):
             with torch.no_grad():  # before the loss, which may write over the logits
-                hard = hard_of(options, logits, y, weight, normalizer, module.backend)
+                hard = hard_of(options, logits, y, weight, normalizer, module)
         # Without a hard weight the labels say which rows count, and nothing else.
         given = laid_out(module, logits, opinions[0].logits, y)
         loss = cast(Tensor, module(*given, sample_weight=weight, normalizer=normalizer))

@@ -1,7 +1,7 @@
 """The meaning of the distillation loss: plain PyTorch in float64, differentiable any number of times.
 
 Every other backend is measured against this file, so it prefers the formula to speed. Two ideas keep it exact
-where logits are -inf, +inf or NaN:
+(:mod:`tgt_fast.kernels.reference.sides` holds what they are made of) where logits are -inf, +inf or NaN:
 
 * Rows that cannot go through the formula (dropped, not a number, infinitely far apart) are replaced by zeros
   *before* it and given their value after it. ``torch.where`` then cuts their gradient exactly, where
@@ -15,121 +15,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from tgt_fast.kernels.adjust import Adjustments
 from tgt_fast.kernels.calls import DistillCall, Gradients, Outputs, is_soft, labels_of
-from tgt_fast.kernels.late import as_scalar, is_on, is_symbolic
+from tgt_fast.kernels.late import is_on
 from tgt_fast.kernels.options import ROW_COEFFICIENT, DistillOptions, DistillStats
+from tgt_fast.kernels.reference import adjusted
+from tgt_fast.kernels.reference.sides import (
+    _clamped,
+    _divergence,
+    _is_infinite,
+    _is_undefined,
+    _kl,
+    _not_a_number,
+    _select,
+    _side,
+)
 
 __all__ = ["backward", "distillation_loss", "forward", "scale_"]
-
-# Lower is as good as this; it keeps 0 * log q finite when float64 logits span their whole range.
-_LOWEST_SHIFTED = -1e300
-
-
-class _Side(NamedTuple):
-    """One side's distribution. Where a class is missing, ``log`` and ``p`` are 0."""
-
-    log: Tensor  # [N, C] log-probabilities
-    p: Tensor  # [N, C] probabilities
-    exists: Tensor  # [N, C] bool
-    lse: Tensor  # [N] log-sum-exp of logits / temperature
-
-
-def _side(logits: Tensor, temperature: float) -> _Side:
-    """softmax(logits / temperature) of rows that hold a finite logit and neither +inf nor NaN."""
-    exists = logits > -math.inf
-    peak = logits.detach().amax(dim=-1, keepdim=True)
-    shifted = torch.where(exists, (logits - peak) / temperature, 0.0).clamp_min(_LOWEST_SHIFTED)
-    lse = torch.where(exists, shifted.exp(), 0.0).sum(dim=-1, keepdim=True).log()
-    log = torch.where(exists, shifted - lse, 0.0)
-    p = torch.where(exists, log.exp(), 0.0)
-    return _Side(log, p, exists, (lse + peak / temperature).squeeze(-1))
-
-
-def _kl(a: _Side, b: _Side) -> Tensor:
-    """sum a (log a - log b) over classes; b must exist wherever a does."""
-    return (a.p * (a.log - b.log)).sum(dim=-1)
-
-
-def _jsd(teacher: _Side, student: _Side, beta: float) -> Tensor:
-    """beta KL(p, m) + (1 - beta) KL(q, m) with m = beta p + (1 - beta) q, log m without underflow."""
-    beta = as_scalar(beta) if is_symbolic(beta) else beta  # type: ignore[assignment]
-    log_bp = teacher.log + (beta.log() if isinstance(beta, Tensor) else math.log(beta))
-    log_bq = student.log + ((-beta).log1p() if isinstance(beta, Tensor) else math.log1p(-beta))
-    onto_p = log_bp + F.softplus(log_bq - log_bp, threshold=50.0)
-    onto_q = log_bq + F.softplus(log_bp - log_bq, threshold=50.0)
-    both = torch.where(log_bp > log_bq, onto_p, onto_q)  # the same, from the larger: the other may be far away
-    log_m = torch.where(teacher.exists & student.exists, both, torch.where(teacher.exists, log_bp, log_bq))
-    to_teacher = (teacher.p * (teacher.log - log_m)).sum(dim=-1)
-    to_student = (student.p * (student.log - log_m)).sum(dim=-1)
-    return beta * to_teacher + (1.0 - beta) * to_student
-
-
-def _divergence(student: Tensor, teacher: Tensor, options: DistillOptions) -> Tensor:
-    """The soft term of each row, for rows on which it is finite.  [N, C], [N, C] -> [N]"""
-    ts, tt = options.temperature, options.teacher_temperature
-    if options.divergence == "mse":
-        exists = student > -math.inf  # on such rows both sides agree on which classes exist
-        difference = torch.where(exists, student, 0.0) / ts - torch.where(exists, teacher, 0.0) / tt
-        return difference.square().sum(dim=-1)
-
-    q, p = _side(student, ts), _side(teacher, tt)
-    if options.divergence == "forward_kl":
-        value = _kl(p, q)
-    elif options.divergence == "reverse_kl":
-        value = _kl(q, p)
-    elif options.divergence == "symmetric":
-        value = _kl(p, q) + _kl(q, p)
-    elif options.divergence == "jsd":
-        value = _jsd(p, q, options.beta)
-    elif options.divergence == "tvd":
-        value = 0.5 * (p.p - q.p).abs().sum(dim=-1)
-    elif options.divergence == "cross_entropy":
-        value = -(p.p * q.log).sum(dim=-1)
-    else:
-        raise ValueError(f"unknown divergence {options.divergence!r}")
-    return ts * ts * value
-
-
-def _is_infinite(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
-    """Rows whose divergence is +inf because one side has mass where the other has none.  -> [N] bool
-
-    Mass is a logit above -inf: a probability that underflows to 0 is still mass.
-    """
-    has_q, has_p = student > -math.inf, teacher > -math.inf
-    if divergence in ("forward_kl", "cross_entropy"):
-        return (has_p & ~has_q).any(dim=-1)
-    if divergence == "reverse_kl":
-        return (has_q & ~has_p).any(dim=-1)
-    if divergence in ("symmetric", "mse"):
-        return (has_q ^ has_p).any(dim=-1)
-    return torch.zeros(student.shape[0], dtype=torch.bool, device=student.device)  # jsd and tvd are bounded
-
-
-def _is_undefined(logits: Tensor) -> Tensor:
-    """Rows that hold NaN or +inf, or nothing but -inf.  [N, C] -> [N] bool"""
-    return (logits.isnan() | (logits == math.inf)).any(dim=-1) | (logits == -math.inf).all(dim=-1)
-
-
-def _select(rows: Tensor, logits: Tensor) -> Tensor:
-    """The logits where ``rows``, harmless zeros elsewhere; no gradient reaches the other rows."""
-    return torch.where(rows[:, None], logits, 0.0)
-
-
-def _not_a_number(rows: Tensor, logits: Tensor) -> Tensor:
-    """NaN in value and in every gradient where ``rows``, 0 elsewhere.  [N], [N, C] -> [N]"""
-    poison = torch.where(rows, math.nan, 0.0).to(logits.dtype)
-    return (_select(rows, logits) * poison[:, None]).sum(dim=-1)
-
-
-def _clamped(value: Tensor) -> Tensor:
-    """max(value, 0) without touching the gradient: a value below 0 is rounding, its gradient is not."""
-    return value + (value.clamp_min(0.0) - value).detach()
 
 
 def _soft_term(student: Tensor, teacher: Tensor, counted: Tensor, options: DistillOptions) -> Tensor:
@@ -221,6 +127,7 @@ def distillation_loss(
     divisor: float | Tensor | None,  # a number or a 0-d tensor
     options: DistillOptions,
     want_stats: bool = False,
+    adjust: Adjustments | None = None,
 ) -> tuple[Tensor, DistillStats | None]:
     """soft_weight * Ts^2 * D(softmax(teacher/Tt), softmax(student/Ts)) + hard_weight * CE(student, target).
 
@@ -233,6 +140,8 @@ def distillation_loss(
     """
     result_dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     s, t = student.to(torch.float64), teacher.to(torch.float64)
+    if adjust is not None:
+        s, t = adjusted.with_bias(s, adjust.student_bias), adjusted.with_bias(t, adjust.teacher_bias)
     counted, labeled, weight, divisor = _counts(s, target, sample_weight, divisor, options)
 
     undefined = _is_undefined(s)
@@ -242,9 +151,15 @@ def distillation_loss(
     defined = counted & ~undefined
     loss = _not_a_number(undefined, s) + _not_a_number(undefined, t)
     if is_on(options.soft_weight):
-        loss = loss + options.soft_weight * _soft_term(s, t, defined, options)
+        if adjust is None:
+            rows = _soft_term(s, t, defined, options)
+        else:
+            rows = adjusted.soft_term(s, t, labels_of(target), defined, defined & labeled, options, adjust)
+        loss = loss + options.soft_weight * rows
     if is_on(options.hard_weight) and target is not None:
-        loss = loss + options.hard_weight * _hard_term(s, target, defined & labeled, options.label_smoothing)
+        hard = defined & labeled
+        of_hard = s if adjust is None else adjusted.with_margin(s, target, hard, adjust.label_margin)
+        loss = loss + options.hard_weight * _hard_term(of_hard, target, hard, options.label_smoothing)
     if options.reduction == "mean":  # before they meet the losses: the products may leave the range, the shares do not
         weight = weight / torch.where(divisor != 0, divisor, 1.0)
     loss = torch.where(counted, weight * loss, 0.0)
@@ -254,6 +169,8 @@ def distillation_loss(
     stats = None
     if want_stats:
         with torch.no_grad():
+            if adjust is not None:
+                s, t, options = adjusted.scores(s, t, options, adjust)
             values = _statistics(s.detach(), t.detach(), counted, options)
         stats = DistillStats(*(v if v.dtype == torch.bool else v.to(result_dtype) for v in values))
     return loss.to(result_dtype), stats
@@ -264,6 +181,11 @@ def distillation_loss(
 
 def takes_shares(call: DistillCall) -> bool:
     """True if a target may be shares of the classes."""
+    return True
+
+
+def takes_adjustments(call: DistillCall) -> bool:
+    """True if a call's adjustments are taken, too."""
     return True
 
 
@@ -280,8 +202,9 @@ def backward(call: DistillCall, row_state: Tensor, d_loss: Tensor, grads: Gradie
 def _of_call(call: DistillCall) -> tuple[Tensor, DistillStats | None]:
     assert isinstance(call.teacher, Tensor)
     return distillation_loss(
-        call.student, call.teacher, call.target, call.sample_weight, call.divisor, call.options, call.want_stats
-    )
+        call.student, call.teacher, call.target, call.sample_weight, call.divisor, call.options, call.want_stats,
+        call.adjust,
+    )  # fmt: skip
 
 
 Formula = Callable[[DistillCall], tuple[Tensor, "DistillStats | None"]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tgt_fast.kernels.adjust import Adjustments
 from tgt_fast.kernels.linear_call import result_dtype, row_weights, topk_of, vocabulary_of
 from tgt_fast.kernels.options import DistillOptions, DistillStats, LinearOptions, LinearTensors
 from tgt_fast.kernels.reference import distill, topk
@@ -33,7 +34,7 @@ def logits(
 
 def linear_distillation_loss(
     tensors: LinearTensors, divisor: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
-    want_stats: bool = False,
+    want_stats: bool = False, adjust: Adjustments | None = None,
 ) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
     """The loss, 0-d or [N], in float32 (float64 if an input is), and the statistics of each row if wanted."""
     t = tensors
@@ -54,7 +55,7 @@ def linear_distillation_loss(
     teacher = logits(teacher, t.teacher_weight, t.teacher_bias, heads.teacher_scale, heads.teacher_softcap)
     student, teacher = vocabulary.align(student, teacher)
     loss, stats = distill.distillation_loss(
-        student, teacher, target, t.sample_weight, divisor, options, want_stats=want_stats
+        student, teacher, target, t.sample_weight, divisor, options, want_stats=want_stats, adjust=adjust
     )
     dtype = result_dtype(tensors)
     if stats is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tgt_fast.kernels.calls import DistillCall, Gradients, Outputs
 from tgt_fast.kernels.late import is_on
 from tgt_fast.kernels.options import DistillOptions, TopK
-from tgt_fast.kernels.reference import distill
+from tgt_fast.kernels.reference import distill, sides
 from tgt_fast.kernels.reference.distill import scale_, takes_shares
 
 __all__ = ["backward", "distillation_loss", "forward", "scale_", "takes_shares"]
@@ -56,7 +56,7 @@ def _entries(topk: TopK, classes: int) -> _Entries:
 
 def _is_undefined(entries: _Entries) -> Tensor:
     """Rows whose record holds NaN or +inf, or nothing but -inf.  -> [N] bool"""
-    return distill._is_undefined(torch.cat([entries.log, entries.tail[:, None]], dim=-1))
+    return sides._is_undefined(torch.cat([entries.log, entries.tail[:, None]], dim=-1))
 
 
 def _log_sum_exp(logits: Tensor, exists: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def distillation_loss(
     is_fp64 = torch.float64 in (student.dtype, topk.log_probs.dtype)
     s = student.to(torch.float64)
     counted, labeled, weight, divisor = distill._counts(s, target, sample_weight, divisor, options)
-    undefined = distill._is_undefined(s)
+    undefined = sides._is_undefined(s)
     if is_on(options.soft_weight):
         entries = _entries(topk, s.shape[1])
         undefined = undefined | _is_undefined(entries)
@@ -114,12 +114,12 @@ def distillation_loss(
             undefined = undefined | (~entries.kept | (s.gather(1, entries.ids) == -math.inf)).all(dim=-1)
     undefined = undefined & counted
     defined = counted & ~undefined
-    loss = distill._not_a_number(undefined, s)
+    loss = sides._not_a_number(undefined, s)
     if is_on(options.soft_weight):
-        q, p = _dense_pair(distill._select(defined, s), entries, options, topk.tail_mode)
+        q, p = _dense_pair(sides._select(defined, s), entries, options, topk.tail_mode)
         tempered = options._replace(temperature=1.0, teacher_temperature=1.0)
         soft = options.soft_weight * options.temperature**2
-        loss = loss + soft * distill._soft_term(q, distill._select(defined, p), defined, tempered)
+        loss = loss + soft * distill._soft_term(q, sides._select(defined, p), defined, tempered)
     if is_on(options.hard_weight) and target is not None:
         loss = loss + options.hard_weight * distill._hard_term(s, target, defined & labeled, options.label_smoothing)
     if options.reduction == "mean":  # before they meet the losses: the products may leave the range, the shares do not

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgt_fast.errors import ShapeError
+from tgt_fast.errors import ArgumentError, ShapeError
 from tgt_fast.kernels import select
 from tgt_fast.kernels.calls import DistillCall, is_soft
 from tgt_fast.kernels.late import beside, is_on
@@ -86,7 +86,11 @@ def _of_record(
     # All that is asked of it is its shape, which is that of all classes.
     whole = student_logits.detach().new_zeros(()).expand(*shape[:-1], shards.classes)
     asked = target if target is None or target.shape != shape else target.detach().new_zeros(()).expand(whole.shape)
-    check_topk(whole, record, asked, sample_weight, normalizer, options, return_stats)
+    if return_stats:
+        raise ArgumentError(
+            f"{OP}: return_stats=True needs the teacher's logits with classes in several processes, got a top-k record"
+        )
+    check_topk(whole, record, asked, sample_weight, normalizer, options)
     check_where_asked(record)
     topk = rows_of(record)
     if sample_weight is not None:

@@ -1,0 +1,34 @@
+"""What a soft-label loss does to its logits beside dividing them by a temperature, as it travels with a call."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Adjustments(NamedTuple):
+    """Options beside those of every loss; a call without any carries none of these."""
+
+    standardize: bool = False  # both sides, in the soft term
+    decoupled: tuple[float, float] | None = None  # weights of the label's part and of the others'
+    skew: float = 0.0  # the share of the other side's distribution that is mixed into the one compared with
+    correct_teacher: float | None = None  # by how much the label is to lead the teacher's distribution
+    student_bias: Tensor | None = None  # [C]
+    teacher_bias: Tensor | None = None  # [C]
+    label_margin: Tensor | None = None  # [C]
+    student_temperature: Tensor | None = None  # [N], in the place of the number; with it, the teacher's, too
+    teacher_temperature: Tensor | None = None  # [N]
+
+    def of_rows(self, at: slice) -> Adjustments:
+        """Those of some of the rows."""
+        if self.student_temperature is None or self.teacher_temperature is None:
+            return self
+        return self._replace(
+            student_temperature=self.student_temperature[at], teacher_temperature=self.teacher_temperature[at]
+        )
+
+    @property
+    def by_label(self) -> bool:
+        """True if the soft term of a row depends on its label."""
+        return self.decoupled is not None or self.correct_teacher is not None
