@@ -22,7 +22,7 @@ from tgt_fast.kernels.calls import (
     prepared,
     upstream,
 )
-from tgt_fast.kernels.native import core, cuda
+from tgt_fast.kernels.native import adjusted, core, cuda
 from tgt_fast.kernels.native.abi import matrix, option_values, packer, pointer, split_divisor
 from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.kernels.row_checks import bad_share, bad_target, bad_weight
@@ -37,13 +37,24 @@ def takes_shares(call: DistillCall) -> bool:
     return cuda.engine(call.student) is None
 
 
+def takes_adjustments(call: DistillCall) -> bool:
+    """True if a call's adjustments are among those that are made around the kernel, on a CPU."""
+    return cuda.engine(call.student) is None and adjusted.serves(call)
+
+
 def forward(call: DistillCall, out: Outputs, *, plan: tuple[int, int, bool] = AUTO_PLAN) -> None:
     """Row losses, their reduction and the wanted gradients, in one pass over the logits."""
+    if call.adjust is not None:
+        adjusted.forward(forward, call, out)
+        return
     run_forward("distill_forward", call, out, plan)
 
 
 def backward(call: DistillCall, row_state: Tensor, d_loss: Tensor, grads: Gradients) -> None:
     """The gradients from logits and saved row statistics, with the upstream gradient applied before rounding."""
+    if call.adjust is not None:
+        adjusted.backward(forward, call, row_state, d_loss, grads)
+        return
     run_backward("distill_backward", call, row_state, d_loss, grads)
 
 
