@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import scaling_tables
-from demo_tables import digits, docstrings, glyphs, lm, replay, retrieval
+from demo_tables import digits, docstrings, glyphs, glyphs_line, lm, replay, retrieval
 from model_table import model
 from op_tables import cache, contrast, cuda, distill, explore, gpu, latent, linear, tokens, topk, vocab_parallel
 from step_tables import step
@@ -131,7 +131,12 @@ def _scaling(table: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
     return lambda: table(json.loads((RESULTS / "scaling-cpu.json").read_text()))
 
 
+def _glyphs_line() -> str:
+    return glyphs_line(json.loads((RESULTS / "glyphs.json").read_text()))
+
+
 _MADE: dict[str, Callable[[], str]] = {
+    "glyphs-line": _glyphs_line,
     "summary": summary,
     "ops": ops,
     "scaling": _scaling(scaling_tables.calculated),

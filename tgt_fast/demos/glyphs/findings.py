@@ -66,7 +66,7 @@ def describe_factors(result: DemoResult) -> list[str]:
     for method, factors in grouped.items():
         shown = [f"at {f.labels} labels ({f.accuracy:.1f} %) {times(f)}" for f in factors]
         said.append(
-            f"Times the labels that {LABELS[method]} needs for the accuracy of {LABELS[BEST_TGT]}: {'; '.join(shown)}."
+            f"Times the labels, with {LABELS[method]}, for the accuracy of {LABELS[BEST_TGT]}: {'; '.join(shown)}."
         )
     return said
 
