@@ -53,14 +53,15 @@ def one_thread_in_forks(function: Callable[P, R]) -> Callable[P, R]:
     def held(*arguments: P.args, **options: P.kwargs) -> R:
         if not _forked or torch.compiler.is_compiling():
             return function(*arguments, **options)
-        with _one_thread():
+        with one_thread():
             return function(*arguments, **options)
 
     return held
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Within it PyTorch's own ops run on one thread, and the core on as many as before."""
     if _held.threads is not None:
         yield
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,7 @@ class TGTTrainer(CountingTrainer):
         more = self._window.popleft() if self._window else {}
         with self.accelerator.autocast():
             made = self.objective(model, x, y, sample_ids=ids, step=self.state.global_step, **more)
-        terms = dict(made["parts"])
+        terms = cast("dict[str, Tensor]", dict(made["parts"]))
         self._keep_terms(terms, made["loss"], torch.ones((), device=made["loss"].device))  # they are of the whole step
         return made["loss"]
 

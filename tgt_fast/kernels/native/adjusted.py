@@ -1,8 +1,9 @@
 """A loss with adjustments on the compiled core's CPU kernel, which knows none of them.
 
 A few rows at a time, in memory that stays in a cache: the logits are adjusted there, the kernel runs on them, and its
-gradients go the way back. So the logits are read from memory once and the gradients written once, as without. A chunk
-that holds what a shortcut does not serve (a class that is not there, a row of one value) goes by the formula.
+gradients go the way back. So the logits are read from memory once and the gradients written once, as without. PyTorch
+keeps to one thread meanwhile: threads of its own that wait for the next op would take the processor from the core's. A
+chunk that holds what a shortcut does not serve (a class that is not there, a row of one value) goes by the formula.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from tgt_fast._forks import one_thread
 from tgt_fast.kernels import composed
 from tgt_fast.kernels.adjust import Adjustments
 from tgt_fast.kernels.calls import DistillCall, Gradients, Outputs, accumulate_dtype, labels_of
@@ -43,7 +45,8 @@ def forward(kernel: Any, call: DistillCall, out: Outputs) -> None:
         weight = torch.where(divisor != 0, weight / torch.where(divisor != 0, divisor, 1.0), 0.0)
     coefficient = torch.where(counted, weight, 0.0)
     rows = out.loss if call.options.reduction == "none" else out.loss.new_empty(call.student.shape[0])
-    _Rows(kernel, call, coefficient, labeled).run(rows, out.stats, (out.d_student, out.d_teacher))
+    with one_thread():
+        _Rows(kernel, call, coefficient, labeled).run(rows, out.stats, (out.d_student, out.d_teacher))
     if rows is not out.loss:
         out.loss.copy_(rows.sum(dtype=torch.float64))
     if out.row_state is not None:
@@ -57,7 +60,8 @@ def backward(kernel: Any, call: DistillCall, row_state: Tensor, d_loss: Tensor, 
     # A kernel takes weights from 0; gradients are linear in them.
     sign = torch.where(coefficient < 0, -1.0, 1.0)
     rows = torch.empty(call.student.shape[0], dtype=accumulate_dtype(call.student, call.teacher))
-    _Rows(kernel, call, coefficient.abs(), labeled).run(rows, None, grads)
+    with one_thread():
+        _Rows(kernel, call, coefficient.abs(), labeled).run(rows, None, grads)
     if bool((sign < 0).any()):
         for grad in grads:
             if grad is not None:
