@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import scaling_tables
-from demo_tables import digits, docstrings, glyphs, glyphs_line, lm, replay, retrieval
+from demo_tables import digits, docstrings, glyphs, glyphs_line, lm, methods, replay, retrieval, tail
 from model_table import model
 from op_tables import cache, contrast, cuda, distill, explore, gpu, latent, linear, tokens, topk, vocab_parallel
 from step_tables import step
@@ -48,6 +48,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "digits": digits,
     "replay-digits-random": replay,
     "replay-digits-gradient": replay,
+    "tail-digits": tail,
+    "methods-digits": methods,
     "glyphs": glyphs,
     "docstrings": docstrings,
     "retrieval": retrieval,

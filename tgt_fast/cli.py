@@ -158,6 +158,12 @@ def _add_demo(demos: argparse._SubParsersAction[argparse.ArgumentParser], demo: 
     )
     if demo.with_curve:
         parser.add_argument("--curve", action="store_true", help="also train on fewer and on more labels")
+    if demo.with_recipes:
+        parser.add_argument(
+            "--with", dest="recipes", action="append", metavar="NAME",
+            help="also train by this recipe, a loss or a long-tail method; again for another; 'all': every one, and an "
+            "unknown name lists them",
+        )  # fmt: skip
     if demo.with_cache:
         parser.add_argument(
             "--no-cache", dest="cache", action="store_false", default=argparse.SUPPRESS,
@@ -396,6 +402,7 @@ def _demo(given: argparse.Namespace) -> None:
         getattr(given, "json", None),
         Console(),
         curve=getattr(given, "curve", False),
+        recipes=getattr(given, "recipes", None) or (),
         cache=getattr(given, "cache", True),
     )
 

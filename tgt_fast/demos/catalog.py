@@ -19,6 +19,7 @@ class Demo:
     packages: Mapping[str, str]  # what it needs, module: the name it is installed under
     extra: str = "demo"  # brings them
     with_curve: bool = False  # takes --curve
+    with_recipes: bool = False  # takes --with NAME, a recipe of the demo's module recipes
     with_cache: bool = False  # keeps what it made for the next run, unless --no-cache says otherwise
 
 
@@ -32,6 +33,7 @@ DEMOS = {
             "one seed and fewer steps: less than a minute",
             {"sklearn": "scikit-learn", "matplotlib": "matplotlib"},
             with_curve=True,
+            with_recipes=True,
         ),
         Demo(
             "glyphs",

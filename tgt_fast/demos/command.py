@@ -33,12 +33,14 @@ def run_command(
     *,
     curve: bool = False,
     cache: bool = True,
+    recipes: Sequence[str] = (),
 ) -> None:
     """Run a demo and write its report.
 
     Args:
         seeds: those to average; by default 0, 1 and 2, or 0 alone if ``quick``.
         curve: also train on other numbers of labels, where the demo can.
+        recipes: methods to train by beside the demo's own, where it has such; "all": every one.
         cache: use what an earlier run made and kept, and keep what this one makes, where the demo does.
 
     Raises:
@@ -54,13 +56,15 @@ def run_command(
     options: dict[str, Any] = {}
     if demo.with_curve:
         options["curve"] = curve
+    if demo.with_recipes:
+        options["recipes"] = run.checked_recipes(recipes)
     if demo.with_cache:
         options["artifacts"] = Artifacts(cache_folder() if cache else None)
     chosen = settings.quick(settings.Settings()) if quick else settings.Settings()
     seeds = ((0,) if quick else (0, 1, 2)) if seeds is None else seeds
     with bars(console) as progress:
         result = run.run_demo(seeds, chosen, progress=progress, **options)
-    said = _command(demo, seeds, quick, curve=curve, cache=cache)
+    said = _command(demo, seeds, quick, curve=curve, cache=cache, recipes=recipes)
     outputs.write_numbers({"command": said, "hardware": hardware(torch.device("cpu")), **results.as_json(result)})
     index = page.write_page(result, outputs.folder)
     console.print()
@@ -71,10 +75,11 @@ def run_command(
     outputs.say_where(index, console)
 
 
-def _command(demo: Demo, seeds: Sequence[int], quick: bool, *, curve: bool, cache: bool) -> str:
+def _command(demo: Demo, seeds: Sequence[int], quick: bool, *, curve: bool, cache: bool, recipes: Sequence[str]) -> str:
     """The command that gives the same numbers again; where they went is left out."""
     words = [f"tgt-fast demo {demo.name} --seeds {','.join(map(str, seeds))}"]
     words += ["--quick"] * quick + ["--curve"] * curve + ["--no-cache"] * (demo.with_cache and not cache)
+    words += [f"--with {name}" for name in recipes]
     return " ".join(words)
 
 

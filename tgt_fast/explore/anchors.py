@@ -1,4 +1,4 @@
-"""A pool of real latents by class, to draw anchors from that are balanced over the classes."""
+"""A pool of real latents by class, to draw anchors from that are balanced over the classes, or weighted."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError
+from tgt_fast.explore.by_class import ByClass
 from tgt_fast.explore.draws import philox_words
 from tgt_fast.kernels.options import OP_PERTURB
 from tgt_fast.teacher import Latents, tree
@@ -37,6 +38,7 @@ class AnchorPool:
         self.labels = labels[order]
         _, self._sizes = torch.unique_consecutive(self.labels, return_counts=True)
         self._starts = torch.cumsum(self._sizes, 0) - self._sizes
+        self._weighted: tuple[ByClass, Tensor] | None = None  # the weights that were last drawn by
 
     @property
     def classes(self) -> int:
@@ -49,15 +51,41 @@ class AnchorPool:
         ids = None if self.ids is None else self.ids.to(device)
         return AnchorPool(tree.map_batched(lambda leaf: leaf.to(device), self.latents), self.labels.to(device), ids)
 
-    def draw(self, key: Key) -> Anchors:
-        """An anchor for each row of the key, which is that of the rows' first replicas; the others start there, too."""
+    def draw(self, key: Key, weights: ByClass | None = None) -> Anchors:
+        """An anchor for each row of the key, which is that of the rows' first replicas; the others start there, too.
+
+        Args:
+            weights: of the classes; None: all alike.
+
+        Raises:
+            ArgumentError: no class that there is has a weight.
+        """
         first, second, _, _ = philox_words(key.on(self.labels.device), OP_PERTURB)
-        # floor(word * n / 2^32): uniform over 0..n-1, exact in int64 as n < 2^31.
-        group = (first * self.classes) >> 32
+        if weights is None:
+            # floor(word * n / 2^32): uniform over 0..n-1, exact in int64 as n < 2^31.
+            group = (first * self.classes) >> 32
+        else:
+            group = torch.searchsorted(self._edges(weights), first, right=True)
         member = (second * self._sizes[group]) >> 32
         rows = self._starts[group] + member
         ids = None if self.ids is None else self.ids[rows]
         return Anchors(tree.take(self.latents, rows), ids, self.labels[rows])
+
+    def _edges(self, weights: ByClass) -> Tensor:
+        """Where the words of a class end, int64 [classes]; the last at 2^32, so that a class of weight 0 has none."""
+        if self._weighted is None or self._weighted[0] != weights:
+            classes = self.labels[self._starts]
+            weights.check("anchors", classes)
+            shares = weights.at(classes)
+            if not bool(shares.sum() > 0):
+                raise ArgumentError(
+                    f"LatentSampler: anchors by class have weight 0 for every class that calibrate met, {weights!r}"
+                )
+            shares = (shares / shares.max()).cumsum(0)  # of which no sum overflows
+            with torch.inference_mode(False):
+                edges = (shares / shares[-1] * 2.0**32).round().to(torch.int64).clone()
+            self._weighted = weights, edges
+        return self._weighted[1]
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"pool_latents": self.latents.z, "pool_labels": self.labels}

@@ -22,10 +22,11 @@ def channel_noise(latents: Latents, key: Key, options: SamplerOptions) -> Tensor
     """Where a move begins: sigma * noise, [B, 2 C]: e and, in units of the scale, b."""
     key = key.on(latents.z.device)
     start = latents.z.new_zeros(latents.z.shape[0], 2 * latents.z.shape[_channel_dim(latents)])
-    if options.sigma == 0:
+    if options.sigma == 0 and key.sigma is None:
         return start
+    sigma: Any = options.sigma if key.sigma is None else key.sigma.to(start.dtype)[:, None]
     return perturb_latents(
-        start, options.sigma, seed=key.seed, sample_ids=key.ids, step=key.step, replica=key.replica,
+        start, sigma, seed=key.seed, sample_ids=key.ids, step=key.step, replica=key.replica,
         truncation=options.truncation, backend=options.backend,
     )  # fmt: skip
 

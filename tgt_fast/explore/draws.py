@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tgt_fast._ranges import named_range
+from tgt_fast.explore.by_class import ByClass
 from tgt_fast.explore.channels import channel_noise, moved
 from tgt_fast.explore.options import SamplerOptions
 from tgt_fast.kernels.philox import philox4x32
@@ -39,13 +40,16 @@ def with_noise(
 
     With ``affine`` it is the channels that are moved.
     """
-    if options.sigma == 0:
+    if options.sigma == 0 and key.sigma is None:
         return latents
     if options.affine:
         with named_range("perturb"):
             return moved(latents, channel_noise(latents, key, options), scale)
     key = key.on(latents.z.device)
-    sigma = options.sigma if scale is None else options.sigma * over_coordinates(scale, latents.z)
+    if key.sigma is not None:
+        return _with_noise_of_rows(latents, key.sigma, scale, key, options, op)
+    assert not isinstance(options.sigma, ByClass)  # which rows with a sigma have
+    sigma: Any = options.sigma if scale is None else options.sigma * over_coordinates(scale, latents.z)
     with named_range("perturb"):
         z = perturb_latents(
             latents.z,
@@ -59,6 +63,22 @@ def with_noise(
             backend=options.backend,
         )
     return latents.at_real(z)
+
+
+def _with_noise_of_rows(
+    latents: Latents, sigma: Tensor, scale: Tensor | None, key: Key, options: SamplerOptions, op: str
+) -> Latents:
+    """The same, where each row has a sigma: the kernel knows one a row or one a coordinate, so noise comes first."""
+    exact = torch.promote_types(latents.z.dtype, torch.float32)
+    with named_range("perturb"):
+        noise = perturb_latents(
+            torch.zeros_like(latents.z, dtype=exact),
+            1.0 if scale is None else over_coordinates(scale, latents.z).to(exact),
+            seed=key.seed, sample_ids=key.ids, step=key.step, replica=key.replica, truncation=options.truncation, op=op,
+            backend=options.backend,
+        )  # fmt: skip
+        z = latents.z + sigma.to(exact).reshape(-1, *(1,) * (latents.z.ndim - 1)) * noise
+    return latents.at_real(z.to(latents.z.dtype))
 
 
 def decoded(teacher: Teacher, latents: Latents, key: Key, replicas: int, *, relaxed: bool = False) -> Any:

@@ -28,6 +28,18 @@ def lottery(count: int, seed: int, about: int | Tensor, step: int | Tensor, devi
     return drawn[0]
 
 
+def weighted(numbers: Tensor, weights: Tensor) -> Tensor:
+    """The numbers of a lottery, float64, that is won in proportion to weights >= 0: exponentials of those rates.
+
+    Rows are drawn without replacement as by Efraimidis and Spirakis, "Weighted random sampling with a reservoir"
+    (2006). Those of weight 0 come behind all others.
+    """
+    uniform = torch.special.ndtr(numbers.double()).clamp(1e-300, 1.0)
+    weights = weights.double() / weights.max().clamp(min=1e-300)
+    waits = -uniform.log() / weights.clamp(min=1e-25)
+    return torch.where(weights > 0, waits, (1 + uniform) * LAST / 4)
+
+
 def in_turn(count: int, wanted: int, seed: int, about: int, step: int | Tensor, device: torch.device) -> Tensor:
     """``wanted`` of the numbers below ``count``, ascending: the step's piece of an order that is drawn once a round.
 

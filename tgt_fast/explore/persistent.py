@@ -45,7 +45,7 @@ def chain_latents(
         nothing = teacher.encode(x) if encodings is None else encodings
         return replace(nothing, z=nothing.z.requires_grad_())
     host = key.on(_CPU)
-    keys = [host.of_replica(replica) for replica in range(options.replicas)]
+    keys = [host.of_replica(replica) for replica in range(options.most_replicas)]
     by_replica = [_chains_of(k) for k in keys]
     chains = [chain for some in by_replica for chain in some]
     bank.take_in(chains)
@@ -71,7 +71,7 @@ def chain_latents(
         rows.append(known)
     scale = scale_of(where[0] if encoded is None else encoded)
     if encoded is not None:
-        for replica in range(options.replicas):
+        for replica in range(options.most_replicas):
             chosen = fresh[replica].nonzero().flatten()
             if not chosen.numel():
                 continue
@@ -130,7 +130,7 @@ def _moved(
     """One normalised step from where the visit began; replica by replica, as the noise is keyed by it."""
     count = key.ids.shape[0]
     parts = []
-    for replica in range(options.replicas):
+    for replica in range(options.most_replicas):
         rows = torch.arange(replica * count, (replica + 1) * count, device="cpu")
         anchor = None if anchors is None else tree.take(anchors, rows)
         mine = tree.take(start, rows)

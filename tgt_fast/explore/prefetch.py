@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from tgt_fast.errors import ArgumentError
 from tgt_fast.explore.ahead import Ahead, Draws, check_ahead
+from tgt_fast.explore.by_class import label_argument
 from tgt_fast.explore.cached import check_cache, needed_ids
 from tgt_fast.explore.options import checked_integer
 from tgt_fast.explore.synthetic import Synthetic
@@ -120,6 +121,7 @@ def _explored(
             device = teacher.device or tree.first_device(batch.x)
             x = tree.map_batched(lambda leaf: leaf.to(device), batch.x)
             call: dict[str, Any] = {"sample_ids": batch.sample_ids}
+            call |= label_argument(sampler, batch.y, tree.batch_size(x), device)
             if cache is not None and sampler.encodes:
                 call["latents"] = cache.encode(x, needed_ids(_OP, batch.sample_ids))
             ahead.submit(x, device, **call)

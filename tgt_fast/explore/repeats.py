@@ -65,19 +65,19 @@ def first_replicas(ids: Tensor | None, occurrence: Any, options: SamplerOptions)
         if options.repeats == "error":
             _refuse_copies(ids, occurrence)
             return 0
-        unchecked = ids.shape[0] * options.replicas <= MAX_REPLICA  # so many copies can at most be
+        unchecked = ids.shape[0] * options.most_replicas <= MAX_REPLICA  # so many copies can at most be
     else:
         occurrence = _checked(occurrence, ids, options)
         unchecked = not _checks.on_plain_cpu(occurrence)
     if not unchecked and occurrence.numel():
         least, most = (int(bound) for bound in occurrence.aminmax())
-        if least < 0 or (most + 1) * options.replicas > MAX_REPLICA:
+        if least < 0 or (most + 1) * options.most_replicas > MAX_REPLICA:
             raise ArgumentError(
                 f"{_OP}: copies of a sample id are told apart by their replicas, 2**16 of them: with replicas="
-                f"{options.replicas} occurrence must be in [0, {MAX_REPLICA // options.replicas}), got "
+                f"{options.most_replicas} occurrence must be in [0, {MAX_REPLICA // options.most_replicas}), got "
                 f"{least if least < 0 else most}; make smaller batches"
             )
-    return occurrence * options.replicas  # type: ignore[no-any-return]
+    return occurrence * options.most_replicas  # type: ignore[no-any-return]
 
 
 def _refuse_copies(ids: Tensor, occurrence: Tensor) -> None:

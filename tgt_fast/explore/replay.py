@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 from tgt_fast._ranges import named_range
-from tgt_fast.errors import ArgumentError, CheckpointError, ShapeError
+from tgt_fast.errors import ArgumentError, ShapeError
+from tgt_fast.explore.by_class import ByClass, is_by_class
 from tgt_fast.explore.counters import checked_ids, checked_step
 from tgt_fast.explore.gradient import divergence_of_each
 from tgt_fast.explore.guard import preserve_student, unwrapped
-from tgt_fast.explore.lottery import LAST, by_score, in_turn, lottery
+from tgt_fast.explore.lottery import LAST, by_score, in_turn, lottery, weighted
 from tgt_fast.explore.options import Adjustable, SamplerOptions, checked_integer
 from tgt_fast.explore.pool import RowPool, joined
 from tgt_fast.explore.prefetch import Prefetching
-from tgt_fast.explore.processes import of_all_processes
+from tgt_fast.explore.replay_saving import SavedReplay
 from tgt_fast.explore.sampler import LatentSampler
 from tgt_fast.explore.scores import Score, scored
 from tgt_fast.explore.student import refuse_labeler, student_logits
 from tgt_fast.explore.synthetic import Synthetic
 from tgt_fast.explore.tally import Tally
 from tgt_fast.ops import _checks
-from tgt_fast.ops.counts import counting_group
 from tgt_fast.teacher import Latents, Teacher, tree
 from tgt_fast.teacher.returned import LogitsOf, check_logits_of
 from tgt_fast.teacher.teacher import checked_logits
@@ -34,7 +34,7 @@ _OP: Final = "SyntheticReplay"
 _ANCHORS, _ROWS = 0, 1  # what lotteries are about; rows: of each call of a step another
 
 
-class SyntheticReplay(Adjustable, Prefetching):
+class SyntheticReplay(Adjustable, Prefetching, SavedReplay):
     r"""A sampler that explores a ``reuse``-th of what it serves, and takes the rest from a pool of earlier examples::
 
         fresh  = sampler(x[a])        a: ceil(B / reuse) rows of the batch, each in its turn
@@ -58,6 +58,10 @@ class SyntheticReplay(Adjustable, Prefetching):
         select: "uniform"; "disagreement"; or, in the place of D, a score such as those of :mod:`tgt_fast.scores`. All
             but the first need ``student=`` at each call, which runs once more, in eval mode, on the candidates, and is
             left as it was found.
+        by_class: None; or "balanced", or weights of the classes, >= 0 (a tensor, a sequence, or a dict, whose other
+            classes have the weight under None, or 1): rows are drawn from the pool so that each class of the labeler's
+            argmax comes in proportion to its weight, as far as the pool holds it. A class of weight 0 comes only where
+            there is nothing else.
         candidates: >= 1, how many rows are drawn for one that is taken (all but "uniform").
         retire: >= 0 or None: a row whose D was found below it is not served again. D is found of the candidates; with
             "uniform" of the rows that are drawn, for which the student runs once more.
@@ -70,11 +74,12 @@ class SyntheticReplay(Adjustable, Prefetching):
         sampler: the sampler that explores.
         teacher, mode, scale, options, last_disagreement, ...: the sampler's; an assignment such as
             ``replay.sigma = 0.5`` reaches it.
-        reuse, capacity, select, candidates, retire, seed: the arguments above.
+        reuse, capacity, select, by_class, candidates, retire, seed: the arguments above.
 
-    A call of B examples explores ceil(B / reuse) and serves replicas * B rows, no row twice as long as the pool has
-    enough of them. In the first calls it does not: then its rows are served in turn, equally often, so that the
-    teacher's work is a ``reuse``-th from the beginning. A batch below ``reuse`` examples explores one.
+    A call of B examples explores ceil(B / reuse) and serves replicas * B rows (with replicas by class, as many as all
+    of the batch asks for), no row twice as long as the pool has enough of them. In the first calls it does not: then
+    its rows are served in turn, equally often, so that the teacher's work is a ``reuse``-th from the beginning. A batch
+    below ``reuse`` examples explores one.
 
     Row ``r * B + b`` of what is served does *not* belong to the batch's row b: ``Synthetic.anchor_ids`` says which real
     example a row started from, and the caller's labels are not its.
@@ -106,6 +111,7 @@ class SyntheticReplay(Adjustable, Prefetching):
         reuse: int = 8,
         capacity: int = 8192,
         select: str | Score = "uniform",
+        by_class: Any = None,
         candidates: int = 4,
         retire: float | None = None,
         device: torch.device | str | None = None,
@@ -122,6 +128,13 @@ class SyntheticReplay(Adjustable, Prefetching):
         self.reuse = checked_integer("reuse", reuse, 1, 1 << 30, _OP)
         self.capacity = checked_integer("capacity", capacity, 1, 1 << 40, _OP)
         self.select: str | Score = select if callable(select) else _checks.choice(_OP, "select", select, SELECT)
+        if by_class is None or is_by_class(by_class):
+            self.by_class = None if by_class is None else ByClass.of("by_class", by_class, 0, LAST, op=_OP)
+        else:
+            _checks.choice(_OP, "by_class", by_class, ("balanced",))
+            self.by_class = ByClass((1.0,), 1.0, closed=False)
+        if self.by_class is not None and not self.by_class.largest:
+            raise ArgumentError(f"{_OP}: by_class has weight 0 for every class")
         self.candidates = checked_integer("candidates", candidates, 1, 1 << 20, _OP)
         self.retire = None if retire is None else _checks.number(_OP, "retire", retire, 0, LAST)
         self.seed = checked_integer("seed", seed, -(2**63), 2**63 - 1, _OP)
@@ -157,6 +170,10 @@ class SyntheticReplay(Adjustable, Prefetching):
         return self.sampler.encodes
 
     @property
+    def asks_labels(self) -> bool:
+        return self.sampler.asks_labels
+
+    @property
     def last_disagreement(self) -> list[float]:
         return self.sampler.last_disagreement
 
@@ -178,6 +195,7 @@ class SyntheticReplay(Adjustable, Prefetching):
 
     def __repr__(self) -> str:
         shown = f"reuse={self.reuse}, capacity={self.capacity}, select={self.select!r}"
+        shown += f", by_class={self.by_class!r}" if self.by_class is not None else ""
         shown += f", candidates={self.candidates}" if self.select != "uniform" else ""
         shown += f", retire={self.retire}" if self.retire is not None else ""
         return f"SyntheticReplay({self.sampler!r}, {shown})"
@@ -192,11 +210,12 @@ class SyntheticReplay(Adjustable, Prefetching):
         occurrence: Tensor | None = None,
         logits_of: LogitsOf = None,
         latents: Latents | Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Synthetic:
         """Explore from a part of the batch, and serve as many rows as the sampler would from all of it.
 
         Args:
-            x, sample_ids, step, occurrence, logits_of, latents: as for :class:`tgt_fast.LatentSampler`.
+            x, sample_ids, step, occurrence, logits_of, latents, labels: as for :class:`tgt_fast.LatentSampler`.
             student: as there; also for ``select="disagreement"`` and ``retire``.
 
         Raises:
@@ -211,18 +230,22 @@ class SyntheticReplay(Adjustable, Prefetching):
         if self.select != "uniform" or self.retire is not None:
             self._check_student(student)
         explored = -(-count // self.reuse)
-        if explored * self.options.replicas > self.capacity:
-            raise ArgumentError(
-                f"{_OP}: a call explores {explored * self.options.replicas} rows, more than capacity={self.capacity}"
-            )
+        most = explored * self.options.most_replicas
+        if most > self.capacity:
+            raise ArgumentError(f"{_OP}: a call explores {most} rows, more than capacity={self.capacity}")
+        if labels is None and self.asks_labels:
+            raise ArgumentError(f"{_OP}: replicas and sigma by class go by the rows' classes: pass labels=")
+        rows = int(self.options.rows_made(count, labels, device))
         made, self._lent = self._lent, None
         if made is None:
-            x, call = self.part_of(x, now, sample_ids=sample_ids, occurrence=occurrence, latents=latents)
+            of_rows = {"sample_ids": sample_ids, "occurrence": occurrence, "latents": latents, "labels": labels}
+            x, call = self.part_of(x, now, **of_rows)
             made = self.sampler(x, student=student, step=step, logits_of=logits_of, **call)
         if step is None:
             self._step += 1
         with named_range("replay"), torch.no_grad():
-            served = self._served(made, (count - explored) * self.options.replicas, student, now, number, logits_of)
+            needed = rows - made.ids.shape[0] if explored < count else 0
+            served = self._served(made, needed, student, now, number, logits_of)
         self._before = now, number
         return served
 
@@ -268,58 +291,6 @@ class SyntheticReplay(Adjustable, Prefetching):
                 found[f"{name}_disagreement"] = part.mean().item() if len(part) else None
         return found
 
-    # Checkpoints
-
-    def state_dict(self, group: Any = None) -> dict[str, Any]:
-        """The sampler's state and this process's pool, draws and statistics.
-
-        With ``group="world"``, or a process group whose processes all call, it holds the pools of all of them, on the
-        CPU, the same in each. As many processes then go on with their own; in another number each takes one of them.
-        """
-        together = counting_group(_OP, group, name="group")
-        sampler = self.sampler.state_dict(group)
-        mine = [self._own_state()]
-        if together is not None:
-            mine = of_all_processes(
-                "state_dict", together, lambda: tree.map_batched(lambda leaf: leaf.cpu(), self._own_state())
-            )
-        return {"version": 1, "sampler": sampler, "ranks": mine}
-
-    @torch.inference_mode(False)
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a :meth:`state_dict`, the seeds included; reuse, select, candidates and retire stay as they are.
-
-        Raises:
-            CheckpointError: contents that are missing or foreign, or a pool of another capacity. This one is unchanged.
-        """
-        if not isinstance(state, dict) or state.keys() != {"version", "sampler", "ranks"} or state["version"] != 1:
-            raise CheckpointError(f"{_OP}: the state is not that of a SyntheticReplay of this release")
-        if not isinstance(state["ranks"], list) or not state["ranks"]:
-            raise CheckpointError(f"{_OP}: the state holds no process's pool")
-        rank, _ = self.sampler._counters.place
-        own = state["ranks"][rank % len(state["ranks"])]
-        if not isinstance(own, dict) or own.keys() != {"pool", "tally", "seed", "step", "before"}:
-            raise CheckpointError(f"{_OP}: the state's part of a process is not one")
-        if not isinstance(own["before"], list) or len(own["before"]) != 2:
-            raise CheckpointError(f"{_OP}: the state's counters are not such")
-        if not all(type(number) is int for number in (own["seed"], own["step"], *own["before"])):
-            raise CheckpointError(f"{_OP}: the state's counters must be integers")
-        pool, tally = RowPool.of_state(own["pool"], self.capacity), Tally.of_state(own["tally"])
-        self.sampler.load_state_dict(state["sampler"])
-        self._empty()
-        self._pool, self._tally = pool, tally
-        self.seed, self._step = own["seed"], own["step"]
-        self._before = own["before"][0], own["before"][1]
-
-    def _own_state(self) -> dict[str, Any]:
-        return {
-            "pool": self._pool.state_dict(),
-            "tally": self._tally.state_dict(),
-            "seed": self.seed,
-            "step": self._step,
-            "before": [int(part) for part in self._before],
-        }
-
     # A call
 
     def _empty(self) -> None:
@@ -350,7 +321,7 @@ class SyntheticReplay(Adjustable, Prefetching):
             where = torch.device("cuda", torch.cuda.current_device())
         fresh = self._pool.add(made, self._tally.calls, where, lambda parts: joined(self.teacher.join, parts))
         places = fresh
-        if needed:
+        if needed > 0 and len(self._pool):
             places = torch.cat([fresh, self._drawn(needed, fresh, made, student, now, number, logits_of)])
         self._pool.served(places)
         classes = made.teacher_logits.shape[1] if made.teacher_logits.ndim == 2 else None
@@ -371,12 +342,17 @@ class SyntheticReplay(Adjustable, Prefetching):
     ) -> Tensor:
         """Places of rows to serve beside the fresh ones, which take part where there are not enough others."""
         size = len(self._pool)
-        numbers = lottery(size, self.seed, number + _ROWS, now, fresh.device).index_fill(0, fresh, LAST)
+        numbers = lottery(size, self.seed, number + _ROWS, now, fresh.device)
+        if self.by_class is not None:
+            numbers = self._by_class(numbers, made)
+        numbers = numbers.index_fill(0, fresh, LAST)
         usable: int | Tensor = size
         if self.retire is not None:
             alive = self._pool.marks["alive"][:size]
             numbers = numbers.masked_fill(~alive, torch.inf)
             usable = alive.sum()
+            if self.options.most_replicas != self.options.replicas and not int(usable):  # by class: none may be fresh
+                return fresh[:0]
         drawn = min(size, needed * (1 if self.select == "uniform" else self.candidates))
         places = numbers.topk(drawn, largest=False).indices  # ascending: dropped rows last, before them the fresh
         usable = min(drawn, usable) if isinstance(usable, int) else usable.clamp(max=drawn)
@@ -390,6 +366,20 @@ class SyntheticReplay(Adjustable, Prefetching):
         if self.retire is not None:
             self._pool.drop(places, (scores < self.retire) & (numbers[places] < LAST))
         return chosen
+
+    def _by_class(self, numbers: Tensor, made: Synthetic) -> Tensor:
+        """The numbers of a lottery in which a class wins by its weight, however many rows it has."""
+        assert self.by_class is not None
+        if made.teacher_logits.ndim != 2:
+            raise ArgumentError(f"{_OP}: by_class goes by the labeler's class of an example, which labels positions")
+        classes, known = made.teacher_logits.shape[1], len(self.by_class.values)
+        if self.by_class.closed and known != classes:
+            raise ArgumentError(f"{_OP}: by_class has {known} weights, the labeler {classes} classes")
+        size = len(self._pool)
+        of_rows, alive = (self._pool.marks[name][:size] for name in ("classes", "alive"))
+        held = torch.zeros(classes, dtype=torch.float64, device=of_rows.device)
+        held.index_add_(0, of_rows, alive.to(held.dtype))
+        return weighted(numbers, self.by_class.at(of_rows) / held.clamp(min=1)[of_rows])
 
     def _check_student(self, student: Any) -> None:
         if student is None:

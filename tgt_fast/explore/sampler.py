@@ -3,39 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tgt_fast._ranges import named_range
-from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
+from tgt_fast.errors import ArgumentError, DTypeError
 from tgt_fast.explore.anchors import AnchorPool, Anchors
-from tgt_fast.explore.bank import LatentBank, latest
-from tgt_fast.explore.calibration import StreamingStd, measure, measure_together
+from tgt_fast.explore.bank import LatentBank
+from tgt_fast.explore.by_class import ByClass, labels_of_rows, spread
+from tgt_fast.explore.calibrated import Calibrated
 from tgt_fast.explore.compiled import CompiledExploration, examples
 from tgt_fast.explore.counters import Counters, seed_tensor
 from tgt_fast.explore.draws import decoded, with_noise
 from tgt_fast.explore.gradient import ascend, checked_student
-from tgt_fast.explore.options import Adjustable, SamplerOptions, checked_integer, fixed
+from tgt_fast.explore.options import Adjustable, SamplerOptions, fixed
 from tgt_fast.explore.persistent import chain_latents
 from tgt_fast.explore.prefetch import Prefetching
 from tgt_fast.explore.prior import prior_latents
-from tgt_fast.explore.processes import of_all_processes, warn_of_foreign_chains, warn_of_own_chains, warn_of_shards
+from tgt_fast.explore.saving import Saved
 from tgt_fast.explore.scores import Score
-from tgt_fast.explore.state import SamplerState, checked_state
 from tgt_fast.explore.synthetic import Synthetic
-from tgt_fast.kernels.options import MAX_SAMPLE_ID
 from tgt_fast.ops._checks import flag, refuse_tracing
-from tgt_fast.ops.counts import counting_group
 from tgt_fast.teacher import Latents, Teacher, tree
 from tgt_fast.teacher.key import Key
 from tgt_fast.teacher.returned import LogitsOf
 
+PerClass = Tensor | Sequence[float] | Mapping[int | None, float] | ByClass
 
-class LatentSampler(Adjustable, Prefetching):
+
+class LatentSampler(Adjustable, Calibrated, Prefetching, Saved):
     r"""Synthetic examples ``x~ = Dec(z~)`` with soft labels ``h(x~)``, where, by mode::
 
         prior       z~ = prior(sigma * nu)                      nu ~ N(0, I)
@@ -67,7 +66,7 @@ class LatentSampler(Adjustable, Prefetching):
         mode: "prior" (needs a teacher with a prior), "random", "gradient" (needs ``student=`` at each call)
             or "persistent" (needs ``sample_ids=``).
         sigma: >= 0, the noise's standard deviation, in units of ``scale`` (of the prior's noise in prior
-            mode).
+            mode); or one a class (not in prior mode), see below.
         step_size: >= 0, length of a step in units of ``scale`` (gradient, persistent).
         steps: >= 1, steps a call (gradient; persistent takes one a visit).
         radius: > 0 or None, of the ball round Enc(x) in units of ``scale`` (gradient, persistent). Noise of
@@ -75,9 +74,10 @@ class LatentSampler(Adjustable, Prefetching):
         norm: "l2" (a step along u/||u||), "linf" (along its sign) or "raw" (along u; not in persistent mode).
         step_noise: >= 0, standard deviation of the noise added at each step, in units of ``scale``.
         units: "std" or "absolute".
-        anchors: "batch", or "balanced" (random, gradient; after ``calibrate``): each anchor is of a class
-            drawn uniformly.
-        replicas: in [1, 32768], synthetic examples a real one, each with its own noise.
+        anchors: "batch"; or (random, gradient; after ``calibrate``) "balanced": each anchor is of a class drawn
+            uniformly; or weights of the classes, >= 0, by which it is drawn, of those that ``calibrate`` met.
+        replicas: in [1, 32768], synthetic examples a real one, each with its own noise; or one number a class, in
+            [0, 32768] (anchors "batch", not in prior mode).
         divergence, beta, temperature: D, as in :func:`tgt_fast.distillation_loss` (gradient mode; in
             persistent mode D is the user's loss).
         restart_probability: in [0, 1] (persistent).
@@ -125,6 +125,14 @@ class LatentSampler(Adjustable, Prefetching):
     Raises:
         ArgumentError: an option outside its range, NaN included, or options that contradict each other.
 
+    A number a class: a tensor, an array or a sequence, a number for each class; or a dict, which may leave classes out,
+    {0: 1.0, 7: 2.0, None: 1.0}. Classes that it leaves out have the number under None, and so have rows without a label
+    (a negative one); without it 1. The class of a row is that of its anchor, as ``calibrate`` was told, where anchors
+    are drawn; else its label, which a call then needs (``labels=``; :class:`tgt_fast.TGTObjective` passes y). With
+    replicas by class a batch makes as many examples as its rows' classes have, perhaps none, replica by replica, and a
+    CUDA device is waited for. Weights, numbers and sigmas may change from step to step; of a saved state the largest
+    number of replicas must be the same.
+
     Persistent mode's chains move where a backward pass reaches ``Synthetic.latents.z``: ``loss.backward()`` does.
     ``torch.autograd.grad(loss, student.parameters())`` and ``loss.backward(inputs=...)`` do not ask for the latents'
     gradient and leave every chain where it stands, silently; add ``synthetic.latents.z`` to what they ask for.
@@ -151,15 +159,15 @@ class LatentSampler(Adjustable, Prefetching):
         teacher: Teacher,
         mode: Literal["prior", "random", "gradient", "persistent"] | str = "random",
         *,
-        sigma: float = 1.0,
+        sigma: float | PerClass = 1.0,
         step_size: float = 1.0,
         steps: int = 1,
         radius: float | None = None,
         norm: str = "l2",
         step_noise: float = 0.0,
         units: str = "std",
-        anchors: str = "batch",
-        replicas: int = 1,
+        anchors: str | PerClass = "batch",
+        replicas: int | PerClass = 1,
         divergence: str = "forward_kl",
         beta: float = 0.5,
         temperature: float = 1.0,
@@ -181,7 +189,7 @@ class LatentSampler(Adjustable, Prefetching):
         if not isinstance(teacher, Teacher):
             raise ArgumentError(f"LatentSampler: teacher must be a tgt_fast.Teacher, got {type(teacher).__name__}")
         self.options = SamplerOptions(
-            mode, sigma, step_size, steps, radius, norm, step_noise, units, anchors, replicas, divergence,
+            mode, sigma, step_size, steps, radius, norm, step_noise, units, anchors, replicas, divergence,  # type: ignore[arg-type]
             beta, temperature, restart_probability, bank_size, truncation, backend, record_disagreement, repeats,
             logits_of, score, ball, affine,
         )  # fmt: skip
@@ -219,8 +227,7 @@ class LatentSampler(Adjustable, Prefetching):
         self._counters.seed = seed_tensor(value)
 
     def __repr__(self) -> str:
-        options = dataclasses.asdict(self.options)
-        defaults = dataclasses.asdict(SamplerOptions())
+        options, defaults = vars(self.options), vars(SamplerOptions())
         shown = [f"{k}={v!r}" for k, v in options.items() if k == "mode" or v != defaults[k]]
         return f"LatentSampler({', '.join(shown)})"
 
@@ -234,6 +241,7 @@ class LatentSampler(Adjustable, Prefetching):
         occurrence: Tensor | None = None,
         logits_of: LogitsOf = None,
         latents: Latents | Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Synthetic:
         """Explore from a batch.
 
@@ -254,13 +262,16 @@ class LatentSampler(Adjustable, Prefetching):
             logits_of: in the place of the sampler's own, in this call.
             latents: ``Enc(x)`` of the B examples where it is known already, as a :class:`tgt_fast.TeacherCache` gives
                 it; the encoder is then not asked. Not looked at where nothing is encoded (``encodes``).
+            labels: [B] integers, a negative one for a row without a label, or [B, C] shares, of which the largest
+                counts; what replicas and sigma by class go by (``asks_labels``).
 
         Returns:
             :class:`Synthetic` of replicas * B examples; detached, except in persistent mode.
 
         Raises:
-            ArgumentError: a missing student, ids or calibration; a student that is the labeler; on a CPU, an
-                id or a copy out of range; with ``repeats="error"``, and in persistent mode with "same", an id twice.
+            ArgumentError: a missing student, ids, labels or calibration; a student that is the labeler; on a CPU, an
+                id, a copy or a label out of range; with ``repeats="error"``, and in persistent mode with "same", an
+                id twice.
             ShapeError: a decoder that changes the batch size, a student whose class count is not the
                 labeler's.
         """
@@ -271,132 +282,63 @@ class LatentSampler(Adjustable, Prefetching):
         where = tree.batch_size(x), tree.first_device(x)
         key = self._counters.key(*where, sample_ids, step, occurrence, self.options)
         options = self.options if logits_of is None else dataclasses.replace(self.options, logits_of=logits_of)
-        drawn = self._drawn(key) if self.options.anchors == "balanced" else None
-        known = self._checked_latents(latents, where[0])
+        drawn = self._drawn(key) if options.pooled else None
+        classes = self._classes(drawn, labels, *where)
+        count, rows, options = where[0], None, options.of_rows()
+        known = self._checked_latents(latents, count)
+        if isinstance(self.options.sigma, ByClass) and classes is not None:
+            key = dataclasses.replace(key, sigma=self.options.sigma.at(classes))
+        if isinstance(self.options.replicas, ByClass) and classes is not None:
+            rows, key = spread(key, classes, self.options)
+            classes = classes[rows]
         with named_range(f"explore ({self.mode})"):
             if self.mode == "persistent":
-                latents = chain_latents(self.teacher, self._bank, x, key, self._scale_for, self.options, known)
-                made = decoded(self.teacher, latents, key, self.options.replicas, relaxed=True)
+                if rows is not None:
+                    x, known = tree.take(x, rows), None if known is None else tree.take(known, rows)
+                found = chain_latents(self.teacher, self._bank, x, key, self._scale_for, options, known)
+                made = decoded(self.teacher, found, key, options.most_replicas, relaxed=True)
                 logits = self.teacher.label(made)
             else:
-                latents = tree.concat(self._explored(x, known, student, key, drawn, options))
-                made, logits = self._examples(self.teacher, latents, key, self.options.replicas)
-        self._counters.advance(key.ids.shape[0], ids=sample_ids is None, step=step is None)
-        ids = key.ids.repeat(self.options.replicas)
-        if drawn is None:
-            return Synthetic(made, latents, logits, self.mode, ids, None if self.mode == "prior" else ids)
-        origin = (None if t is None else t.repeat(self.options.replicas) for t in (drawn.ids, drawn.labels))
-        return Synthetic(made, latents, logits, self.mode, ids, *origin)
+                found = tree.concat(self._explored(x, known, student, key, drawn, rows, options))
+                made, logits = self._examples(self.teacher, found, key, options.most_replicas)
+        self._counters.advance(count, ids=sample_ids is None, step=step is None)
+        ids, anchors, classes = (
+            None if t is None else t.repeat(options.most_replicas)
+            for t in (key.ids, key.ids if drawn is None else drawn.ids, classes)
+        )
+        assert ids is not None
+        return Synthetic(made, found, logits, self.mode, ids, None if self.mode == "prior" else anchors, classes)
 
-    @torch.inference_mode(False)  # what is kept must be normal tensors, to serve in any mode later
-    @torch.no_grad()
-    def calibrate(
-        self,
-        loader: Iterable[Any],
-        *,
-        per_class: int = 1024,
-        columns: Sequence[Any] | None = None,
-        group: Any = None,
-        progress: bool | None = None,
-        cache: Any = None,
-    ) -> LatentSampler:
-        """Measure ``scale``, the standard deviation of Enc(x) over a loader, and collect balanced anchors.
-
-        Args:
-            loader: batches ``x``, ``(x,)``, ``(x, y)`` or ``(ids, x, y)``. In data parallel runs give every
-                rank the same data, or its part of them and a ``group``, so that all measure in the same unit; what is
-                seen to be one rank's part of the data, without a group, warns.
-            per_class: anchors kept a class, the first ones (balanced anchors only; class: y, or, where y is
-                missing or negative, the labeler's argmax; ``Synthetic.anchor_ids`` are the loader's ids, or, where it
-                gives none, places in it, counted from 0).
-            columns: ``(ids, x, y)``, where they are in other batches, as for :func:`tgt_fast.fit`.
-            group: "world", or a process group of ``torch.distributed``, whose processes measure together, each on its
-                part of the data: the same ``scale`` to the bit on each, and balanced anchors of them all, those of the
-                first process first (their ids are then the loader's, or places in each one's part). Each process
-                calls, even with no data. Examples that a ``DistributedSampler`` repeats as padding are left out.
-            progress: show a bar; None: on a terminal, where it takes longer than a second.
-            cache: a :class:`tgt_fast.TeacherCache` with ``latents=True``, or an ensemble's, which then gives Enc(x) and
-                the labeler's argmax by the loader's ids, and keeps what it lacked.
-
-        Returns:
-            The sampler itself.
-
-        Raises:
-            ArgumentError: fewer than two examples, latents that are not finite or all the same, or batches that can
-                be read in more than one way.
-        """
-        per_class = checked_integer("per_class", per_class, 1, MAX_SAMPLE_ID)
-        given = self.teacher, loader, columns, per_class if self.options.anchors == "balanced" else None, cache
-        together = counting_group("calibrate", group, name="group")
-        if together is None:
-            std, pool = measure(*given, padding=True, progress=progress)
-        else:
-            std, pool = measure_together(together, *given, progress)
-        scale = std.result()
-        self._pool = None if pool is None else pool.build()
-        self.scale = scale
-        if self.options.needs_scale and together is None:
-            warn_of_shards(loader, scale)
-        return self
-
-    def state_dict(self, group: Any = None) -> dict[str, Tensor | int]:
-        """The state that a resumed run needs to go on with the same numbers: tensors and ints, not the teacher's.
-
-        In persistent mode the chains are this process's alone: with several, save every rank's state. The first one's
-        warns, as frameworks save that one alone. With ``group="world"``, or a process group whose processes all call,
-        it holds the chains of all of them, on the CPU, the same in each; any number of processes can load it.
-        """
-        counters = self._counters
-        state: dict[str, Tensor | int] = {"version": 1, **self.options.fingerprint(), "stride": counters.stride}
-        for name in ("seed", "step", "next_id"):
-            state[name] = getattr(counters, name).clone()
-        if self.scale is not None:
-            state["scale"] = self.scale.clone()
-        together = counting_group("LatentSampler", group, name="group")
-        if together is not None:
-            if self.mode == "persistent":
-                state |= latest(of_all_processes("state_dict", together, self._bank.everything))
-        elif len(self._bank):
-            warn_of_own_chains(counters.place)
-            state |= {"rank": counters.place[0], "world_size": counters.place[1], **self._bank.state_dict()}
-        elif self.mode == "persistent":
-            state |= self._bank.state_dict()  # those that wait
-        if self._pool is not None:
-            state |= self._pool.state_dict()
-        return state
-
-    @torch.inference_mode(False)
-    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        """Take over a :meth:`state_dict`, the seed included; the options stay this sampler's (a schedule may have
-        changed its sigma, step size, steps or radius). Chains of another rank than this one warn; those of all ranks
-        wait until their id is met, in whichever process that is.
-
-        Raises:
-            CheckpointError: contents that are missing or foreign, or a sampler of another mode, units, norm or
-                number of replicas. This one is then unchanged.
-        """
-        checked: SamplerState = checked_state(state, self.options)
-        counters = self._counters
-        if len(checked.bank) and checked.place is not None:
-            warn_of_foreign_chains(checked.place, counters.place)
-        counters.seed, counters.step, counters.next_id = checked.seed, checked.step, checked.next_id
-        counters.stride = checked.stride
-        self.scale, self._bank, self._pool = checked.scale, checked.bank, checked.pool
+    def _classes(self, drawn: Anchors | None, labels: Any, count: int, device: torch.device) -> Tensor | None:
+        """The class of each row, where it is known."""
+        if drawn is not None:
+            return drawn.labels
+        if labels is None:
+            if self.options.asks_labels:
+                raise ArgumentError("LatentSampler: replicas and sigma by class go by the rows' classes: pass labels=")
+            return None
+        found = labels_of_rows(labels, count, device)
+        for name in ("replicas", "sigma"):
+            if isinstance(value := getattr(self.options, name), ByClass):
+                value.check(name, found)
+        return found
 
     def _explored(
         self, x: Any, known: Latents | None, student: Callable[..., Any] | None, key: Key, drawn: Anchors | None,
-        options: SamplerOptions,
+        rows: Tensor | None, options: SamplerOptions,
     ) -> list[Latents]:  # fmt: skip
-        """The latents of each replica."""
-        keys = [key.of_replica(replica) for replica in range(options.replicas)]
+        """The latents of each replica; with ``rows``, of those of the batch that they start from."""
+        keys = [key.of_replica(replica) for replica in range(options.most_replicas)]
         if self.mode == "prior":
             return [prior_latents(self.teacher, x, k, options, known) for k in keys]
         if self.mode == "gradient":
             student = checked_student(self.teacher, student)
         anchors = drawn.latents if drawn is not None else self.teacher.encode(x) if known is None else known
         scale = self._scale_for(anchors)
+        if rows is not None:
+            anchors = tree.take(anchors, rows)
         found = [with_noise(anchors, scale, k, options) for k in keys]
-        if self.mode == "random" or student is None:
+        if self.mode == "random" or student is None or not anchors.z.shape[0]:
             return found
         ascended = [
             self._ascend(self.teacher, student, z, anchors, scale, k, options) for z, k in zip(found, keys, strict=True)
@@ -416,7 +358,12 @@ class LatentSampler(Adjustable, Prefetching):
     def encodes(self) -> bool:
         """Whether a call looks at ``Enc(x)``; else balanced anchors, or a prior of a given shape, take its place."""
         prior = self.mode == "prior" and isinstance(self.teacher.prior, tuple)
-        return not prior and self.options.anchors != "balanced"
+        return not prior and not self.options.pooled
+
+    @property
+    def asks_labels(self) -> bool:
+        """Whether a call needs the classes of its rows: with replicas, or with batch anchors sigma, by class."""
+        return self.options.asks_labels
 
     def _checked_latents(self, given: Latents | Tensor | None, count: int) -> Latents | None:
         if given is None or not self.encodes:
@@ -425,33 +372,3 @@ class LatentSampler(Adjustable, Prefetching):
             raise DTypeError(f"LatentSampler: latents must be a tensor or Latents, got {type(given).__name__}")
         latents = Latents(given) if isinstance(given, Tensor) else given
         return tree.detach(latents.check(count, "LatentSampler"))
-
-    def _drawn(self, key: Key) -> Anchors:
-        """Balanced anchors."""
-        if self._pool is None:
-            raise ArgumentError(
-                'LatentSampler: anchors="balanced" needs to know the classes: call calibrate(loader) first'
-            )
-        self._pool = self._pool.to(key.ids.device)
-        return self._pool.draw(key)
-
-    def _scale_for(self, latents: Latents) -> Tensor | None:
-        if not self.options.needs_scale:
-            return None
-        if self.scale is None:
-            std = StreamingStd()
-            std.update(latents)
-            self.scale = std.result()
-            warnings.warn(
-                "LatentSampler: the latents' standard deviation was estimated from the first batch "
-                f"({latents.z.shape[0]} examples) and is kept; call calibrate(loader) before training for a "
-                "better one and, with several processes, for the same one on each",
-                stacklevel=4,
-            )
-        shape, latent = self.scale.shape, latents.z.shape[1:]
-        if len(shape) != len(latent) or any(a not in (1, b) for a, b in zip(shape, latent, strict=True)):
-            raise ShapeError(
-                f"LatentSampler: calibrated for latents of shape {tuple(shape)}, the encoder now gives {tuple(latent)}"
-            )
-        self.scale = self.scale.to(latents.z.device)
-        return self.scale

@@ -91,7 +91,7 @@ def _check_names(state: dict[str, Any], options: SamplerOptions) -> None:
             if any(name in state for name in names):
                 needed |= {f"{kind}_chains", f"{kind}_latents"}
                 needed |= {f"{kind}_anchors"} if options.radius is not None else set()
-    if options.anchors == "balanced":
+    if options.pooled:
         allowed |= set(_POOL)
         if has_pool:
             needed |= {"pool_latents", "pool_labels"}

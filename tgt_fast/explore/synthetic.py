@@ -15,8 +15,9 @@ class Synthetic:
     """``x = Dec(z)`` and ``teacher_logits = h(x)``, for M = replicas * B synthetic examples.
 
     Row ``r * B + b`` is replica r of the batch's row b: its noise is keyed by that row's id and by which copy of the id
-    it is in the batch, and it starts from that row's example, unless anchors are balanced: then from the example
-    ``anchor_ids``, of class ``anchor_labels``.
+    it is in the batch, and it starts from that row's example, unless anchors are balanced, or drawn by class: then from
+    the example ``anchor_ids``, of class ``anchor_labels``. With replicas by class M is what the rows' classes ask for:
+    first a replica 0 of each row that has one, then a replica 1, and so on.
     Everything is detached, except in persistent mode, where x (the decoder's relaxed output, if it has one) and
     teacher_logits keep their graph to ``latents.z``.
     """
@@ -29,6 +30,7 @@ class Synthetic:
     # [M] int64, the sample id of the real example that each starts from; None in prior mode, which starts from none. Of
     # balanced anchors: the id that calibrate's loader gave, or, where it gave none, the place in it, counted from 0.
     anchor_ids: Tensor | None = None
-    # [M] int64, the class of that example, where the sampler knows it, which is of balanced anchors: the label that
-    # calibrate's loader gave, or the labeler's argmax. None: the labels are the caller's, y.repeat(replicas).
+    # [M] int64, the class of that example, where the sampler knows it: of balanced anchors, or of ones drawn by class,
+    # the label that calibrate's loader gave, or the labeler's argmax; else the ``labels`` of the call, negative where
+    # there was none. None: the labels are the caller's, y.repeat(replicas).
     anchor_labels: Tensor | None = None

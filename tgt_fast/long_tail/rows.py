@@ -115,6 +115,10 @@ class LongTailLoss(nn.Module):
         total = total.to(loss.dtype)
         return torch.where(total > 0, loss.sum() / torch.where(total > 0, total, 1.0), loss.sum() * 0)
 
+    def term(self, student: Tensor, teacher: Any, target: Tensor, *, weight: Tensor | None = None) -> Tensor:
+        """The loss in the form of those of ``tgt_fast.losses``, as a term of an objective; the teacher has no say."""
+        return self(student, target, sample_weight=weight)  # type: ignore[no-any-return]
+
     def _labels(self, rows: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The loss and the weight of each row."""
         counted = (target != self.ignore_index) & (target != self.unlabeled_index)

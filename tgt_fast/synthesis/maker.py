@@ -74,6 +74,11 @@ class Maker:
                 f"{OP}: persistent chains move with the training that they are part of; rows that can be made again, "
                 "by any process, are those of the modes prior, random and gradient"
             )
+        if sampler.options.asks_labels:
+            raise ArgumentError(
+                f"{OP}: rows are made by sample id, without a label, but the sampler has replicas or sigma by class; "
+                "with anchors=weights by class it can have a sigma by class"
+            )
         if sampler.replicas not in (1, replicas):
             raise ArgumentError(
                 f"{OP}: replicas={replicas}, but the sampler has replicas={sampler.replicas}; pass "

@@ -13,6 +13,7 @@ from tgt_fast.cache.fingerprint import Fingerprint
 from tgt_fast.cache.identity import Identity
 from tgt_fast.cache.values import tensor_bytes
 from tgt_fast.explore import LatentSampler
+from tgt_fast.explore.by_class import ByClass
 from tgt_fast.synthesis.filters import Filters
 
 # Of a sampler's options those that say nothing about the numbers in a row, and those that some modes do not look at.
@@ -57,6 +58,8 @@ def provenance(
         value = getattr(sampler.options, name)
         if isinstance(value, _PLAIN):
             parts[name] = value
+        elif isinstance(value, ByClass):
+            parts[name] = value.text
         else:  # a function, or several values
             held = Identity()
             held.add(name, value)
@@ -64,7 +67,7 @@ def provenance(
     parts["seed"] = sampler.seed
     if sampler.options.needs_scale:
         parts["scale"] = _digest(sampler.scale)
-    if sampler.options.anchors == "balanced":
+    if sampler.options.pooled:
         pool = {} if sampler._pool is None else sampler._pool.state_dict()
         parts["pool"] = _digest(*(value for _, value in sorted(pool.items())))
     parts |= {"k": k, "latents": latents}

@@ -13,6 +13,7 @@ from tgt_fast._processes import place
 from tgt_fast.cache.query import as_ids
 from tgt_fast.errors import ArgumentError, CheckpointError, UnknownIdError
 from tgt_fast.explore import Synthetic
+from tgt_fast.explore.by_class import ByClass
 from tgt_fast.explore.counters import checked_step
 from tgt_fast.explore.options import SamplerOptions
 from tgt_fast.kernels.options import MAX_REPLICA
@@ -58,6 +59,11 @@ class StoredReplay:
         self.replicas = _checks.integer(OP, "replicas", replicas, 1, MAX_REPLICA)
         known = {one.name for one in fields(SamplerOptions)}
         made_with = {name: value for name, value in data.fingerprint.parts.items() if name in known}
+        made_with |= {
+            name: ByClass.of_text(value)
+            for name, value in made_with.items()
+            if name in ("sigma", "anchors") and str(value).startswith("(")
+        }
         self.options = SamplerOptions(**made_with)  # of the sampler that made the rows
         self.mode = self.options.mode
         keys = data.keys.numpy()
@@ -105,7 +111,7 @@ class StoredReplay:
         z = found.latents if found.latents is not None else Latents(torch.empty(len(rows), 0, device="cpu"))
         ids = found.keys[:, 0]
         x, z, logits, ids = to_device((found.x, z, found.labels, ids), device)
-        anchored = self.mode != "prior" and self.options.anchors != "balanced"
+        anchored = self.mode != "prior" and not self.options.pooled
         return Synthetic(x, z, logits, self.mode, ids, ids if anchored else None)
 
     def _found(self, ids: Any) -> Any:

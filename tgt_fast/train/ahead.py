@@ -10,6 +10,7 @@ from torch import Tensor
 from tgt_fast._ranges import named_range
 from tgt_fast.errors import ArgumentError
 from tgt_fast.explore.ahead import Ahead, check_ahead
+from tgt_fast.explore.by_class import label_argument
 from tgt_fast.explore.prefetch import MOST, ReadingAhead
 from tgt_fast.explore.replay import SyntheticReplay
 from tgt_fast.explore.sampler import LatentSampler
@@ -139,8 +140,9 @@ class StepsAhead:
         run = self._run
         if not self._objective.begun(run.result.steps + at):
             return
-        for (ids, x, _), copies in zip(self._groups[at], self._copies[at], strict=True):
+        for (ids, x, y), copies in zip(self._groups[at], self._copies[at], strict=True):
             call: dict[str, Any] = {"sample_ids": ids, "step": run.result.steps + at}
+            call |= label_argument(self._objective.sampler, y, tree.batch_size(x), tree.first_device(x))
             if copies is not None:
                 call["occurrence"] = copies
             with run.precision():

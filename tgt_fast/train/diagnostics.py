@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tgt_fast.errors import ShapeError
 from tgt_fast.explore import LatentSampler, SyntheticReplay
+from tgt_fast.explore.by_class import label_argument
 from tgt_fast.explore.student import student_logits
 from tgt_fast.explore.twin import twin
 from tgt_fast.losses.distill import DistillationLoss
@@ -128,11 +129,17 @@ def _reconstruction_error(teacher: Teacher, x: Any) -> float | None:
 
 
 def ascent(
-    sampler: LatentSampler | SyntheticReplay, student: nn.Module, x: Any, *, steps: int, step_size: float
+    sampler: LatentSampler | SyntheticReplay,
+    student: nn.Module,
+    x: Any,
+    y: Tensor | None = None,
+    *,
+    steps: int,
+    step_size: float,
 ) -> tuple[float, ...]:
     """The mean disagreement of student and labeler before each of so many steps up it, and after the last.
 
-    From the examples x plus the sampler's noise, whatever its mode; the sampler itself is left as it is.
+    From the examples x, of classes y, plus the sampler's noise, whatever its mode; the sampler itself is left as it is.
     """
     climber = twin(
         sampler, mode="gradient", steps=steps, step_size=step_size, radius=None, anchors="batch", replicas=1,
@@ -140,5 +147,5 @@ def ascent(
     )  # fmt: skip
     if climber.options.needs_scale and climber.scale is None:
         climber.calibrate([x], progress=False)
-    climber(x, student=student)
+    climber(x, student=student, **label_argument(climber, y, tree.batch_size(x), tree.first_device(x)))
     return tuple(value if math.isfinite(value) else math.nan for value in climber.last_disagreement)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tgt_fast._ranges import named_range
 from tgt_fast.errors import ArgumentError
+from tgt_fast.explore.by_class import label_argument
 from tgt_fast.explore.repeats import occurrences_over
 from tgt_fast.explore.student import refuse_labeler, student_logits
 from tgt_fast.kernels.late import is_on
@@ -26,6 +27,7 @@ from tgt_fast.teacher.teacher import Opinion
 from tgt_fast.train.cached import Known
 from tgt_fast.train.kept import Kept, ObjectiveOutput, Parts
 from tgt_fast.train.opinions import real_of, soft_part
+from tgt_fast.train.synthetic_weights import WeightOf, check_weight, made_of, weights_of
 from tgt_fast.train.terms import Seen, Terms, Watch, one_opinion, share_of
 
 if TYPE_CHECKING:
@@ -55,7 +57,9 @@ class TGTObjective(Kept):
             :class:`tgt_fast.long_tail.LatentMixUp`; None leaves the third term out (plain distillation).
         loss: l_d and the hard term, with reduction "mean";
             ``DistillationLoss(temperature=2.0, hard_weight=1.0)`` by default.
-        synthetic_weight: factor of the third term, >= 0. With 0 the sampler is not called.
+        synthetic_weight: factor of the third term, >= 0. With 0 the sampler is not called. Or a function of the
+            :class:`Synthetic` examples, which returns a factor >= 0 for each, (m,), or one for all: the third term is
+            then ``1/m sum_j w_j l_d(f(x~_j), h(x~_j))``.
         count_group: None; or "world", or a process group of ``torch.distributed``, over which n and m are counted, both
             in one ``all_reduce`` a call: what DistributedDataParallel and FSDP2 average is then the gradient of the one
             R(f) of all processes, and the mean of their losses is R(f). By default that of ``loss``. :func:`fit` sets
@@ -107,7 +111,7 @@ class TGTObjective(Kept):
         sampler: LatentSampler | SyntheticReplay | LatentMixUp | None = None,
         *,
         loss: DistillationLoss | None = None,
-        synthetic_weight: float = 1.0,
+        synthetic_weight: float | Tensor | WeightOf = 1.0,
         count_group: Any = None,
         logits_of: LogitsOf = None,
         cache: TeacherCache | EnsembleCache | None = None,
@@ -149,7 +153,7 @@ class TGTObjective(Kept):
                 f"TGTObjective: the loss must have reduction='mean' and return_stats=False, got {self.loss}"
             )
         check_logits_of("TGTObjective", self.logits_of)
-        _checks.number("TGTObjective", "synthetic_weight", self.synthetic_weight, 0, sys.float_info.max, late=True)
+        check_weight("TGTObjective", self.synthetic_weight)
         if self.sampler is not None and not is_on(options.soft_weight):
             raise ArgumentError(
                 "TGTObjective: a loss with soft_weight=0 ignores synthetic examples; leave the sampler out"
@@ -256,14 +260,18 @@ class TGTObjective(Kept):
         made = synthetic
         if begun and (made is None or not is_on(self.synthetic_weight)):
             given = {"occurrence": occurrence, "logits_of": logits_of, "latents": latents}
+            given |= label_argument(self.sampler, y, logits.shape[0], logits.device)
             made = self._explored(student, x, sample_ids, step, given)
+        nothing = made is not None and not made.teacher_logits.shape[0]  # replicas by class may ask for none
+        if nothing:
+            made = None
         if made is not None:
             watch.ours(None)  # what exploring left
             with named_range("student (synthetic)"):
                 view = self.teacher.student_view(made.x)
                 synthetic_logits = student_logits("TGTObjective", student, view, logits_of, class_dim)
         if real is None:
-            drawn = None if made is None else synthetic_logits
+            drawn = (logits[:0] if nothing else None) if made is None else synthetic_logits
             counts = self._counts(options, group, logits, y, sample_weight, drawn, normalizer, synthetic_normalizer)
             normalizer, synthetic_normalizer = counts
             with named_range("loss"):
@@ -277,16 +285,18 @@ class TGTObjective(Kept):
                 theirs: tuple[Opinion, ...] = (Opinion(made.teacher_logits, None),)
                 if opinions[0].weight is not None:
                     theirs = self.teacher.opinions(made.x)
-                term = self._soft(options, synthetic_logits, theirs, None, synthetic_normalizer)
-                term = self.synthetic_weight * term
+                shape, weight = synthetic_logits.shape[:-1], self.synthetic_weight
+                factor, weights = weights_of("TGTObjective", weight, made, shape, logits.device)
+                if weights is not None and synthetic_normalizer is None:
+                    synthetic_normalizer = float(math.prod(shape))
+                term = factor * self._soft(options, synthetic_logits, theirs, weights, synthetic_normalizer)
             loss, of_made = loss + term, term.detach()
             if self._beside.terms:
-                share = share_of(options, synthetic_logits, None, None, synthetic_normalizer)
+                share = share_of(options, synthetic_logits, None, weights, synthetic_normalizer)
                 ours_made = watch.ours(tree.batch_size(made.x)) if self._beside.sees("synthetic") else {}
                 theirs_made = self._features_of_labeler(watch, made.x, "synthetic", ran=False)
                 also = Seen(
-                    synthetic_logits, one_opinion(theirs), None, None, ours_made, theirs_made,
-                    self.synthetic_weight * share,
+                    synthetic_logits, one_opinion(theirs), None, weights, ours_made, theirs_made, factor * share
                 )  # fmt: skip
         parts: dict[str, Tensor] = {"hard": hard, "soft": soft, "synthetic": of_made}
         if self._beside.terms:
@@ -384,12 +394,12 @@ class TGTObjective(Kept):
             anything from it.
         """
         counts: list[Tensor] = []
-        examples = 0
+        examples: int | Tensor = 0
         for batch in checked_batches("TGTObjective", batches, columns):
-            rows = tree.batch_size(batch.x)
-            examples += rows
+            rows, device = tree.batch_size(batch.x), tree.first_device(batch.x)
+            examples = examples + made_of(self.sampler, rows, batch.y, device)
             if batch.y is None:
-                counts.append(torch.tensor(rows, device=tree.first_device(batch.x)))
+                counts.append(torch.tensor(rows, device=device))
             else:
                 y = batch.y
                 if y.is_floating_point():  # shares of the classes, which drop no row
@@ -398,7 +408,7 @@ class TGTObjective(Kept):
         if not counts:
             raise ArgumentError("TGTObjective: normalizers needs a batch at least")
         real = torch.stack(counts).sum()
-        made = torch.full_like(real, examples * (1 if self.sampler is None else self.sampler.options.replicas))
+        made = torch.as_tensor(examples).to(real)
         group = self._group()
         if group is None:
             return real.to(torch.float32), made.to(torch.float32)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tgt_fast._png import png
 from tgt_fast._rng import isolated_rng
 from tgt_fast.explore import LatentSampler, SyntheticReplay
+from tgt_fast.explore.by_class import label_argument
 from tgt_fast.explore.twin import twin
 from tgt_fast.losses.distill import DistillationLoss
 from tgt_fast.teacher import Teacher, tree
@@ -63,7 +64,7 @@ def probe(
     with isolated_rng(), eval_mode(student):
         made = {
             "pictures": _tried(lambda: _pictures(sampler, student, ids, x, y)),
-            "ascent": _tried(lambda: _ascend(sampler, student, x)),
+            "ascent": _tried(lambda: _ascend(sampler, student, x, y)),
             "sources": _tried(lambda: _sources(sampler, student, ids, x, y, soft)),
         }
         if replay is not None:
@@ -82,14 +83,17 @@ def _first(part: Any, count: int) -> Any:
     return tree.map_batched(lambda leaf: leaf[:count], part)
 
 
-def _explored(sampler: LatentSampler, student: nn.Module, ids: Tensor | None, x: Any, **changes: Any) -> Any:
+def _explored(
+    sampler: LatentSampler, student: nn.Module, ids: Tensor | None, x: Any, y: Tensor | None, **changes: Any
+) -> Any:
     made = twin(sampler, **changes)
     if made.options.needs_scale and made.scale is None:
         made.calibrate([x], progress=False)
     if made.mode == "persistent" and ids is None:
         ids = torch.arange(tree.batch_size(x))
     with torch.enable_grad():
-        return tree.detach(made(x, student=student, sample_ids=ids).x)
+        of_rows = label_argument(made, y, tree.batch_size(x), tree.first_device(x))
+        return tree.detach(made(x, student=student, sample_ids=ids, **of_rows).x)
 
 
 def _sources(
@@ -99,19 +103,19 @@ def _sources(
     sources: dict[str, tuple[Any, Tensor | None]] = {"real": (x, y)}
     with torch.no_grad():
         sources["reconstruction"] = (teacher.decode(teacher.encode(x)), None)
-    sources[f"synthetic, {sampler.mode}"] = (_explored(sampler, student, ids, x), None)
+    sources[f"synthetic, {sampler.mode}"] = (_explored(sampler, student, ids, x, y), None)
     for mode in ("random", "gradient"):  # to compare with
         if mode != sampler.mode and sampler.mode != "prior":
-            sources[mode] = (_explored(sampler, student, ids, x, mode=mode, record_disagreement=False), None)
+            sources[mode] = (_explored(sampler, student, ids, x, y, mode=mode, record_disagreement=False), None)
     return [
         dataclasses.asdict(measured(name, made, labels, teacher, student, x, loss, sampler.options.logits_of))
         for name, (made, labels) in sources.items()
     ]
 
 
-def _ascend(sampler: LatentSampler, student: nn.Module, x: Any) -> dict[str, Any]:
+def _ascend(sampler: LatentSampler, student: nn.Module, x: Any, y: Tensor | None) -> dict[str, Any]:
     size = sampler.step_size if sampler.mode in ("gradient", "persistent") else ASCENT_STEP_SIZE
-    values = ascent(sampler, student, x, steps=ASCENT_STEPS, step_size=size)
+    values = ascent(sampler, student, x, y, steps=ASCENT_STEPS, step_size=size)
     return {"step_size": size, "units": sampler.units, "values": list(values)}
 
 
@@ -124,12 +128,13 @@ def _pictures(
     x = tree.take(x, rows)
     ids = None if ids is None else ids[rows.to(ids.device)]
     teacher = sampler.teacher
-    made = _explored(sampler, student, ids, x, anchors="batch", replicas=1)
+    labels = None if y is None or y.ndim != 1 else y[rows.to(y.device)]
+    made = _explored(sampler, student, ids, x, labels, anchors="batch", replicas=1)
     batches = {"anchor": x, "reconstruction": teacher.decode(teacher.encode(x)), f"synthetic, {sampler.mode}": made}
     kinds = {name: _shown(teacher, of_name, x) for name, of_name in batches.items()}
     if any(shown is None for shown in kinds.values()):
         return {"error": "examples of this kind are neither images nor texts"}
-    known = None if y is None or y.ndim != 1 else y[rows.to(y.device)].tolist()
+    known = None if labels is None else labels.tolist()
     lines = []
     for name, shown in kinds.items():
         opinions = _opinions(teacher.label(batches[name]), known)

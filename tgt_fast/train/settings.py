@@ -9,6 +9,7 @@ from torch import nn
 
 from tgt_fast._processes import place
 from tgt_fast.train.run import Run
+from tgt_fast.train.synthetic_weights import shown
 
 _GROUP: Final = ("lr", "weight_decay", "momentum", "betas", "eps")  # of an optimizer's first group of parameters
 _LONG: Final = 300  # characters
@@ -20,7 +21,7 @@ def settings_of(run: Run, **options: Any) -> dict[str, str]:
     found = {"student": f"{type(model).__name__}, {_parameters(model)}", "objective": type(objective).__name__}
     for name in ("loss", "synthetic_weight", "sampler"):
         if (part := getattr(objective, name, None)) is not None:
-            found[name.replace("_", " ")] = str(part)
+            found[name.replace("_", " ")] = shown(part) if name == "synthetic_weight" else str(part)
     if (teacher := getattr(objective, "teacher", None)) is not None:
         parts = ", ".join(
             f"{name} {type(part).__name__}"

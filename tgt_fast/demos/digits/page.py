@@ -9,6 +9,7 @@ from tgt_fast.demos.digits import findings
 from tgt_fast.demos.digits.data import CLASSES
 from tgt_fast.demos.digits.findings import LABELS
 from tgt_fast.demos.digits.models import student
+from tgt_fast.demos.digits.recipes import RECIPES
 from tgt_fast.demos.digits.results import PACKAGES, DemoResult, learning_curve, sample_factors
 from tgt_fast.demos.digits.settings import BASELINES, METHODS
 from tgt_fast.demos.networks import parameter_count
@@ -49,7 +50,8 @@ _SOURCE_COLORS = {
 def main_table(result: DemoResult) -> MainTable:
     """The main table, one row a method."""
     title = f"Test accuracy in percent: 897 digits, {sum(result.counts)} labelled"
-    return accuracy_table(result, title, LABELS, METHODS, BASELINES)
+    labels = LABELS | {name: RECIPES[name].label for name in result.recipes}
+    return accuracy_table(result, title, labels, (*METHODS, *result.recipes), BASELINES)
 
 
 def write_page(result: DemoResult, folder: Path) -> Path:

@@ -26,6 +26,7 @@ class DemoResult(AccuracyResults[StudentResult]):
     teachers: tuple[TeacherQuality, ...]  # one a seed
     diagnostics: tuple[Diagnostics, ...]  # one a seed
     curve: tuple[StudentResult, ...]  # students of other numbers of labels, for --curve
+    recipes: tuple[str, ...] = ()  # methods beside the demo's own, for --with
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def as_json(result: DemoResult) -> dict[str, Any]:
                 "accuracy": summary(result.numbers(method, "accuracy")),
                 **{name: result.mean(method, name) for name in means},
             }
-            for method in METHODS
+            for method in (*METHODS, *result.recipes)
         },
         **provenance(result, PACKAGES),
         "teacher": {

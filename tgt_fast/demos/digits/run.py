@@ -9,9 +9,11 @@ from functools import partial
 
 from tgt_fast._threads import cores
 from tgt_fast.demos.digits import diagnostics, teachers
+from tgt_fast.demos.digits.cooking import train_recipe
 from tgt_fast.demos.digits.data import Images, class_counts, load_digits, long_tailed
 from tgt_fast.demos.digits.diagnostics import Diagnostics
 from tgt_fast.demos.digits.methods import StudentResult, train_student
+from tgt_fast.demos.digits.recipes import RECIPES
 from tgt_fast.demos.digits.results import DemoResult
 from tgt_fast.demos.digits.settings import BASELINES, METHODS, Settings
 from tgt_fast.demos.digits.teachers import TeacherQuality, TeacherWeights
@@ -19,6 +21,7 @@ from tgt_fast.demos.networks import Weights
 from tgt_fast.demos.progress import Progress
 from tgt_fast.demos.results import checked_seeds, in_order
 from tgt_fast.demos.workers import Crew, crew
+from tgt_fast.errors import ArgumentError
 
 CURVE_FACTORS = (0.25, 0.5, 2.0, 4.0, 8.0, 1000.0)  # times the labels of the main experiment; the last: all 900
 CURVE_METHODS = ("one-hot", "distillation", "tgt-gradient")
@@ -39,10 +42,11 @@ class _Seed:
 
 class _Run:
     def __init__(
-        self, workers: Crew, pool: Images, test: Images, settings: Settings, curve: bool, progress: Progress
-    ) -> None:
+        self, workers: Crew, pool: Images, test: Images, settings: Settings, curve: bool, progress: Progress,
+        recipes: Sequence[str],
+    ) -> None:  # fmt: skip
         self.crew, self.pool, self.test, self.settings = workers, pool, test, settings
-        self.with_curve, self.progress = curve, progress
+        self.with_curve, self.progress, self.recipes = curve, progress, recipes
         self.seeds: dict[int, _Seed] = {}
         self.students: list[StudentResult] = []
         self.curve: list[StudentResult] = []
@@ -54,7 +58,7 @@ class _Run:
     def start(self, seeds: Sequence[int]) -> None:
         self.totals = {
             "teachers": 2 * len(seeds),
-            "students": len(METHODS) * len(seeds),
+            "students": (len(METHODS) + len(self.recipes)) * len(seeds),
             "diagnostics": len(seeds),
         }
         if self.with_curve:
@@ -88,7 +92,7 @@ class _Run:
         state.teacher = TeacherWeights(*state.vae, state.labeler)
         self.qualities.append(teachers.quality(state.teacher.build(self.settings), self.test, seed))
         counts = class_counts()
-        for method in _BY_LENGTH:
+        for method in (*_BY_LENGTH, *self.recipes):
             self._train(method, counts, seed, self._student)
         if self.with_curve:
             for factor in CURVE_FACTORS[::-1]:
@@ -134,8 +138,9 @@ def student_task(
     settings: Settings,
     seed: int,
 ) -> StudentResult:
-    """``train_student`` in a worker process."""
-    return train_student(method, teacher.build(settings), images, test, counts, settings, seed)
+    """``train_student``, or ``train_recipe``, in a worker process."""
+    train = train_student if method in METHODS else train_recipe
+    return train(method, teacher.build(settings), images, test, counts, settings, seed)
 
 
 def diagnose_task(
@@ -150,11 +155,24 @@ def diagnose_task(
     return diagnostics.diagnose(teacher.build(settings), images, test, students, settings, seed)
 
 
+def checked_recipes(names: Sequence[str]) -> tuple[str, ...]:
+    """The recipes of these names, each once; "all": every one.
+
+    Raises:
+        ArgumentError: there is none of a name.
+    """
+    unknown = [name for name in names if name != "all" and name not in RECIPES]
+    if unknown:
+        raise ArgumentError(f"there is no recipe {unknown[0]!r}; there are {', '.join(RECIPES)}, and all")
+    return tuple(RECIPES) if "all" in names else tuple(dict.fromkeys(names))
+
+
 def run_demo(
     seeds: Sequence[int] = (0, 1, 2),
     settings: Settings | None = None,
     *,
     curve: bool = False,
+    recipes: Sequence[str] = (),
     workers: int | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> DemoResult:
@@ -164,18 +182,19 @@ def run_demo(
         seeds: of the teachers, the students and the choice of labelled examples; the test images are always the same.
         settings: hyper-parameters; by default those chosen on the validation split.
         curve: also train on fewer and on more labelled examples.
+        recipes: names in :data:`tgt_fast.demos.digits.recipes.RECIPES`, to train by, too.
         workers: processes; by default one a core, at most 8; 0: none but this one. The numbers do not depend on it.
         progress: called as ``progress(phase, done, total)``.
 
     Raises:
-        ArgumentError: no seeds, or one twice.
+        ArgumentError: no seeds, or one twice; an unknown recipe.
     """
-    seeds = checked_seeds(seeds)
+    seeds, recipes = checked_seeds(seeds), checked_recipes(recipes)
     settings = Settings() if settings is None else settings
     started = time.perf_counter()
     pool, test = load_digits()
     with crew(min(cores(), 8) if workers is None else workers) as team:
-        run = _Run(team, pool, test, settings, curve, progress)
+        run = _Run(team, pool, test, settings, curve, progress, recipes)
         run.start(seeds)
         team.finish()
     order = {seed: place for place, seed in enumerate(seeds)}
@@ -184,7 +203,8 @@ def run_demo(
         seeds=seeds,
         counts=tuple(class_counts()),
         teachers=tuple(sorted(run.qualities, key=lambda teacher: order[teacher.seed])),
-        students=in_order(run.students, METHODS, seeds),
+        students=in_order(run.students, (*METHODS, *recipes), seeds),
+        recipes=recipes,
         diagnostics=tuple(sorted(run.diagnostics, key=lambda found: order[found.seed])),
         curve=tuple(sorted(run.curve, key=lambda s: (s.method, s.labels, order[s.seed]))),
         seconds=time.perf_counter() - started,
