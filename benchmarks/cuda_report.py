@@ -222,7 +222,7 @@ def report_model(library: Path | None, jobs: int, save: bool, target: Path | Non
     for line in cuda_model.lines(found):
         print(line)
     missed = [one.title for one in found if one.missed]
-    print(f"{len(found)} cases, {len(missed)} of them below their bars" + "".join(f"\n  {title}" for title in missed))
+    print(f"{len(found)} cases, {len(missed)} of them below their bars" + "".join(f"; {title}" for title in missed))
     rows = [asdict(one) for one in found]
     if target:
         target.write_text(json.dumps(rows, indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -124,6 +125,17 @@ def test_the_cases_are_laid_as_the_sources_say(modules: dict[str, ModuleType]) -
     assert max(one.blocks for one in found) == 8
 
 
+def test_the_committed_report_says_what_the_loss_takes() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "cuda-model.json").read_text())["rows"]
+    of_loss = [row for row in rows if row["bench"][0] == "distill"]
+    assert len(of_loss) == 15
+    assert [row["title"] for row in of_loss if row["percent"][0] < row["bar"]] == []
+    for row in of_loss:
+        if row["bench"][1] == "forward_kl + CE":
+            assert row["outside"]["instructions"] <= 500, row["title"]
+            assert sum(each["special"] for each in row["passes"]) < 5, row["title"]  # no third exponential
+
+
 def test_a_missed_bar_is_the_exit_status(
     modules: dict[str, ModuleType],
     reader: ModuleType,
@@ -136,7 +148,7 @@ def test_a_missed_bar_is_the_exit_status(
         monkeypatch.setattr(report, "modelled", lambda library, jobs, found=found: [found])
         monkeypatch.setattr(sys, "argv", ["cuda_report.py", "--model"])
         assert report.main() == status
-        first, summary, *_ = capsys.readouterr().out.splitlines()
+        first, summary = capsys.readouterr().out.splitlines()
         assert first.startswith("tiny: ")
         assert ("<--" in first) == bool(status)
-        assert summary == f"1 cases, {status} of them below their bars"
+        assert summary == f"1 cases, {status} of them below their bars" + "; tiny" * status
