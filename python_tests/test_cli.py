@@ -182,15 +182,22 @@ def test_demo_passes_its_options_on(
 
     asked: list[tuple[Any, ...]] = []
 
-    def stop(seeds: Any, settings: Settings, *, curve: bool, progress: Any) -> None:
-        asked.append((list(seeds), settings.steps < Settings().steps, curve))
+    def stop(seeds: Any, settings: Settings, *, curve: bool, progress: Any, recipes: Any = ()) -> None:
+        asked.append((list(seeds), settings.steps < Settings().steps, curve, *recipes))
         raise TgtError("stopped")
 
     monkeypatch.setattr(run, "run_demo", stop)
     out = ["--out", str(tmp_path)]
-    for arguments in ([], ["--quick"], ["--curve", "--seeds", "4,2"], ["--quick", "--seeds", "7"]):
+    with_two = ["--with", "dist", "--with", "tgt-tail"]
+    for arguments in ([], ["--quick"], ["--curve", "--seeds", "4,2"], ["--quick", "--seeds", "7"], with_two):
         assert status("demo", "digits", *out, *arguments) == 1
-    assert asked == [([0, 1, 2], False, False), ([0], True, False), ([4, 2], False, True), ([7], True, False)]
+    assert asked == [
+        ([0, 1, 2], False, False), ([0], True, False), ([4, 2], False, True), ([7], True, False),
+        ([0, 1, 2], False, False, "dist", "tgt-tail"),
+    ]  # fmt: skip
+    capsys.readouterr()
+    assert status("demo", "digits", *out, "--with", "nothing") == 1
+    assert "there is no recipe 'nothing'" in capsys.readouterr().err
 
 
 def test_a_tiny_demo_from_the_command_line(

@@ -56,7 +56,7 @@ def run_command(
     options: dict[str, Any] = {}
     if demo.with_curve:
         options["curve"] = curve
-    if demo.with_recipes:
+    if demo.with_recipes and recipes:
         options["recipes"] = run.checked_recipes(recipes)
     if demo.with_cache:
         options["artifacts"] = Artifacts(cache_folder() if cache else None)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from tgt_fast import losses
 from tgt_fast.demos.digits import models
 from tgt_fast.demos.digits.recipe import Kitchen, Recipe, loss_of
+from tgt_fast.long_tail import log_priors
+from tgt_fast.train import TGTObjective
 
 HIDDEN: Final = 24  # of the student, before its last layer
 
@@ -81,16 +83,25 @@ def _option(label: str, **options: Any) -> Recipe:
     """The distillation loss with other options."""
 
     def objective(kitchen: Kitchen) -> Any:
-        from tgt_fast.train import TGTObjective
-
         return TGTObjective(kitchen.teacher, None, loss=loss_of(kitchen, **options))
 
     return Recipe("options of the distillation loss", label, objective)
 
 
+def _biased(kitchen: Kitchen) -> Any:
+    """Logit adjustment of student and teacher, in the soft and the hard term."""
+    prior = log_priors(kitchen.counts).float()
+    return TGTObjective(kitchen.teacher, None, loss=loss_of(kitchen, student_bias=prior, teacher_bias=prior))
+
+
 LOSS_RECIPES: Final[dict[str, Recipe]] = {
     "reverse-kl": _option("reverse KL", divergence="reverse_kl"),
     "jsd": _option("Jensen-Shannon", divergence="jsd"),
+    "standardized": _option("logit standardisation", standardize=True),
+    "decoupled": _option("decoupled (DKD)", decoupled=(1.0, 8.0)),
+    "skew": _option("skew KL", skew=0.1),
+    "corrected": _option("label-corrected teacher", correct_teacher=0.2),
+    "biased": Recipe("options of the distillation loss", "both sides' logits adjusted", _biased),
     "dist": _instead("DIST", losses.DIST, 2.0),
     "nkd": _instead("NKD", losses.NKD),
     "wttm": _instead("WTTM", losses.WTTM, 2.0),
