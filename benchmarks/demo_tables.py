@@ -24,6 +24,7 @@ GLYPHS_NAMES = {
     "distillation-augmented": "distillation + best input augmentation",
     "tgt-prior": "teacher-guided, prior",
     "tgt-random": "teacher-guided, random",
+    "tgt-random-tail": "teacher-guided, random, tail-aware",
     "tgt-gradient": "teacher-guided, gradient",
     "tgt-random-replay": "teacher-guided, random, replay",
     "tgt-gradient-replay": "teacher-guided, gradient, replay",

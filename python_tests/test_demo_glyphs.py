@@ -186,6 +186,13 @@ def test_balanced_rows_meet_each_class_alike(split: data.Split) -> None:
     assert all(torch.equal(x[1], y[1]) and torch.equal(x[2], images.y[x[0]]) for x, y in zip(a, b, strict=True))
 
 
+def test_rare_classes_are_explored_more_often_and_further(split: data.Split) -> None:
+    images = long_tailed(split.pool.images, [4, *[1] * 35], seed=0)
+    options = methods.by_class(images, Settings(tail_weight=0.5, tail_sigma=0.3, sigma=2.0))
+    assert options["anchors"].tolist() == pytest.approx([0.5, *[1.0] * 35])
+    assert options["sigma"].tolist() == pytest.approx([2.0, *[2.6] * 35])
+
+
 @pytest.mark.parametrize(
     "augmentation",
     [Augmentation(warp=1.0), Augmentation(elastic=0.1, weight=0.8), Augmentation(warp=0.5, mixup=True, noise=0.1)],

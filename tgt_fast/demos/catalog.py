@@ -38,7 +38,7 @@ DEMOS = {
         Demo(
             "glyphs",
             "a small convolutional student learns the letters and digits of typefaces from 312 labels (needs [glyphs])",
-            "Draw the letters and digits of the installed font packages, train a convolutional teacher and, in nine "
+            "Draw the letters and digits of the installed font packages, train a convolutional teacher and, in ten "
             "ways, a student that is tested on families the teacher has not seen; write a report.",
             "one seed and half of the steps: less than two minutes",
             {"PIL": "pillow", "matplotlib": "matplotlib"},

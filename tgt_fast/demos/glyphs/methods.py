@@ -16,7 +16,7 @@ from tgt_fast.demos.digits.methods import Objective, OneHot, StudentResult, accu
 from tgt_fast.demos.digits.models import seeded
 from tgt_fast.demos.digits.teachers import cosine
 from tgt_fast.demos.glyphs import models
-from tgt_fast.demos.glyphs.data import Balanced, BalancedBatches
+from tgt_fast.demos.glyphs.data import CLASSES, Balanced, BalancedBatches
 from tgt_fast.demos.glyphs.settings import BASELINES, Settings
 from tgt_fast.explore import LatentSampler, SyntheticReplay
 from tgt_fast.losses.distill import DistillationLoss
@@ -67,6 +67,16 @@ def sampler(method: str, teacher: Teacher, settings: Settings, seed: int, **opti
     return LatentSampler(teacher, **{**chosen, **options})
 
 
+def by_class(images: Images, settings: Settings) -> dict[str, Any]:
+    """Options of a sampler that looks after the tail: rare classes are anchors more often, and explored further."""
+    counts = images.y.bincount(minlength=CLASSES).clamp(min=1).double()
+    rarity = 1 - counts.log() / counts.log().max().clamp(min=1e-9)  # 0 for the most frequent, 1 for a single image
+    return {
+        "anchors": counts**-settings.tail_weight,
+        "sigma": settings.sigma * (1 + settings.tail_sigma * rarity),
+    }
+
+
 def objective(
     method: str, teacher: Teacher, images: Images, settings: Settings, seed: int, cache: TeacherCache
 ) -> Objective:
@@ -81,7 +91,8 @@ def objective(
         augmentation = settings.mixup if method == "distillation-mixup" else settings.augmentation
         draw = Balanced(images, seed) if method in settings.balanced else None
         return Augmented(teacher, augmentation, real, images, draw, seed)
-    explorer = sampler(method, teacher, settings, seed)
+    options = by_class(images, settings) if method.endswith("-tail") else {}
+    explorer = sampler(method, teacher, settings, seed, **options)
     if explorer.options.mode != "prior":
         explorer.calibrate([(images.x, images.y)], progress=False)
     served: LatentSampler | SyntheticReplay = explorer

@@ -26,6 +26,7 @@ COLORS = {
     "distillation-augmented": "#d9782d",
     "tgt-prior": "#8fc1d4",
     "tgt-random": "#2a9d8f",
+    "tgt-random-tail": "#4f7f3f",
     "tgt-gradient": "#1d4e89",
     "tgt-random-replay": "#7bbf6a",
     "tgt-gradient-replay": "#7b5ea7",
@@ -252,6 +253,10 @@ def _setup(page: Page, result: DemoResult) -> None:
             ["classes drawn uniformly, without TGT", even],
             ["augmentation", str(s.augmentation)],
             ["TGT: noise", f"{s.sigma:g}; prior: {s.prior_sigma:g} of its own"],
+            [
+                "TGT tail-aware",
+                f"anchors by n^-{s.tail_weight:g}, noise up to {100 * s.tail_sigma:.0f} % more for a single image",
+            ],
             ["TGT gradient", f"{s.ascent_steps} step of {s.step_size:g}"],
             ["TGT random, gradient: anchors", anchors],
             [

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from tgt_fast.demos.glyphs.augment import Augmentation
 
 BASELINES = ("one-hot", "distillation", "distillation-mixup", "distillation-augmented")
-TGT_METHODS = ("tgt-prior", "tgt-random", "tgt-gradient", "tgt-random-replay", "tgt-gradient-replay")
+TGT_METHODS = ("tgt-prior", "tgt-random", "tgt-random-tail", "tgt-gradient", "tgt-random-replay", "tgt-gradient-replay")
 METHODS = BASELINES + TGT_METHODS
 BEST_TGT = "tgt-gradient-replay"  # the best of them in tuning: the one that is compared
 
@@ -47,6 +47,8 @@ class Settings:
     step_size: float = 1.0
     ascent_steps: int = 1
     anchors: str = "balanced"
+    tail_weight: float = 0.25  # anchors by n^-this, of a class of n labelled images; 0: balanced
+    tail_sigma: float = 0.3  # so much more noise, as a share, for a class of one image, in proportion to log n
     reuse: int = 4
     candidates: int = 4
     evaluations: int = 6  # points of a learning curve
