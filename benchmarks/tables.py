@@ -19,14 +19,27 @@ from typing import Any
 import scaling_tables
 from demo_tables import digits, docstrings, glyphs, glyphs_line, lm, methods, replay, retrieval, tail
 from model_table import model
-from op_tables import cache, contrast, cuda, distill, explore, gpu, latent, linear, tokens, topk, vocab_parallel
+from op_tables import (
+    cache,
+    contrast,
+    cuda,
+    distill,
+    explore,
+    gpu,
+    latent,
+    linear,
+    listwise,
+    tokens,
+    topk,
+    vocab_parallel,
+)
 from step_tables import step
 from table_parts import grid, measured, ms, times
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
-GPU_OPS = ("distill", "linear", "topk", "latent", "tokens", "explore", "contrast", "step")
+GPU_OPS = ("distill", "linear", "topk", "latent", "tokens", "explore", "contrast", "listwise", "step")
 NOT_YET = {f"{noun}-cuda": "*Not yet measured on a GPU.*" for noun in GPU_OPS}
 NOT_YET["gpu-cuda"] = "*Nothing has run on a GPU yet.*"
 
@@ -62,6 +75,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cache-cpu": cache,
     "tokens-cpu": tokens,
     "contrast-cpu": contrast,
+    "listwise-cpu": listwise,
     "step-cpu": step,
     "vocab-parallel-cpu": vocab_parallel,
     "distill-cuda": cuda,
@@ -71,6 +85,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "tokens-cuda": cuda,
     "explore-cuda": explore,
     "contrast-cuda": contrast,
+    "listwise-cuda": cuda,
     "step-cuda": step,
     "gpu-cuda": gpu,
     "cuda-model": model,
@@ -115,6 +130,7 @@ _KERNELS = {
     "... against a top-k record": ("yes", "-"),
     "`linear_distillation_loss`, `contrastive_distillation_loss`": ("yes", "yes"),
     "`perturb_latents`, `ascend_latents`": ("yes", "yes"),
+    "`listwise_distillation_loss`": ("-", "yes"),
     "`sample_tokens`": ("yes", "-"),
     "`soft_embedding`": ("-", "yes"),
 }

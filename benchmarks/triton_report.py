@@ -32,6 +32,8 @@ from tgt_fast.kernels.options import DIVERGENCES
 from tgt_fast.kernels.triton.distill import grain_of
 from tgt_fast.kernels.triton.tuning import (
     LATENT_REGISTERS,
+    LISTWISE_BLOCK,
+    LISTWISE_WARPS,
     SOFT_REGISTERS,
     SoftPlan,
     elementwise_plan,
@@ -219,6 +221,16 @@ def soft_jobs(architecture: str) -> Iterator[Job]:
     )  # fmt: skip
 
 
+def listwise_jobs(architecture: str) -> Iterator[Job]:
+    """With the gradient, by the student's type."""
+    names = ("weights", "suffix")
+    for kind in ("fp32", "bf16"):
+        pointers = dict.fromkeys(names, "fp32") | dict.fromkeys(("student", "d_student"), kind)
+        pointers |= {"order": "i64", "factor": "fp64", "loss": "fp64"}
+        constants = {"WANT_D": True, "IS_FP64": False, "BLOCK": LISTWISE_BLOCK}
+        yield Job("listwise_kernels", "listwise_kernel", architecture, kind, pointers, constants, LISTWISE_WARPS)
+
+
 def compile_job(job: Job) -> Row:
     """Compiles it, in a process of its own pool, and reads the machine code's resources."""
     import importlib
@@ -311,7 +323,7 @@ def main() -> int:
     jobs = [
         job
         for architecture in args.arch or (FULL if args.full else DEFAULT)
-        for source in (distill_jobs, small_jobs, latent_jobs, soft_jobs)
+        for source in (distill_jobs, small_jobs, latent_jobs, soft_jobs, listwise_jobs)
         for job in source(architecture)
     ]
     with ProcessPoolExecutor(args.jobs) as pool:

@@ -28,7 +28,7 @@ from tgt_fast.kernels.options import DIVERGENCES, DistillOptions
 from tgt_fast.kernels.triton import distill
 from tgt_fast.kernels.triton.tuning import Plan, shipped_plan
 
-MODULES: Final = ("distill_kernels", "distill_finish", "latent_kernels", "tokens_kernels")
+MODULES: Final = ("distill_kernels", "distill_finish", "latent_kernels", "tokens_kernels", "listwise_kernels")
 LABELS: Final = {"no labels": (0.0, 0.0), "labels": (0.7, 0.0), "smoothed": (0.7, 0.1)}
 
 ACCESS: Final = re.compile(r"(?:ld|st)\.global\S*|cp\.async\S*global.*, (?:0x)?\w+,")
@@ -71,6 +71,7 @@ def main_forms() -> dict[str, Form]:
         made[f"soft embedding: {'hard' if hard else 'soft'}, {dtype}"] = functools.partial(
             _as_triton_code(_soft) if hard else _soft, dtype, gumbel, hard
         )
+    made["listwise"] = _listwise
     return made
 
 
@@ -161,6 +162,12 @@ def _soft(dtype: torch.dtype, gumbel: bool, hard: bool) -> None:
     rows, table = (torch.zeros(shape, dtype=dtype, device=device).requires_grad_() for shape in ((70, 600), (600, 96)))
     out = tgt.soft_embedding(rows, table, gumbel=gumbel, hard=hard, backend="triton")
     torch.autograd.grad(out, (rows, table), torch.ones_like(out))
+
+
+def _listwise() -> None:
+    student, teacher = torch.zeros(4, 50, requires_grad=True), torch.zeros(4, 50)
+    loss = tgt.listwise_distillation_loss(student, teacher, torch.zeros(4, dtype=torch.int64), backend="triton")
+    torch.autograd.grad(loss, student)
 
 
 def functions() -> dict[str, Any]:

@@ -258,6 +258,28 @@ def linear_loss(draw: random.Random, folder: Path) -> Subject:
     return Subject(lambda _: Call("LinearDistillationLoss", tgt.LinearDistillationLoss, [], options), [call, soft])
 
 
+@subject("ListwiseDistillationLoss")
+def listwise_loss(draw: random.Random, folder: Path) -> Subject:
+    options = {**some(draw, teacher_temperature=2.0, reduction="mean", backend="auto"), **indices(draw)}
+    known = options.get("teacher_temperature") == 2.0 and draw.random() < 0.3
+    teacher = record() if known else rows(N, C)
+    call = lambda made: Call("call", with_backward(made), [rows(N, C, grad=True), teacher], call_options(draw))  # noqa: E731
+    return Subject(lambda _: Call("ListwiseDistillationLoss", tgt.ListwiseDistillationLoss, [], options), [call])
+
+
+@subject("tgt_fast.losses")
+def loss_of_rows(draw: random.Random, folder: Path) -> Subject:
+    kind = draw.choice((
+        tgt.losses.DIST, tgt.losses.MLKDClass, tgt.losses.NKD, tgt.losses.GDKD, tgt.losses.WTTM,
+        tgt.losses.SymmetricCE, tgt.losses.TopKReverseKL, tgt.losses.BiLD, tgt.losses.MarginMSE,
+        tgt.losses.RKDDistance, tgt.losses.RKDAngle, tgt.losses.EmbeddingDistillation, tgt.losses.FitNets,
+    ))  # fmt: skip
+    options = {**some(draw, reduction="mean"), **indices(draw)}
+    more = some(draw, target=torch.randint(0, C, (N,)), weight=torch.rand(N), normalizer=3.0)
+    call = lambda made: Call("call", with_backward(made), [rows(N, C, grad=True), rows(N, C)], more)  # noqa: E731
+    return Subject(lambda _: Call(kind.__name__, kind, [], options), [call])
+
+
 @subject("ContrastiveDistillationLoss")
 def contrast_loss(draw: random.Random, folder: Path) -> Subject:
     options = {**loss_options(draw), "temperature": 0.5}

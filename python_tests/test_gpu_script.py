@@ -368,7 +368,7 @@ def test_the_readme_takes_in_what_a_call_without_rivals_has_written(
     (tmp_path / "gpu-cuda.json").write_text(json.dumps({**origin, **summary}))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     text = tables.rendered((ROOT / "docs/performance/gpu.md").read_text())
-    assert text.count("commit abc, today.") == 9
+    assert text.count("commit abc, today.") == 10
     assert "| calls that reach every kernel | 1 of 2 | two: hung |" in text
     assert "1 failed; test_x |" in text
     assert "| memcheck native | 3 calls | passed |" in text

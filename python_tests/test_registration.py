@@ -120,7 +120,13 @@ def test_samples_for_a_backend_on_a_gpu_are_calls_that_it_can_run(refusing_as_on
         op(*args, **kwargs)
         served.add(str(op.name()).removeprefix("tgt_fast::"))
     without = {
-        "native": {"soft_embedding", "soft_embedding_forward", "soft_embedding_backward"},
+        "native": {
+            "soft_embedding",
+            "soft_embedding_forward",
+            "soft_embedding_backward",
+            "listwise",
+            "listwise_forward",
+        },
         "triton": {"sample_tokens"},
     }
     assert served == NAMES - without[refusing_as_on_a_gpu]

@@ -36,11 +36,13 @@ if TYPE_CHECKING:
     from tgt_fast.losses.contrast import ContrastiveDistillationLoss
     from tgt_fast.losses.distill import DistillationLoss
     from tgt_fast.losses.linear import LinearDistillationLoss
+    from tgt_fast.losses.listwise import ListwiseDistillationLoss
     from tgt_fast.losses.terms import Term
     from tgt_fast.ops.contrast import contrastive_distillation_loss
     from tgt_fast.ops.distill import distillation_loss
     from tgt_fast.ops.latent import ascend_latents, perturb_latents
     from tgt_fast.ops.linear import linear_distillation_loss
+    from tgt_fast.ops.listwise import listwise_distillation_loss
     from tgt_fast.ops.record_stats import RecordStats
     from tgt_fast.ops.tokens import sample_tokens, soft_embedding
     from tgt_fast.ops.topk import TeacherTopK, topk_teacher
@@ -59,6 +61,7 @@ __all__ = [
     "LatentSampler",
     "Latents",
     "LinearDistillationLoss",
+    "ListwiseDistillationLoss",
     "RecordStats",
     "Synthetic",
     "SyntheticDataset",
@@ -78,6 +81,7 @@ __all__ = [
     "explain",
     "fit",
     "linear_distillation_loss",
+    "listwise_distillation_loss",
     "perturb_latents",
     "release_buffers",
     "sample_tokens",
@@ -103,7 +107,7 @@ _MODULES: Final = (
     "testing",
     "train",
 )
-_OPS: Final = ("contrast", "distill", "latent", "linear", "tokens", "topk")
+_OPS: Final = ("contrast", "distill", "latent", "linear", "listwise", "tokens", "topk")
 _WHERE: Final = {
     "ContrastiveDistillationLoss": "tgt_fast.losses.contrast",
     "DistillStats": "tgt_fast.kernels.options",
@@ -112,6 +116,7 @@ _WHERE: Final = {
     "LatentSampler": "tgt_fast.explore",
     "Latents": "tgt_fast.teacher",
     "LinearDistillationLoss": "tgt_fast.losses.linear",
+    "ListwiseDistillationLoss": "tgt_fast.losses.listwise",
     "RecordStats": "tgt_fast.ops.record_stats",
     "Synthetic": "tgt_fast.explore",
     "SyntheticDataset": "tgt_fast.synthesis",
@@ -130,6 +135,7 @@ _WHERE: Final = {
     "explain": "tgt_fast.kernels.select",
     "fit": "tgt_fast.train",
     "linear_distillation_loss": "tgt_fast.ops.linear",
+    "listwise_distillation_loss": "tgt_fast.ops.listwise",
     "perturb_latents": "tgt_fast.ops.latent",
     "release_buffers": "tgt_fast.kernels.native",
     "sample_tokens": "tgt_fast.ops.tokens",

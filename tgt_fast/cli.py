@@ -14,7 +14,7 @@ from tgt_fast.demos.catalog import DEMOS, Demo
 from tgt_fast.errors import TgtError
 
 # Those of bench/ops.py, which imports all that it measures
-BENCH_OPS = ("distill", "latent", "explore", "linear", "topk", "tokens", "contrast", "step")
+BENCH_OPS = ("distill", "latent", "explore", "linear", "topk", "tokens", "contrast", "listwise", "step")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

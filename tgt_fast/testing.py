@@ -25,7 +25,7 @@ from tgt_fast.kernels.options import (
 )
 from tgt_fast.ops import _distill_op as distill
 from tgt_fast.ops import _linear_op as linear
-from tgt_fast.ops import latent, tokens
+from tgt_fast.ops import latent, listwise, tokens
 from tgt_fast.ops.topk import TeacherTopK, topk_teacher
 
 __all__ = ["op_samples"]
@@ -58,6 +58,8 @@ def op_samples(device: torch.device | str = "cpu", *, backend: str = "auto") -> 
     yield from _linear(make, backend, TAILS if records else ())
     if records:
         yield from _topk(make, backend)
+    if _has_kernels("listwise", device, backend):
+        yield from _listwise(make, backend)
     if _has_kernels("tokens", device, backend):
         yield from _tokens(make, backend)
     if _has_kernels("soft_embedding", device, backend):
@@ -352,3 +354,23 @@ def _soft(make: _Maker, backend: str) -> Iterator[Sample]:
         wanted = (keep, hard)
         args = (rows, table, state, chosen, make.normal(6, width), *options, *wanted)
         yield tokens._soft_backward, args, {}
+
+
+def _listwise(make: _Maker, backend: str) -> Iterator[Sample]:
+    """With a label and without, of logits and of records, of no rows, and of dtype pairs that differ."""
+    for rows, layout, dtype, other, labeled, listed in (
+        (3, "sliced", torch.bfloat16, torch.float32, True, False),
+        (0, "dense", torch.float32, torch.float32, True, True),
+        (2, "transposed", torch.float64, torch.float16, False, False),
+        (2, "every-other", torch.float16, torch.bfloat16, True, True),
+    ):
+        student = make.normal(rows, 5, dtype=dtype, layout=layout)
+        teacher, factor = make.normal(rows, 5, dtype=other, layout=layout), make.normal(rows, dtype=torch.float64).abs()
+        label = torch.arange(rows, device=student.device) - 1 if labeled else None
+        given: tuple[Any, ...] = (teacher, None, None)
+        if listed:
+            record = topk_teacher(teacher, 2)
+            given = (record.log_probs, record.ids, make.normal(rows, dtype=torch.float64).abs())
+        given = (*given, label, factor, 1.5, backend)
+        yield listwise.listwise_op, (student.clone().requires_grad_(), *given), {}
+        yield listwise._forward_op, (student, *given, labeled), {}

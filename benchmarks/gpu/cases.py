@@ -10,7 +10,8 @@ from typing import Any
 from isolated import DIED, HUNG, OK, Isolated, Outcome
 from results import Results, same_case
 
-OPS = ("distill", "latent", "linear", "topk", "tokens", "explore", "contrast", "step")  # in the order of their worth
+# In the order of their worth.
+OPS = ("distill", "latent", "linear", "topk", "tokens", "explore", "contrast", "listwise", "step")
 LIMIT, LIMIT_WITH_RIVALS = 45.0, 100.0  # seconds a case, its float64 truth and compilers included
 FIRST = 128256  # classes
 

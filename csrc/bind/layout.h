@@ -6,6 +6,7 @@
 #include <string>
 #include <type_traits>
 
+#include "../common/listwise.h"
 #include "../common/tokens.h"
 #include "../common/topk.h"
 
@@ -46,10 +47,13 @@ TGT_FIELDS(AscendCall, samples, size, z_type, grad_type, anchor_type, z, grad, a
 TGT_FIELDS(SampleCall, rows, classes, positions, logits, temperature, top_k, top_p, log_min_p, noise, tokens)
 TGT_FIELDS(SoftCall, first, rows, classes, positions, is_fp64, logits, tau, gumbel, noise, largest, sum, weights,
            chosen, slope, d_logits)
+TGT_FIELDS(ListwiseCall, rows, classes, student, teacher, temperature, ids, id_stride, entries, others, label, factor,
+           loss, d_student)
 #undef TGT_FIELDS
 
 // Those that a kernel takes.
-#define TGT_CALLS(X) X(DistillCall) X(ScaleCall) X(TopKCall) X(PerturbCall) X(AscendCall) X(SampleCall) X(SoftCall)
+#define TGT_CALLS(X) \
+  X(DistillCall) X(ScaleCall) X(TopKCall) X(PerturbCall) X(AscendCall) X(SampleCall) X(SoftCall) X(ListwiseCall)
 
 // Python's letter for a kind of field (struct.Struct).
 template <class T>

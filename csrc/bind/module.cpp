@@ -7,6 +7,7 @@
 #include "../cpu/distill.h"
 #include "../cpu/isa.h"
 #include "../cpu/latent.h"
+#include "../cpu/listwise.h"
 #include "../cpu/thread_pool.h"
 #include "../cpu/tokens.h"
 #include "../cpu/topk.h"
@@ -74,6 +75,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   define(m, "tokens_sample", &tgt::cpu::sample);
   define(m, "tokens_soft_forward", &tgt::cpu::soft_forward);
   define(m, "tokens_soft_backward", &tgt::cpu::soft_backward);
+  define(m, "listwise", &tgt::cpu::listwise);
   m.def("build_info", &build_info);
 #if defined(TGT_HAVE_CUDA)
   tgt::bind::add_cuda(m);

@@ -3,6 +3,7 @@
 
 #include "../common/distill.h"
 #include "../common/latent.h"
+#include "../common/listwise.h"
 #include "../common/tokens.h"
 #include "../common/topk.h"
 
@@ -20,6 +21,7 @@ struct Kernels {
   void (*sample)(const SampleCall&, int64_t begin, int64_t end);
   void (*soft_forward)(const SoftCall&, int64_t begin, int64_t end);
   void (*soft_backward)(const SoftCall&, int64_t begin, int64_t end);
+  void (*listwise)(const ListwiseCall&, int64_t begin, int64_t end);
 };
 
 // The widest set that was built and that this CPU has.

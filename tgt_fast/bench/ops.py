@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from tgt_fast.bench import contrast, distill, explore, latent, linear, step, tokens, topk
+from tgt_fast.bench import contrast, distill, explore, latent, linear, listwise, step, tokens, topk
 from tgt_fast.bench.case import Case
 
 OPS: Final[dict[str, Callable[[torch.device, bool], list[Case]]]] = {
@@ -18,5 +18,6 @@ OPS: Final[dict[str, Callable[[torch.device, bool], list[Case]]]] = {
     "topk": topk.cases,
     "tokens": tokens.cases,
     "contrast": contrast.cases,
+    "listwise": listwise.cases,
     "step": step.cases,
 }

@@ -21,7 +21,8 @@ from torch import Tensor
 from tgt_fast.errors import ArgumentError, BackendError, DTypeError
 from tgt_fast.kernels import native, reference, triton
 
-OPS: Final = ("distill", "latent", "linear", "contrast", "tokens", "soft_embedding")  # the last two: one module
+# The last two are one module.
+OPS: Final = ("distill", "latent", "linear", "contrast", "listwise", "tokens", "soft_embedding")
 TOPK: Final = "topk"  # what stands for the first and the third where the teacher gives a top-k record
 BACKENDS: Final[dict[str, ModuleType]] = {"native": native, "triton": triton, "reference": reference}
 DEFAULT_VARIABLE: Final = "TGT_FAST_BACKEND"
@@ -108,8 +109,8 @@ def explain(op: str, *inputs: Any) -> list[Verdict]:
     for value in inputs:
         if isinstance(value, Tensor):
             tensors.append(value)
-        elif op in ("distill", "linear") and isinstance(getattr(value, "log_probs", None), Tensor):
-            form = TOPK
+        elif op in ("distill", "linear", "listwise") and isinstance(getattr(value, "log_probs", None), Tensor):
+            form = op if op == "listwise" else TOPK
             tensors += [x for x in (value.log_probs, value.ids, value.tail_log_prob) if x is not None]
         else:
             raise DTypeError(f"explain: {op!r} is asked about tensors, got {value!r}")

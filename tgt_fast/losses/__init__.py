@@ -9,6 +9,7 @@ from tgt_fast.losses.correlation import DIST, MLKDBatch, MLKDClass
 from tgt_fast.losses.distill import DistillationLoss
 from tgt_fast.losses.features import AttentionTransfer, EmbeddingDistillation, FitNets
 from tgt_fast.losses.linear import LinearDistillationLoss
+from tgt_fast.losses.listwise import ListwiseDistillationLoss
 from tgt_fast.losses.ranking import BiLD, MarginMSE
 from tgt_fast.losses.relational import RKDAngle, RKDDistance, SimilarityPreserving
 from tgt_fast.losses.rows import RowLoss
@@ -29,6 +30,7 @@ __all__ = [
     "FitNets",
     "GradientBalance",
     "LinearDistillationLoss",
+    "ListwiseDistillationLoss",
     "MLKDBatch",
     "MLKDClass",
     "MarginMSE",

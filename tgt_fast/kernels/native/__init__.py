@@ -67,6 +67,8 @@ def refusal(op: str, tensors: Sequence[Tensor]) -> str | None:
 
             if op == "soft_embedding":
                 return "the core has no CUDA kernel for soft_embedding, which Triton fuses with its matrix product"
+            if op == "listwise":
+                return "the core has no CUDA kernel for the listwise loss, which Triton has"
             reason = cuda.refusal(tensor.device)
             if reason is not None:
                 return reason

@@ -38,6 +38,8 @@ STRUCTS: Final = {
     "tokens:P",
     "SoftCall": "first:q rows:q classes:q positions:q is_fp64:? logits:Matrix tau:d gumbel:? noise:NoiseKey largest:P "
     "sum:P weights:P chosen:P slope:P d_logits:Matrix",
+    "ListwiseCall": "rows:q classes:q student:Matrix teacher:Matrix temperature:d ids:P id_stride:q entries:q others:P "
+    "label:P factor:P loss:P d_student:Matrix",
 }
 
 

@@ -36,6 +36,7 @@ class Kernels(NamedTuple):
     finish: ModuleType
     latent: ModuleType
     tokens: ModuleType
+    listwise: ModuleType
     interpreted: bool
 
 
@@ -50,19 +51,20 @@ def load() -> Kernels | str:
         return "Triton is not installed; pip install triton"
     try:
         language = importlib.import_module("triton.language")
-        names = ("distill_kernels", "distill_finish", "latent_kernels", "tokens_kernels")
-        distill, finish, latent, tokens = (importlib.import_module(f"tgt_fast.kernels.triton.{name}") for name in names)
+        names = ("distill_kernels", "distill_finish", "latent_kernels", "tokens_kernels", "listwise_kernels")
+        modules = [importlib.import_module(f"tgt_fast.kernels.triton.{name}") for name in names]
     except Exception as error:  # a Triton that is broken, too old or built for another machine
         return f"Triton does not load ({type(error).__name__}: {error})"
     # What Triton's own functions are was settled when Triton was imported, maybe by somebody else.
     interpreted = "Interpreted" in type(language.sum).__name__
-    if interpreted != ("Interpreted" in type(distill.distill_fwd_kernel).__name__):
+    if interpreted != ("Interpreted" in type(modules[0].distill_fwd_kernel).__name__):
         return "TRITON_INTERPRET changed after Triton was imported; set it before, or not at all"
     if interpreted:
         reason = interpreter_trouble(*(importlib.metadata.version(name) for name in ("triton", "numpy")))
         if reason is not None:
             return reason
-    return Kernels(distill, finish, latent, tokens, interpreted)
+    distill, finish, latent, tokens, listwise = modules
+    return Kernels(distill, finish, latent, tokens, listwise, interpreted)
 
 
 def interpreter_trouble(triton: str, numpy: str) -> str | None:

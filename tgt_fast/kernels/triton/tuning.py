@@ -28,6 +28,7 @@ MOST_CLASSES = 1 << 30  # of a row: beyond, a column's number would not fit 32 b
 
 LATENT_REGISTERS = 112  # a thread may have: above what the kernels take, see streaming_of
 SOFT_REGISTERS = 255
+LISTWISE_BLOCK, LISTWISE_WARPS = 1024, 4
 
 
 class Plan(NamedTuple):
