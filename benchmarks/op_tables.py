@@ -107,6 +107,11 @@ def listwise(record: dict[str, Any]) -> str:
         "Forward and backward with labels, median milliseconds, beside a sort, a gather and a log-cumsum-exp in "
         "PyTorch. The last column is the time of plainly copying as many bytes. "
     )
+    load = record.get("load", {})
+    if load.get("busy"):
+        caption += (
+            f"Other processes used {load['others']:.1f} cores meanwhile: the ratios hold, the milliseconds do not. "
+        )
     return grid(["listwise loss", "ms", "over eager", "copy"], rows) + "\n\n" + caption + source(record)
 
 
