@@ -26,7 +26,7 @@ TGT_DEVICE Eight<Real> perturbed(const PerturbCall& call, const Eight<float>& no
 
 // Without a sphere no coordinate needs another: a thread two vectors of a sample, k and k + half, whatever its size.
 // They share what it takes to find them and the keys of the generator's rounds.
-template <class Real, Draw kDraw>
+template <class Real, int kDraw>
 __global__ void TGT_BOUNDS(kThreads, 4)
     latent_perturb_kernel(const TGT_GRID_CONSTANT PerturbCall call, const TGT_GRID_CONSTANT DeviceKey device,
                           int64_t half, bool aligned) {
@@ -49,9 +49,9 @@ __global__ void TGT_BOUNDS(kThreads, 4)
   if (both) z[1] = load_padded(z_row, call.type, (k + half) * kVector, call.size, aligned, Real(0));
   const Key key = key_of(call.noise, device, i);
   const Real sigma = Real(call.sigma.at<Real>(i));
-  const double mass = kDraw == Draw::kTruncated ? truncated_mass(call.noise.truncation) : 0;
+  const double mass = kDraw == kTruncatedDraw ? truncated_mass(call.noise.truncation) : 0;
   TGT_UNROLL
-  for (int m = 0; m < (kDraw == Draw::kTruncated ? 1 : 2); ++m) {
+  for (int m = 0; m < (kDraw == kTruncatedDraw ? 1 : 2); ++m) {
     if (m == 1 && !both) return;
     const int64_t at = k + m * half;
     const Eight<float> noise = draw_eight<kDraw>(key, at, call.noise.truncation, mass);
@@ -76,8 +76,8 @@ __global__ void TGT_BOUNDS(2 * kThreads, 1)
   const double mass = truncated_mass(call.noise.truncation);
   const auto moved = [&](int64_t k, Eight<Real>& z) {
     z = load_padded(z_row, call.type, k * kVector, call.size, aligned, Real(0));
-    const Eight<float> noise = mass > 0 ? draw_eight<Draw::kTruncated>(key, k, call.noise.truncation, mass)
-                                        : draw_eight<Draw::kFine>(key, k, 0, 0);
+    const Eight<float> noise = mass > 0 ? draw_eight<kTruncatedDraw>(key, k, call.noise.truncation, mass)
+                                        : draw_eight<kFineDraw>(key, k, 0, 0);
     Eight<Real> out = perturbed(call, noise, z, sigma, k);
     TGT_UNROLL
     for (int j = 0; j < kVector; ++j) out.v[j] = k * kVector + j < call.size ? out.v[j] : Real(0);
@@ -108,7 +108,7 @@ struct Layout {
 };
 
 // One sample's step.
-template <class Real, Draw kDraw, bool kScaled>
+template <class Real, int kDraw, bool kScaled>
 struct Ascent {
   const AscendCall& call;
   Key key;
@@ -162,7 +162,7 @@ struct Ascent {
 // Three passes over a sample: for the norm of its gradient, for its step, for its projection. The gradient, then the
 // moved latents wait in shared memory, as far as there is room; beyond it they are read and made again. Each pass
 // walks against the last, so that it meets what the caches hold.
-template <class Real, class Team, Draw kDraw, bool kScaled>
+template <class Real, class Team, int kDraw, bool kScaled>
 __global__ void TGT_BOUNDS(2 * kThreads, 1)
     latent_ascend_kernel(const TGT_GRID_CONSTANT AscendCall call, const TGT_GRID_CONSTANT DeviceKey device,
                          const TGT_GRID_CONSTANT Layout layout) {
@@ -315,19 +315,19 @@ cudaError_t launch_perturb(const PerturbCall& call, const DeviceKey& key, cudaSt
   }
   const int64_t vectors = (call.size + kVector - 1) / kVector;
   const Draw draw = draw_for(call.noise, call.type);
-  const int64_t half = draw == Draw::kTruncated ? vectors : (vectors + 1) / 2;
+  const int64_t half = draw == kTruncatedDraw ? vectors : (vectors + 1) / 2;
   const int64_t blocks = (call.samples * half + kThreads - 1) / kThreads;
   const auto with = [&](auto kernel) {
     return launch(kernel, blocks, kThreads, 0, 1, stream, call, key, half, aligned);
   };
-  if (draw == Draw::kTruncated) return with(latent_perturb_kernel<Real, Draw::kTruncated>);
+  if (draw == kTruncatedDraw) return with(latent_perturb_kernel<Real, kTruncatedDraw>);
   if constexpr (sizeof(Real) == 4) {
-    if (draw == Draw::kCoarse) return with(latent_perturb_kernel<Real, Draw::kCoarse>);
+    if (draw == kCoarseDraw) return with(latent_perturb_kernel<Real, kCoarseDraw>);
   }
-  return with(latent_perturb_kernel<Real, Draw::kFine>);
+  return with(latent_perturb_kernel<Real, kFineDraw>);
 }
 
-template <class Real, Draw kDraw, bool kScaled>
+template <class Real, int kDraw, bool kScaled>
 cudaError_t launch_ascend(const AscendCall& call, const DeviceKey& key, cudaStream_t stream) {
   const auto with = [&](auto kernel, int64_t blocks, int threads, int bytes, int cluster, int room) {
     const Layout layout = {
@@ -341,7 +341,7 @@ cudaError_t launch_ascend(const AscendCall& call, const DeviceKey& key, cudaStre
                         sizeof(Eight<Real>), with);
 }
 
-template <Draw kDraw>
+template <int kDraw>
 cudaError_t launch_ascend(const AscendCall& call, const DeviceKey& key, cudaStream_t stream) {
   return call.scale ? launch_ascend<float, kDraw, true>(call, key, stream)
                     : launch_ascend<float, kDraw, false>(call, key, stream);
@@ -359,9 +359,9 @@ Failure perturb(const PerturbCall& call, const DeviceKey& key, cudaStream_t stre
 
 Failure ascend(const AscendCall& call, const DeviceKey& key, cudaStream_t stream) {
   if (call.samples == 0 || call.size == 0) return {};
-  const cudaError_t error = call.is_fp64() ? launch_ascend<double, Draw::kFine, true>(call, key, stream)
-                            : element_size(call.z_type) == 2 ? launch_ascend<Draw::kCoarse>(call, key, stream)
-                                                             : launch_ascend<Draw::kFine>(call, key, stream);
+  const cudaError_t error = call.is_fp64()                   ? launch_ascend<double, kFineDraw, true>(call, key, stream)
+                            : element_size(call.z_type) == 2 ? launch_ascend<kCoarseDraw>(call, key, stream)
+                                                             : launch_ascend<kFineDraw>(call, key, stream);
   return {error, "latent_ascend_kernel"};
 }
 

@@ -13,11 +13,11 @@ inline namespace TGT_ISA {
 
 // How normals are made of words: by the polynomials that every backend has; by the special function unit, for what is
 // rounded to 16 bits next; or truncated.
-enum class Draw { kFine, kCoarse, kTruncated };
+enum Draw : int { kFineDraw, kCoarseDraw, kTruncatedDraw };
 
 inline Draw draw_for(const NoiseKey& noise, DType type) {
-  if (noise.truncation > 0) return Draw::kTruncated;
-  return element_size(type) == 2 ? Draw::kCoarse : Draw::kFine;
+  if (noise.truncation > 0) return kTruncatedDraw;
+  return element_size(type) == 2 ? kCoarseDraw : kFineDraw;
 }
 
 // normal_pair to 1e-5, where 16 bits round a normal number by up to 2e-3: a quarter of its instructions.
@@ -33,7 +33,7 @@ TGT_DEVICE Pair<float> coarse_normal_pair(uint32_t u, uint32_t v) {
 }
 
 // Standard normals 8 k to 8 k + 7 of a sample: two blocks of the generator. `mass`: of the truncated normal.
-template <Draw kDraw>
+template <int kDraw>
 TGT_DEVICE Eight<float> draw_eight(const Key& key, int64_t k, double bound, double mass) {
   Eight<float> out;
   TGT_UNROLL
@@ -41,13 +41,13 @@ TGT_DEVICE Eight<float> draw_eight(const Key& key, int64_t k, double bound, doub
     const Block<uint32_t> counter{static_cast<uint32_t>(2 * k + half), key.id_low, key.id_high, key.op_step};
     const Block<uint32_t> w = philox4x32(counter, key.seed_low, key.seed_high);
     float* to = out.v + 4 * half;
-    if constexpr (kDraw == Draw::kTruncated) {
+    if constexpr (kDraw == kTruncatedDraw) {
       to[0] = truncated_normal(w.x0, bound, mass);
       to[1] = truncated_normal(w.x1, bound, mass);
       to[2] = truncated_normal(w.x2, bound, mass);
       to[3] = truncated_normal(w.x3, bound, mass);
     } else {
-      constexpr bool kFine = kDraw == Draw::kFine;
+      constexpr bool kFine = kDraw == kFineDraw;
       const Pair<float> first = kFine ? normal_pair<float>(w.x0, w.x1) : coarse_normal_pair(w.x0, w.x1);
       const Pair<float> second = kFine ? normal_pair<float>(w.x2, w.x3) : coarse_normal_pair(w.x2, w.x3);
       to[0] = first.first;
