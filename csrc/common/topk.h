@@ -78,58 +78,100 @@ struct TopKSums {
   double student_max = -HUGE_VAL;  // of their logits
   double teacher_max = -HUGE_VAL;  // of their log-probabilities
   double student = 0;              // sum exp((s - student_max) / T)
-  double hard = 0;                 // sum exp(s - student_max)
+  double hard = 0;                 // sum exp(s - student_max), or exp(s - peak)
   double linear = 0;               // sum of s - student_max over the finite ones
   double teacher = 0;              // sum exp(a - teacher_max)
   double finite = 0;
+  bool hard_is_from_peak = false;
   bool missing = false;  // somewhere the student's logit is -inf
 };
 
 TGT_HD double log_or_nothing(double x) { return x > 0 ? log(x) : -HUGE_VAL; }
-TGT_HD double log_add_exp(double a, double b) {
-  const double most = a > b ? a : b, least = a > b ? b : a;
-  return least == -HUGE_VAL ? most : most + log1p(exp(least - most));
-}
 
-// The tail as one class, after normalisation: log-probabilities of teacher and student, -inf where one has none of it.
-struct TailClass {
-  double a, b;
-
-  TGT_HD bool student_is_empty() const { return b == -HUGE_VAL; }
-  TGT_HD bool teacher_is_empty() const { return a == -HUGE_VAL; }
-  TGT_HD Class<double> bounded() const {
-    Class<double> c;
-    c.a = bounded_below(a);
-    c.b = bounded_below(b);
-    c.p = exp(c.a);
-    c.q = exp(c.b);
-    return c;
+// Evaluates a function at several places one after the other. A warp of a device gives each to a lane.
+struct InTurn {
+  template <int kCount, class Function>
+  TGT_HD void operator()(double (&x)[kCount], Function function) const {
+    TGT_UNROLL
+    for (int i = 0; i < kCount; ++i) x[i] = function(x[i]);
   }
 };
 
-TGT_HD TailClass tail_class(const TopKState& row, const DistillOptions& options, double tail_log_prob) {
-  return {tail_log_prob - row.teacher_lse,
-          row.tail_sum > 0 ? (row.tail_max - row.peak) / options.temperature + log(row.tail_sum) - row.student_lse
-                           : -HUGE_VAL};
+// log(exp(a) + exp(b)) of several pairs, in place of their a.
+template <int kCount, class Each>
+TGT_HD void log_add_exp(double (&a)[kCount], const double (&b)[kCount], const Each& each) {
+  double rise[kCount];
+  for (int i = 0; i < kCount; ++i) rise[i] = a[i] > b[i] ? b[i] - a[i] : a[i] - b[i];
+  each(rise, [](double below) { return log1p(exp(below)); });
+  for (int i = 0; i < kCount; ++i) {
+    const double most = a[i] > b[i] ? a[i] : b[i], least = a[i] > b[i] ? b[i] : a[i];
+    a[i] = least == -HUGE_VAL ? most : most + rise[i];
+  }
 }
 
 // Everything of the state that follows from the sums but x, y, coefficient and flags.
+template <class Each>
 TGT_HD void settle_topk(TopKState& row, const TailSums& tail, const TopKSums& topk, double tail_log_prob,
-                        const DistillOptions& options, TailForm form) {
+                        const DistillOptions& options, TailForm form, const Each& each) {
   const double inverse_t = 1 / options.temperature;
   row.tail_max = tail.max == -HUGE_VAL ? 0 : tail.max;
   row.tail_sum = tail.sum;
   row.tail_finite = tail.finite;
   row.finite = tail.finite + topk.finite;
   row.peak = tail.max > topk.student_max ? tail.max : topk.student_max;
-  const double of_tail = tail.sum > 0 ? (tail.max - row.peak) * inverse_t + log(tail.sum) : -HUGE_VAL;
-  const double of_topk = topk.student > 0 ? (topk.student_max - row.peak) * inverse_t + log(topk.student) : -HUGE_VAL;
+  double logs[] = {tail.sum, topk.student, topk.teacher, tail.hard, topk.hard};
+  each(logs, [](double x) { return log_or_nothing(x); });
   const bool restricted = form == TailForm::kRenormalize;
-  row.student_lse = restricted ? of_topk : log_add_exp(of_tail, of_topk);
-  const double of_teacher = topk.teacher > 0 ? topk.teacher_max + log(topk.teacher) : -HUGE_VAL;
-  row.teacher_lse = restricted ? of_teacher : log_add_exp(of_teacher, tail_log_prob);
-  row.hard_lse = log_add_exp(tail.hard > 0 ? tail.max - row.peak + log(tail.hard) : -HUGE_VAL,
-                             topk.hard > 0 ? topk.student_max - row.peak + log(topk.hard) : -HUGE_VAL);
+  const double of_teacher = topk.teacher > 0 ? topk.teacher_max + logs[2] : -HUGE_VAL;
+  // The student's, the teacher's and the hard term's: of the tail, and of the top k.
+  double both[] = {tail.sum > 0 ? (tail.max - row.peak) * inverse_t + logs[0] : -HUGE_VAL, tail_log_prob,
+                   tail.hard > 0 ? tail.max - row.peak + logs[3] : -HUGE_VAL};
+  const double of_topk[] = {
+      topk.student > 0 ? (topk.student_max - row.peak) * inverse_t + logs[1] : -HUGE_VAL, of_teacher,
+      topk.hard > 0 ? (topk.hard_is_from_peak ? 0 : topk.student_max - row.peak) + logs[4] : -HUGE_VAL};
+  log_add_exp(both, of_topk, each);
+  row.student_lse = restricted ? of_topk[0] : both[0];
+  row.teacher_lse = restricted ? of_teacher : both[1];
+  row.hard_lse = both[2];
+}
+
+// Whether the classes of the tail are told apart: the teacher's share of it is spread over them.
+TGT_HD bool spread(const TopKState& row, TailForm form) { return form == TailForm::kUniform && row.tail_sum > 0; }
+
+// The tail as one class, after normalisation, and what else takes a logarithm or an exponential of a settled row.
+struct TailClass {
+  double a, b;                 // log-probabilities of teacher and student, -inf where one has none of it
+  Class<double> bounded;       // the same, bounded, with the probabilities
+  double log_sum, log_finite;  // of the state's tail_sum and tail_finite
+  double share;                // exp(b - log_sum): q of a class of the tail over exp((s - tail_max) / T)
+  double u;                    // p of a class of a spread tail
+  double hard;                 // exp(tail_max - peak - hard_lse)
+
+  TGT_HD bool student_is_empty() const { return b == -HUGE_VAL; }
+  TGT_HD bool teacher_is_empty() const { return a == -HUGE_VAL; }
+};
+
+template <class Each>
+TGT_HD TailClass tail_class(const TopKState& row, const DistillOptions& options, double tail_log_prob,
+                            const Each& each) {
+  double logs[] = {row.tail_sum, row.tail_finite};
+  each(logs, [](double x) { return log_or_nothing(x); });
+  TailClass tail;
+  tail.log_sum = logs[0];
+  tail.log_finite = logs[1];
+  tail.a = tail_log_prob - row.teacher_lse;
+  tail.b = row.tail_sum > 0 ? (row.tail_max - row.peak) / options.temperature + logs[0] - row.student_lse : -HUGE_VAL;
+  tail.bounded.a = bounded_below(tail.a);
+  tail.bounded.b = bounded_below(tail.b);
+  double shares[] = {tail.bounded.a, tail.bounded.b, tail.b - logs[0], bounded_below(tail.a - logs[1]),
+                     row.tail_max - row.peak - row.hard_lse};
+  each(shares, [](double x) { return exp(x); });
+  tail.bounded.p = shares[0];
+  tail.bounded.q = shares[1];
+  tail.share = shares[2];
+  tail.u = shares[3];
+  tail.hard = row.tail_sum > 0 ? shares[4] : 0;
+  return tail;
 }
 
 // A top-k class after normalisation. V: double, or lanes of it.
@@ -151,12 +193,9 @@ TGT_HD bool soft_is_infinite(const TailClass& tail, TailForm form, bool topk_mis
   return (D::kNeedsStudent && (topk_missing || student_alone)) || (D::kNeedsTeacher && teacher_alone);
 }
 
-// Whether the classes of the tail are told apart: the teacher's share of it is spread over them.
-TGT_HD bool spread(const TopKState& row, TailForm form) { return form == TailForm::kUniform && row.tail_sum > 0; }
-
 // log(q / p) of the largest class of a spread tail, and bounds within which what is added to it stays finite.
-TGT_HD double log_ratio_of(const TopKState& row, const TailClass& tail) {
-  return tail.b - log(row.tail_sum) - bounded_below(tail.a - log(row.tail_finite));
+TGT_HD double log_ratio_of(const TailClass& tail) {
+  return tail.b - tail.log_sum - bounded_below(tail.a - tail.log_finite);
 }
 template <class Real>
 TGT_HD Real bounded_ratio(double log_ratio) {
@@ -179,15 +218,15 @@ template <class D>
 TGT_HD void add_tail(const TailClass& tail, const TailSums& sums, const TopKState& row, TailForm form,
                      const DistillOptions& options, double& x, double& y) {
   if (form == TailForm::kRenormalize || !D::kSoft) return;
-  const Class<double> c = tail.bounded();
+  const Class<double>& c = tail.bounded;
   const Mixture<double> mixture{options.beta, 1 - options.beta};
   if (D::kMixture && spread(row, form)) {
-    y += c.q * centre_of<false>(bounded_ratio<double>(log_ratio_of(row, tail)), mixture);
+    y += c.q * centre_of<false>(bounded_ratio<double>(log_ratio_of(tail)), mixture);
     return;
   }
   D::add(c, mixture, x, y);
   if (!spread(row, form)) return;
-  const double log_sum = log(row.tail_sum), count = log(row.tail_finite);
+  const double log_sum = tail.log_sum, count = tail.log_finite;
   const double mean_log = sums.linear / (row.tail_finite * options.temperature) - log_sum;  // of the shares in the tail
   if (D::kNeedsStudent) x -= c.p * (D::kRelative ? mean_log + count : mean_log);
   if (D::kNeedsTeacher) y += c.q * (sums.entropy / row.tail_sum - log_sum + count);
@@ -241,8 +280,8 @@ struct TopKFactors {
 };
 
 template <class D, class Real>
-TGT_HD TopKFactors<Real> topk_factors(const TopKState& row, const DistillOptions& options, TailForm form,
-                                      double tail_log_prob, double upstream) {
+TGT_HD TopKFactors<Real> topk_factors(const TopKState& row, const TailClass& tail, const DistillOptions& options,
+                                      TailForm form, double upstream) {
   const int flags = static_cast<int>(row.flags);
   const bool hard = (flags & kHard) && !(flags & kInfiniteHard);
   const bool soft = !(flags & kInfiniteSoft) && D::kSoft;
@@ -252,7 +291,7 @@ TGT_HD TopKFactors<Real> topk_factors(const TopKState& row, const DistillOptions
   f.hard_factor = hard ? upstream * row.coefficient * options.hard_weight : 0;
   f.tail_max = Real(row.tail_max);
   f.inverse_t = Real(1 / options.temperature);
-  f.hard = hard ? Real(f.hard_factor * exp(row.tail_max - row.peak - row.hard_lse)) : Real(0);
+  f.hard = hard ? Real(f.hard_factor * tail.hard) : Real(0);
   f.smoothed = hard && smoothing > 0 ? Real(f.hard_factor * smoothing / row.finite) : Real(0);
   f.label = Real(f.hard_factor * (1 - smoothing));
   f.spread = soft && spread(row, form);
@@ -260,13 +299,11 @@ TGT_HD TopKFactors<Real> topk_factors(const TopKState& row, const DistillOptions
   f.y = Real(row.y);
   f.factor = Real(f.soft_factor);
   if (!soft || form == TailForm::kRenormalize || !(row.tail_sum > 0)) return f;
-  const TailClass tail = tail_class(row, options, tail_log_prob);
-  const double log_share = tail.b - log(row.tail_sum);
-  f.share = Real(exp(log_share));
+  f.share = Real(tail.share);
   if (f.spread) {
-    f.u = Real(exp(bounded_below(tail.a - log(row.tail_finite))));
+    f.u = Real(tail.u);
     // One constant in double: its parts may be large where what they leave is small.
-    double log_ratio = log_ratio_of(row, tail);
+    double log_ratio = log_ratio_of(tail);
     if (D::kNeedsTeacher) {
       log_ratio -= row.y;
       f.y = 0;
@@ -279,7 +316,7 @@ TGT_HD TopKFactors<Real> topk_factors(const TopKState& row, const DistillOptions
     }
   } else {
     const Mixture<double> mixture{options.beta, 1 - options.beta};
-    f.soft = Real(f.soft_factor * D::d_student(tail.bounded(), mixture, row.x, row.y) / row.tail_sum);
+    f.soft = Real(f.soft_factor * D::d_student(tail.bounded, mixture, row.x, row.y) / row.tail_sum);
   }
   return f;
 }

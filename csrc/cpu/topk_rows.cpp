@@ -140,8 +140,8 @@ void gradient_row(const TopKCall& call, int64_t i, TopKRow& topk, const TopKStat
   const Matrix& grad = base.d_student;
   const int flags = int(state.flags);
   if (flags & (kDropped | kInvalid)) return fill<Real>(grad, i, base.classes, flags & kDropped ? Real(0) : Real(NAN));
-  const TopKFactors<Real> factors =
-      topk_factors<D, Real>(state, base.options, call.topk.form, topk.tail_log_prob, upstream);
+  const TailClass tail = tail_class(state, base.options, topk.tail_log_prob, InTurn());
+  const TopKFactors<Real> factors = topk_factors<D, Real>(state, tail, base.options, call.topk.form, upstream);
   topk.make_gradient<D>(state, base.options, factors);
   const Mixture<Real> mixture = mixture_of<Real>(base.options);
   const int64_t label = factors.hard_factor != 0 ? base.target[i] : -1;
@@ -160,10 +160,10 @@ void gradient_row(const TopKCall& call, int64_t i, TopKRow& topk, const TopKStat
 
 // Adds the classes of a spread tail, one by one, to the sums x, y of jsd.
 template <class Real>
-void add_spread(const TopKCall& call, int64_t i, TopKRow& topk, TopKState& state) {
+void add_spread(const TopKCall& call, int64_t i, const TailClass& tail, TopKRow& topk, TopKState& state) {
   using V = typename Lanes<Real>::Vector;
   const DistillCall& base = call.base;
-  const TopKFactors<Real> f = topk_factors<Jsd, Real>(state, base.options, call.topk.form, topk.tail_log_prob, 1);
+  const TopKFactors<Real> f = topk_factors<Jsd, Real>(state, tail, base.options, call.topk.form, 1);
   const Mixture<Real> mixture = mixture_of<Real>(base.options);
   const Real centre = centre_of<false>(f.log_ratio, mixture);
   each_tail_block<Real>(base.student, i, base.classes, topk, [&](const Real* s, int count) {
@@ -214,13 +214,13 @@ double forward_row(const TopKCall& call, int64_t i, int64_t label, TopKRow& topk
     state.flags += kInvalid;
     return NAN;
   }
-  settle_topk(state, tail, sums, topk.tail_log_prob, options, form);
-  const TailClass rest = tail_class(state, options, topk.tail_log_prob);
+  settle_topk(state, tail, sums, topk.tail_log_prob, options, form, InTurn());
+  const TailClass rest = tail_class(state, options, topk.tail_log_prob, InTurn());
   if constexpr (D::kSoft) {
     if (!soft_is_infinite<D>(rest, form, sums.missing)) {
       topk.add<D>(state, options, state.x, state.y);
       add_tail<D>(rest, tail, state, form, options, state.x, state.y);
-      if (D::kMixture && spread(state, form)) add_spread<Real>(call, i, topk, state);
+      if (D::kMixture && spread(state, form)) add_spread<Real>(call, i, rest, topk, state);
     }
   }
   return topk_row_loss<D>(state, rest, tail, sums, form, options, of_label);

@@ -37,6 +37,11 @@ TGT_DEVICE void block_barrier() { __syncthreads(); }
 TGT_DEVICE bool any_in_warp(bool mine) { return __any_sync(kWholeWarp, mine) != 0; }
 TGT_DEVICE void warp_barrier() { __syncwarp(); }
 
+// Integers in shared memory, which threads change one after the other: what was there before, and nothing.
+TGT_DEVICE int exchange_if_equal(int* at, int expected, int value) { return atomicCAS(at, expected, value); }
+TGT_DEVICE void lower(int* at, int value) { atomicMin(at, value); }
+TGT_DEVICE uint32_t fetch_and_add(uint32_t* at, uint32_t value) { return atomicAdd(at, value); }
+
 // The value of the lane whose number differs in the bits of `mask`; any type made of 4-byte words.
 template <class T>
 TGT_DEVICE T shuffle_xor(const T& value, int mask) {

@@ -16,7 +16,7 @@ struct TopKDeviceCall {
 
 inline namespace TGT_ISA {
 
-constexpr int kTopKThreads = 320, kTopKStreamThreads = 512;
+constexpr int kTopKThreads = 256, kTopKStreamThreads = 512;
 
 // What a block's threads tell each other of a row.
 template <class Real>
@@ -25,9 +25,11 @@ struct TopKShared {
   TopKFactors<Real> factors;
   TailSums tail;
   TopKSums topk;
-  double of_label;  // the label's logit
+  TailClass rest;
+  double of_label;     // the label's logit
+  double of_lanes[8];  // what lanes of the first warp evaluate
 };
-constexpr int kTopKSharedBytes = 384;
+constexpr int kTopKSharedBytes = 640;
 constexpr int kTopKBytes = kTeamBytes + kBarrierBytes + kTopKSharedBytes;  // what precedes a row, or its map
 
 template <class Real>
@@ -35,6 +37,25 @@ TGT_DEVICE TopKShared<Real>& row_in_shared() {
   static_assert(sizeof(TopKShared<Real>) <= kTopKSharedBytes, "fits its place");
   return *reinterpret_cast<TopKShared<Real>*>(shared_memory() + kTeamBytes + kBarrierBytes);
 }
+
+// Evaluates a function at several places, each in a lane of the warp. All lanes have the same places.
+struct ByLanes {
+  double* memory;  // of the warp
+  int lane;
+
+  template <int kCount, class Function>
+  TGT_DEVICE void operator()(double (&x)[kCount], Function function) const {
+    double mine = x[0];
+    TGT_UNROLL
+    for (int i = 1; i < kCount; ++i) mine = lane == i ? x[i] : mine;
+    mine = function(mine);
+    if (lane < kCount) memory[lane] = mine;
+    warp_barrier();
+    TGT_UNROLL
+    for (int i = 0; i < kCount; ++i) x[i] = memory[i];
+    warp_barrier();
+  }
+};
 
 template <class Body>
 TGT_DEVICE auto with_topk_divergence(const DistillOptions& options, Body body) {
@@ -66,7 +87,7 @@ TGT_DEVICE bool in_topk(const TopK& topk, int64_t i, int64_t j, int64_t classes)
   return id >= 0 && id < classes && load_one<double>(topk.log_probs.row(i), topk.log_probs.type, j) != -HUGE_VAL;
 }
 
-// The entries of a thread: every size-th. No other thread looks at them.
+// The entries of a thread: every size-th. No other thread looks at them once it is made.
 template <class Real>
 struct Own {
   static_assert(sizeof(Entry<Real>) == kEntryBytes, "fits its place");
@@ -75,7 +96,7 @@ struct Own {
   const char* log_probs;
   DType type;
 
-  // Those of classes [first, last).
+  // Those of classes [first, last). Of several with one id, the first counts.
   template <class Team>
   TGT_DEVICE Own(const TopKDeviceCall& d, const Team& team, int64_t i, int64_t first, int64_t last)
       : entries(reinterpret_cast<Entry<Real>*>(shared_memory() + kTopKBytes)),
@@ -88,16 +109,50 @@ struct Own {
     const int64_t* ids = d.topk.ids + i * d.topk.id_stride;
     for (int j = begin; j < end; j += step) {
       const int64_t id = ids[j];
-      bool mine = id >= first && id < last && in_topk(d.topk, i, j, call.classes);
-      if (mine) {
-        TGT_UNROLL4
-        for (int m = 0; m < j; ++m) {
-          if (ids[m] == id && in_topk(d.topk, i, m, call.classes)) mine = false;
-        }
-      }
+      const bool mine = id >= first && id < last && in_topk(d.topk, i, j, call.classes);
       entries[j].id = mine ? id : -1;
-      entries[j].s = mine ? load_one<Real>(call.student.row(i), call.student.type, id) : Real(0);
+      slot(2 * j) = slot(2 * j + 1) = kNobody;
     }
+    if (end == 0) return;
+    team.barrier();
+    for (int j = begin; j < end; j += step) {
+      if (entries[j].id >= 0) enter(j);
+    }
+    team.barrier();
+    for (int j = begin; j < end; j += step) {
+      const int64_t id = entries[j].id;
+      if (id >= 0 && slot(find(id)) != j) entries[j].id = -1;
+    }
+    team.barrier();
+    for (int j = begin; j < end; j += step) {
+      const int64_t id = entries[j].id;
+      entries[j].s = id >= 0 ? load_one<Real>(call.student.row(i), call.student.type, id) : Real(0);
+    }
+  }
+
+  // A table of ids, twice as many slots as entries: a slot holds the first entry with an id, which lies at the place
+  // that the id's hash says or behind it. It takes the place of the logits while there are none.
+  static constexpr int kNobody = -1;
+  TGT_DEVICE int& slot(int at) const {
+    return reinterpret_cast<int*>(reinterpret_cast<unsigned char*>(entries + at / 2) + 8)[at % 2];
+  }
+  TGT_DEVICE int start(int64_t id) const {
+    const uint32_t hash = static_cast<uint32_t>(id ^ id >> 32) * 2654435761u;
+    return static_cast<int>(static_cast<uint64_t>(hash) * static_cast<uint32_t>(2 * end) >> 32);
+  }
+  TGT_DEVICE int next(int at) const { return at + 1 == 2 * end ? 0 : at + 1; }
+  TGT_DEVICE void enter(int j) const {
+    const int64_t id = entries[j].id;
+    for (int at = start(id);; at = next(at)) {
+      const int there = exchange_if_equal(&slot(at), kNobody, j);
+      if (there == kNobody) return;
+      if (entries[there].id == id) return lower(&slot(at), j);  // whoever of that id is there by now
+    }
+  }
+  TGT_DEVICE int find(int64_t id) const {
+    int at = start(id);
+    while (entries[slot(at)].id != id) at = next(at);
+    return at;
   }
 
   template <class Body>  // body(id, s, log-probability)

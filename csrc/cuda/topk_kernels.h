@@ -157,7 +157,7 @@ struct TopKStream {
     for (int64_t k = team.thread; k < count; k += team.size) map[k] = 0;
     for (int64_t j = 0; j < topk.entries; ++j) {
       const int64_t id = topk.ids[i * topk.id_stride + j], k = id / kVector;
-      if (id < 0 || k % team.size != team.thread) continue;
+      if (id < 0 || (k & (team.size - 1)) != team.thread) continue;
       if (in_topk(topk, i, j, d->base.call.classes)) map[k] |= 1u << (id % kVector);
     }
   }
@@ -211,18 +211,19 @@ __global__ void TGT_BOUNDS(kTopKStreamThreads, 1) topk_bwd_kernel(const TGT_GRID
   }
   const TopKStream<Real> row = topk_stream<Real>(d, team, i);
   const Own<Real> own(d, team, i, 0, call.classes);
-  if (team.thread == 0) {
+  if (team.thread < kWarp) {
     TopKShared<Real>& shared = row_in_shared<Real>();
     const double upstream = static_cast<const Real*>(call.upstream)[call.upstream_per_row ? i : 0];
-    shared.state = state;
-    with_topk_divergence(call.options, [&](auto divergence) {
-      shared.factors =
-          topk_factors<decltype(divergence), Real>(state, call.options, d.topk.form, tail_log_prob(d, i), upstream);
-    });
+    const TailClass rest = tail_class(state, call.options, tail_log_prob(d, i), ByLanes{shared.of_lanes, team.thread});
+    if (team.thread == 0) {
+      shared.state = state;
+      with_topk_divergence(call.options, [&](auto divergence) {
+        shared.factors = topk_factors<decltype(divergence), Real>(state, rest, call.options, d.topk.form, upstream);
+      });
+    }
   }
   team.barrier();
-  with_topk_divergence(call.options,
-                       [&](auto divergence) { write_topk_gradient<decltype(divergence), Real>(d, team, row, i, own); });
+  write_topk_gradient(d, team, row, i, own);
 }
 
 }  // namespace TGT_ISA

@@ -6,7 +6,7 @@
 // one thread of a block, in double, and handed round through shared memory.
 #pragma once
 
-#include "topk_entries.h"
+#include "topk_tail.h"
 
 namespace tgt::cuda {
 
@@ -38,35 +38,6 @@ struct TailMaximum {
   }
 };
 
-// Sums over the row. linear (times kTiny), entropy and the numbers of finite classes are those that smoothed labels and
-// a spread tail ask for; hard is over all classes, relative to the peak.
-template <class Real>
-struct alignas(8) TopKRowSums {
-  Real tail = 0, linear = 0, entropy = 0, hard = 0;
-  double topk = 0, topk_linear = 0, teacher = 0;
-  int tail_finite = 0, topk_finite = 0;
-
-  template <class Other>
-  TGT_DEVICE TopKRowSums<Other> as() const {
-    return {Other(tail), Other(linear), Other(entropy), Other(hard), topk,
-            topk_linear, teacher,       tail_finite,    topk_finite};
-  }
-};
-template <class Real>
-struct AddTopKRowSums {
-  TGT_DEVICE TopKRowSums<Real> operator()(const TopKRowSums<Real>& a, const TopKRowSums<Real>& b) const {
-    return {a.tail + b.tail,
-            a.linear + b.linear,
-            a.entropy + b.entropy,
-            a.hard + b.hard,
-            a.topk + b.topk,
-            a.topk_linear + b.topk_linear,
-            a.teacher + b.teacher,
-            a.tail_finite + b.tail_finite,
-            a.topk_finite + b.topk_finite};
-  }
-};
-
 struct Pair {
   double x = 0, y = 0;
 };
@@ -74,71 +45,44 @@ struct AddPairs {
   TGT_DEVICE Pair operator()(const Pair& a, const Pair& b) const { return {a.x + b.x, a.y + b.y}; }
 };
 
-// The constants of exp((s - tail_max) / T) and of exp(s - peak).
-template <class Real>
-struct TailScale {
-  Real tail_max, peak;  // shrunk
-  Real inverse_t, binary_t;
-
-  TGT_DEVICE Real from_max(Real s) const { return shrunk(s, tail_max); }
-  TGT_DEVICE Real share(Real s) const { return exp_scaled(from_max(s), binary_t); }
-  TGT_DEVICE Real argument(Real s) const { return bounded_below(from_max(s) * inverse_t); }
-  TGT_DEVICE Real hard(Real s, Real from) const { return exp_scaled(shrunk(s, from), exponent_of<Real>(1)); }
-};
-template <class Real>
-TGT_DEVICE TailScale<Real> tail_scale(const DistillOptions& options, double tail_max, double peak) {
-  return {Real(tail_max * kShrink), Real(peak * kShrink), Real(1 / (kShrink * options.temperature)),
-          exponent_of<Real>(options.temperature)};
-}
-
 // The gradient of the row: all of a source's vectors as tail, then the thread's top-k classes.
-template <class D, class Real, class Team, class Source>
+template <class Real, class Team, class Source>
 TGT_DEVICE void write_topk_gradient(const TopKDeviceCall& d, const Team& team, const Source& source, int64_t i,
                                     const Own<Real>& own) {
   const DistillCall& call = d.base.call;
   const DistillOptions& options = call.options;
   const TopKShared<Real>& shared = row_in_shared<Real>();
   const TopKFactors<Real> f = shared.factors;
-  const TailScale<Real> scale = tail_scale<Real>(options, shared.state.tail_max, shared.state.peak);
-  const Mixture<Real> mixture{Real(options.beta), Real(1 - options.beta)};
-  const bool hard = f.hard_factor != 0, same = options.temperature == 1;
-  const int64_t label = hard ? call.target[i] : -1;
-  const int64_t labelled = label < source.first * kVector ? -1 : label / kVector - source.first;
-  const Real both = hard && same ? f.soft + f.hard : f.soft;
-  char* row = call.d_student.row(i);
-  const DType type = source.gradient_type(call);
-  for (int64_t k = team.thread; k < source.count; k += team.size) {
-    const Eight<Real> s = source.load(k);
-    Eight<Real> grad;
-    if (f.spread) {
-      TGT_UNROLL
-      for (int j = 0; j < kVector; ++j) {
-        const Real e = scale.share(s.v[j]);
-        grad.v[j] = spread_gradient<D>(s.v[j], scale.argument(s.v[j]), e, f, mixture);
-        if (hard && same) grad.v[j] = fused(e, f.hard, grad.v[j]);
+  const TailScale<Real> scale = tail_scale<Real>(options, shared.state.tail_max);
+  const bool hard = f.hard_factor != 0;
+  const int64_t target = hard ? call.target[i] : -1;
+  LabelPlace label;
+  if (target >= source.first * kVector) label.vector = target / kVector - source.first;
+  label.lane = static_cast<int>(target & (kVector - 1));
+  if (f.spread) {
+    with_topk_divergence(options, [&](auto divergence) {
+      write_spread_tail<decltype(divergence)>(d, team, source, i, f, scale, label);
+    });
+  } else {
+    with_tail_power<Real>(hard, options.temperature, [&](auto power) {
+      constexpr TailPower kPower = decltype(power)::kValue;
+      if (f.smoothed != 0) {
+        write_tail<kPower, true>(d, team, source, i, f, scale, label);
+      } else {
+        write_tail<kPower, false>(d, team, source, i, f, scale, label);
       }
-    } else {
-      TGT_UNROLL
-      for (int j = 0; j < kVector; ++j) grad.v[j] = scale.share(s.v[j]) * both;
-    }
-    if (hard && !same) {
-      TGT_UNROLL
-      for (int j = 0; j < kVector; ++j) grad.v[j] = fused(scale.hard(s.v[j], scale.tail_max), f.hard, grad.v[j]);
-    }
-    if (f.smoothed != 0) {
-      TGT_UNROLL
-      for (int j = 0; j < kVector; ++j) grad.v[j] -= s.v[j] == minus_infinity<Real>() ? Real(0) : f.smoothed;
-    }
-    const int of_label = k == labelled ? static_cast<int>(label % kVector) : -1;
-    TGT_UNROLL
-    for (int j = 0; j < kVector; ++j) grad.v[j] -= j == of_label ? f.label : Real(0);  // without a run-time index
-    store_padded(row, type, (source.first + k) * kVector, call.classes, d.base.d_student_aligned, grad);
+    });
   }
   team.barrier();
-  own.each([&](int64_t id, double s, double a) {
-    double grad = topk_gradient<D>(s, a, shared.state, options, f);
-    if (id == label) grad -= f.hard_factor * (1 - options.label_smoothing);
-    store_one(row, type, id, Real(grad));
+  if (own.begin >= own.end) return;
+  char* row = call.d_student.row(i);
+  const DType type = source.gradient_type(call);
+  with_topk_divergence(options, [&](auto divergence) {
+    own.each([&](int64_t id, double s, double a) {
+      double grad = topk_gradient<decltype(divergence)>(s, a, shared.state, options, f);
+      if (id == target) grad -= f.hard_factor * (1 - options.label_smoothing);
+      store_one(row, type, id, Real(grad));
+    });
   });
 }
 
@@ -164,7 +108,7 @@ TGT_DEVICE Pair divergence_sums(const TopKDeviceCall& d, const Team& team, const
   });
   if constexpr (D::kMixture) {
     if (!spread(shared.state, d.topk.form)) return sum;
-    const TailScale<Real> scale = tail_scale<Real>(options, shared.state.tail_max, shared.state.peak);
+    const TailScale<Real> scale = tail_scale<Real>(options, shared.state.tail_max);
     const TopKFactors<Real> f = shared.factors;
     const Mixture<Real> real_mixture{Real(options.beta), Real(1 - options.beta)};
     const Real centre = centre_of<false>(f.log_ratio, real_mixture);
@@ -227,28 +171,16 @@ TGT_DEVICE void finish_topk_row(const TopKDeviceCall& d, const Team& team, const
   const double peak = larger(extremes.tail, extremes.topk);
   const double tail_max = extremes.tail == -HUGE_VAL ? 0 : extremes.tail;
   const double topk_max = extremes.topk == -HUGE_VAL ? 0 : extremes.topk;
-  const TailScale<Real> scale = tail_scale<Real>(options, tail_max, peak);
+  const TailScale<Real> scale = tail_scale<Real>(options, tail_max);
   const bool hard = head.flags & kHard, same = options.temperature == 1;
   const bool full = (hard && options.label_smoothing > 0) || (soft && form == TailForm::kUniform);
   TopKRowSums<Real> sums;
-  for (int64_t k = team.thread; k < source.count; k += team.size) {
-    const Eight<Real> s = source.load(k);
-    TGT_UNROLL
-    for (int j = 0; j < kVector; ++j) {
-      const Real e = scale.share(s.v[j]);
-      sums.tail += e;
-      if (full) {
-        const bool finite = s.v[j] != minus_infinity<Real>();
-        sums.entropy = fused(e, scale.argument(s.v[j]), sums.entropy);
-        sums.linear = fused(finite ? scale.from_max(s.v[j]) : Real(0), Real(kTiny / kShrink), sums.linear);
-        sums.tail_finite += finite;
-      }
-    }
-    if (hard && !same) {
-      TGT_UNROLL
-      for (int j = 0; j < kVector; ++j) sums.hard += scale.hard(s.v[j], scale.peak);
-    }
-  }
+  with_tail_power<Real>(hard, options.temperature, [&](auto power) {
+    constexpr TailPower kPower = decltype(power)::kValue;
+    constexpr TailPower kSummed = kPower == TailPower::kSame ? TailPower::kNone : kPower;
+    full ? sum_tail<kSummed, true>(team, source, scale, sums) : sum_tail<kSummed, false>(team, source, scale, sums);
+  });
+  if (extremes.tail > -HUGE_VAL) sums.hard *= exp_scaled(Real((tail_max - peak) * kShrink), exponent_of<Real>(1));
   own.each([&](int64_t, double s, double a) {
     sums.teacher += exp_nonpositive(bounded_below(a - extremes.teacher));
     sums.topk += exp_nonpositive(bounded_below((s - topk_max) / options.temperature));
@@ -260,33 +192,45 @@ TGT_DEVICE void finish_topk_row(const TopKDeviceCall& d, const Team& team, const
   const TopKRowSums<Real> of_warp = merge_lanes<kWarp / 2>(sums, AddTopKRowSums<Real>());
   const TopKRowSums<double> all = team.merge_warps(of_warp.template as<double>(), 1, AddTopKRowSums<double>());
 
-  if (team.thread == 0) {
-    TailSums& tail = shared.tail;
-    tail.max = extremes.tail;
-    tail.sum = all.tail;
-    tail.hard = 0;  // all of it is in all.hard
-    tail.linear = all.linear / kTiny;
-    tail.entropy = all.entropy;
-    tail.finite = all.tail_finite;
-    TopKSums& topk = shared.topk;
-    topk.student_max = extremes.topk;
-    topk.teacher_max = extremes.teacher;
-    topk.student = all.topk;
-    topk.hard = 0;
-    topk.teacher = all.teacher;
-    topk.linear = all.topk_linear;
-    topk.finite = all.topk_finite;
-    topk.missing = extremes.unusual & kStudentOnly;
-    TopKState& state = shared.state;
-    state.flags = head.flags;
-    state.coefficient = head.coefficient;
-    state.x = state.y = 0;
-    settle_topk(state, tail, topk, of_tail, options, form);
-    state.hard_lse = log_or_nothing(all.hard + (same && all.tail > 0 ? all.tail * exp(tail_max - peak) : 0));
-    if (form == TailForm::kUniform) {  // jsd reads them before its sums are known
-      with_topk_divergence(options, [&](auto divergence) {
-        shared.factors = topk_factors<decltype(divergence), Real>(state, options, form, of_tail, 1);
-      });
+  if (team.thread < kWarp) {
+    if (team.thread == 0) {
+      TailSums& tail = shared.tail;
+      tail.max = extremes.tail;
+      tail.sum = all.tail;
+      tail.hard = hard && same ? all.tail : 0;  // otherwise it is in all.hard
+      tail.linear = all.linear / kTiny;
+      tail.entropy = all.entropy;
+      tail.finite = all.tail_finite;
+      TopKSums& topk = shared.topk;
+      topk.student_max = extremes.topk;
+      topk.teacher_max = extremes.teacher;
+      topk.student = all.topk;
+      topk.hard = all.hard;
+      topk.hard_is_from_peak = true;
+      topk.teacher = all.teacher;
+      topk.linear = all.topk_linear;
+      topk.finite = all.topk_finite;
+      topk.missing = extremes.unusual & kStudentOnly;
+    }
+    warp_barrier();
+    const ByLanes by_lanes{shared.of_lanes, team.thread};
+    TopKState state;
+    settle_topk(state, shared.tail, shared.topk, of_tail, options, form, by_lanes);
+    if (team.thread == 0) {
+      state.flags = head.flags;
+      state.coefficient = head.coefficient;
+      state.x = state.y = 0;
+      shared.state = state;
+    }
+    warp_barrier();
+    const TailClass rest = tail_class(shared.state, options, of_tail, by_lanes);
+    if (team.thread == 0) {
+      shared.rest = rest;
+      if (form == TailForm::kUniform) {  // jsd reads them before its sums are known
+        with_topk_divergence(options, [&](auto divergence) {
+          shared.factors = topk_factors<decltype(divergence), Real>(shared.state, rest, options, form, 1);
+        });
+      }
     }
   }
   team.barrier();
@@ -298,15 +242,14 @@ TGT_DEVICE void finish_topk_row(const TopKDeviceCall& d, const Team& team, const
     with_topk_divergence(options, [&](auto divergence) {
       using D = decltype(divergence);
       TopKState& state = shared.state;
-      const double rest_log_prob = tail_log_prob(d, i);
-      const TailClass rest = tail_class(state, options, rest_log_prob);
+      const TailClass& rest = shared.rest;
       double x = sum.x, y = sum.y;
       add_tail<D>(rest, shared.tail, state, form, options, x, y);
       state.x = x;
       state.y = y;
       const double loss = topk_row_loss<D>(state, rest, shared.tail, shared.topk, form, options, shared.of_label);
       if (state.coefficient == 0) state.flags = kDropped;  // a divisor of 0
-      shared.factors = topk_factors<D, Real>(state, options, form, rest_log_prob, 1);
+      shared.factors = topk_factors<D, Real>(state, rest, options, form, 1);
       if (team.leads()) {
         static_cast<Real*>(call.row_loss)[i] = Real(head.coefficient * loss);
         if (d.row_state) d.row_state[i] = state;
@@ -319,8 +262,7 @@ TGT_DEVICE void finish_topk_row(const TopKDeviceCall& d, const Team& team, const
     return;
   }
   team.barrier();
-  with_topk_divergence(
-      options, [&](auto divergence) { write_topk_gradient<decltype(divergence), Real>(d, team, source, i, own); });
+  write_topk_gradient(d, team, source, i, own);
 }
 
 }  // namespace TGT_ISA

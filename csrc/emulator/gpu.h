@@ -71,6 +71,18 @@ inline bool any_in_warp(bool mine) {
   return any != 0;
 }
 
+TGT_OF_THE_DEVICE int exchange_if_equal(int* at, int expected, int value) {
+  const int before = *at;
+  if (before == expected) *at = value;
+  return before;
+}
+TGT_OF_THE_DEVICE void lower(int* at, int value) { *at = value < *at ? value : *at; }
+TGT_OF_THE_DEVICE uint32_t fetch_and_add(uint32_t* at, uint32_t value) {
+  const uint32_t before = *at;
+  *at += value;
+  return before;
+}
+
 // With errors as large as a chip's may be: -2 to 2, by the bits of the argument.
 inline int approximation_error(float x) { return static_cast<int>(bit_cast<uint32_t>(x) * 2654435761u >> 29) % 5 - 2; }
 inline float exp2_fast(float x) {
