@@ -76,35 +76,40 @@ def distill(title: str, divergence: str, classes: int, known: dict[str, int]) ->
     )
 
 
-def sparse(classes: int, known: dict[str, int], entries: int = 64) -> Case:
-    """A top-k teacher."""
-    reserved = known["kTopKBytes"] + entries * known["kEntryBytes"]
-    blocks, shared = on_chip(classes, 2, reserved)
+def sparse(classes: int, hard: bool, known: dict[str, int], entries: int = 64) -> Case:
+    """A top-k teacher at T = 2, with or without a hard term."""
+    blocks, shared = on_chip(classes, 2, known["kTopKBytes"] + entries * known["kEntryBytes"])
+    power = "kSquare" if hard else "kNone"
+    forward = r"body\(ForwardKl"
     marks = (
+        Mark(r"copy_start\(row\.student"),
         Mark(r"entries\[j\]\.id = mine"),
         Mark(r"sums\.teacher \+= exp_nonpositive", 2),
         Mark(r"settle_topk\(state", 2),
-        Mark(r"topk_row_loss<D>", 2),
-        Mark(r"double grad = topk_gradient<", 3),
+        Mark(r"tail_class\(shared\.state", 2),
+        Mark(rf"(?s)topk_row_loss<D>.*{forward}", 2),
+        Mark(rf"(?s)double grad = topk_gradient.*{forward}", 3),
     )
     return Case(
-        title=f"sparse forward_kl + CE, k = {entries}, bf16, {ROWS} x {classes}",
+        title=f"sparse forward_kl{' + CE' if hard else ''}, k = {entries}, T = 2, bf16, {ROWS} x {classes}",
         kernel=r"topk_fwd_kernel<1>",
         rows=ROWS,
         items=classes,
         moved=ROWS * (4 * classes + 12 * entries + 4),
         passes=(
             Pass("maxima", r"load16\(row\.student", 2, times=known["kChunks"]),
-            Pass("sums", r"sums\.hard = fused\(e, e, sums\.hard\)", 2),
-            Pass("gradients", r"grad\.v\[j\] = e \* fused\(e, f\.hard, soft\)", 2, (r"store_eight\(",)),
+            Pass("sums", rf"(?s)sum_tail<kSummed.*TailPower::{power}>", 2),
+            Pass("gradients", rf"(?s)write_tail<kPower, false>.*TailPower::{power}>", 2, (r"store_eight\(",)),
         ),
         threads=known["kTopKThreads"],
         marks=marks,
         blocks=blocks,
         shared=shared,
         fetched=shared,
-        unit="entry",
-        bench=("topk", "forward_kl, bucket", f"{ROWS} x {classes}, k {entries}", "bfloat16"),
+        unit="class",
+        bench=("", "", "", "")
+        if hard
+        else ("topk", "forward_kl, bucket", f"{ROWS} x {classes}, k {entries}", "bfloat16"),
         leads=math.ceil(entries / 32),
         bar=BARS["sparse"],
     )
@@ -176,6 +181,6 @@ def cases(root: Path) -> list[Case]:
     titles = {"forward_kl": "ForwardKl", "reverse_kl": "ReverseKl", "tvd": "Tvd", "jsd": "Jsd"}
     found = [distill(f"{name} + CE", divergence, c, known) for name, divergence in titles.items() for c in CLASSES]
     found += [distill("forward_kl + CE, teacher gradient", "ForwardKl", c, known) for c in CLASSES]
-    found += [sparse(classes, known) for classes in CLASSES]
+    found += [sparse(classes, hard, known) for hard in (False, True) for classes in CLASSES]
     found += [(perturbed if title.startswith("perturb") else ascended)(title, known) for title in LATENT_BARS]
     return found
