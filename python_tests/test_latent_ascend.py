@@ -118,10 +118,16 @@ def test_coordinates_of_scale_zero_do_not_move_and_return_to_the_anchor(backend:
     options: dict[str, Any] = {"step_size": 0.5, "sigma": 0.1, "scale": scale, "norm": norm, "backend": backend}
     free = tgt.ascend_latents(z, grad, **options)
     assert torch.equal(free[:, scale == 0], z[:, scale == 0])
-    for radius in (0.1, 100.0):
-        held = tgt.ascend_latents(z, grad, anchor=anchor, radius=radius, **options)
+    for radius, radius_norm in itertools.product((0.1, 100.0), RADIUS_NORMS):
+        held = tgt.ascend_latents(z, grad, anchor=anchor, radius=radius, radius_norm=radius_norm, **options)
         assert torch.equal(held[:, scale == 0], anchor[:, scale == 0])
-        assert held.isfinite().all()
+        # they count in no distance either: of what is left, all lies outside the small ball and inside the large one
+        inside, moved = held[:, scale > 0], free[:, scale > 0]
+        if radius == 100:
+            assert torch.equal(inside, moved)
+        else:
+            size = (inside - anchor[:, scale > 0]).norm(dim=1, p=2 if radius_norm == "l2" else math.inf)
+            torch.testing.assert_close(size, torch.full((4,), radius))
 
 
 # Gradients that give no step, or barely
