@@ -52,6 +52,12 @@ static const dim3 threadIdx, blockIdx, blockDim, gridDim;
 inline void __syncthreads() {}
 inline void __syncwarp() {}
 inline int __any_sync(unsigned, int mine) { return mine; }
+template <class T>
+inline T atomicCAS(T* at, T, T) { return *at; }
+template <class T>
+inline T atomicMin(T* at, T) { return *at; }
+template <class T>
+inline T atomicAdd(T* at, T) { return *at; }
 inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int) { return value; }
 inline void __stcs(uint4* to, uint4 value) { *to = value; }
 

@@ -46,7 +46,8 @@ def test_opcheck_of_the_native_kernels(native: str, emulated: ModuleType, monkey
     every = testing.op_samples
 
     def few(*given: Any, **options: Any) -> list[test_registration.Sample]:
-        samples = list(every(*given, **options))
+        # The core's listwise loss is for CPUs: what is left out for a GPU is asked of the host here.
+        samples = [sample for sample in every(*given, **options) if "listwise" not in str(sample[0])]
         ends = ({str(sample[0]): sample for sample in order} for order in (samples, samples[::-1]))
         return [sample for end in ends for sample in end.values()]
 

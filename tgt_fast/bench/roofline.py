@@ -18,9 +18,11 @@ _TITLES: Final = {
     "topk": "loss against top-k records",
     "tokens": "drawing tokens",
     "contrast": "retrieval loss within a batch",
+    "listwise": "loss of the teacher's order",
     "step": "whole training step",
 }
-_PANEL: Final = 2.9  # inches; with so few that eight panels, in two columns, fit a screen that is turned or a page
+_PANEL: Final = 2.9  # inches at the most
+_PANELS: Final = 12.0  # of a column of them: it fits a screen that is turned, or a page
 _HEAD: Final = 1.0
 
 
@@ -30,7 +32,8 @@ def roofline(rows: Sequence[Row], copy_rate: float, hardware: str) -> bytes:
     nouns = list(dict.fromkeys(row.case.noun for row in timed)) or [""]
     columns = min(2, len(nouns))
     lines = -(-len(nouns) // columns)
-    with figure(6.2 * columns + 0.4, _PANEL * lines + _HEAD, lines, columns) as (made, axes):
+    height = min(_PANEL * lines, _PANELS) + _HEAD
+    with figure(6.2 * columns + 0.4, height, lines, columns) as (made, axes):
         panels = [axes] if lines == columns == 1 else list(axes.flat)
         seen: dict[str, Any] = {}
         for panel, noun in zip(panels, nouns, strict=False):

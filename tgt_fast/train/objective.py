@@ -233,7 +233,7 @@ class TGTObjective(Kept):
         if not torch.compiler.is_compiling():
             refuse_labeler("TGTObjective", self.teacher, student)
             if id(student) != self._met:
-                warn_of_shared("TGTObjective", self.teacher, student, stacklevel=3)
+                warn_of_shared("TGTObjective", self.teacher, student, stacklevel=4)
                 self._met = id(student)
         logits_of = self.logits_of if logits_of is None else check_logits_of("TGTObjective", logits_of)
         class_dim = getattr(self.loss, "class_dim", -1)

@@ -124,8 +124,13 @@ class Steps:
         sound = ~dropped & ~invalid
         lse, log_tail = _normalisers(call, maxima, totals)
         state = own.new_zeros((own.shape[0], STATE + 1))
-        state[:, TAIL_MAX] = torch.where(tail_max == -math.inf, 0.0, tail_max)
-        state[:, TAIL_SUM], state[:, PEAK] = tail_sum, peak
+        if soft:
+            state[:, TAIL_MAX] = torch.where(tail_max == -math.inf, 0.0, tail_max)
+            state[:, TAIL_SUM] = tail_sum
+        else:  # all are the tail, which nobody has looked at: exponentials may begin at any logit
+            state[:, TAIL_MAX] = torch.where(peak == -math.inf, 0.0, peak)
+            state[:, TAIL_SUM] = 1.0
+        state[:, PEAK] = peak
         state[:, STUDENT_LSE], state[:, TEACHER_LSE] = lse, teacher_lse
         state[:, HARD_LSE], state[:, FINITE] = hard_sum.log(), finite
 
