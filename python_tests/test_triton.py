@@ -255,6 +255,13 @@ def test_shipped_plans_cover_a_row(classes: int, wide: bool) -> None:
         assert number & (number - 1) == 0
 
 
+@pytest.mark.parametrize("classes", [1, 2, 10, 16, 33, 100, 128])
+def test_shipped_plans_of_short_rows_fit_the_registers(classes: int) -> None:
+    # A thread may hold as many rows' states as elements, and 8 of them spill.
+    plan = tuning.shipped_plan(classes, False)
+    assert plan.rows * plan.block <= 4 * 32 * plan.warps
+
+
 def test_plans_of_long_rows_and_wide_tables() -> None:
     assert tuning.shipped_plan(128256, False) == Plan("stream", 1, 1024, 4)
     plan = tuning.soft_plan(512, 30522, 384, torch.bfloat16, torch.device("cuda"))

@@ -51,13 +51,16 @@ def power_of_two(n: int) -> int:
 
 
 def shipped_plan(classes: int, is_fp64: bool) -> Plan:
-    """The table: 8 or 16 elements of a row pair a thread, for what a thread keeps of them must fit its registers.
+    """The table: at most 16 elements of a row pair a thread, for what a thread keeps of them must fit its registers.
 
     ``benchmarks/triton_report.py`` shows that nothing spills. Not yet timed on a GPU.
     """
     if classes <= 1024:
         block = power_of_two(classes)
-        return Plan("rows", max(1, min(64, 1024 // block)), block, 4)
+        # Where short rows do not start on 16 bytes, each element of a thread may be of another row, with a state of its
+        # own for the registers to hold: 4 of them fit, 8 do not.
+        tile = 512 if block <= 128 else 1024
+        return Plan("rows", max(1, min(32, tile // block)), block, 4)
     if is_fp64:
         return Plan("rows", 1, 2048, 8) if classes <= 2048 else Plan("stream", 1, 1024, 4)
     if classes <= 4096:
