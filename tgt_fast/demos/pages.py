@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from tgt_fast._versions import versions
 from tgt_fast.demos.results import AccuracyResults, StudentResults
 from tgt_fast.report import Page, plots
 from tgt_fast.report.identity import commit
-from tgt_fast.report.numbers import spread
+from tgt_fast.report.numbers import mean, spread
 from tgt_fast.report.parts import inside
 from tgt_fast.report.plots import Series
 
@@ -93,4 +93,41 @@ def ending(page: Page, demo: str, result: StudentResults[Any], packages: Sequenc
         f"Seeds {', '.join(map(str, result.seeds))}. "
         + ", ".join(f"{name} {version}" for name, version in versions(packages).items())
         + f". Commit: {commit()}."
+    )
+
+
+def label_curve(
+    page: Page,
+    curves: Mapping[str, Sequence[tuple[int, Sequence[float]]]],
+    labels: Mapping[str, str],
+    colors: Mapping[str, str],
+    baselines: Collection[str],
+    caption: str,
+) -> None:
+    """The accuracies of a method's seeds over the labelled images: their mean, and from the least to the largest."""
+    series = [
+        Series(
+            labels[method],
+            [count for count, _ in line],
+            [mean(v) for _, v in line],
+            colors[method],
+            [min(v) for _, v in line],
+            [max(v) for _, v in line],
+            dashed=method in baselines,
+            marker="o",
+        )
+        for method, line in curves.items()
+    ]
+    page.figure(
+        "labels",
+        plots.lines(
+            series,
+            "Test accuracy over labelled images",
+            "labelled images the student sees (logarithmic)",
+            "percent",
+            log_x=True,
+            x_ticks=series[0].x,
+        ),
+        "Line chart of the test accuracy over the number of labelled images",
+        caption,
     )

@@ -18,6 +18,7 @@ from tgt_fast.demos.pages import (
     accuracy_table,
     ending,
     in_all,
+    label_curve,
     learning_chart,
     learning_curves,
 )
@@ -216,32 +217,12 @@ def _diagnostics(page: Page, result: DemoResult) -> None:
 def _labels(page: Page, result: DemoResult) -> None:
     page.section("How many labels it saves")
     methods = [m for m in METHODS if any(s.method == m for s in result.curve)]
-    series = []
-    for method in methods:
-        line = learning_curve(result, method)
-        series.append(
-            Series(
-                LABELS[method],
-                [labels for labels, _ in line],
-                [mean(v) for _, v in line],
-                COLORS[method],
-                [min(v) for _, v in line],
-                [max(v) for _, v in line],
-                dashed=method in BASELINES,
-                marker="o",
-            )
-        )
-    page.figure(
-        "labels",
-        plots.lines(
-            series,
-            "Test accuracy over labelled images",
-            "labelled images the student sees (logarithmic)",
-            "percent",
-            log_x=True,
-            x_ticks=series[0].x,
-        ),
-        "Line chart of the test accuracy over the number of labelled images",
+    label_curve(
+        page,
+        {method: learning_curve(result, method) for method in methods},
+        LABELS,
+        COLORS,
+        BASELINES,
         "The same long tail, thinner or thicker, up to all 900 images, where it has become even. The teacher is the "
         "same throughout: these are the student's labels alone.",
     )

@@ -12,11 +12,11 @@ from tgt_fast.demos.glyphs.render import CHARACTERS
 from tgt_fast.demos.glyphs.results import PACKAGES, DemoResult, learning_curve, sample_factors
 from tgt_fast.demos.glyphs.settings import BASELINES, BEST_TGT, METHODS
 from tgt_fast.demos.networks import parameter_count
-from tgt_fast.demos.pages import MainTable, accuracy_table, ending, in_all, learning_chart, learning_curves
+from tgt_fast.demos.pages import MainTable, accuracy_table, ending, in_all, label_curve, learning_chart, learning_curves
 from tgt_fast.report import Page, plots
 from tgt_fast.report.numbers import mean
 from tgt_fast.report.parts import diagnostics, percent_chart
-from tgt_fast.report.plots import Bar, Series, Tile
+from tgt_fast.report.plots import Bar, Tile
 from tgt_fast.train.diagnostics import MEANING, SourceRow
 
 COLORS = {
@@ -184,33 +184,13 @@ def _diagnostics(page: Page, result: DemoResult) -> None:
 def _labels(page: Page, result: DemoResult) -> None:
     page.section("How many labels it saves")
     methods = [m for m in METHODS if any(s.method == m for s in result.curve)]
-    series = []
-    for method in methods:
-        line = learning_curve(result, method)
-        series.append(
-            Series(
-                LABELS[method],
-                [labels for labels, _ in line],
-                [mean(v) for _, v in line],
-                COLORS[method],
-                [min(v) for _, v in line],
-                [max(v) for _, v in line],
-                dashed=method in BASELINES,
-                marker="o",
-            )
-        )
     most = max(s.labels for s in result.curve)
-    page.figure(
-        "labels",
-        plots.lines(
-            series,
-            "Test accuracy over labelled images",
-            "labelled images the student sees (logarithmic)",
-            "percent",
-            log_x=True,
-            x_ticks=series[0].x,
-        ),
-        "Line chart of the test accuracy over the number of labelled images",
+    label_curve(
+        page,
+        {method: learning_curve(result, method) for method in methods},
+        LABELS,
+        COLORS,
+        BASELINES,
         f"The same long tail, thinner or thicker, up to {most:,} images, where it has become even. The teacher is the "
         "same throughout: these are the student's labels alone.",
     )
