@@ -47,9 +47,29 @@ def batches():
 def images():
     return [(torch.arange(6), toys.normal(6, 1, 8, 8))]
 
-def slow():
-    for batch in batches():
-        time.sleep(0.02)
+def waiting():
+    for number, batch in enumerate(batches()):
+        if number == 3 and not os.path.exists("waits"):
+            open("waits", "w").close()
+            time.sleep(60)
+        yield batch
+
+class Deaf:
+    # What a handler of signals raises while an object goes is lost.
+
+    def __init__(self, number):
+        self.number = number
+
+    def __del__(self):
+        os.kill(os.getpid(), self.number)
+        for _ in range(10):
+            time.sleep(0.001)
+
+def deaf():
+    for number, batch in enumerate(batches()):
+        if number == 3 and not os.path.exists("deaf"):
+            open("deaf", "w").close()
+            Deaf(int(os.environ["SIGNAL"]))
         yield batch
 
 def failing():
@@ -185,21 +205,25 @@ def test_a_worker_that_is_killed_is_named(here: Path, forked_workers: None) -> N
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_keeps_what_was_made(here: Path, number: int) -> None:
+@pytest.mark.parametrize("data", ["waiting", "deaf"])
+def test_an_interruption_keeps_what_was_made(
+    here: Path, number: int, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIGNAL", str(int(number)))
+
     def work() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os._exit(run("folder", data="mine:slow"))
+        os._exit(run("folder", data=f"mine:{data}"))
 
     process = forked(work)
-    while not Path("folder").exists():
-        time.sleep(0.01)
-    time.sleep(0.05)
-    os.kill(process.pid or 0, number)
+    if data == "waiting":
+        while not Path("waits").exists():
+            time.sleep(0.01)
+        os.kill(process.pid or 0, number)
     process.join(60)
     assert process.exitcode == 130
-    if any(Path("folder").glob("*.safetensors")):
-        tgt.SyntheticDataset("folder")
-    assert run("folder") == 0
+    assert len(tgt.SyntheticDataset("folder")) == 3 * 5 * 2
+    assert run("folder", data=f"mine:{data}") == 0
     assert run("one") == 0
     assert content("folder") == content("one")
 

@@ -12,6 +12,7 @@ from tgt_fast._rng import isolated_rng
 from tgt_fast.cache.arguments import as_loader, flag
 from tgt_fast.cache.query import as_ids
 from tgt_fast.explore import LatentSampler
+from tgt_fast.synthesis import interruption
 from tgt_fast.synthesis.filters import Filters
 from tgt_fast.synthesis.maker import OP, Maker
 from tgt_fast.synthesis.summary import SynthesisSummary
@@ -112,6 +113,7 @@ def run(
     worker, workers = share
     with isolated_rng(0), tqdm(loader, desc=OP, unit="batch", disable=not progress or worker > 0) as bar:
         for number, raw in enumerate(bar):
+            interruption.check()
             if number % workers != worker:
                 continue
             given, x, _ = parts.split(raw)

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from tgt_fast.errors import ProcessError
+from tgt_fast.synthesis.interruption import interrupt, interruptible
 from tgt_fast.synthesis.job import Job
 from tgt_fast.synthesis.summary import SynthesisSummary
 
@@ -35,7 +36,7 @@ def run(job: Job, workers: int, *, progress: bool) -> SynthesisSummary:
     Raises:
         ProcessError: a worker failed, with its own error, or was killed. The others have written what they had.
     """
-    with interrupted_by_sigterm():
+    with interruptible():
         if workers == 1:
             with visible_gpus(0, job.gpus):
                 return job.work((0, 1), progress=progress)
@@ -98,7 +99,7 @@ def _end(begun: list[_Worker]) -> None:
 def _work(job: Job, number: int, workers: int, progress: bool, told: Connection) -> None:
     """In a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and asks this process to end
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         try:
@@ -116,23 +117,6 @@ def _end_with_parent() -> None:
     if parent is not None:
         wait([parent.sentinel])
         os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
-@contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM is as Ctrl-C: what was made is written before the process ends."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

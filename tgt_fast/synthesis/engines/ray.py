@@ -27,7 +27,7 @@ from tgt_fast.cache.command import factory
 from tgt_fast.cache.fingerprint import Fingerprint
 from tgt_fast.cache.query import as_ids
 from tgt_fast.errors import ProcessError, TgtError
-from tgt_fast.synthesis.engines.local import interrupted_by_sigterm
+from tgt_fast.synthesis.interruption import interruptible
 from tgt_fast.synthesis.job import Job
 from tgt_fast.synthesis.maker import OP, Batch
 from tgt_fast.synthesis.parquet import is_address
@@ -49,7 +49,7 @@ def run(job: Job, workers: int, *, progress: bool) -> SynthesisSummary:
     job = replace(job, folder=job.folder if is_address(job.folder) else str(Path(job.folder).absolute()))
     own = not ray.is_initialized()
     try:
-        with interrupted_by_sigterm():
+        with interruptible():
             if own:
                 cluster = "RAY_ADDRESS" in os.environ
                 cpus = {} if cluster else {"num_cpus": 2 * workers + _SPARE, "include_dashboard": False}

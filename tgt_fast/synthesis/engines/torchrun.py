@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from tgt_fast.errors import ArgumentError, ProcessError
-from tgt_fast.synthesis.engines.local import interrupted_by_sigterm
+from tgt_fast.synthesis.interruption import interruptible
 from tgt_fast.synthesis.job import Job
 from tgt_fast.synthesis.summary import SynthesisSummary
 
@@ -26,7 +26,7 @@ def place_of_rank() -> tuple[int, int] | None:
 
 def work(job: Job, share: tuple[int, int], *, progress: bool) -> SynthesisSummary:
     """In one of the processes."""
-    with interrupted_by_sigterm():
+    with interruptible():
         if job.gpus:
             if job.gpus != 1:
                 raise ArgumentError(f"synthesize: torchrun gives a process one GPU, not {job.gpus:g}")
@@ -45,7 +45,7 @@ def launch(words: Sequence[str], workers: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment.setdefault("OMP_NUM_THREADS", "1")
-    with interrupted_by_sigterm():
+    with interruptible():
         process = subprocess.Popen([*command, "-m", "tgt_fast", *words], env=environment)
         try:
             code = process.wait()
