@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from tgt_fast.demos import networks, workers
+from tgt_fast.demos import networks
 from tgt_fast.demos.digits import (
     data,
     diagnostics,
@@ -306,27 +305,6 @@ def test_sample_factors_interpolate_over_log_labels() -> None:
 def test_seeds_that_make_no_run_are_refused(seeds: tuple[int, ...]) -> None:
     with pytest.raises(ArgumentError, match="seeds"):
         run.run_demo(seeds, TINY, workers=0)
-
-
-def fail(text: str) -> None:
-    raise ShapeError(text)
-
-
-def run_alone(count: int, task: Callable[..., None], argument: object) -> None:
-    with workers.crew(count) as crew:
-        crew.submit(task, argument, then=lambda _: pytest.fail("went on"))
-        crew.finish()
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_what_a_task_raises_arrives(count: int) -> None:
-    with pytest.raises(ShapeError, match="oh"):
-        run_alone(count, fail, "oh")
-
-
-def test_a_dead_worker_is_reported() -> None:
-    with pytest.raises(workers.WorkerError, match="worker process died"):
-        run_alone(1, os._exit, 3)
 
 
 def test_tuning_ranks_choices_on_the_validation_split() -> None:

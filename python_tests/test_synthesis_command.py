@@ -181,7 +181,9 @@ def test_torchrun_is_started_with_the_same_command(here: Path, monkeypatch: pyte
     assert run("out", *options) == 1  # its status is 1 the second time
 
 
-def test_a_worker_that_fails_ends_all_and_what_was_made_is_kept(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_that_fails_ends_all_and_what_was_made_is_kept(
+    here: Path, forked_workers: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("folder", "--workers", "2", data="mine:failing") == 1
     told = capsys.readouterr().err
     assert re.search(r"error: synthesize: worker [01] failed: ValueError: the disk is gone", told)

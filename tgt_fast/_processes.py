@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +30,20 @@ def exchanged(mine: Any, group: Any = None) -> list[Any]:
     found: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(found, mine, group=group)
     return found
+
+
+def end_with_parent() -> None:
+    """In a worker process: SIGTERM to itself once the process that started it is gone, however that ended."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    gone = parent.sentinel
+
+    def watch() -> None:
+        wait([gone])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def done_by_each(

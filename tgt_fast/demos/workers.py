@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from tgt_fast._processes import end_with_parent
 from tgt_fast._threads import threads
 from tgt_fast.errors import TgtError
 
@@ -73,6 +74,7 @@ def crew(workers: int) -> Iterator[Crew]:
 
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and ends the work
+    end_with_parent()
     torch.set_num_threads(1)
 
 

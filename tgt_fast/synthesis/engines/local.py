@@ -5,13 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Final, NamedTuple
 
+from tgt_fast._processes import end_with_parent
 from tgt_fast.errors import ProcessError
 from tgt_fast.synthesis.interruption import interrupt, interruptible
 from tgt_fast.synthesis.job import Job
@@ -100,7 +100,7 @@ def _work(job: Job, number: int, workers: int, progress: bool, told: Connection)
     """In a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and asks this process to end
     signal.signal(signal.SIGTERM, interrupt)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     try:
         try:
             result = _Result(job.work((number, workers), progress=progress))
@@ -110,13 +110,6 @@ def _work(job: Job, number: int, workers: int, progress: bool, told: Connection)
         told.send(result)
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGTERM)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
