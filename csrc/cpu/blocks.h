@@ -23,25 +23,39 @@ inline void cast_to(const Real* from, void* to, int count) {
 template <class Real>
 constexpr DType kTypeOf = sizeof(Real) == 8 ? DType::kFloat64 : DType::kFloat32;
 
+template <class Real>
+TGT_APART void convert_from(const char* from, DType type, int count, Real* to) {
+  switch (type) {
+    case DType::kFloat32:
+      return cast_from<Real, float>(from, to, count);
+    case DType::kFloat64:
+      return cast_from<Real, double>(from, to, count);
+    case DType::kBFloat16:
+      return cast_from<Real, BFloat16>(from, to, count);
+    case DType::kFloat16:
+      return cast_from<Real, Float16>(from, to, count);
+  }
+}
+template <class Real>
+TGT_APART void convert_to(const Real* from, char* to, DType type, int count) {
+  switch (type) {
+    case DType::kFloat32:
+      return cast_to<Real, float>(from, to, count);
+    case DType::kFloat64:
+      return cast_to<Real, double>(from, to, count);
+    case DType::kBFloat16:
+      return cast_to<Real, BFloat16>(from, to, count);
+    case DType::kFloat16:
+      return cast_to<Real, Float16>(from, to, count);
+  }
+}
+
 // Elements [at, at + count) of a row as Real: in place where they are stored as such, else converted into `buffer`.
 template <class Real>
 inline const Real* read_block(const char* row, DType type, int64_t at, int count, Real* buffer) {
   const char* from = row + at * element_size(type);
   if (type == kTypeOf<Real>) return reinterpret_cast<const Real*>(from);
-  switch (type) {
-    case DType::kFloat32:
-      cast_from<Real, float>(from, buffer, count);
-      break;
-    case DType::kFloat64:
-      cast_from<Real, double>(from, buffer, count);
-      break;
-    case DType::kBFloat16:
-      cast_from<Real, BFloat16>(from, buffer, count);
-      break;
-    case DType::kFloat16:
-      cast_from<Real, Float16>(from, buffer, count);
-      break;
-  }
+  convert_from(from, type, count, buffer);
   return buffer;
 }
 
@@ -52,26 +66,27 @@ inline Real* write_block(char* row, DType type, int64_t at, Real* buffer) {
 }
 template <class Real>
 inline void finish_block(const Real* values, char* row, DType type, int64_t at, int count) {
-  char* to = row + at * element_size(type);
-  switch (type) {
-    case DType::kFloat32:
-      if (sizeof(Real) == 8) cast_to<Real, float>(values, to, count);
-      break;
-    case DType::kFloat64:
-      break;
-    case DType::kBFloat16:
-      cast_to<Real, BFloat16>(values, to, count);
-      break;
-    case DType::kFloat16:
-      cast_to<Real, Float16>(values, to, count);
-      break;
-  }
+  if (type != kTypeOf<Real>) convert_to(values, row + at * element_size(type), type, count);
 }
 
 inline double read_element(const char* row, DType type, int64_t at) {
+  const void* from = row + at * element_size(type);
   double value = 0;
-  const double* found = read_block<double>(row, type, at, 1, &value);
-  return *found;
+  switch (type) {
+    case DType::kFloat32:
+      cast_from<double, float>(from, &value, 1);
+      break;
+    case DType::kFloat64:
+      cast_from<double, double>(from, &value, 1);
+      break;
+    case DType::kBFloat16:
+      cast_from<double, BFloat16>(from, &value, 1);
+      break;
+    case DType::kFloat16:
+      cast_from<double, Float16>(from, &value, 1);
+      break;
+  }
+  return value;
 }
 
 }  // namespace TGT_ISA

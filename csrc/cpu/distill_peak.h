@@ -44,7 +44,7 @@ class Peak {
   void add(V sum) { lanes_ += sum; }
   // The same for the block of the label, whose gradient was `label` more. Of a peak that was most of it, and of the
   // digits of such a sum.
-  void add_with_label(V sum, Real of_label, int64_t label, const Real* gradient, int count) {
+  TGT_APART void add_with_label(V sum, Real of_label, int64_t label, const Real* gradient, int count) {
     if (at_ != label) {
       lanes_ += sum;
       rest_ -= of_label;
@@ -66,7 +66,7 @@ class Peak {
     if (at_ >= at && at_ < at + count) value_ = gradient[at_ - at];
   }
 
-  void correct(const Matrix& gradient, int64_t i) const {
+  TGT_APART void correct(const Matrix& gradient, int64_t i) const {
     if (at_ < 0) return;
     double lanes[kLanes];
     for (int j = 0; j < kLanes; ++j) lanes[j] = lanes_[j];
@@ -84,7 +84,7 @@ class Peak {
  private:
   static constexpr int kLanes = Lanes<Real>::kCount;
 
-  int first_equal(const Real* values, int count) const {
+  TGT_APART int first_equal(const Real* values, int count) const {
     constexpr int kAtOnce = 8;
     const V largest = splat<V>(largest_);
     int j = 0;

@@ -120,8 +120,8 @@ bool counts_far(Real s, Real t, double student_max, double teacher_max, Real rea
 }
 
 template <class D, class Real>
-void inspect(const Real* s, const Real* t, int count, double student_max, double teacher_max, Real reach,
-             const DistillOptions& options, Unusual& unusual) {
+TGT_APART void inspect(const Real* s, const Real* t, int count, double student_max, double teacher_max, Real reach,
+                       const DistillOptions& options, Unusual& unusual) {
   for (int j = 0; j < count; ++j) {
     const bool student_masked = s[j] == Real(-HUGE_VAL);
     const bool teacher_masked = t[j] == Real(-HUGE_VAL);
@@ -137,8 +137,8 @@ void inspect(const Real* s, const Real* t, int count, double student_max, double
 
 // Maxima of a block of both rows; true when every logit is finite, also `reach` times as large.
 template <class Real>
-TGT_HD bool block_maxima(const Real* s, const Real* t, int count, Real reach, double& student_max,
-                         double& teacher_max) {
+TGT_APART bool block_maxima(const Real* s, const Real* t, int count, Real reach, double& student_max,
+                            double& teacher_max) {
   using V = typename Lanes<Real>::Vector;
   V s_best = splat<V>(Real(-HUGE_VAL)), t_best = s_best;
   V finite_s = V{}, finite_t = V{};  // what is infinite remains so, or becomes NaN
@@ -269,7 +269,8 @@ void sum_block(const Real* s, const Real* t, int count, const RowConstants<Real>
 
 // Sums that need the normalisers first: a second pass, from cache.
 template <class Real, class D>
-void sum_normalised(const Row<Real>& logits, const RowOptions& options, const Logarithms& logs, RowState& state) {
+TGT_APART void sum_normalised(const Row<Real>& logits, const RowOptions& options, const Logarithms& logs,
+                              RowState& state) {
   using V = typename Lanes<Real>::Vector;
   const RowConstants<Real> row = settled<Real>(state, logs, options);
   logits.each_block([&](const Real* s, const Real* t, int64_t, int count) {
@@ -289,7 +290,7 @@ void sum_normalised(const Row<Real>& logits, const RowOptions& options, const Lo
 
 // Cross-entropy with the label, smoothed over the classes whose logit is finite.
 template <class Real>
-double hard_loss(const Row<Real>& logits, const DistillOptions& options, int64_t label, RowState& state) {
+TGT_APART double hard_loss(const Row<Real>& logits, const DistillOptions& options, int64_t label, RowState& state) {
   const double smoothing = options.label_smoothing;
   const double of_label = read_element(logits.student, logits.student_type, label) - state.student_max;
   if (of_label == -HUGE_VAL && smoothing < 1) {
@@ -345,7 +346,7 @@ SoftTarget soft_target_of(const Row<Real>& logits, const char* target, DType typ
 
 // Cross-entropy with shares of the classes: sum t * (log-sum-exp - s).
 template <class Real>
-double soft_hard_loss(const Row<Real>& logits, const DistillCall& call, int64_t i, RowState& state) {
+TGT_APART double soft_hard_loss(const Row<Real>& logits, const DistillCall& call, int64_t i, RowState& state) {
   const SoftTarget target = soft_target_of(logits, call.soft_target.row(i), call.soft_target.type, state.student_max);
   state.mass = target.mass;
   if (target.bad) {

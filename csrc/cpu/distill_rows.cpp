@@ -11,7 +11,7 @@ inline namespace TGT_ISA {
 namespace {
 
 template <class Real>
-void fill_row(const Matrix& matrix, int64_t i, int64_t classes, Real value) {
+TGT_APART void fill_row(const Matrix& matrix, int64_t i, int64_t classes, Real value) {
   if (!matrix) return;
   Real values[kBlock];
   for (int j = 0; j < kBlock; ++j) values[j] = value;
@@ -48,8 +48,8 @@ V student_block(const Real* s, const Real* t, int count, const RowConstants<Real
 }
 
 template <class Real, class D, class V = typename Lanes<Real>::Vector>
-V teacher_block(const Real* s, const Real* t, int count, const RowConstants<Real>& row, Real x, Real y, Real factor,
-                Real* to) {
+TGT_APART V teacher_block(const Real* s, const Real* t, int count, const RowConstants<Real>& row, Real x, Real y,
+                          Real factor, Real* to) {
   V sum{};
   each_vector(s, t, count, [&](V sv, V tv, int at, int lanes) {
     const V grad = D::d_teacher(normalised<D>(shifted<D>(sv, tv, row), row), row.mixture, x, y) * factor;
@@ -65,7 +65,7 @@ V teacher_block(const Real* s, const Real* t, int count, const RowConstants<Real
 
 // A block of the student's gradient, less what a soft target takes of it; what that adds up to, by lanes.
 template <class Real, class V = typename Lanes<Real>::Vector>
-V less_target(const Real* shares, int count, Real factor, Real* values) {
+TGT_APART V less_target(const Real* shares, int count, Real factor, Real* values) {
   V sum{};
   each_vector(values, shares, count, [&](V grad, V share, int at, int lanes) {
     if (lanes == Lanes<Real>::kCount) {
@@ -224,7 +224,7 @@ bool pair_statistics(const Row<Real>& logits, RowOptions options, double* values
 
 // Zeros for a row that does not count. A side that is no distribution is NaN, and so is what compares it.
 template <class Real>
-void statistics_row(const DistillCall& call, int64_t i, bool counts) {
+TGT_APART void statistics_row(const DistillCall& call, int64_t i, bool counts) {
   const Row<Real> logits = row_pair<Real>(call, call.teacher, i);
   Real* out = static_cast<Real*>(call.stats) + i;
   double values[6] = {0, 0, 0, 0, 0, 0};

@@ -24,13 +24,22 @@ inline RowHead open_row(const DistillCall& call, int64_t i) {
   return {label, dropped ? kDropped : labelled ? kHard : 0, call.divisor == 0 ? 0 : weight / call.divisor};
 }
 
+// Double is for checking, not for speed; nor is the set that only x86 CPUs without AVX2 run worth four kernels for one.
+#if defined(__x86_64__) && !defined(__AVX2__)
+template <class Real>
+constexpr bool kByPower = false;
+#else
+template <class Real>
+constexpr bool kByPower = sizeof(Real) == 4;
+#endif
+
 // A kernel has run<Real, D, power>(call, begin, end), kServed<D>, and kPowers<D>: whether exp(s) may be made of
 // exp(s / Ts). `base`: the part of a call that they all have.
 template <class Kernel, class Real, class D, class Call>
 void run_by_power(const Call& call, const DistillCall& base, int64_t begin, int64_t end) {
   if constexpr (Kernel::template kServed<D>) {
     if (!base.target && !base.soft_target) return Kernel::template run<Real, D, kNoHard>(call, begin, end);
-    if constexpr (Kernel::template kPowers<D> && sizeof(Real) == 4) {  // double is for checking, not for speed
+    if constexpr (Kernel::template kPowers<D> && kByPower<Real>) {
       const double t = base.options.temperature;
       if (t == 1) return Kernel::template run<Real, D, kSame>(call, begin, end);
       if (t == 2) return Kernel::template run<Real, D, kSquare>(call, begin, end);

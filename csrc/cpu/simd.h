@@ -10,6 +10,9 @@
 
 #include "../common/math.h"
 
+// A function of its own: what a block or a row needs once would be compiled again in every kernel that calls it.
+#define TGT_APART __attribute__((noinline))
+
 namespace tgt {
 inline namespace TGT_ISA {
 
@@ -140,18 +143,61 @@ template <class Real>
 TGT_HD void store(Real* to, typename Lanes<Real>::Vector value) {
   memcpy(to, &value, sizeof(value));
 }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// All bits of the first `count` lanes.
+template <class Real>
+TGT_HD auto first_lanes(int count) {
+  if constexpr (sizeof(Real) == 4) {
+    return VInt32{0, 1, 2, 3, 4, 5, 6, 7} < count;
+  } else {
+    return VInt64{0, 1, 2, 3} < int64_t(count);
+  }
+}
+#endif
+
 // The first `count` lanes; the others hold `fill`.
 template <class Real>
 TGT_HD typename Lanes<Real>::Vector load_part(const Real* from, int count, Real fill) {
+#if defined(__AVX512F__)
+  const auto other = splat<typename Lanes<Real>::Vector>(fill);
+  if constexpr (sizeof(Real) == 4) {
+    return (VFloat)_mm512_mask_loadu_ps((__m512)other, __mmask16((1u << count) - 1), from);
+  } else {
+    return (VDouble)_mm512_mask_loadu_pd((__m512d)other, __mmask8((1u << count) - 1), from);
+  }
+#elif defined(__AVX2__)
+  const auto other = splat<typename Lanes<Real>::Vector>(fill);
+  const auto there = first_lanes<Real>(count);
+  if constexpr (sizeof(Real) == 4) {
+    return there ? (VFloat)_mm256_maskload_ps(from, (__m256i)there) : other;
+  } else {
+    return there ? (VDouble)_mm256_maskload_pd(from, (__m256i)there) : other;
+  }
+#else
   Real lanes[Lanes<Real>::kCount];
   for (int i = 0; i < Lanes<Real>::kCount; ++i) lanes[i] = i < count ? from[i] : fill;
   return load(lanes);
+#endif
 }
 template <class Real>
 TGT_HD void store_part(Real* to, typename Lanes<Real>::Vector value, int count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == 4) {
+    _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), (__m512)value);
+  } else {
+    _mm512_mask_storeu_pd(to, __mmask8((1u << count) - 1), (__m512d)value);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Real) == 4) {
+    _mm256_maskstore_ps(to, (__m256i)first_lanes<Real>(count), (__m256)value);
+  } else {
+    _mm256_maskstore_pd(to, (__m256i)first_lanes<Real>(count), (__m256d)value);
+  }
+#else
   Real lanes[Lanes<Real>::kCount];
   store(lanes, value);
   for (int i = 0; i < count; ++i) to[i] = lanes[i];
+#endif
 }
 
 // Bit i: whether lane i of a comparison's result is true.

@@ -26,7 +26,7 @@ class TopKRow {
   }
 
   // Row i; false when it is no distribution.
-  bool read(const TopKCall& call, int64_t i) {
+  TGT_APART bool read(const TopKCall& call, int64_t i) {
     const TopK& topk = call.topk;
     const int64_t* ids = topk.ids + i * topk.id_stride;
     const char* log_probs = topk.log_probs.row(i);
@@ -65,7 +65,7 @@ class TopKRow {
   }
 
   // Logits of the row, for a gradient that comes without a pass over it.
-  void gather(const char* row, DType type) {
+  TGT_APART void gather(const char* row, DType type) {
     for (int64_t e = 0; e < count_; ++e) s_[e] = read_element(row, type, ids_[e]);
   }
 
@@ -93,7 +93,7 @@ class TopKRow {
     return true;
   }
 
-  TopKSums sums(const DistillOptions& options) const {
+  TGT_APART TopKSums sums(const DistillOptions& options) const {
     TopKSums sums;
     for (int64_t e = 0; e < count_; ++e) {
       sums.student_max = larger(s_[e], sums.student_max);
@@ -121,7 +121,7 @@ class TopKRow {
   }
 
   template <class D>
-  void add(const TopKState& row, const DistillOptions& options, double& x, double& y) const {
+  TGT_APART void add(const TopKState& row, const DistillOptions& options, double& x, double& y) const {
     const Mixture<double> mixture = mixture_of<double>(options);
     VD of_x{}, of_y{};
     each([&](VD s, VD a, int64_t) { D::add(topk_class(s, a, row, 1 / options.temperature), mixture, of_x, of_y); });
@@ -130,7 +130,7 @@ class TopKRow {
   }
 
   template <class D, class Real>
-  void make_gradient(const TopKState& row, const DistillOptions& options, const TopKFactors<Real>& factors) {
+  TGT_APART void make_gradient(const TopKState& row, const DistillOptions& options, const TopKFactors<Real>& factors) {
     each([&](VD s, VD a, int64_t e) { store(gradient_.data() + e, topk_gradient<D>(s, a, row, options, factors)); });
   }
 

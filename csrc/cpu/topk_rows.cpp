@@ -37,7 +37,7 @@ TGT_HD void each_of(const Real* s, int count, Body body) {
 
 // The maximum of a block; false where it holds NaN or +inf.
 template <class Real>
-bool block_maximum(const Real* s, int count, double& most) {
+TGT_APART bool block_maximum(const Real* s, int count, double& most) {
   using V = typename Lanes<Real>::Vector;
   using Int = typename Traits<V>::Int;
   V best = splat<V>(Real(-HUGE_VAL));
@@ -91,7 +91,7 @@ void sum_tail(const Real* s, int count, Real inverse_t, TailSums& sums) {
 }
 
 template <class Real>
-void fill(const Matrix& matrix, int64_t i, int64_t classes, Real value) {
+TGT_APART void fill(const Matrix& matrix, int64_t i, int64_t classes, Real value) {
   alignas(64) Real buffer[kBlock];
   for (int64_t at = 0; at < classes; at += kBlock) {
     const int count = int(classes - at < kBlock ? classes - at : kBlock);
@@ -160,7 +160,7 @@ void gradient_row(const TopKCall& call, int64_t i, TopKRow& topk, const TopKStat
 
 // Adds the classes of a spread tail, one by one, to the sums x, y of jsd.
 template <class Real>
-void add_spread(const TopKCall& call, int64_t i, const TailClass& tail, TopKRow& topk, TopKState& state) {
+TGT_APART void add_spread(const TopKCall& call, int64_t i, const TailClass& tail, TopKRow& topk, TopKState& state) {
   using V = typename Lanes<Real>::Vector;
   const DistillCall& base = call.base;
   const TopKFactors<Real> f = topk_factors<Jsd, Real>(state, tail, base.options, call.topk.form, 1);
