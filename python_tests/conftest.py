@@ -21,6 +21,7 @@ import covering
 import emulated_gpu
 import hypothesis
 import interpreter_kit
+import once
 import pytest
 import real_gpu
 import torch
@@ -98,6 +99,7 @@ def _tested_package() -> Path:
 
 def pytest_configure(config: pytest.Config) -> None:
     gc.disable()  # until all tests are collected
+    config.pluginmanager.register(once.Once(), "once")
     tested = _tested_package()
     reason = _native_reason()
     if REQUIRE_NATIVE and reason:
@@ -108,9 +110,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what Triton has no kernels for, and what the grids do without."""
+    """Leaves out what Triton has no kernels for, what the grids do without, and what has passed of the same sources."""
     dropped = {item for item in items if _interprets(item) and _not_for_triton(item)}
     dropped |= set(covering.thin([item for item in items if item not in dropped]))
+    known = config.pluginmanager.get_plugin("once")
+    dropped |= set(known.unneeded(config, [item for item in items if item not in dropped]))
     if dropped:
         config.hook.pytest_deselected(items=[item for item in items if item in dropped])
         items[:] = [item for item in items if item not in dropped]

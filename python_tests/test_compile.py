@@ -17,10 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tgt_fast as tgt
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch._dynamo.config, "recompile_limit"),
-    reason="the compiler of PyTorch 2.6 traces no _replace of a NamedTuple",
-)
+pytestmark = [
+    pytest.mark.once("torch.compile"),
+    pytest.mark.skipif(
+        not hasattr(torch._dynamo.config, "recompile_limit"),
+        reason="the compiler of PyTorch 2.6 traces no _replace of a NamedTuple",
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +87,7 @@ def test_the_loss(name: str, dynamic: bool) -> None:
                 assert torch.equal(mine, theirs)
 
 
+@pytest.mark.always
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_the_loss_in_other_precisions(dtype: torch.dtype) -> None:
     student, teacher = values(2, 5, 17, dtype=dtype)

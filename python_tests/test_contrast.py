@@ -312,6 +312,7 @@ def test_both_doors_give_the_same_bits(native: str) -> None:
     assert all(torch.equal(direct.grads[name], dispatched.grads[name]) for name in NAMES)
 
 
+@pytest.mark.once("torch.compile")
 @pytest.mark.parametrize("passage_ids", [None, COPIES], ids=["all", "copies"])
 def test_compiled(native: str, passage_ids: Tensor | None) -> None:
     case = towers(passage_ids=passage_ids)

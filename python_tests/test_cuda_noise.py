@@ -50,6 +50,7 @@ int main() {
 """
 
 
+@pytest.mark.once("emulated")
 def test_coarse_normals_are_true_to_a_hundredth_of_a_16_bit_rounding(tmp_path: Path) -> None:
     """The emulated instructions err by as much as a chip's may. Between 1 and 2 float16 rounds by up to 4.9e-4."""
     reason = emulated_gpu.why_not()

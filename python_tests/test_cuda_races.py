@@ -2,13 +2,12 @@
 
 Barriers order memory, shuffles do not. With gradients in place a logit is gone once its gradient is written.
 
-Compiling the kernels so takes a minute of a core: where nothing has changed, the tests skip (reports.py).
+Compiling the kernels so takes a minute of a core: they run once for each state of the sources (once.py).
 """
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -18,24 +17,22 @@ import torch
 from cuda_calls import PLANS, Kernels, Plan
 from gpu_calls import every_kernel_once
 from numerics import logits, targets
-from reports import report
 
 CSRC = emulated_gpu.CSRC
 
+of_races = pytest.mark.once("races of the CUDA kernels")
+
 
 @pytest.fixture(scope="module")
-def watched(request: pytest.FixtureRequest, native: str) -> Iterator[ModuleType]:
+def watched(request: pytest.FixtureRequest, native: str) -> ModuleType:
     """The kernels on an emulated device that looks for races."""
     reason = emulated_gpu.why_not()
     if reason:
         pytest.skip(f"no emulated GPU: {reason}")
-    sources = [path for folder in ("bind", "common", "cuda", "emulator") for path in (CSRC / folder).iterdir()]
-    tests = ("cuda_calls.py", "emulated_gpu.py", "gpu_calls.py", "numerics.py", "test_cuda_races.py")
-    with report(request.session, "cuda-races", "csrc/emulator", sources, CSRC, tests) as names:
-        names += sorted(path.name for path in CSRC.glob("cuda/*.cu"))
-        yield emulated_gpu.build(request.config.cache.mkdir("emulated_gpu"), races=True)  # type: ignore[union-attr]
+    return emulated_gpu.build(request.config.cache.mkdir("emulated_gpu"), races=True)  # type: ignore[union-attr]
 
 
+@of_races
 def test_no_kernel_has_a_race(watched: ModuleType) -> None:
     with emulated_gpu.tensors_on_an_emulated_gpu(watched):
         every_kernel_once(torch.device("cpu"))
@@ -43,6 +40,7 @@ def test_no_kernel_has_a_race(watched: ModuleType) -> None:
 
 
 # 17, 603: lanes without a vector, and a tail
+@of_races
 @pytest.mark.parametrize("classes", [17, 603])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 def test_a_gradient_in_place_overwrites_nothing_that_is_yet_to_be_read(

@@ -14,6 +14,7 @@ CPU = torch.device("cpu")
 MODULES = ("distill_kernels", "distill_finish", "latent_kernels", "tokens_kernels")
 
 
+@pytest.mark.once("emulated")
 @pytest.mark.parametrize("name", native_calls())
 def test_a_native_call_gives_numbers(request: pytest.FixtureRequest, name: str) -> None:
     with tensors_on_an_emulated_gpu(request.getfixturevalue("emulated")):

@@ -21,6 +21,8 @@ from gpu_script_kit import TESTS, TORCH, WORKER
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks" / "gpu"
+# Nobody without a GPU runs it.
+of_the_script = pytest.mark.once("the script for a GPU", "benchmarks/gpu", "benchmarks/gpu.sh")
 MODULES = ("call", "cases", "guard", "isolated", "prepare", "results", "sanitizing", "smoke", "stages", "testing")
 
 
@@ -57,6 +59,7 @@ def worker(script: dict[str, ModuleType], tmp_path: Path) -> Iterator[Callable[.
 # What runs in a process of its own
 
 
+@of_the_script
 def test_a_task_that_hangs_or_faults_ends_its_own_process_alone(worker: Callable[..., Any], tmp_path: Path) -> None:
     process = worker("slow", "bad")
     began = time.monotonic()
@@ -81,6 +84,7 @@ def test_a_process_that_does_not_start_is_no_fault_of_its_task(script: dict[str,
     assert (outcome.status, outcome.reason) == ("failed", "at the start: exit status 3")
 
 
+@of_the_script
 def test_the_worker(
     script: dict[str, ModuleType], native: str, child_environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -107,6 +111,7 @@ def test_the_worker(
 # The smoke stage
 
 
+@of_the_script
 def test_smoke_names_what_hangs_and_what_faults(script: dict[str, ModuleType], worker: Callable[..., Any]) -> None:
     names = ["a", "slow", "b", "bad", "c", "d"]
     told: list[str] = []
@@ -120,6 +125,7 @@ def test_smoke_names_what_hangs_and_what_faults(script: dict[str, ModuleType], w
     assert sorted(told) == sorted(names)
 
 
+@of_the_script
 def test_what_the_end_of_the_stage_cuts_short_has_not_hung(
     script: dict[str, ModuleType], worker: Callable[..., Any]
 ) -> None:
@@ -164,6 +170,7 @@ def suite(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@of_the_script
 @pytest.mark.parametrize("xdist", [True, False], ids=["xdist", "no xdist"])
 def test_a_hung_test_is_named_and_its_process_replaced(
     script: dict[str, ModuleType], suite: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, xdist: bool
@@ -222,6 +229,7 @@ def bench_of(script: dict[str, ModuleType], process: Any, results: Any) -> Any:
     return bench
 
 
+@of_the_script
 def test_cases_are_written_as_they_end_whatever_hangs_later(
     script: dict[str, ModuleType], worker: Callable[..., Any], results: Callable[[], Any], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -246,6 +254,7 @@ def test_cases_are_written_as_they_end_whatever_hangs_later(
     assert [row["number"] for row in record["rows"]] == [0, 1]
 
 
+@of_the_script
 def test_what_is_known_is_not_measured_again(
     script: dict[str, ModuleType],
     worker: Callable[..., Any],
@@ -311,6 +320,7 @@ def stages_of(summary: dict[str, Any]) -> dict[str, str]:
     return {stage["stage"]: stage["outcome"] for stage in summary["stages"]}
 
 
+@of_the_script
 def test_two_calls(call: Callable[..., Any], tmp_path: Path) -> None:
     status, summary, _ = call("tests")
     assert status == 1
@@ -335,6 +345,7 @@ def test_two_calls(call: Callable[..., Any], tmp_path: Path) -> None:
     assert summary["tests"]["passed"] == 1
 
 
+@of_the_script
 def test_one_call_does_both_and_skips_what_is_proven(call: Callable[..., Any]) -> None:
     call("tests")
     _, summary, times = call()

@@ -41,6 +41,7 @@ def host() -> Iterator[str]:
         yield "cuda"
 
 
+@pytest.mark.once("torch.compile")
 def test_opcheck_of_the_native_kernels(native: str, emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two calls of each op: test_registration.py has the others, on the CPU."""
     every = testing.op_samples
@@ -71,11 +72,13 @@ def no_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.once("torch.compile")
 @pytest.mark.usefixtures("no_code")
 def test_a_compiled_training_step() -> None:
     test_compile.test_a_training_step_on_a_gpu("cpu", "random")  # the other mode's: test_compile.py
 
 
+@pytest.mark.once("torch.compile")
 @pytest.mark.usefixtures("no_code")
 def test_a_compiled_exploration() -> None:
     test_compile.test_a_compiled_exploration_on_a_gpu_replays_with_fresh_noise("cpu")
@@ -86,6 +89,7 @@ def test_a_captured_sampler() -> None:
     test_compile.test_a_captured_sampler_draws_fresh_noise_at_each_replay("cpu")
 
 
+@pytest.mark.once("host side of tests on a GPU")
 @pytest.mark.usefixtures("host")
 def test_the_bench_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cases for a GPU, of a size for the host."""

@@ -263,6 +263,7 @@ def test_both_doors_give_the_same_bits(native: str, reduction: str, tail: str) -
     assert all(torch.equal(direct.grads[name], dispatched.grads[name]) for name in STUDENT)
 
 
+@pytest.mark.once("torch.compile")
 def test_compiled_whole_it_is_the_same(native: str) -> None:
     """No graph break, and the same numbers, which no user would notice to be others."""
     case = topk_case((2, 5), labeled=True, temperature=2.0)

@@ -304,6 +304,7 @@ def test_the_same_bits_on_any_number_of_threads_and_from_strided_rows(native: st
         assert torch.equal(grad, found[0][1])
 
 
+@pytest.mark.once("torch.compile")
 @pytest.mark.skipif(sys.version_info >= (3, 13), reason="the compiler of the oldest PyTorch does not know this Python")
 def test_compiled(native: str) -> None:
     s, t, y = normal(27, 4, 9).float(), normal(28, 4, 9).float(), torch.tensor([1, 2, -1, -100])

@@ -65,11 +65,13 @@ def varied(samples: Sequence[Sample]) -> list[Sample]:
     return chosen
 
 
+@pytest.mark.once("torch.compile")
 @pytest.mark.parametrize("sample", SAMPLES, ids=_name)
 def test_fakes_are_like_the_results(sample: Sample) -> None:
     torch.library.opcheck(*sample, test_utils=("test_autograd_registration", "test_faketensor"))
 
 
+@pytest.mark.once("torch.compile")
 @pytest.mark.parametrize("sample", varied(SAMPLES), ids=_name)
 def test_opcheck(sample: Sample) -> None:
     """What the other test of fakes leaves of it."""

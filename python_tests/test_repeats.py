@@ -232,6 +232,7 @@ def test_copies_are_counted_beside_the_data(mode: str) -> None:
     assert torch.equal(made.latents.z.detach(), expected)
 
 
+@pytest.mark.once("torch.compile")
 def test_compiled_exploration_gives_copies_their_own_noise() -> None:
     plain, fast = (sampler_for("gradient", compile=compiled) for compiled in (False, True))
     torch.testing.assert_close(explore(fast).latents.z, explore(plain).latents.z, rtol=1e-4, atol=1e-5)

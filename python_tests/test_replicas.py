@@ -50,6 +50,7 @@ def test_each_samples_noise_is_that_of_its_replica(name: str, backend: str) -> N
     assert torch.equal(number, op(Z, sample_ids=IDS, replica=torch.full((6,), 5), backend=backend, **KEY))
 
 
+@pytest.mark.once("torch.compile")
 @pytest.mark.parametrize("name", OPS)
 def test_compiled_and_dispatched_calls_give_the_same_bits(name: str) -> None:
     op = OPS[name]

@@ -80,6 +80,7 @@ def check(compiled: Call, plain: Call, values: list[Any]) -> None:
 
 
 # Numbers are told from tensors in one place, whatever the call: once a function.
+@pytest.mark.once("torch.compile")
 @pytest.mark.parametrize("name", ["dense", "linear", "contrast", "soft embedding", "tokens"])
 def test_a_schedule_of_numbers_is_compiled_once_when_it_is_seen_to_change(name: str) -> None:
     call = CALLS[name]
@@ -87,6 +88,7 @@ def test_a_schedule_of_numbers_is_compiled_once_when_it_is_seen_to_change(name: 
     assert programs() == 2  # the first number might have been a constant
 
 
+@pytest.mark.once("torch.compile")
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "temperature"])
 def test_a_schedule_of_tensors_is_compiled_once(name: str) -> None:
     call = CALLS[name]
@@ -95,6 +97,7 @@ def test_a_schedule_of_tensors_is_compiled_once(name: str) -> None:
     assert programs() == 1
 
 
+@pytest.mark.once("torch.compile")
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -113,6 +116,7 @@ def test_settings_of_a_module_are_schedules_too(name: str, kind: Callable[[float
     assert programs() <= 2
 
 
+@pytest.mark.once("torch.compile")
 def test_a_training_step_with_a_schedule_is_compiled_once() -> None:
     """By the default backend, and through the objective."""
     teacher, student = toys.vector_teacher(), toys.student().eval()
@@ -135,6 +139,7 @@ def test_a_training_step_with_a_schedule_is_compiled_once() -> None:
     assert programs() <= 2
 
 
+@pytest.mark.once("torch.compile")
 def test_a_weight_that_reaches_0_masks_by_the_target() -> None:
     def call(weight: Any) -> Tensor:
         return tgt.distillation_loss(S, T, Y, hard_weight=weight)

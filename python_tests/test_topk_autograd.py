@@ -98,6 +98,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(native: str) -> Non
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.once("torch.compile")
 def test_compiled_steps() -> None:
     student, teacher, target = logits(6, 40, 0), logits(6, 40, 1), targets(6, 40, 2)
     topk = tgt.topk_teacher(teacher, 5, 2.0)

@@ -13,6 +13,8 @@ import tgt_fast as tgt
 from tgt_fast.kernels import triton as backend_module
 from tgt_fast.kernels.philox import philox4x32
 
+pytestmark = pytest.mark.always  # few and short: that the interpreter works at all
+
 
 def test_the_words_of_the_stream_are_those_of_the_reference(interpreted: str) -> None:
     from triton_words import words_kernel

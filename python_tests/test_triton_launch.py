@@ -2,7 +2,7 @@
 
 What they compute is tested elsewhere, in Triton's interpreter; that forgives what a GPU or its driver would not.
 
-It takes a minute of a core, and what comes out depends on sources and versions alone: see reports.py.
+It takes a minute of a core, and runs once for each state of the sources (once.py).
 """
 
 from __future__ import annotations
@@ -13,35 +13,20 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
-from reports import report
 
-import tgt_fast
 from tgt_fast.kernels import triton as backend_module
 
 REGISTERS = 65536  # of a multiprocessor
 STORE = re.compile(r"tt\.store %[\w#]+, (%[\w#]+)")
 
-
-@pytest.fixture(scope="module")
-def launched(request: pytest.FixtureRequest) -> Iterator[list[str]]:
-    """The kernels that went through, for the report."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    package = Path(tgt_fast.__file__).parent
-    sources = [path for folder in ("kernels", "ops") for path in (package / folder).rglob("*.py")]
-    tests = (
-        "dry_forms.py", "dry_gpu.py", "dry_gpu_tests.py", "kernel_calls.py", "test_registration.py",
-        "test_tokens_soft.py", "test_triton_gpu.py", "test_triton_launch.py",
-    )  # fmt: skip
-    by = f"Triton {metadata.version('triton')}, PyTorch {metadata.version('torch')}"
-    with report(request.session, "triton-launches", by, [*sources, package / "testing.py"], package, tests) as names:
-        yield names
+pytestmark = [
+    pytest.mark.once("launches of the Triton kernels"),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+]
 
 
 def found_by(script: str, environment: dict[str, str], folder: Path) -> dict[str, Any]:
@@ -57,13 +42,9 @@ def found_by(script: str, environment: dict[str, str], folder: Path) -> dict[str
 
 
 @pytest.fixture(scope="module")
-def findings(
-    launched: list[str], child_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
+def findings(child_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The findings of dry_forms.py."""
-    found = found_by("dry_forms.py", child_environment, tmp_path_factory.mktemp("dry"))
-    launched += found["names"]
-    return found
+    return found_by("dry_forms.py", child_environment, tmp_path_factory.mktemp("dry"))
 
 
 def test_every_kernel_is_launched_twice(findings: dict[str, Any]) -> None:
@@ -171,6 +152,7 @@ def base(line: str, lines: list[str]) -> str:
         line = made[found[1]]
 
 
+@pytest.mark.always
 @pytest.mark.parametrize("warps", [1, 4, 8, 16, 32])
 def test_a_limit_of_registers_fits_the_warps(warps: int) -> None:
     asked: dict[str, Any] = {}
@@ -183,7 +165,7 @@ def test_a_limit_of_registers_fits_the_warps(warps: int) -> None:
     assert asked["maxnreg"] == min(168, REGISTERS // (32 * warps))
 
 
-def test_the_host_side_of_the_gpu_tests(launched: list[str], child_environment: dict[str, str], tmp_path: Path) -> None:
+def test_the_host_side_of_the_gpu_tests(child_environment: dict[str, str], tmp_path: Path) -> None:
     """Each that launches Triton's kernels, on tensors of more than 2^31 elements too."""
     found = found_by("dry_gpu_tests.py", child_environment, tmp_path)
     assert found["errors"] == {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from process_kit import all_made, in_processes, needs_processes
 from torch import Tensor
@@ -109,6 +110,7 @@ CALLS: dict[str, tuple[Any, int]] = {
 }  # fmt: skip
 
 
+@pytest.mark.once("torch.compile")
 @needs_processes
 def test_compiled_calls_are_the_same(tmp_path: Path) -> None:
     def work(rank: int) -> Any:
@@ -137,6 +139,7 @@ def test_compiled_calls_are_the_same(tmp_path: Path) -> None:
         assert counted == {name: [count, count] for name, (_, count) in CALLS.items()}
 
 
+@pytest.mark.once("torch.compile")
 def test_opcheck() -> None:
     """Of a group of no others, which needs no processes."""
     student, teacher = torch.randn(5, CLASSES), torch.randn(5, CLASSES)
