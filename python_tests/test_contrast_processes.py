@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from torch import Tensor, multiprocessing
+from process_kit import all_made, in_processes, needs_processes
+from torch import Tensor
 
 import tgt_fast as tgt
 from tgt_fast.errors import ShapeError
@@ -34,33 +33,27 @@ def _mine(rows: Tensor, rank: int) -> Tensor:
     return rows[rank * count : (rank + 1) * count]
 
 
-def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+def _work(rank: int) -> dict[str, Any]:
+    t = [_mine(x, rank).clone().requires_grad_() for x in _towers()]
+    loss = tgt.contrastive_distillation_loss(
+        *t, temperature=0.5, hard_weight=1.0, positives=POSITIVES[rank], passage_ids=_mine(IDS, rank), gather=True
+    )
+    loss.backward()
+    made: dict[str, Any] = {"loss": loss.detach(), "grads": [x.grad for x in t], "error": ""}
+    halves = [x.detach().bfloat16().requires_grad_() for x in t]
+    tgt.contrastive_distillation_loss(*halves, temperature=0.5, gather=True).backward()
+    made["halves"] = [x.grad for x in halves]
+    fewer = [x if x.shape[0] == QUERIES else x[: PASSAGES - rank] for x in t]
     try:
-        t = [_mine(x, rank).clone().requires_grad_() for x in _towers()]
-        loss = tgt.contrastive_distillation_loss(
-            *t, temperature=0.5, hard_weight=1.0, positives=POSITIVES[rank], passage_ids=_mine(IDS, rank), gather=True
-        )
-        loss.backward()
-        made: dict[str, Any] = {"loss": loss.detach(), "grads": [x.grad for x in t], "error": ""}
-        halves = [x.detach().bfloat16().requires_grad_() for x in t]
-        tgt.contrastive_distillation_loss(*halves, temperature=0.5, gather=True).backward()
-        made["halves"] = [x.grad for x in halves]
-        fewer = [x if x.shape[0] == QUERIES else x[: PASSAGES - rank] for x in t]
-        try:
-            tgt.contrastive_distillation_loss(*fewer, temperature=0.5, gather=True)
-        except ShapeError as error:
-            made["error"] = str(error)
-        torch.save(made, os.path.join(folder, f"{rank}.pt"))
-    finally:
-        torch.distributed.destroy_process_group()
+        tgt.contrastive_distillation_loss(*fewer, temperature=0.5, gather=True)
+    except ShapeError as error:
+        made["error"] = str(error)
+    return made
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@needs_processes
 def test_two_processes_equal_one(native: str, tmp_path: Path) -> None:
-    multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=WORLD)  # type: ignore[no-untyped-call]
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
+    found = all_made(in_processes(WORLD, tmp_path, _work))
     t = [x.requires_grad_() for x in _towers()]
     positives = torch.where(POSITIVES >= 0, POSITIVES + PASSAGES * torch.arange(WORLD)[:, None], POSITIVES).flatten()
     losses = tgt.contrastive_distillation_loss(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import toys
-from torch import Tensor, multiprocessing
+from process_kit import all_made, in_processes, needs_processes
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 from tgt_fast.errors import CheckpointError
@@ -106,29 +106,23 @@ def test_accelerates_shards_are_seen() -> None:
         calibrated(loader)
 
 
-def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    try:
-        shard = Subset(TensorDataset(DATA), range(20 * rank, 20 * rank + 20))  # nobody's sampler: by hand
-        said = []
-        for data in (TensorDataset(DATA), shard):
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                calibrated(DataLoader(data, batch_size=5))
-            said.append([str(one.message) for one in caught])
-        torch.distributed.barrier()
-        if rank == 0:  # alone: nobody is waited for
-            calibrated([DATA])
-        torch.save(said, os.path.join(folder, f"{rank}.pt"))
-    finally:
-        torch.distributed.destroy_process_group()
+def _work(rank: int) -> list[list[str]]:
+    shard = Subset(TensorDataset(DATA), range(20 * rank, 20 * rank + 20))  # nobody's sampler: by hand
+    said = []
+    for data in (TensorDataset(DATA), shard):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            calibrated(DataLoader(data, batch_size=5))
+        said.append([str(one.message) for one in caught])
+    torch.distributed.barrier()
+    if rank == 0:  # alone: nobody is waited for
+        calibrated([DATA])
+    return said
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@needs_processes
 def test_processes_that_measure_on_other_data_find_out(tmp_path: Path) -> None:
-    multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=WORLD)  # type: ignore[no-untyped-call]
-    same, apart = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)), strict=True)
+    same, apart = zip(*all_made(in_processes(WORLD, tmp_path, _work)), strict=True)
     assert same == ([], [])
     heard = [message for of_rank in apart for message in of_rank]
     assert heard
