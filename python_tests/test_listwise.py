@@ -210,6 +210,17 @@ def test_gradients_of_a_mean_over_many_rows_do_not_underflow_in_float16(engine: 
     torch.testing.assert_close(grad.float(), 65536 * wide, rtol=2e-3, atol=1e-5)
 
 
+def test_by_hand(engine: str) -> None:
+    """Three equal logits: log 3 for the first place, log 2 for the second, by the teacher's weights 1/2, 1/4, 1/4."""
+    s = torch.zeros(1, 3, dtype=torch.float64)
+    t = torch.tensor([[math.log(2.0), 0.0, 0.0]], dtype=torch.float64)
+    assert loss_of(s, t, backend=engine).item() == pytest.approx(math.log(3) / 2 + math.log(2) / 4)
+    found = loss_of(s, t, torch.tensor([2]), backend=engine).item()  # the label first: weights 1/4, 1/2, 1/4
+    assert found == pytest.approx(math.log(3) / 4 + math.log(2) / 2)
+    s[0, 0] = math.log(2.0)  # then 2 of 4 for the first place
+    assert loss_of(s, t, backend=engine).item() == pytest.approx(3 * math.log(2) / 4)
+
+
 # What the paper states
 
 

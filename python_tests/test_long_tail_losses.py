@@ -153,10 +153,13 @@ def test_shares_positions_and_normalizer() -> None:
     by_position = loss(logits.reshape(2, 3, 4), y.reshape(2, 3))
     torch.testing.assert_close(by_position, loss(logits, y))
     torch.testing.assert_close(loss(logits, y, normalizer=8.0) * 2, loss(logits, y))
+    weight = logits[:, 0].detach().abs()
+    assert (y < 0).any()  # rows that have no label count in an objective's mean
     torch.testing.assert_close(
-        loss.term(logits, None, y, weight=logits[:, 0].detach().abs()),
-        loss(logits, y, sample_weight=logits[:, 0].detach().abs()),
+        loss.term(logits, None, y, weight=weight),
+        loss(logits, y, sample_weight=weight, normalizer=weight[y != -100].sum()),
     )
+    assert loss.term(logits, None) == 0
     smooth = LogitAdjustmentLoss(COUNTS, 0.0, label_smoothing=0.2)(logits, y)
     torch.testing.assert_close(smooth, F.cross_entropy(logits, torch.where(y < 0, -100, y), label_smoothing=0.2))
 

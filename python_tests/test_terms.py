@@ -103,6 +103,35 @@ def test_micro_batches_are_one_batch() -> None:
         torch.testing.assert_close(found[name], part, rtol=1e-5, atol=1e-7)
 
 
+def test_losses_of_the_long_tail_are_terms() -> None:
+    """They see labels alone, divide as the hard term does, and micro-batches are one batch."""
+    teacher, model = make_teacher(), student()
+    y = Y.clone()
+    y[0], y[4] = -100, -1
+    shares = torch.arange(1.0, CLASSES + 1)
+    loss = tgt.long_tail.LogitAdjustmentLoss(range(1, CLASSES + 1), class_weight=shares)
+    terms = [tgt.Term(loss, 2.0), tgt.Term(tgt.long_tail.LogitAdjustmentLoss([1] * CLASSES), name="plain")]
+    own = tgt.DistillationLoss(hard_weight=1.0)
+    objective = tgt.TGTObjective(teacher, sampler_of(teacher), loss=own, terms=terms)
+    weight = torch.linspace(0.5, 1.5, 9)
+    whole: Any = objective(model, X, y, sample_ids=IDS, step=0, sample_weight=weight)["parts"]
+    kept = y >= 0
+    logits = model(X)[kept] + (torch.arange(1.0, CLASSES + 1) / sum(range(1, CLASSES + 1))).log()
+    costs = nn.functional.cross_entropy(logits, y[kept], reduction="none") * weight[kept] * shares[y[kept]]
+    torch.testing.assert_close(whole["LogitAdjustmentLoss"], (2 * costs.sum() / weight[1:].sum()).detach())
+    torch.testing.assert_close(whole["plain"], whole["hard"])
+    whole = objective(model, X, y, sample_ids=IDS, step=0)["parts"]
+    pieces = [slice(0, 5), slice(5, 9)]
+    real, made = objective.normalizers([Batch(IDS[p], X[p], y[p]) for p in pieces])
+    found = 0.0
+    for p in pieces:
+        parts: Any = objective(
+            model, X[p], y[p], sample_ids=IDS[p], step=0, normalizer=real, synthetic_normalizer=made
+        )["parts"]
+        found += parts["LogitAdjustmentLoss"]
+    torch.testing.assert_close(found, whole["LogitAdjustmentLoss"])
+
+
 @pytest.mark.parametrize("max_batch", [None, 4])
 def test_features_of_both_sides(max_batch: int | None) -> None:
     teacher, model = make_teacher(max_batch=max_batch), student()

@@ -45,8 +45,8 @@ def post_hoc_adjustment(logits: Tensor, class_counts: Any, tau: float = 1.0, *, 
 
     With tau 1 and logits that are the true log posteriors it is the argmax of the class-balanced error's Bayes rule.
 
-    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 9. Evidence there: CIFAR-10-LT
-    of imbalance 100, 27.2 % balanced error to 22.6 %.
+    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 9. Evidence, by the authors'
+    code: CIFAR-10-LT of imbalance 100, 71.4 % balanced accuracy to 77.3 %; CIFAR-100-LT, 39.9 % to 44.1 %.
 
     Args:
         logits: (..., C), or with the classes in ``class_dim``; differentiable.
@@ -77,8 +77,8 @@ class LogitAdjustmentLoss(LongTailLoss):
     What it trains needs no adjustment afterwards: the argmax of ``z`` is the prediction.
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation 10; the floor is that of their
-    code. Evidence there: CIFAR-10-LT of imbalance 100, 27.2 % balanced error to 22.3 %. It is consistent for the
-    balanced error.
+    code. Evidence, by that code: CIFAR-10-LT of imbalance 100, 71.4 % balanced accuracy to 77.9 %; CIFAR-100-LT, 39.9 %
+    to 44.1 %. It is consistent for the balanced error.
 
     Args:
         class_counts: (C,) training examples of each class.
@@ -126,7 +126,8 @@ class BalancedSoftmaxLoss(LongTailLoss):
     As a softmax does not mind a constant, it is :class:`LogitAdjustmentLoss` with tau 1 without the floor: a class of
     no examples is out of the softmax, and its label is refused (on a CPU; elsewhere the loss is infinite).
 
-    Source: Ren et al., "Balanced meta-softmax for long-tailed visual recognition", NeurIPS 2020, equation 4.
+    Source: Ren et al., "Balanced meta-softmax for long-tailed visual recognition", NeurIPS 2020, equation 4. Evidence,
+    by the authors' code: ResNet-32 on CIFAR-10-LT of imbalance 200, 74.0 % to 79.8 %.
 
     Args:
         class_counts: (C,) training examples of each class.

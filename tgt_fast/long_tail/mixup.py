@@ -35,7 +35,8 @@ class LatentMixUp:
     seed and step alone; no global generator is read or written. A step on a device is read back.
 
     Source: Zhang et al., "mixup: beyond empirical risk minimization", ICLR 2018; between hidden states, Verma et al.,
-    "Manifold mixup", ICML 2019. Through a generative teacher that labels the result, as here, is ours.
+    "Manifold mixup", ICML 2019. Through a generative teacher that labels the result, as here, is ours; evidence: this
+    library's digits, where it gains about half of what exploration does.
 
     Args:
         teacher: the frozen :class:`tgt_fast.Teacher`; latents must have no mask, as those of unequal length have.

@@ -115,9 +115,22 @@ class LongTailLoss(nn.Module):
         total = total.to(loss.dtype)
         return torch.where(total > 0, loss.sum() / torch.where(total > 0, total, 1.0), loss.sum() * 0)
 
-    def term(self, student: Tensor, teacher: Any, target: Tensor, *, weight: Tensor | None = None) -> Tensor:
-        """The loss in the form of those of ``tgt_fast.losses``, as a term of an objective; the teacher has no say."""
-        return self(student, target, sample_weight=weight)  # type: ignore[no-any-return]
+    def term(
+        self, student: Tensor, teacher: Any, target: Tensor | None = None, *, weight: Tensor | None = None
+    ) -> Tensor:
+        """The loss in the form of those of ``tgt_fast.losses``, as :class:`tgt_fast.Term` calls it.
+
+        The teacher has no say, and rows without labels, such as synthetic ones, cost nothing. It divides as the hard
+        term of an objective does, by the weights of all rows but those with ``ignore_index``: rows without a label
+        count there, ``class_weight`` does not.
+        """
+        if target is None:
+            return torch.zeros((), dtype=torch.promote_types(student.dtype, torch.float32), device=student.device)
+        rows = torch.ones(student.shape[:-1], dtype=torch.float64, device=student.device)
+        counted = rows if weight is None else weight.double()
+        if not target.is_floating_point():
+            counted = torch.where(target == self.ignore_index, 0.0, counted)
+        return self(student, target, sample_weight=weight, normalizer=counted.sum())  # type: ignore[no-any-return]
 
     def _labels(self, rows: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The loss and the weight of each row."""

@@ -1,7 +1,8 @@
 """The losses as modules, which keep their options.
 
-The first three, which run fused kernels, are in ``tgt_fast``, too. The others are written in PyTorch's operations; all
-are called ``loss(student, teacher, target=None, *, weight=None)``, with the same rows, masks and reductions.
+Those that run fused kernels (``DistillationLoss``, ``LinearDistillationLoss``, ``ContrastiveDistillationLoss``,
+``ListwiseDistillationLoss``) are in ``tgt_fast``, too. The others are written in PyTorch's operations, and are called
+``loss(student, teacher, target=None, *, weight=None)``, with the same rows, masks and reductions.
 """
 
 from tgt_fast.losses.contrast import ContrastiveDistillationLoss

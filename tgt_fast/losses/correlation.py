@@ -47,6 +47,7 @@ class DIST(RowLoss):
     Source: Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022; formula and defaults as in
     the official code. In the place of its epsilon of 1e-8 in the denominator a constant row or class counts as
     uncorrelated, so that the loss is invariant to positive affine maps of the probabilities however small they are.
+    Evidence there: ImageNet, ResNet-34 to ResNet-18, 71.2 % with KL to 72.1 %.
 
     >>> import torch, tgt_fast as tgt
     >>> tgt.losses.DIST()(torch.eye(3), torch.zeros(3, 3)).item()  # uncorrelated with what is constant
@@ -121,6 +122,8 @@ class MLKDClass(_MLKD):
 
     Source: Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023; the class term of the official code, with its
     temperatures. The official code also masks rows by the teacher's confidence: ``weight`` says which rows count here.
+    Evidence, of all of its terms on two views of each image: CIFAR-100, ResNet32x4 to ResNet8x4, 73.3 % with KL to
+    77.1 %.
 
     >>> import torch, tgt_fast as tgt
     >>> tgt.losses.MLKDClass()(torch.eye(3), torch.eye(3)).item()
@@ -142,7 +145,8 @@ class MLKDBatch(_MLKD):
         temperatures: each T.
         reduction, ignore_index, unlabeled_index, count_group: see :class:`tgt_fast.losses.RowLoss`.
 
-    Source: Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023; the batch term of the official code.
+    Source: Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023; the batch term of the official code. Evidence:
+    that of :class:`MLKDClass`, of all terms together.
 
     >>> import torch, tgt_fast as tgt
     >>> tgt.losses.MLKDBatch()(torch.eye(3), torch.eye(3)).item()

@@ -43,7 +43,8 @@ class EmbeddingDistillation(_Projected):
         reduction, ignore_index, unlabeled_index, count_group: see :class:`tgt_fast.losses.RowLoss`.
 
     Source: the distances of sentence-transformers' distillation losses (Reimers and Gurevych, "Making Monolingual
-    Sentence Embeddings Multilingual using Knowledge Distillation", EMNLP 2020, takes "mse").
+    Sentence Embeddings Multilingual using Knowledge Distillation", EMNLP 2020, takes "mse"). Evidence there is of
+    sentence embeddings in further languages, and of smaller encoders.
 
     >>> import torch, tgt_fast as tgt
     >>> tgt.losses.EmbeddingDistillation("l2")(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)).item()
@@ -107,7 +108,9 @@ class FitNets(_Maps):
         reduction, ignore_index, unlabeled_index, count_group: see :class:`tgt_fast.losses.RowLoss`.
 
     Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, with the mean over elements that later
-    comparisons take in the place of half the sum.
+    comparisons take in the place of half the sum. Evidence, from the comparison of Tian et al. ("Contrastive
+    Representation Distillation", ICLR 2020) on CIFAR-100, VGG13 to VGG8: 70.4 % without a teacher, 71.0 % with it,
+    73.0 % with KL.
 
     >>> import torch, tgt_fast as tgt
     >>> tgt.losses.FitNets()(torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 2, 2)).item()
@@ -133,7 +136,9 @@ class AttentionTransfer(_Maps):
         reduction, ignore_index, unlabeled_index, count_group: see :class:`tgt_fast.losses.RowLoss`.
 
     Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017; as in the official code, which
-    weighs it with 1000. Invariant to scales of either side.
+    weighs it with 1000. Invariant to scales of either side. Evidence, from the comparison of Tian et al. ("Contrastive
+    Representation Distillation", ICLR 2020) on CIFAR-100, VGG13 to VGG8: 70.4 % without a teacher, 71.4 % with it,
+    73.0 % with KL; between networks of different kinds it did harm.
 
     >>> import torch, tgt_fast as tgt
     >>> maps = torch.arange(8.0).reshape(1, 2, 2, 2)

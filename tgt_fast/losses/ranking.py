@@ -32,7 +32,8 @@ class BiLD(RowLoss):
         reduction, ignore_index, unlabeled_index, count_group: see :class:`tgt_fast.losses.RowLoss`.
 
     Source: Li et al., "BiLD: Bi-directional Logits Difference Loss for Large Language Model Distillation", COLING 2025;
-    formula and defaults as in the official code.
+    formula and defaults as in the official code. Evidence there: on 13 data sets, with two kinds of language models,
+    ahead of KL and five other losses.
 
     >>> import torch, tgt_fast as tgt
     >>> teacher = torch.tensor([[3.0, 1.0, 0.0]])
@@ -109,7 +110,8 @@ class MarginMSE(RowLoss):
         reduction, ignore_index, unlabeled_index, count_group: see :class:`tgt_fast.losses.RowLoss`.
 
     Source: Hofstatter et al., "Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge
-    Distillation", 2020; as in sentence-transformers, whose mean is over queries and negatives alike.
+    Distillation", 2020; as in sentence-transformers, whose mean is over queries and negatives alike. Evidence there is
+    of passage ranking, where students learn from cross-encoders whose scores have other ranges than their own.
 
     >>> import torch, tgt_fast as tgt
     >>> tgt.losses.MarginMSE()(torch.tensor([[3.0, 1.0]]), torch.tensor([[9.0, 5.0]])).item()

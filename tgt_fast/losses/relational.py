@@ -32,7 +32,9 @@ class RKDDistance(_Relational):
         reduction, ignore_index, unlabeled_index, count_group: see :class:`tgt_fast.losses.RowLoss`.
 
     Source: Park et al., "Relational Knowledge Distillation", CVPR 2019; as in the official code, which weighs it with
-    25. Invariant to rotations, shifts and scales of either side.
+    25. Invariant to rotations, shifts and scales of either side. Evidence, from the comparison of Tian et al.
+    ("Contrastive Representation Distillation", ICLR 2020) on CIFAR-100, VGG13 to VGG8: 70.4 % without a teacher, 71.5 %
+    with distances and angles, 73.0 % with KL, which it stands beside.
 
     >>> import torch, tgt_fast as tgt
     >>> tgt.losses.RKDDistance()(2 * torch.eye(3), torch.eye(3)).item()
@@ -64,7 +66,7 @@ class RKDAngle(_Relational):
         reduction, ignore_index, unlabeled_index, count_group: see :class:`tgt_fast.losses.RowLoss`.
 
     Source: Park et al., "Relational Knowledge Distillation", CVPR 2019; as in the official code, which weighs it with
-    50. Invariant to rotations, shifts and scales of either side.
+    50. Invariant to rotations, shifts and scales of either side. Evidence: see :class:`RKDDistance`.
 
     >>> import torch, tgt_fast as tgt
     >>> tgt.losses.RKDAngle()(torch.eye(3), torch.eye(3)).item()
@@ -95,7 +97,8 @@ class SimilarityPreserving(_Relational):
         reduction, ignore_index, unlabeled_index, count_group: see :class:`tgt_fast.losses.RowLoss`.
 
     Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, who weigh it with 3000. Invariant
-    to rotations and scales of either side.
+    to rotations and scales of either side. Evidence, from the comparison of Tian et al. ("Contrastive Representation
+    Distillation", ICLR 2020) on CIFAR-100, VGG13 to VGG8: 70.4 % without a teacher, 72.7 % with it, 73.0 % with KL.
 
     >>> import torch, tgt_fast as tgt
     >>> tgt.losses.SimilarityPreserving()(2 * torch.eye(3), torch.eye(3)).item()

@@ -29,7 +29,8 @@ class NKD(RowLoss):
         reduction, ignore_index, unlabeled_index, count_group: see :class:`tgt_fast.losses.RowLoss`.
 
     Source: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized
-    Loss and Customized Soft Labels", ICCV 2023; formula and defaults as in the official code.
+    Loss and Customized Soft Labels", ICCV 2023; formula and defaults as in the official code. Evidence there: ImageNet,
+    ResNet-34 to ResNet-18, 69.9 % without a teacher to 72.0 %.
 
     >>> import torch, tgt_fast as tgt
     >>> loss = tgt.losses.NKD(gamma=0.0)(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]))
@@ -83,7 +84,8 @@ class GDKD(RowLoss):
         reduction, ignore_index, unlabeled_index, count_group: see :class:`tgt_fast.losses.RowLoss`.
 
     Source: the formula of the code published as "GDKD" (ZaberKo/GDKD), which generalises DKD (Zhao et al., CVPR 2022)
-    from the label's class to the likely ones. The defaults of k and the weights are ours.
+    from the label's class to the likely ones. The defaults of k and the weights are ours. Evidence, of DKD: CIFAR-100,
+    ResNet32x4 to ResNet8x4, 73.3 % with KL to 76.3 %.
 
     >>> import torch, tgt_fast as tgt
     >>> teacher = torch.tensor([[2.0, 1.0, 0.0, 0.0]])

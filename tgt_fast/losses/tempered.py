@@ -28,7 +28,8 @@ class WTTM(RowLoss):
 
     Source: Zheng and Yang, "Knowledge Distillation Based on Transformed Teacher Matching", ICLR 2024; the formula of
     the official code. TTM is plain distillation, and a Renyi entropy of the student as a regulariser:
-    ``CE(p~, q) = T * CE(p~, q~) - (T - 1) * H_l(q)`` with p~ and q~ at temperature T.
+    ``CE(p~, q) = T * CE(p~, q~) - (T - 1) * H_l(q)`` with p~ and q~ at temperature T. Evidence there: ImageNet,
+    ResNet-34 to ResNet-18, 70.7 % with KL to 72.2 %; CIFAR-100, ResNet32x4 to ResNet8x4, 73.3 % to 76.1 %.
 
     >>> import torch, tgt_fast as tgt
     >>> tgt.losses.WTTM(temperature=2.0)(torch.zeros(1, 4), torch.zeros(1, 4)).item()
@@ -65,6 +66,7 @@ class SymmetricCE(RowLoss):
 
     Source: Dobler et al., "Robust Mean Teacher for Continual and Gradual Test-Time Adaptation", CVPR 2023, whose halves
     are the default. Its minimum in q is not p: ``CE(q, p)`` alone wants all mass on the teacher's likeliest class.
+    Evidence there is of adaptation at test time, towards a mean teacher, not of distillation.
 
     >>> import torch, tgt_fast as tgt
     >>> loss = tgt.losses.SymmetricCE()(torch.zeros(1, 2), torch.zeros(1, 2))
@@ -110,7 +112,7 @@ class TopKReverseKL(RowLoss):
 
     Source: no paper of its own; a form that distillation of language models on their own outputs is asked for in, with
     reports of a student that loses its mass to the tail without the bucket. That the bucket keeps it below the whole is
-    the data-processing inequality.
+    the data-processing inequality. Evidence: none published; no gain on this library's digits.
 
     >>> import torch, tgt_fast as tgt
     >>> tgt.losses.TopKReverseKL(k=2)(torch.eye(3), torch.eye(3)).item()

@@ -23,8 +23,10 @@ class Term:
     r"""``weight * schedule(step) * loss``, a term of a :class:`tgt_fast.TGTObjective` beside its own three.
 
     Args:
-        loss: one of ``tgt_fast.losses``, or any callable ``loss(student, teacher, target=None, *, weight=None)`` that
-            gives the mean over rows, 0-d; one without a ``weight`` takes no weighted batches.
+        loss: one of ``tgt_fast.losses`` or ``tgt_fast.long_tail``, or any callable ``loss(student, teacher,
+            target=None, *, weight=None)`` that gives the mean over rows, 0-d; one without a ``weight`` takes no
+            weighted batches. Those of ``tgt_fast.long_tail`` see labels alone: give the objective's own loss
+            ``hard_weight=0`` where they stand in the place of its hard term.
         weight: a factor >= 0.
         schedule: step -> another factor >= 0, such as :func:`tgt_fast.losses.warmup`; None: 1 throughout.
         rows: "real" examples, "synthetic" ones, or "all": the mean over real rows, and the objective's
@@ -77,8 +79,9 @@ class Term:
         reduction = getattr(loss, "reduction", "mean")
         if reduction != "mean" or getattr(loss, "return_stats", False):
             raise ArgumentError(f"Term: the loss must have reduction='mean' and no statistics, got {loss}")
+        called: Callable[..., Any] = getattr(loss, "term", getattr(loss, "forward", loss))
         try:
-            self._takes = set(inspect.signature(getattr(loss, "forward", loss)).parameters)
+            self._takes = set(inspect.signature(called).parameters)
         except (TypeError, ValueError):  # a built-in
             self._takes = set()
 
@@ -94,6 +97,7 @@ class Term:
         loss: Any = self.loss
         if target is None and hasattr(loss, "soft"):  # without the hard term, which needs labels
             loss = loss.soft
+        loss = getattr(loss, "term", loss)
         named = next((name for name in ("weight", "sample_weight") if name in self._takes), None)
         if weight is not None and named is None:
             raise ArgumentError(f"Term: the batch has weights, which {self.loss!r:.100} does not take")

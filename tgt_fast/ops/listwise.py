@@ -238,8 +238,9 @@ def listwise_distillation_loss(
         ShapeError, DTypeError, DeviceError, ArgumentError: before anything runs, with the offending values.
         BackendError: the backend asked for by name cannot run this call.
 
-    Source: "Plackett-Luce Distillation", arXiv 2506.12542, 2025, whose ablations (ImageNet) favour a
-    teacher_temperature of 1 to 1.5. Rows without labels and records are ours.
+    Source: "Plackett-Luce Distillation", arXiv 2506.12542, 2025. Evidence there: ImageNet, ResNet-152 to ResNet-50,
+    77.3 % at a teacher_temperature of 1, 77.2 % at 1.5, 76.1 % at 0.5 and 75.2 % at 4; for CIFAR-100 it takes 4. Rows
+    without labels and records are ours.
 
     >>> import torch, tgt_fast as tgt
     >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[-90.0, 90.0, -90.0]])
