@@ -190,6 +190,27 @@ def test_ties_at_a_border_go_to_the_lowest_ids(backend: str) -> None:
 
 
 @drawing
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_borders_among_many_ties(backend: str, dtype: torch.dtype) -> None:
+    """Few values, of both signs and -inf, subnormal ones, neighbours in 16 bits; lists with and without room.
+
+    Equal weights make masses that are exact: a border that lies between two tokens stays there.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = 2600
+    tiny = float(torch.finfo(dtype).smallest_normal) / 4
+    near = 1 + float(torch.finfo(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16).eps)
+    for values in ([0.0, -0.0], [1.0, near, -1.0, -near, -math.inf], [3.0, tiny, -tiny, 0.0, -200.0, -300.0]):
+        x = torch.tensor(values, dtype=dtype)[torch.randint(len(values), (3, size), generator=generator)]
+        for filters in (
+            {"top_k": 700}, {"top_k": 1024, "top_p": 0.5}, {"top_k": 1025, "top_p": 0.75}, {"top_p": 0.25},
+            {"top_k": size - 1, "top_p": 0.999, "min_p": 0.1}, {"top_k": 3, "top_p": 0.34}, {"top_p": 1 - 2**-53},
+        ):  # fmt: skip
+            want = tgt.sample_tokens(x.double(), seed=1, **filters, backend="reference")
+            assert torch.equal(tgt.sample_tokens(x, seed=1, **filters, backend=backend), want)
+
+
+@drawing
 def test_filters_that_keep_all_change_nothing(backend: str) -> None:
     x = logits(12, 40)
     plain = tgt.sample_tokens(x, backend=backend)

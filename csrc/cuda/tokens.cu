@@ -7,11 +7,14 @@ inline namespace TGT_ISA {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kTokenBytes = kTeamBytes + kMostWarps * 8;  // and a sum a warp
+// Shared memory: reductions, a sum a warp, a histogram, survivors, and the row if it fits.
+constexpr int kHistogramAt = kTeamBytes + kMostWarps * 8, kSurvivorsAt = kHistogramAt + Histogram::kBytes;
+template <class Real>
+constexpr int kTokenBytes = kSurvivorsAt + kSurvivors * static_cast<int>(sizeof(Survivor<Real>));
 
 template <class Real>
 TGT_DEVICE void keep_row_on_chip(TokenRow<Real>& row, const BlockTeam& team) {
-  unsigned char* here = shared_memory() + kTokenBytes;
+  unsigned char* here = shared_memory() + kTokenBytes<Real>;
   const int64_t bytes = row.size * element_size(row.type);
   const int64_t whole = row.aligned ? bytes / 16 : 0;
   for (int64_t k = team.thread; k < whole; k += team.size) store16(here + 16 * k, load16(row.data + 16 * k));
@@ -79,14 +82,20 @@ __global__ void TGT_BOUNDS(kThreads, 1)
   using Order = typename TokenRow<Real>::Order;
   const BlockTeam team;
   const int64_t i = block_in_grid();
-  TokenRow<Real> row{call.logits.row(i), call.logits.type, call.classes, aligned, 0, call.temperature, call.log_min_p};
+  int bits = 0;
+  while (int64_t{1} << bits < call.classes) ++bits;
+  const double unit = bit_cast<double>(static_cast<uint64_t>(1023 + 62 - bits) << 52);
+  TokenRow<Real> row{call.logits.row(i), call.logits.type, call.classes, aligned, 0,
+                     call.temperature,   call.log_min_p,   unit};
   if (fits) keep_row_on_chip(row, team);
 
-  Extent extent;
+  Real largest = minus_infinity<Real>();
+  bool odd = false;
   row.each(team, [&](Real x, int64_t) {
-    extent.largest = larger(static_cast<double>(x), extent.largest);
-    extent.odd += x < Real(HUGE_VAL) ? 0.0 : 1.0;
+    largest = larger(x, largest);
+    odd |= !(x < Real(HUGE_VAL));
   });
+  Extent extent{static_cast<double>(largest), odd ? 1.0 : 0.0};
   extent = merged(team, extent, MergeExtents());
   if (extent.odd > 0 || !(extent.largest > -HUGE_VAL)) {
     if (team.leads()) call.tokens[i] = -1;
@@ -94,28 +103,26 @@ __global__ void TGT_BOUNDS(kThreads, 1)
   }
   row.largest = extent.largest;
 
-  Border<Order> kept{0, INT64_MAX};
-  if (call.top_k > 0) {
-    const auto one = [](Real, int64_t) { return 1.0; };
-    const double wanted = static_cast<double>(call.top_k);
-    const Order key = row.highest_key(team, wanted, one);
-    const Three found = row.round_key(team, key, one);
-    kept = row.border(team, key, wanted - found.v[0], found.v[1], one);
+  const Histogram histogram(shared_memory() + kHistogramAt);
+  Tokens<Real> tokens{row};
+  if (call.top_k > 0 && call.top_k < call.classes) {
+    const uint64_t wanted = static_cast<uint64_t>(call.top_k);
+    tokens.kept = tokens.border(team, histogram, [](Real) { return uint64_t{1}; }, [&](uint64_t) { return wanted; });
+    if (call.top_p < 1 && call.top_k <= kSurvivors && call.classes <= INT32_MAX) {
+      tokens.compact(team, shared_memory() + kSurvivorsAt, histogram.low);
+    }
   }
   if (call.top_p < 1) {
-    const Border<Order> among = kept;
-    const auto mass = [&](Real x, int64_t id) {
-      return among.keeps(order_of(x), id) ? exp_nonpositive(row.scaled(x)) : 0.0;
-    };
-    Three total;
-    row.each(team, [&](Real x, int64_t id) { total.v[0] += mass(x, id); });
-    const double wanted = call.top_p * merged(team, total, AddThree()).v[0];
-    const Order key = row.highest_key(team, wanted, mass);
-    const Three found = row.round_key(team, key, mass);
-    const double needed = found.v[1] > 0 ? ceil((wanted - found.v[0]) / (found.v[2] / found.v[1])) : 1;
-    kept = row.border(team, key, needed > 1 ? needed : 1, found.v[1], mass);
-    if (kept.last == INT64_MAX && key == among.key) kept.last = among.last;
+    const Border<Order> border = tokens.border(
+        team, histogram, [&](Real x) { return row.weight_in_units(x); },
+        [&](uint64_t all) {
+          const uint64_t wanted = static_cast<uint64_t>(ceil(call.top_p * static_cast<double>(all)));
+          return wanted < 1 ? 1 : wanted < all ? wanted : all;
+        });
+    const bool all_equals = border.last == INT64_MAX && border.key == tokens.kept.key;
+    tokens.kept = {border.key, all_equals ? tokens.kept.last : border.last};
   }
+  const Border<Order> kept = tokens.kept;
 
   const int64_t position = i % call.positions;
   const Key key = key_of(call.noise, device, i / call.positions);
@@ -132,12 +139,12 @@ cudaError_t launch_sample(const SampleCall& call, const DeviceKey& key, cudaStre
   Chip chip;
   const cudaError_t error = find_chip(reinterpret_cast<const void*>(tokens_sample_kernel<Real>), chip);
   if (error != cudaSuccess) return error;
-  const int64_t bytes = kTokenBytes + (call.classes * element_size(call.logits.type) + 15) / 16 * 16;
+  const int64_t bytes = kTokenBytes<Real> + (call.classes * element_size(call.logits.type) + 15) / 16 * 16;
   const bool fits = bytes <= chip.shared_bytes;
   int threads = 4 * kWarp;
   while (threads < kThreads && threads * kVector < call.classes) threads *= 2;
-  return launch(tokens_sample_kernel<Real>, call.rows, threads, static_cast<int>(fits ? bytes : kTokenBytes), 1, stream,
-                call, key, aligned_rows(call.logits), fits);
+  return launch(tokens_sample_kernel<Real>, call.rows, threads, static_cast<int>(fits ? bytes : kTokenBytes<Real>), 1,
+                stream, call, key, aligned_rows(call.logits), fits);
 }
 
 }  // namespace
