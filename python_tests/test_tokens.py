@@ -197,11 +197,11 @@ def test_borders_among_many_ties(backend: str, dtype: torch.dtype) -> None:
     Equal weights make masses that are exact: a border that lies between two tokens stays there.
     """
     generator = torch.Generator().manual_seed(0)
-    size = 2600
+    size = 1300
     tiny = float(torch.finfo(dtype).smallest_normal) / 4
     near = 1 + float(torch.finfo(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16).eps)
     for values in ([0.0, -0.0], [1.0, near, -1.0, -near, -math.inf], [3.0, tiny, -tiny, 0.0, -200.0, -300.0]):
-        x = torch.tensor(values, dtype=dtype)[torch.randint(len(values), (3, size), generator=generator)]
+        x = torch.tensor(values, dtype=dtype)[torch.randint(len(values), (2, size), generator=generator)]
         for filters in (
             {"top_k": 700}, {"top_k": 1024, "top_p": 0.5}, {"top_k": 1025, "top_p": 0.75}, {"top_p": 0.25},
             {"top_k": size - 1, "top_p": 0.999, "min_p": 0.1}, {"top_k": 3, "top_p": 0.34}, {"top_p": 1 - 2**-53},

@@ -1,4 +1,7 @@
 // Tokens drawn from rows of logits, a block a row.
+#include <algorithm>
+#include <cmath>
+
 #include "chip.h"
 #include "tokens.h"
 
@@ -6,7 +9,9 @@ namespace tgt::cuda {
 inline namespace TGT_ISA {
 namespace {
 
-constexpr int kThreads = 1024;
+// A multiprocessor's registers: 64 a thread, or 128 where pairs of them hold a number.
+template <class Real>
+constexpr int kSampleThreads = sizeof(Real) == 8 ? 512 : 1024;
 // Shared memory: reductions, a sum a warp, a histogram, survivors, and the row if it fits.
 constexpr int kHistogramAt = kTeamBytes + kMostWarps * 8, kSurvivorsAt = kHistogramAt + Histogram::kBytes;
 template <class Real>
@@ -75,18 +80,22 @@ TGT_DEVICE int64_t draw(const TokenRow<Real>& row, const BlockTeam& team,
   return token;
 }
 
+// What is the same in all rows, and takes no registers as an argument.
+struct TokenScale {
+  double temperature, inverse;
+  double unit;  // 1 in fixed point
+};
+
 template <class Real>
-__global__ void TGT_BOUNDS(kThreads, 1)
+__global__ void TGT_BOUNDS(kSampleThreads<Real>, 1)
     tokens_sample_kernel(const TGT_GRID_CONSTANT SampleCall call, const TGT_GRID_CONSTANT DeviceKey device,
-                         bool aligned, bool fits) {
+                         const TGT_GRID_CONSTANT TokenScale scale, const TGT_GRID_CONSTANT bool aligned,
+                         const TGT_GRID_CONSTANT bool fits) {
   using Order = typename TokenRow<Real>::Order;
   const BlockTeam team;
   const int64_t i = block_in_grid();
-  int bits = 0;
-  while (int64_t{1} << bits < call.classes) ++bits;
-  const double unit = bit_cast<double>(static_cast<uint64_t>(1023 + 62 - bits) << 52);
-  TokenRow<Real> row{call.logits.row(i), call.logits.type, call.classes, aligned, 0,
-                     call.temperature,   call.log_min_p,   unit};
+  TokenRow<Real> row{call.logits.row(i), call.logits.type, call.classes,   aligned,   0,
+                     scale.temperature,  scale.inverse,    call.log_min_p, scale.unit};
   if (fits) keep_row_on_chip(row, team);
 
   Real largest = minus_infinity<Real>();
@@ -101,7 +110,7 @@ __global__ void TGT_BOUNDS(kThreads, 1)
     if (team.leads()) call.tokens[i] = -1;
     return;
   }
-  row.largest = extent.largest;
+  row.largest = Real(extent.largest);
 
   const Histogram histogram(shared_memory() + kHistogramAt);
   Tokens<Real> tokens{row};
@@ -141,10 +150,15 @@ cudaError_t launch_sample(const SampleCall& call, const DeviceKey& key, cudaStre
   if (error != cudaSuccess) return error;
   const int64_t bytes = kTokenBytes<Real> + (call.classes * element_size(call.logits.type) + 15) / 16 * 16;
   const bool fits = bytes <= chip.shared_bytes;
+  int bits = 0;
+  while (int64_t{1} << bits < call.classes) ++bits;
+  // Differences of floats over a temperature beyond these are as good as infinite, or as 0.
+  const double temperature = sizeof(Real) == 8 ? call.temperature : std::clamp(call.temperature, 1e-290, 1e290);
+  const TokenScale scale{temperature, 1 / temperature, std::ldexp(1.0, 62 - bits)};
   int threads = 4 * kWarp;
-  while (threads < kThreads && threads * kVector < call.classes) threads *= 2;
+  while (threads < kSampleThreads<Real> && threads * kVector < call.classes) threads *= 2;
   return launch(tokens_sample_kernel<Real>, call.rows, threads, static_cast<int>(fits ? bytes : kTokenBytes<Real>), 1,
-                stream, call, key, aligned_rows(call.logits), fits);
+                stream, call, key, scale, aligned_rows(call.logits), fits);
 }
 
 }  // namespace

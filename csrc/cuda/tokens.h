@@ -98,10 +98,13 @@ struct Histogram {
       constexpr int kOwn = kDigits / kWarp;
       uint64_t* of_lanes = reinterpret_cast<uint64_t*>(reinterpret_cast<unsigned char*>(reached) + 32);
       uint64_t mine = 0;
+      // Unrolled, loops over sums of 64 bits would take more registers than a thread of so large a block has.
+      TGT_NO_UNROLL
       for (int i = 0; i < kOwn; ++i) mine += at(team.thread * kOwn + i);
       of_lanes[team.thread] = mine;
       warp_barrier();
       uint64_t above = 0, total = 0;
+      TGT_UNROLL4
       for (int lane = 0; lane < kWarp; ++lane) {
         above += lane > team.thread ? of_lanes[lane] : 0;
         total += of_lanes[lane];
@@ -138,15 +141,25 @@ struct TokenRow {
   DType type;
   int64_t size;
   bool aligned;
-  double largest;
-  double temperature;
+  Real largest;
+  double temperature, inverse;  // its inverse too
   double log_min_p;
   double unit;  // 1 in fixed point
 
   TGT_DEVICE Eight<Real> load(int64_t k) const {
     return load_padded(data, type, k * kVector, size, aligned, minus_infinity<Real>());
   }
-  TGT_DEVICE double scaled(Real x) const { return (static_cast<double>(x) - largest) / temperature; }
+  // The quotient by the temperature, rounded as a division rounds it, for every backend is to have the same weights: a
+  // product with the inverse, of which one remainder leaves the last bit and the next one none. Of what is far below 0
+  // the weight is 0 either way.
+  TGT_DEVICE double scaled(Real x) const {
+    const double below = static_cast<double>(x) - static_cast<double>(largest);
+    if constexpr (sizeof(Real) == 8) return below / temperature;  // may be out of the inverse's range
+    const double near = below * inverse;
+    if (!(near > -1e4)) return near;
+    const double nearer = fused(fused(-near, temperature, below), inverse, near);
+    return fused(fused(-nearer, temperature, below), inverse, nearer);
+  }
 
   // Keys of 16 bits where the values have no more.
   TGT_DEVICE int key_bits() const { return static_cast<int>(element_size(type)) * 8; }
