@@ -28,6 +28,7 @@ GLYPHS_NAMES = {
     "tgt-gradient": "teacher-guided, gradient",
     "tgt-random-replay": "teacher-guided, random, replay",
     "tgt-gradient-replay": "teacher-guided, gradient, replay",
+    "tgt-gradient-augmented": "teacher-guided, gradient, replay, augmentation in turn",
 }
 
 

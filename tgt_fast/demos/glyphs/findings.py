@@ -17,6 +17,7 @@ LABELS = {
     "tgt-gradient": "TGT gradient",
     "tgt-random-replay": "TGT random, replay",
     "tgt-gradient-replay": "TGT gradient, replay",
+    "tgt-gradient-augmented": "TGT gradient, replay, warps",
 }
 
 
@@ -36,6 +37,16 @@ def findings(result: DemoResult) -> list[str]:
         f"{result.tail_lead(BEST_TGT, rare).verdict}.",
     ]
     for what, method, other in (
+        (
+            "TGT without warped images (gradient, replay), against mixup, the best that does without them, too",
+            "tgt-gradient-replay",
+            "distillation-mixup",
+        ),
+        (
+            "Warped images at every other step, against exploration at every step",
+            "tgt-gradient-augmented",
+            "tgt-gradient-replay",
+        ),
         ("The teacher's soft labels alone, against one-hot labels", "distillation", "one-hot"),
         ("Mixup, against distillation without", "distillation-mixup", "distillation"),
         ("Warped images, against distillation without", "distillation-augmented", "distillation"),
@@ -54,7 +65,7 @@ def costs(result: DemoResult) -> str:
     base = result.mean("tgt-random", "seconds")
     ratios = [
         f"{LABELS[m]} {result.mean(m, 'seconds') / base:.1f}"
-        for m in ("distillation-augmented", "tgt-random-replay", "tgt-gradient", "tgt-gradient-replay")
+        for m in ("distillation-augmented", "tgt-random-replay", "tgt-gradient", "tgt-gradient-replay", BEST_TGT)
     ]
     return f"Processor time of training, with TGT random as 1: {', '.join(ratios)}."
 

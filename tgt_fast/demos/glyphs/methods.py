@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -52,6 +52,16 @@ class Augmented:
         return {"loss": self.real(student, x, y, **given)["loss"] + soft}
 
 
+class InTurn:
+    """One objective at even steps, another at odd ones."""
+
+    def __init__(self, *objectives: Objective) -> None:
+        self.objectives = objectives
+
+    def __call__(self, student: nn.Module, x: Tensor, y: Tensor | None, /, **given: Any) -> Mapping[str, Any]:
+        return self.objectives[given["step"] % 2](student, x, y, **given)
+
+
 def sampler(method: str, teacher: Teacher, settings: Settings, seed: int, **options: Any) -> LatentSampler:
     """The sampler of a method of teacher-guided training; ``options`` replace its own."""
     mode = method.split("-")[1]
@@ -84,23 +94,25 @@ def objective(
     if method == "one-hot":
         return OneHot()
     loss = DistillationLoss(temperature=settings.temperature_of(method), hard_weight=1.0)
+    real = TGTObjective(teacher, None, loss=loss, cache=cache)
+    if method == "distillation":
+        return real
+    augmentation = settings.mixup if method == "distillation-mixup" else settings.augmentation
+    draw = Balanced(images, seed) if method in settings.balanced else None
+    augmented = Augmented(teacher, augmentation, real, images, draw, seed)
     if method in BASELINES:
-        real = TGTObjective(teacher, None, loss=loss, cache=cache)
-        if method == "distillation":
-            return real
-        augmentation = settings.mixup if method == "distillation-mixup" else settings.augmentation
-        draw = Balanced(images, seed) if method in settings.balanced else None
-        return Augmented(teacher, augmentation, real, images, draw, seed)
+        return augmented
     options = by_class(images, settings) if method.endswith("-tail") else {}
     explorer = sampler(method, teacher, settings, seed, **options)
     if explorer.options.mode != "prior":
         explorer.calibrate([(images.x, images.y)], progress=False)
     served: LatentSampler | SyntheticReplay = explorer
-    if method.endswith("-replay"):
+    if method.endswith(("-replay", "-augmented")):
         served = SyntheticReplay(
             explorer, reuse=settings.reuse, select="disagreement", candidates=settings.candidates, seed=seed
         )
-    return TGTObjective(teacher, served, loss=loss, cache=cache)
+    guided = TGTObjective(teacher, served, loss=loss, cache=cache)
+    return InTurn(augmented, guided) if method.endswith("-augmented") else guided
 
 
 def train_student(

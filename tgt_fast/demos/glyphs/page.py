@@ -30,6 +30,7 @@ COLORS = {
     "tgt-gradient": "#1d4e89",
     "tgt-random-replay": "#7bbf6a",
     "tgt-gradient-replay": "#7b5ea7",
+    "tgt-gradient-augmented": "#b0457b",
 }
 _SOURCE_COLORS = {
     "real, test": "#5b6b7b",
@@ -227,10 +228,10 @@ def _setup(page: Page, result: DemoResult) -> None:
             ["student: learning rate", f"{s.rate:g}; one-hot: {s.one_hot_rate:g}"],
             [
                 "student: temperature",
-                f"{s.temperature:g}; distillation: {s.distillation_temperature:g}, augmented: "
-                f"{s.augmented_temperature:g}",
+                f"{s.temperature:g}; distillation: {s.distillation_temperature:g}, mixup: {s.mixup_temperature:g}, "
+                f"augmented: {s.augmented_temperature:g}",
             ],
-            ["classes drawn uniformly, without TGT", even],
+            ["classes drawn uniformly", even],
             ["augmentation", str(s.augmentation)],
             ["TGT: noise", f"{s.sigma:g}; prior: {s.prior_sigma:g} of its own"],
             [
@@ -243,6 +244,7 @@ def _setup(page: Page, result: DemoResult) -> None:
                 "TGT with replay",
                 f"each example {s.reuse} times, the most disputed of {s.candidates} times as many",
             ],
+            ["TGT with warps", "the augmentation, labelled softly, at even steps, exploration with replay at odd ones"],
         ],
     )
     ending(page, "glyphs", result, PACKAGES)

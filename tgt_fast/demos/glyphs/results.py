@@ -67,7 +67,9 @@ def learning_curve(result: DemoResult, method: str, seed: int | None = None) -> 
 
 
 def sample_factors(
-    result: DemoResult, method: str = BEST_TGT, others: Sequence[str] = ("one-hot", "distillation")
+    result: DemoResult,
+    method: str = BEST_TGT,
+    others: Sequence[str] = ("one-hot", "distillation", "distillation-augmented"),
 ) -> list[SampleFactor]:
     """For each number of labels: how many more another method needs, interpolated over log(labels)."""
     factors = []

@@ -32,6 +32,7 @@ ALL = 1e6  # times the labels of the main experiment: as many of each class as t
 CURVE = {  # times the labels of the main experiment
     "one-hot": (0.25, 4.0, 16.0, ALL),
     "distillation": (0.25, 4.0, 16.0, ALL),
+    "distillation-augmented": (0.25, 4.0, 16.0, ALL),
     BEST_TGT: (0.25, 4.0),
 }
 # The longest first, so that no core waits at the end for one that began late.
@@ -102,8 +103,8 @@ class _Run:
         for method in _BY_LENGTH:
             self._train(method, class_counts(), quality.seed, self._student)
         if self.with_curve:
-            for method in (BEST_TGT, "distillation", "one-hot"):
-                for factor in CURVE[method]:
+            for method, factors in reversed(CURVE.items()):
+                for factor in factors:
                     self._train(method, class_counts(factor, self.fewest), quality.seed, self._curve_student)
 
     def _train(self, method: str, counts: list[int], seed: int, then: Callable[[StudentResult], None]) -> None:

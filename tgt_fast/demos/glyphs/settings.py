@@ -7,9 +7,12 @@ from dataclasses import dataclass, field, replace
 from tgt_fast.demos.glyphs.augment import Augmentation
 
 BASELINES = ("one-hot", "distillation", "distillation-mixup", "distillation-augmented")
-TGT_METHODS = ("tgt-prior", "tgt-random", "tgt-random-tail", "tgt-gradient", "tgt-random-replay", "tgt-gradient-replay")
+TGT_METHODS = (
+    "tgt-prior", "tgt-random", "tgt-random-tail", "tgt-gradient", "tgt-random-replay", "tgt-gradient-replay",
+    "tgt-gradient-augmented",
+)  # fmt: skip
 METHODS = BASELINES + TGT_METHODS
-BEST_TGT = "tgt-gradient-replay"  # the best of them in tuning: the one that is compared
+BEST_TGT = "tgt-gradient-augmented"  # the best of them in tuning: the one that is compared
 
 
 @dataclass(frozen=True)
@@ -29,21 +32,20 @@ class Settings:
     teacher_batch: int = 64
     # student
     steps: int = 500
-    rate: float = 3e-3
+    rate: float = 2e-2
     one_hot_rate: float = 3e-3
     real: int = 32  # real examples a step beside as many others; alone: twice as many
-    temperature: float = 2.0
-    distillation_temperature: float = 4.0  # of distillation on the real examples alone
+    temperature: float = 8.0
+    distillation_temperature: float = 8.0  # of distillation on the real examples alone
+    mixup_temperature: float = 8.0
     augmented_temperature: float = 4.0
-    # methods without exploration whose examples are of classes drawn uniformly
-    balanced: tuple[str, ...] = ("one-hot", "distillation", "distillation-augmented")
+    # methods whose real examples, if these are all, or else whose augmented ones are of classes drawn uniformly
+    balanced: tuple[str, ...] = ("one-hot", "distillation-mixup", "distillation-augmented", "tgt-gradient-augmented")
     mixup: Augmentation = field(default_factory=lambda: Augmentation(mixup=True))
-    augmentation: Augmentation = field(
-        default_factory=lambda: Augmentation(warp=1.0, elastic=0.1, weight=0.8, mixup=True)
-    )
+    augmentation: Augmentation = field(default_factory=lambda: Augmentation(warp=1.0, elastic=0.1, weight=0.8))
     # exploration
-    sigma: float = 1.0
-    prior_sigma: float = 1.0
+    sigma: float = 1.3
+    prior_sigma: float = 1.2
     step_size: float = 1.0
     ascent_steps: int = 1
     anchors: str = "balanced"
@@ -59,9 +61,12 @@ class Settings:
 
     def temperature_of(self, method: str) -> float:
         """The temperature of a method's loss."""
-        if method == "distillation":
-            return self.distillation_temperature
-        return self.temperature if method in TGT_METHODS else self.augmented_temperature
+        own = {
+            "distillation": self.distillation_temperature,
+            "distillation-mixup": self.mixup_temperature,
+            "distillation-augmented": self.augmented_temperature,
+        }
+        return own.get(method, self.temperature)
 
 
 def quick(settings: Settings) -> Settings:

@@ -18,7 +18,7 @@ from tgt_fast.demos.glyphs import teachers
 from tgt_fast.demos.glyphs.augment import Augmentation
 from tgt_fast.demos.glyphs.data import Split, class_counts, load_glyphs, validation_split
 from tgt_fast.demos.glyphs.run import quality_task, student_task
-from tgt_fast.demos.glyphs.settings import BASELINES, METHODS, Settings
+from tgt_fast.demos.glyphs.settings import METHODS, Settings
 from tgt_fast.demos.glyphs.teachers import TeacherWeights
 from tgt_fast.demos.networks import Weights
 from tgt_fast.demos.tuning import Found, Options, Trial, each, ranked, tune_command
@@ -36,10 +36,13 @@ def trials(group: str, base: Settings) -> list[Trial]:
 def _sampling(method: str) -> list[tuple[str, ...]]:
     """The settings' balanced methods without this one and with it."""
     others = [one for one in Settings().balanced if one != method]
-    return [tuple(one for one in BASELINES if one in chosen) for chosen in (others, [*others, method])]
+    return [tuple(one for one in METHODS if one in chosen) for chosen in (others, [*others, method])]
 
 
-# Each method has 12 tries at most.
+_RATES = (3e-3, 1e-2, 2e-2)
+_WARPS = Augmentation(warp=1.0, elastic=0.1, weight=0.8)
+
+# Some options of a method at a time, 12 tries at most, the others as they stand.
 GROUPS: dict[str, tuple[str, list[Options]]] = {
     # Judged by the labeler's own accuracy.
     "labeler": (
@@ -50,7 +53,7 @@ GROUPS: dict[str, tuple[str, list[Options]]] = {
     "one-hot": ("one-hot", each(one_hot_rate=(1e-3, 3e-3, 1e-2), balanced=_sampling("one-hot"))),
     "distillation": (
         "distillation",
-        each(distillation_temperature=(2.0, 4.0, 8.0), rate=(3e-3, 1e-2), balanced=_sampling("distillation")),
+        each(distillation_temperature=(4.0, 8.0, 16.0), rate=(1e-2, 2e-2), balanced=_sampling("distillation")),
     ),
     "mixup": (
         "distillation-mixup",
@@ -59,6 +62,7 @@ GROUPS: dict[str, tuple[str, list[Options]]] = {
             balanced=_sampling("distillation-mixup"),
         ),
     ),
+    "mixed": ("distillation-mixup", each(mixup_temperature=(4.0, 8.0), rate=_RATES)),
     "augmentation": (
         "distillation-augmented",
         each(
@@ -67,18 +71,23 @@ GROUPS: dict[str, tuple[str, list[Options]]] = {
                 Augmentation(warp=2.0),
                 Augmentation(warp=1.0, mixup=True),
                 Augmentation(warp=1.0, weight=0.8),
-                Augmentation(warp=1.0, elastic=0.1, weight=0.8),
-                Augmentation(warp=1.0, elastic=0.1, weight=0.8, mixup=True),
+                _WARPS,
+                replace(_WARPS, mixup=True),
             ),
             balanced=_sampling("distillation-augmented"),
         ),
     ),
-    "augmented": ("distillation-augmented", each(augmented_temperature=(2.0, 4.0, 8.0), rate=(3e-3, 1e-2))),
+    "augmented": ("distillation-augmented", each(augmented_temperature=(2.0, 4.0, 8.0), rate=(*_RATES, 3e-2))),
     "prior": ("tgt-prior", each(prior_sigma=(0.8, 1.0, 1.2), temperature=(2.0, 4.0, 8.0))),
     "random": ("tgt-random", each(sigma=(0.75, 1.0, 1.3), anchors=("batch", "balanced"))),
-    "student": ("tgt-random", each(temperature=(2.0, 4.0, 8.0), rate=(3e-3, 1e-2))),
-    "gradient": ("tgt-gradient", each(sigma=(0.75, 1.0), step_size=(0.5, 1.0, 2.0))),
+    "student": ("tgt-random", each(temperature=(2.0, 4.0, 8.0), rate=_RATES)),
+    "gradient": ("tgt-gradient", each(sigma=(0.75, 1.0, 1.3), step_size=(0.5, 1.0, 2.0, 4.0))),
     "replay": ("tgt-random-replay", each(reuse=(2, 4, 8), candidates=(2, 4, 8))),
+    "best": ("tgt-gradient-replay", each(temperature=(4.0, 8.0), rate=(1e-2, 2e-2, 3e-2))),
+    "in-turn": (
+        "tgt-gradient-augmented",
+        each(temperature=(4.0, 8.0), sigma=(1.0, 1.3), augmentation=(_WARPS, Augmentation(warp=2.0, weight=0.8))),
+    ),
 }
 
 _OF_TEACHER = ("latents", "pixel_noise", "teacher_batch")
