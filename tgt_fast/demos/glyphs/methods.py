@@ -59,7 +59,7 @@ class InTurn:
         self.objectives = objectives
 
     def __call__(self, student: nn.Module, x: Tensor, y: Tensor | None, /, **given: Any) -> Mapping[str, Any]:
-        return self.objectives[given["step"] % 2](student, x, y, **given)
+        return self.objectives[int(given["step"]) % 2](student, x, y, **given)
 
 
 def sampler(method: str, teacher: Teacher, settings: Settings, seed: int, **options: Any) -> LatentSampler:
