@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import os
@@ -10,6 +11,11 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+
+# A fresh environment has no compiled modules. Unless the first process that imports PyTorch may keep them, each of the
+# hundreds that the tests start compiles it again, for seconds.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None) is not None:
+    sys.dont_write_bytecode = False
 
 # Of several processes that run tests side by side each gets its share of the cores, and so do its children.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
@@ -129,7 +135,8 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()
+    gc.freeze()  # nor when pytest, at the end, looks for what was left behind
+    atexit.register(gc.unfreeze)  # bindings complain of what outlives the interpreter
 
 
 def _interprets(item: pytest.Item) -> bool:
