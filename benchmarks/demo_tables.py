@@ -103,28 +103,31 @@ def glyphs_line(record: dict[str, Any]) -> str:
     methods, leads, drawn = record["methods"], record["leads"], record["pictures"]
     best, rare = (methods[leads[name]["over"]] for name in ("accuracy", "tail"))
     ours = methods[record["best_tgt"]]
-    same = {f["method"]: fmean(f["factors"]) for f in record["sample_size_factors"] if f["labels"] == record["labels"]}
+    same = {f["method"]: _times(f) for f in record["sample_size_factors"] if f["labels"] == record["labels"]}
     return (
         f"With {record['labels']} long-tailed labels of letters and digits, tested on {drawn['test_families']} font "
         f"families that neither teacher nor student has seen, it gets {ours['accuracy']['mean']:.1f} % right, the best "
         f"method without exploration, augmentation included, {best['accuracy']['mean']:.1f} %; on the rarest third "
         f"{ours['tail']:.1f} % against {rare['tail']:.1f} %. For the same accuracy distillation needs "
-        f"{same['distillation']:.1f} times as many labels, training without the teacher {same['one-hot']:.1f} times "
+        f"{same['distillation']} times as many labels, training without the teacher {same['one-hot']} times "
         f"(`{record['command']}`)."
     )
+
+
+def _times(found: dict[str, Any]) -> str:
+    return f"{'more than ' if any(found['beyond']) else ''}{fmean(found['factors']):.1f}"
 
 
 def _glyphs_labels(record: dict[str, Any]) -> str:
     rows = []
     for found in record["sample_size_factors"]:
         low, high = min(found["factors"]), max(found["factors"])
-        more = "more than " if any(found["beyond"]) else ""
         rows.append(
             [
                 GLYPHS_NAMES[found["method"]],
                 f"{found['labels']:,}",
                 f"{found['accuracy']:.1f}",
-                f"{more}{fmean(found['factors']):.1f} ({low:.1f} to {high:.1f})",
+                f"{_times(found)} ({low:.1f} to {high:.1f})",
             ]
         )
     most = max(point["labels"] for line in record["curve"].values() for point in line)

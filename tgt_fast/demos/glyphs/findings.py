@@ -17,7 +17,7 @@ LABELS = {
     "tgt-gradient": "TGT gradient",
     "tgt-random-replay": "TGT random, replay",
     "tgt-gradient-replay": "TGT gradient, replay",
-    "tgt-gradient-augmented": "TGT gradient, replay, warps",
+    "tgt-gradient-augmented": "TGT and warps in turn",
 }
 
 
