@@ -34,7 +34,8 @@ class Labels(Dataset):  # type: ignore[type-arg]
 
 
 def loader_of(cache: tgt.TeacherCache, method: str, **options: Any) -> DataLoader[Any]:
-    return DataLoader(Labels(cache), 4, shuffle=True, num_workers=2, multiprocessing_context=method, **options)
+    workers = 2 if method == "fork" else 1  # each of the others imports everything anew
+    return DataLoader(Labels(cache), 4, shuffle=True, num_workers=workers, multiprocessing_context=method, **options)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
