@@ -60,7 +60,7 @@ def measured(rows: int, rounds: int) -> list[dict[str, Any]]:
         ("label_margin", both, {"label_margin": margin}),
         ("standardize", {}, {"standardize": True}),
         ("decoupled", {}, {"decoupled": (1.0, 8.0)}),
-        ("skew, beside jsd", JSD, {"divergence": "forward_kl", "skew": 0.1}),
+        ("skew", JSD, {"divergence": "forward_kl", "skew": 0.1}),
     ]
     found = []
     for name, plain, options in cases:

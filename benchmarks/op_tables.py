@@ -115,6 +115,24 @@ def listwise(record: dict[str, Any]) -> str:
     return grid(["listwise loss", "ms", "over eager", "copy"], rows) + "\n\n" + caption + source(record)
 
 
+def loss_options(record: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"`{row['option']}`",
+            ms(1e3 * row["seconds"]),
+            f"{row['ratio']:.2f}x",
+            f"{row['processor_ratio']:.2f}x",
+        ]
+        for row in record["rows"]
+    ]
+    caption = (
+        f"Forward and backward of float32, {record['shape']}, median milliseconds, beside the same loss without the "
+        "option, which takes turns with it in one process; `skew` beside jsd. The second ratio is that of the "
+        f"processor's time. {record['load']:.1f} processes wanted the processor at the end. "
+    )
+    return grid(["option", "ms", "time", "processor"], rows) + "\n\n" + caption + source(record)
+
+
 def latent(record: dict[str, Any]) -> str:
     rows = [
         [

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from cache_kit import RowWise, data, flip, same, shards
-from programs import ran
 from test_cli import status
 
 import tgt_fast as tgt
@@ -140,13 +141,9 @@ def test_what_cannot_be_done_is_one_line(here: Path, capsys: pytest.CaptureFixtu
 
 
 def test_as_a_module(here: Path) -> None:
-    code = f"""
-        import runpy, sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        sys.argv[0] = "tgt_fast.cli"
-        runpy.run_module("tgt_fast.cli", run_name="__main__")
-    """
-    words = ["cache", "build", "labels", "--topk", "4", "--teacher", "mine:teacher", "--data", "mine:batches"]
-    done = ran(code, *words)
+    command = [sys.executable, "-m", "tgt_fast.cli", "cache", "build", "labels", "--topk", "4"]
+    command += ["--teacher", "mine:teacher", "--data", "mine:batches"]
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     assert "12 samples computed, 12 in labels" in done.stdout

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,6 +217,19 @@ def test_a_timm_model_is_seen_in_silence(name: str) -> None:
     assert before.unseen == ()
     assert of(labeler()) == of(labeler()) != before
     assert len({of(labeler()), of(labeler(value_range=(-1.0, 1.0))), of(labeler(size=(64, 64)))}) == 3
+
+
+def test_it_is_equal_in_another_process() -> None:
+    """Also of models that keep hashes, which are others in each process."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_cache_frameworks as t; "
+        "print(*(t.of(make()) for make in (t.llama, t.bart)))"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    environment = {**os.environ, "PYTHONHASHSEED": seed}
+    done = subprocess.run(command, capture_output=True, check=True, text=True, env=environment)
+    assert done.stdout.split() == [of(make()) for make in (llama, bart)]
 
 
 def test_what_accelerate_puts_around_a_model_does_not_count() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import datetime
 import functools
-import importlib.util
 import io
 import logging
 import operator
@@ -323,24 +322,14 @@ def test_tensors_without_numbers_are_refused(tensor: Tensor) -> None:
         of(Factor(tensor))
 
 
-def of_hashes() -> Any:
-    """The fingerprint of what keeps hashes."""
-    return of(Factor([{"a", "b", "c"}, {nn.Linear, torch.relu, nn.Bilinear}, {torch.relu: 1}]))
-
-
 def test_it_does_not_depend_on_the_order_of_hashes() -> None:
-    """Models of a library that keep them, too, where it is there."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import test_cache_state as t; print(t.of_hashes())\n"
-        "if sys.argv[2:]: import test_cache_frameworks as t; print(*(t.of(make()) for make in (t.llama, t.bart)))"
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_cache_state as t; "
+        "print(t.of(t.Factor([{'a', 'b', 'c'}, {t.nn.Linear, t.torch.relu, t.nn.Bilinear}, {t.torch.relu: 1}])))"
     )
-    expected = [str(of_hashes())]
-    if with_library := importlib.util.find_spec("transformers") is not None:
-        import test_cache_frameworks as library
-
-        expected += [str(library.of(make())) for make in (library.llama, library.bart)]
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), *(["all"] if with_library else [])]
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     environment = {**os.environ, "PYTHONHASHSEED": seed}
     done = subprocess.run(command, capture_output=True, check=True, text=True, env=environment)
-    assert done.stdout.split() == expected
+    held = [{"a", "b", "c"}, {nn.Linear, torch.relu, nn.Bilinear}, {torch.relu: 1}]
+    assert done.stdout.strip() == of(Factor(held))

@@ -34,8 +34,7 @@ class Labels(Dataset):  # type: ignore[type-arg]
 
 
 def loader_of(cache: tgt.TeacherCache, method: str, **options: Any) -> DataLoader[Any]:
-    workers = 2 if method == "fork" else 1  # each of the others imports everything anew
-    return DataLoader(Labels(cache), 4, shuffle=True, num_workers=workers, multiprocessing_context=method, **options)
+    return DataLoader(Labels(cache), 4, shuffle=True, num_workers=2, multiprocessing_context=method, **options)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])

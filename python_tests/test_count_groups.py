@@ -16,7 +16,7 @@ from training_kit import CLASSES, FEATURES, LATENT, make_data, make_teacher
 import tgt_fast as tgt
 from tgt_fast.errors import ArgumentError
 
-worlds = pytest.mark.parametrize("world", [1, 4])
+worlds = pytest.mark.parametrize("world", [1, 2, 4])
 MODES = (None, "prior", "random", "gradient", "persistent")
 ROWS, BATCHES = 17, 4
 

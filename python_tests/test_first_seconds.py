@@ -66,9 +66,9 @@ def test_using_everything_imports_no_compiler(child_environment: dict[str, str])
     assert run(code, child_environment) == "set()"
 
 
-def test_the_ops_are_registered(child_environment: dict[str, str]) -> None:
-    """By whatever is imported first of the package."""
-    code = "import tgt_fast.errors, torch; print(torch.ops.tgt_fast.distillation_loss.default._schema.name)"
+@pytest.mark.parametrize("first", ["import tgt_fast, torch", "import tgt_fast.errors, torch"])
+def test_the_ops_are_registered(first: str, child_environment: dict[str, str]) -> None:
+    code = f"{first}\nprint(torch.ops.tgt_fast.distillation_loss.default._schema.name)"
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, capture_output=True, text=True, env=child_environment, check=True)
     assert done.stdout.strip() == "tgt_fast::distillation_loss"

@@ -24,7 +24,7 @@ from tgt_fast.ops.topk import rows_of
 from tgt_fast.ops.vocab_parallel import library, opening, shards
 from tgt_fast.ops.vocab_parallel.kernel import row_kernel
 
-worlds = pytest.mark.parametrize("world", [4])
+worlds = pytest.mark.parametrize("world", [2, 4])
 PLAIN = Case("forward_kl", "smoothed", (2.0, 2.0), "plain", (torch.float32, torch.float32), "mean", False)
 
 

@@ -86,7 +86,7 @@ def evaluated(
 
 
 @needs_processes
-@pytest.mark.parametrize("world", [4])
+@pytest.mark.parametrize("world", [2, 4])
 def test_records(world: int, tmp_path: Path) -> None:
     def work(rank: int) -> Any:
         made = []

@@ -9,6 +9,7 @@
 #include "../common/listwise.h"
 #include "../common/tokens.h"
 #include "../common/topk.h"
+#include "../cpu/adjust.h"
 
 namespace tgt::bind {
 
@@ -36,6 +37,9 @@ TGT_FIELDS(DistillOptions, divergence, reduction, beta, temperature, teacher_tem
 TGT_FIELDS(Matrix, data, stride, type)
 TGT_FIELDS(DistillCall, options, rows, classes, student, teacher, target, soft_target, weight, divisor, divisor_at,
            workspace, loss, row_loss, d_student, d_teacher, row_state, stats, upstream, upstream_per_row, bad_row)
+TGT_FIELDS(Adjustments, student_bias, teacher_bias, label_margin, student_temperature, teacher_temperature, of_label,
+           of_others, skew, standardize)
+TGT_FIELDS(AdjustedCall, base, adjust)
 TGT_FIELDS(ScaleCall, rows, classes, grad, factor, factor_per_row)
 TGT_FIELDS(TopK, ids, id_stride, entries, log_probs, tail_log_prob, form)
 TGT_FIELDS(TopKCall, base, topk, row_state)
@@ -53,7 +57,8 @@ TGT_FIELDS(ListwiseCall, rows, classes, student, teacher, temperature, ids, id_s
 
 // Those that a kernel takes.
 #define TGT_CALLS(X) \
-  X(DistillCall) X(ScaleCall) X(TopKCall) X(PerturbCall) X(AscendCall) X(SampleCall) X(SoftCall) X(ListwiseCall)
+  X(DistillCall)     \
+  X(AdjustedCall) X(ScaleCall) X(TopKCall) X(PerturbCall) X(AscendCall) X(SampleCall) X(SoftCall) X(ListwiseCall)
 
 // Python's letter for a kind of field (struct.Struct).
 template <class T>

@@ -25,6 +25,10 @@ std::tuple<int, int64_t> distill_forward(const tgt::DistillCall& call, int threa
   const tgt::StatusAt status = tgt::cpu::distill_forward(call, threads);
   return {static_cast<int>(status.status), status.row};
 }
+std::tuple<int, int64_t> distill_adjusted_forward(const tgt::AdjustedCall& call, int threads) {
+  const tgt::StatusAt status = tgt::cpu::distill_adjusted_forward(call, threads);
+  return {static_cast<int>(status.status), status.row};
+}
 std::tuple<int, int64_t> topk_forward(const tgt::TopKCall& call, int threads) {
   const tgt::StatusAt status = tgt::cpu::topk_forward(call, threads);
   return {static_cast<int>(status.status), status.row};
@@ -67,6 +71,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   using tgt::bind::define;
   define(m, "distill_forward", &distill_forward);
   define(m, "distill_backward", &tgt::cpu::distill_backward);
+  define(m, "distill_adjusted_forward", &distill_adjusted_forward);
+  define(m, "distill_adjusted_backward", &tgt::cpu::distill_adjusted_backward);
   define(m, "distill_scale", &tgt::cpu::distill_scale);
   define(m, "topk_forward", &topk_forward);
   define(m, "topk_backward", &tgt::cpu::topk_backward);

@@ -26,9 +26,7 @@ void scale_rows(const ScaleCall& call, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace
-
-StatusAt distill_forward(DistillCall call, int threads) {
+StatusAt forward(DistillRows call, int threads) {
   const StatusAt status = check_rows(call);
   if (status.status != Status::kOk) return status;
   choose_divisor(call);
@@ -37,7 +35,7 @@ StatusAt distill_forward(DistillCall call, int threads) {
   parallel_for(
       call.rows, row_grain(call.classes), threads,
       [](void* context, int64_t begin, int64_t end) {
-        kernels().distill_forward(*static_cast<const DistillCall*>(context), begin, end);
+        kernels().distill_forward(*static_cast<const DistillRows*>(context), begin, end);
       },
       &call);
   if (bad_row >= 0) return {Status::kBadSoftTarget, bad_row};
@@ -45,14 +43,26 @@ StatusAt distill_forward(DistillCall call, int threads) {
   return {};
 }
 
-void distill_backward(DistillCall call, int threads) {
+void backward(DistillRows call, int threads) {
   parallel_for(
       call.rows, row_grain(call.classes), threads,
       [](void* context, int64_t begin, int64_t end) {
-        kernels().distill_backward(*static_cast<const DistillCall*>(context), begin, end);
+        kernels().distill_backward(*static_cast<const DistillRows*>(context), begin, end);
       },
       &call);
 }
+
+}  // namespace
+
+StatusAt distill_forward(DistillCall call, int threads) { return forward({call, nullptr}, threads); }
+
+void distill_backward(DistillCall call, int threads) { backward({call, nullptr}, threads); }
+
+StatusAt distill_adjusted_forward(AdjustedCall call, int threads) {
+  return forward({call.base, &call.adjust}, threads);
+}
+
+void distill_adjusted_backward(AdjustedCall call, int threads) { backward({call.base, &call.adjust}, threads); }
 
 void distill_scale(ScaleCall call, int threads) {
   const bool is_fp64 = call.grad.type == DType::kFloat64;

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../common/distill.h"
+#include "adjust.h"
 
 namespace tgt::cpu {
 
@@ -10,6 +10,10 @@ StatusAt distill_forward(DistillCall call, int threads);
 
 // The gradients from the logits, the row states and the upstream gradient.
 void distill_backward(DistillCall call, int threads);
+
+// The same of adjusted logits.
+StatusAt distill_adjusted_forward(AdjustedCall call, int threads);
+void distill_adjusted_backward(AdjustedCall call, int threads);
 
 // grad *= factor; returns at once when every factor is 1.
 void distill_scale(ScaleCall call, int threads);

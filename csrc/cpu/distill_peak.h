@@ -50,6 +50,10 @@ class Peak {
       rest_ -= of_label;
       return;
     }
+    add_block(gradient, count);
+  }
+  // A block of gradients as they are.
+  void add_block(const Real* gradient, int count) {
     constexpr int kAtOnce = 4;  // sums that do not wait for each other
     V sums[kAtOnce] = {};
     int j = 0;

@@ -4,8 +4,11 @@
 // memory. Sums inside a block are in Real, between blocks in double.
 #pragma once
 
-#include "blocks.h"
+#include <type_traits>
+
+#include "by_label.h"
 #include "isa.h"
+#include "skewed.h"
 
 namespace tgt {
 inline namespace TGT_ISA {
@@ -13,14 +16,6 @@ inline namespace TGT_ISA {
 // Where exp(s), which the hard term sums at temperature 1, comes from: nowhere, exp(s / Ts) itself (Ts = 1), its square
 // (Ts = 2), its fourth power (Ts = 4), or an exponential of its own.
 enum HardPower : int { kNoHard = 0, kSame = 1, kSquare = 2, kFourth = 4, kOwn = 5 };
-
-// The options, with what each row would divide by again.
-struct RowOptions : DistillOptions {
-  double inverse_ts, inverse_tt;
-
-  explicit RowOptions(const DistillOptions& options)
-      : DistillOptions(options), inverse_ts(1 / options.temperature), inverse_tt(1 / options.teacher_temperature) {}
-};
 
 template <class Real>
 struct RowConstants {
@@ -33,6 +28,12 @@ template <class Real>
 Mixture<Real> mixture_of(const DistillOptions& options) {
   const double beta = options.beta;
   return {Real(beta), Real(1 - beta)};
+}
+template <class Real>
+Mixture<Real> mixture_of(const RowOptions& options) {
+  if (options.skew == 0) return mixture_of<Real>(static_cast<const DistillOptions&>(options));
+  const bool of_student = DivergenceKind(options.divergence) == DivergenceKind::kReverseKl;
+  return {Real(options.skew), of_student ? Real(-1) : Real(1)};
 }
 
 // A class relative to the running maxima.
@@ -166,26 +167,6 @@ TGT_APART bool block_maxima(const Real* s, const Real* t, int count, Real reach,
 }
 
 template <class Real>
-struct Row {
-  const char* student;
-  const char* teacher;
-  DType student_type, teacher_type;
-  int64_t classes;
-
-  template <class Body>  // body(s, t, at, count)
-  TGT_HD void each_block(Body body) const {
-    alignas(64) Real s_buffer[kBlock];
-    alignas(64) Real t_buffer[kBlock];
-    for (int64_t at = 0; at < classes; at += kBlock) {
-      const int count = int(classes - at < kBlock ? classes - at : kBlock);
-      const Real* s = read_block(student, student_type, at, count, s_buffer);
-      const Real* t = read_block(teacher, teacher_type, at, count, t_buffer);
-      body(s, t, at, count);
-    }
-  }
-};
-
-template <class Real>
 RowConstants<Real> running(const OnlineSums& sums, const RowOptions& options) {
   RowConstants<Real> row{};
   row.student_max = sums.student_max == -HUGE_VAL ? 0 : Real(sums.student_max);
@@ -196,10 +177,6 @@ RowConstants<Real> running(const OnlineSums& sums, const RowOptions& options) {
   return row;
 }
 
-// Of a row's sums. They cost as much as a short row, so what has them hands them on.
-struct Logarithms {
-  double student = 0, teacher = 0;
-};
 template <class D>
 Logarithms logarithms_of(double student_sum, double teacher_sum) {
   if constexpr (D::kProbabilities) return {log(student_sum), log(teacher_sum)};
@@ -286,13 +263,17 @@ TGT_APART void sum_normalised(const Row<Real>& logits, const RowOptions& options
     state.x += sum_lanes(x);
     state.y += sum_lanes(y);
   });
+  if constexpr (std::is_same<D, Skewed>::value) {  // of first order in what rounding the normalisers adds to each d
+    const double of_teacher = logs.teacher - row.log_teacher, of_student = logs.student - row.log_student;
+    state.x -= state.y * (row.mixture.student > 0 ? of_teacher - of_student : of_student - of_teacher);
+  }
 }
 
 // Cross-entropy with the label, smoothed over the classes whose logit is finite.
 template <class Real>
 TGT_APART double hard_loss(const Row<Real>& logits, const DistillOptions& options, int64_t label, RowState& state) {
   const double smoothing = options.label_smoothing;
-  const double of_label = read_element(logits.student, logits.student_type, label) - state.student_max;
+  const double of_label = logits.logit(false, label) - state.student_max;
   if (of_label == -HUGE_VAL && smoothing < 1) {
     state.flags += kInfiniteHard;
     return HUGE_VAL;
@@ -364,6 +345,23 @@ TGT_APART double soft_hard_loss(const Row<Real>& logits, const DistillCall& call
 
 inline double not_negative(double loss) { return loss < 0 ? 0 : loss; }
 
+// The soft term of a row whose label is hidden, from that of the other classes, `rest`.
+template <class Real>
+TGT_APART double decoupled_loss(const Row<Real>& logits, const RowOptions& options, double rest, RowState& state,
+                                const Logarithms& logs) {
+  if (state.teacher_sum == 0 && !(int(state.flags) & kInfiniteSoft)) rest = state.x = 0;  // it has the label alone
+  double loss = options.of_others * rest;
+  if (options.of_label > 0 && !(int(state.flags) & kInfiniteSoft)) {
+    const OwnPart own(logits, options, state, logs);
+    if (own.infinite) {
+      state.flags += kInfiniteSoft;
+      return HUGE_VAL;
+    }
+    loss += options.soft_weight * options.squared * options.of_label * not_negative(own.value);
+  }
+  return loss;
+}
+
 template <class D>
 bool infinite(const Unusual& unusual) {
   return (D::kNeedsStudent && unusual.student_only) || (D::kNeedsTeacher && unusual.teacher_only);
@@ -387,7 +385,9 @@ double forward_row(const Row<Real>& logits, const RowOptions& options, int64_t l
     sums.raise<D>(s_max, t_max, inverse_ts, inverse_tt);
     sum_block<Real, D, power>(s, t, count, running<Real>(sums, options), sums);
   });
-  unusual.invalid |= sums.student_max == -HUGE_VAL || sums.teacher_max == -HUGE_VAL;
+  const bool apart = logits.hidden >= 0;  // the sums are those of the classes beside the label
+  unusual.invalid |=
+      apart ? is_undefined(logits, sums) : sums.student_max == -HUGE_VAL || sums.teacher_max == -HUGE_VAL;
   if (unusual.invalid) {
     state.flags += kInvalid;
     return NAN;
@@ -398,6 +398,7 @@ double forward_row(const Row<Real>& logits, const RowOptions& options, int64_t l
   state.teacher_sum = sums.teacher;
   state.hard_sum = sums.hard;
   state.finite = double(logits.classes - unusual.student_masked);
+  if (apart && logits.logit(false, label) > -HUGE_VAL) ++state.finite;
 
   logs = logarithms_of<D>(sums.student, sums.teacher);
 
@@ -411,11 +412,15 @@ double forward_row(const Row<Real>& logits, const RowOptions& options, int64_t l
     } else if constexpr (D::kSoft) {
       sum_normalised<Real, D>(logits, options, logs, state);
     }
-    const double squared = D::kProbabilities ? options.temperature * options.temperature : 1;
+    const double squared = D::kProbabilities ? options.squared : 1;
     loss = options.soft_weight * squared * not_negative(D::value(state.x, state.y, options.beta));
   }
+  if (D::kSoft && apart) loss = decoupled_loss(logits, options, loss, state, logs);
   if (power != kNoHard && (int(state.flags) & kHard)) {
-    const double hard = soft ? soft_hard_loss(logits, *soft, i, state) : hard_loss(logits, options, label, state);
+    if (options.margin != 0 && !apart) state.hard_sum = others_of(logits, options, label, state);
+    const double hard = soft                           ? soft_hard_loss(logits, *soft, i, state)
+                        : apart || options.margin != 0 ? paired_hard_loss(logits, options, label, state)
+                                                       : hard_loss(logits, options, label, state);
     loss += options.hard_weight * not_negative(hard);
   }
   return loss;

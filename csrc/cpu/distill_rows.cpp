@@ -1,10 +1,10 @@
 // The distill kernels, compiled once per instruction set: gradients, statistics, and all rows of a call.
 //
 // A gradient reads its row pair once more, from the second-level cache, where the loss has just left it.
-#include <initializer_list>
-
 #include "distill_peak.h"
+#include "distill_statistics.h"
 #include "open_row.h"
+#include "scratch.h"
 
 namespace tgt {
 inline namespace TGT_ISA {
@@ -27,8 +27,8 @@ TGT_APART void fill_row(const Matrix& matrix, int64_t i, int64_t classes, Real v
 
 // d_student of a block: factor * soft + hard_factor * (softmax(s) - smoothed label); what it adds up to, by lanes.
 template <class Real, class D, HardPower power, class V = typename Lanes<Real>::Vector>
-V student_block(const Real* s, const Real* t, int count, const RowConstants<Real>& row, Real x, Real y, Real factor,
-                Real hard_factor, Real inverse_hard, Real smoothed, Real* to) {
+TGT_APART V student_block(const Real* s, const Real* t, int count, const RowConstants<Real>& row, Real x, Real y,
+                          Real factor, Real hard_factor, Real inverse_hard, Real smoothed, Real* to) {
   V sum{};
   each_vector(s, t, count, [&](V sv, V tv, int at, int lanes) {
     const Class<V> raw = shifted<D>(sv, tv, row);
@@ -83,7 +83,7 @@ TGT_APART V less_target(const Real* shares, int count, Real factor, Real* values
 
 // The gradients of a row from its logits and its state, for an upstream gradient of `upstream`.
 template <class Real, class D, HardPower power>
-void gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, const RowState& state,
+void gradient_row(const DistillRows& call, const Row<Real>& logits, int64_t i, const RowState& state,
                   const RowOptions& options, const Logarithms& logs, double upstream) {
   const int flags = int(state.flags);
   if (flags & (kDropped | kInvalid)) {
@@ -99,21 +99,54 @@ void gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, c
       return;
     }
   }
-  const double squared = D::kProbabilities ? options.temperature * options.temperature : 1;
+  const double squared = D::kProbabilities ? options.squared : 1;
   const double soft = upstream * state.coefficient * options.soft_weight * squared;
-  const bool hard = (flags & kHard) && !(flags & kInfiniteHard);
+  const bool hard = power != kNoHard && (flags & kHard) && !(flags & kInfiniteHard);
   const double hard_factor = hard ? upstream * state.coefficient * options.hard_weight : 0;
-  const Real inverse_hard = hard ? Real(1 / state.hard_sum) : Real(0);
+  Real inverse_hard = hard ? Real(1 / state.hard_sum) : Real(0);
   const Real smoothed = hard && options.label_smoothing > 0 ? Real(options.label_smoothing / state.finite) : Real(0);
-  const RowConstants<Real> row = settled<Real>(state, logs, options);
+  RowConstants<Real> row = settled<Real>(state, logs, options), of_teacher = row;
   const Real x = Real(state.x), y = Real(state.y);
+  Real x_teacher = x;
   const bool shared = hard && call.soft_target;
-  const int64_t label = hard && call.target ? call.target[i] : -1;
+  int64_t label = hard && call.target ? call.target[i] : -1;
+  double less_label = hard_factor * (1 - options.label_smoothing), of_teachers_label = 0;
+  const bool apart = logits.hidden >= 0, lowered = hard && !apart && options.margin != 0;
+  if (hard && (apart || lowered)) {
+    const HardPair pair(logits, options, label, state);
+    inverse_hard = Real(exp(-pair.total));
+    less_label = -hard_factor * pair.slope(options.label_smoothing, state.finite);
+  }
+  if (apart) {
+    label = logits.hidden;
+    if (!hard) less_label = 0;
+    if (state.student_sum == 0) {  // the label is all that there is
+      fill_row<Real>(call.d_student, i, call.classes, Real(0));
+      fill_row<Real>(call.d_teacher, i, call.classes, Real(0));
+      return;
+    }
+    if constexpr (D::kSoft) {
+      const double rest = state.teacher_sum == 0 ? 0 : options.of_others;
+      if (state.teacher_sum == 0) {
+        row.teacher_max = row.log_teacher = row.inverse_teacher = 0;
+        of_teacher = row;
+      }
+      const OwnPart own(logits, options, state, logs);
+      row.inverse_student *= Real(rest + options.of_label * own.student_rest);
+      row.inverse_teacher *= Real(rest);
+      less_label -= soft * options.inverse_ts * options.of_label * own.student_own;
+      of_teacher.inverse_teacher *= Real(options.of_others);
+      x_teacher = Real(state.x - options.of_label / options.of_others * own.teacher_rest);
+      of_teachers_label = soft * options.inverse_tt * options.of_label * own.teacher_own;
+    }
+  }
 
   const bool of_q = D::kProbabilities && peaked(state.student_sum), of_hard = hard && peaked(state.hard_sum);
   Peak<Real> student_peak, teacher_peak;
   if (!D::kSquares && (of_q || of_hard)) student_peak.look_for(state.student_max);
-  if (D::kProbabilities && call.d_teacher && peaked(state.teacher_sum)) teacher_peak.look_for(state.teacher_max);
+  if (D::kProbabilities && call.d_teacher && peaked(state.teacher_sum) && state.teacher_max > -HUGE_VAL) {
+    teacher_peak.look_for(state.teacher_max);
+  }
 
   alignas(64) Real buffer[kBlock], shares[kBlock];
   logits.each_block([&](const Real* s, const Real* t, int64_t at, int count) {
@@ -121,7 +154,14 @@ void gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, c
       char* to = call.d_teacher.row(i);
       Real* values = write_block(to, call.d_teacher.type, at, buffer);
       teacher_peak.look_at(t, at, count);
-      teacher_peak.add(teacher_block<Real, D>(s, t, count, row, x, y, Real(soft * options.inverse_tt), values));
+      const auto sum =
+          teacher_block<Real, D>(s, t, count, of_teacher, x_teacher, y, Real(soft * options.inverse_tt), values);
+      if (apart && label >= at && label - at < count) {
+        values[label - at] = Real(of_teachers_label);
+        teacher_peak.add_block(values, count);
+      } else {
+        teacher_peak.add(sum);
+      }
       teacher_peak.keep(values, at, count);
       if (values == buffer) finish_block(values, to, call.d_teacher.type, at, count);
     }
@@ -129,6 +169,12 @@ void gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, c
       char* to = call.d_student.row(i);
       Real* values = write_block(to, call.d_student.type, at, buffer);
       student_peak.look_at(s, at, count);
+      const bool lowered_here = lowered && label >= at && label - at < count;
+      Real alone = 0;  // the soft term of the lowered label, before it may be overwritten
+      if (lowered_here) {
+        student_block<Real, D, power>(s + (label - at), t + (label - at), 1, row, x, y, Real(options.inverse_ts * soft),
+                                      Real(0), Real(0), Real(0), &alone);
+      }
       const auto sum = student_block<Real, D, power>(s, t, count, row, x, y, Real(soft * options.inverse_ts),
                                                      Real(shared ? hard_factor * state.mass : hard_factor),
                                                      inverse_hard, smoothed, values);
@@ -136,8 +182,11 @@ void gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, c
         const Matrix& target = call.soft_target;
         const Real* of_classes = read_block(target.row(i), target.type, at, count, shares);
         student_peak.add(less_target<Real>(of_classes, count, Real(hard_factor), values));
+      } else if (lowered_here) {
+        values[label - at] = Real(alone - less_label);
+        student_peak.add_block(values, count);
       } else if (label >= at && label < at + count) {
-        const Real of_label = Real(hard_factor * (1 - options.label_smoothing));
+        const Real of_label = Real(less_label);
         values[label - at] -= of_label;
         student_peak.add_with_label(sum, of_label, label, values, count);
       } else {
@@ -151,134 +200,75 @@ void gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, c
   if (call.d_student) student_peak.correct(call.d_student, i);
 }
 
-template <class Real>
-Row<Real> row_pair(const DistillCall& call, const Matrix& teacher, int64_t i) {
-  return {call.student.row(i), teacher.row(i), call.student.type, teacher.type, call.classes};
-}
-
-// What the loss reads of a row. Without a soft term that is the student alone: the teacher may hold anything.
-template <class Real>
-Row<Real> row_at(const DistillCall& call, int64_t i) {
-  return row_pair<Real>(call, call.options.soft_weight == 0 ? call.student : call.teacher, i);
-}
-
-template <class Real>
-int64_t first_largest(const char* logits, DType type, int64_t classes) {
-  Real buffer[kBlock];
-  Real best = Real(-HUGE_VAL);
-  int64_t found = 0;
-  for (int64_t at = 0; at < classes; at += kBlock) {
-    const int count = int(classes - at < kBlock ? classes - at : kBlock);
-    const Real* values = read_block(logits, type, at, count, buffer);
-    for (int j = 0; j < count; ++j) {
-      if (values[j] > best) {
-        best = values[j];
-        found = at + j;
-      }
-    }
-  }
-  return found;
-}
-
-// Whether a row's sums are so large that their terms may have left the range of float.
-inline bool beyond(const RowState& state) { return !(fabs(state.x) < 1e30 && fabs(state.y) < 1e30); }
-
-template <class Real>
-Row<double> in_double(const Row<Real>& row) {
-  return {row.student, row.teacher, row.student_type, row.teacher_type, row.classes};
-}
-
-// Entropies, KL, agreement and log-sum-exps of a row pair, whatever its loss; false where a side is no distribution.
-template <class Real>
-bool pair_statistics(const Row<Real>& logits, RowOptions options, double* values) {
-  using V = typename Lanes<Real>::Vector;
-  RowState state{};
-  Unusual unusual;
-  Logarithms logs;
-  options.soft_weight = 1;
-  forward_row<Real, ForwardKl, kNoHard>(logits, options, -1, state, unusual, logs);
-  if (unusual.invalid) return false;
-  if constexpr (sizeof(Real) == 4) {
-    if (unusual.far || beyond(state)) return pair_statistics<double>(in_double(logits), options, values);
-  }
-  const RowConstants<Real> row = settled<Real>(state, logs, options);
-  logits.each_block([&](const Real* s, const Real* t, int64_t, int count) {
-    V of_student{}, of_teacher{};
-    each_vector(s, t, count, [&](V sv, V tv, int, int) {
-      const Class<V> c = normalised<ForwardKl>(shifted<ForwardKl>(sv, tv, row), row);
-      of_student -= c.q * c.b;
-      of_teacher -= c.p * c.a;
-    });
-    values[0] += sum_lanes(of_student);
-    values[1] += sum_lanes(of_teacher);
-  });
-  values[0] = not_negative(values[0]);
-  values[1] = not_negative(values[1]);
-  values[2] = int(state.flags) & kInfiniteSoft ? HUGE_VAL : not_negative(state.x);
-  values[3] = first_largest<Real>(logits.student, logits.student_type, logits.classes) ==
-              first_largest<Real>(logits.teacher, logits.teacher_type, logits.classes);
-  values[4] = state.student_max / options.temperature + logs.student;
-  values[5] = state.teacher_max / options.teacher_temperature + logs.teacher;
-  return true;
-}
-
-// Zeros for a row that does not count. A side that is no distribution is NaN, and so is what compares it.
-template <class Real>
-TGT_APART void statistics_row(const DistillCall& call, int64_t i, bool counts) {
-  const Row<Real> logits = row_pair<Real>(call, call.teacher, i);
-  Real* out = static_cast<Real*>(call.stats) + i;
-  double values[6] = {0, 0, 0, 0, 0, 0};
-  if (counts && !pair_statistics<Real>(logits, RowOptions(call.options), values)) {
-    values[2] = NAN;
-    values[3] = 0;
-    for (const bool teacher : {false, true}) {  // each beside itself
-      Row<Real> side = logits;
-      DistillOptions options = call.options;
-      (teacher ? side.student : side.teacher) = teacher ? logits.teacher : logits.student;
-      (teacher ? side.student_type : side.teacher_type) = teacher ? logits.teacher_type : logits.student_type;
-      options.temperature = options.teacher_temperature = teacher ? options.teacher_temperature : options.temperature;
-      double own[6] = {0, 0, 0, 0, 0, 0};
-      const bool sound = pair_statistics<Real>(side, RowOptions(options), own);
-      values[teacher ? 1 : 0] = sound ? own[0] : NAN;
-      values[teacher ? 5 : 4] = sound ? own[4] : NAN;
-    }
-  }
-  for (int k = 0; k < 6; ++k) out[k * call.rows] = Real(values[k]);
-}
-
 // A row once more, in double.
 template <class D, HardPower power>
-__attribute__((noinline)) double fp64_forward_row(const DistillCall& call, int64_t i, int64_t label, RowState& state) {
+TGT_APART double fp64_forward_row(const DistillRows& call, int64_t i, int64_t label, RowState& state) {
+  const OpenRow<double> row(call, i, int(state.flags));
   RowState fp64{};
   Unusual unusual;
   Logarithms logs;
   fp64.flags = kInDouble | (int(state.flags) & (kDropped | kHard));
   fp64.coefficient = state.coefficient;
   constexpr HardPower kPower = power == kNoHard ? kNoHard : kOwn;
-  const double loss = forward_row<double, D, kPower>(row_at<double>(call, i), RowOptions(call.options), label, fp64,
-                                                     unusual, logs, call.soft_target ? &call : nullptr, i);
+  const double loss = forward_row<double, D, kPower>(row.logits, row.options, label, fp64, unusual, logs,
+                                                     call.soft_target ? &call : nullptr, i);
   state = fp64;
   return loss;
 }
 template <class D, HardPower power>
-__attribute__((noinline)) void fp64_gradient_row(const DistillCall& call, int64_t i, const RowState& state,
-                                                 double upstream) {
+TGT_APART void fp64_gradient_row(const DistillRows& call, int64_t i, const RowState& state, double upstream) {
+  const OpenRow<double> row(call, i, int(state.flags));
   constexpr HardPower kPower = power == kNoHard ? kNoHard : kOwn;
   const Logarithms logs = logarithms_of<D>(state.student_sum, state.teacher_sum);
-  gradient_row<double, D, kPower>(call, row_at<double>(call, i), i, state, RowOptions(call.options), logs, upstream);
+  gradient_row<double, D, kPower>(call, row.logits, i, state, row.options, logs, upstream);
 }
 template <class Real, class D, HardPower power>
-void any_gradient_row(const DistillCall& call, const Row<Real>& logits, int64_t i, const RowState& state,
-                      const RowOptions& options, const Logarithms& logs, double upstream) {
+TGT_APART void any_gradient_row(const DistillRows& call, const Row<Real>& logits, int64_t i, const RowState& state,
+                                const RowOptions& options, const Logarithms& logs, double upstream) {
   if (sizeof(Real) == 4 && int(state.flags) & kInDouble) return fp64_gradient_row<D, power>(call, i, state, upstream);
   gradient_row<Real, D, power>(call, logits, i, state, options, logs, upstream);
 }
 
+// The same where the soft term is of standardised logits: its gradient is made in `room`, two rows, and the hard term's
+// beside it. The teacher's first: the student's may be written over its logits.
 template <class Real, class D, HardPower power>
-void forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
-  const RowOptions options(call.options);
+void whole_gradient_row(const DistillRows& call, const Row<Real>& logits, int64_t i, const RowState& state,
+                        const RowOptions& options, const Logarithms& logs, double upstream, Real* room) {
+  const int flags = int(state.flags);
+  if (!options.standardized || flags & (kDropped | kInvalid | kInfiniteSoft)) {
+    return any_gradient_row<Real, D, power>(call, logits, i, state, options, logs, upstream);
+  }
+  DistillRows part = call;
+  const Matrix soft{room, 0, kTypeOf<Real>};
+  if (call.d_teacher) {
+    part.d_student = {};
+    part.d_teacher = soft;
+    any_gradient_row<Real, D, power>(part, logits, i, state, options, logs, upstream);
+    bend_row<Real>(logits.alone(true), options.teacher, room, nullptr, call.d_teacher, i);
+  }
+  if (call.d_student) {
+    Real* hard = power != kNoHard && flags & kHard ? room + call.classes : nullptr;
+    part.d_teacher = {};
+    if (hard) {
+      RowState hard_alone = state;
+      hard_alone.flags += kInfiniteSoft;
+      part.d_student = {hard, 0, kTypeOf<Real>};
+      any_gradient_row<Real, D, power>(part, logits, i, hard_alone, options, logs, upstream);
+    }
+    RowOptions soft_alone = options;
+    soft_alone.hard_weight = part.options.hard_weight = 0;
+    part.d_student = soft;
+    any_gradient_row<Real, D, power>(part, logits, i, state, soft_alone, logs, upstream);
+    bend_row<Real>(logits.alone(false), options.student, room, hard, call.d_student, i);
+  }
+}
+
+template <class Real, class D, HardPower power>
+void forward_rows(const DistillRows& call, int64_t begin, int64_t end) {
+  RowOptions options(call.options);
+  Scratch<Real> room(room_of(call));
   for (int64_t i = begin; i < end; ++i) {
-    const Row<Real> logits = row_at<Real>(call, i);
+    Row<Real> logits = row_at<Real>(call, i);
     const RowHead head = open_row(call, i);
     RowState state{};
     state.flags = head.flags;
@@ -286,6 +276,7 @@ void forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
     double loss = 0;
     Logarithms logs;
     if (!head.dropped()) {
+      if (call.adjust) adjust_row(call, i, label_of(call, i, head.flags), soft_of(call), logits, options);
       Unusual unusual;
       loss = forward_row<Real, D, power>(logits, options, head.label, state, unusual, logs,
                                          call.soft_target ? &call : nullptr, i);
@@ -300,7 +291,7 @@ void forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
     }
     if (call.d_student || call.d_teacher) {
       if (state.coefficient == 0) state.flags = kDropped;  // a divisor of 0
-      any_gradient_row<Real, D, power>(call, logits, i, state, options, logs, 1);
+      whole_gradient_row<Real, D, power>(call, logits, i, state, options, logs, 1, room.data());
     }
     if (call.row_state) call.row_state[i] = state;
   }
@@ -309,7 +300,7 @@ void forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
 // The sums of a divergence that needs the normalisers, into a state whose normalisers may be of more classes than
 // these.
 template <class Real, class D>
-void sum_again(const DistillCall& call, int64_t i, RowState& state) {
+void sum_again(const DistillRows& call, int64_t i, RowState& state) {
   state.x = state.y = 0;
   if constexpr (D::kProbabilities && !D::kShiftedSums) {
     if (int(state.flags) & (kDropped | kInvalid)) return;
@@ -323,9 +314,10 @@ void sum_again(const DistillCall& call, int64_t i, RowState& state) {
 }
 
 template <class Real, class D, HardPower power>
-void backward_rows(const DistillCall& call, int64_t begin, int64_t end) {
+void backward_rows(const DistillRows& call, int64_t begin, int64_t end) {
   const Real* upstream = static_cast<const Real*>(call.upstream);
-  const RowOptions options(call.options);
+  RowOptions options(call.options);
+  Scratch<Real> room(room_of(call));
   for (int64_t i = begin; i < end; ++i) {
     if (!call.d_student && !call.d_teacher) {
       sum_again<Real, D>(call, i, call.row_state[i]);
@@ -333,9 +325,14 @@ void backward_rows(const DistillCall& call, int64_t begin, int64_t end) {
     }
     RowState state = call.row_state[i];
     if (state.coefficient == 0) state.flags = kDropped;
+    const int flags = int(state.flags);
+    Row<Real> logits = row_at<Real>(call, i);
+    if (call.adjust && !(flags & kDropped)) {
+      adjust_row(call, i, label_of(call, i, flags), soft_of(call), logits, options);
+    }
     const Logarithms logs = logarithms_of<D>(state.student_sum, state.teacher_sum);
-    any_gradient_row<Real, D, power>(call, row_at<Real>(call, i), i, state, options, logs,
-                                     upstream[call.upstream_per_row ? i : 0]);
+    whole_gradient_row<Real, D, power>(call, logits, i, state, options, logs, upstream[call.upstream_per_row ? i : 0],
+                                       room.data());
   }
 }
 
@@ -344,28 +341,28 @@ struct Kernel {
   template <class D>
   static constexpr bool kServed = true;
   template <class D>
-  static constexpr bool kPowers = D::kProbabilities;
+  static constexpr bool kPowers = D::kProbabilities && !std::is_same<D, Skewed>::value;
 };
 struct Forward : Kernel {
   template <class Real, class D, HardPower power>
-  static void run(const DistillCall& call, int64_t begin, int64_t end) {
+  static void run(const DistillRows& call, int64_t begin, int64_t end) {
     forward_rows<Real, D, power>(call, begin, end);
   }
 };
 struct Backward : Kernel {
   template <class Real, class D, HardPower power>
-  static void run(const DistillCall& call, int64_t begin, int64_t end) {
+  static void run(const DistillRows& call, int64_t begin, int64_t end) {
     backward_rows<Real, D, power>(call, begin, end);
   }
 };
 
 }  // namespace
 
-void distill_forward_rows(const DistillCall& call, int64_t begin, int64_t end) {
+void distill_forward_rows(const DistillRows& call, int64_t begin, int64_t end) {
   run_rows<Forward>(call, call, begin, end);
 }
 
-void distill_backward_rows(const DistillCall& call, int64_t begin, int64_t end) {
+void distill_backward_rows(const DistillRows& call, int64_t begin, int64_t end) {
   run_rows<Backward>(call, call, begin, end);
 }
 

@@ -1,19 +1,19 @@
 // The kernels of one instruction set, and which set this process runs.
 #pragma once
 
-#include "../common/distill.h"
 #include "../common/latent.h"
 #include "../common/listwise.h"
 #include "../common/tokens.h"
 #include "../common/topk.h"
+#include "adjust.h"
 
 namespace tgt::cpu {
 
 // Each handles rows or samples [begin, end) and touches nothing of the others.
 struct Kernels {
   const char* name;
-  void (*distill_forward)(const DistillCall&, int64_t begin, int64_t end);
-  void (*distill_backward)(const DistillCall&, int64_t begin, int64_t end);
+  void (*distill_forward)(const DistillRows&, int64_t begin, int64_t end);
+  void (*distill_backward)(const DistillRows&, int64_t begin, int64_t end);
   void (*perturb)(const PerturbCall&, int64_t begin, int64_t end);
   void (*ascend)(const AscendCall&, int64_t begin, int64_t end);
   void (*topk_forward)(const TopKCall&, int64_t begin, int64_t end);

@@ -7,8 +7,8 @@
 namespace tgt {
 inline namespace TGT_ISA {
 
-void distill_forward_rows(const DistillCall& call, int64_t begin, int64_t end);
-void distill_backward_rows(const DistillCall& call, int64_t begin, int64_t end);
+void distill_forward_rows(const DistillRows& call, int64_t begin, int64_t end);
+void distill_backward_rows(const DistillRows& call, int64_t begin, int64_t end);
 void perturb_rows(const PerturbCall& call, int64_t begin, int64_t end);
 void ascend_rows(const AscendCall& call, int64_t begin, int64_t end);
 void topk_forward_rows(const TopKCall& call, int64_t begin, int64_t end);

@@ -38,7 +38,8 @@ constexpr bool kByPower = sizeof(Real) == 4;
 template <class Kernel, class Real, class D, class Call>
 void run_by_power(const Call& call, const DistillCall& base, int64_t begin, int64_t end) {
   if constexpr (Kernel::template kServed<D>) {
-    if (!base.target && !base.soft_target) return Kernel::template run<Real, D, kNoHard>(call, begin, end);
+    const bool hard = (base.target || base.soft_target) && base.options.hard_weight != 0;
+    if (!hard) return Kernel::template run<Real, D, kNoHard>(call, begin, end);
     if constexpr (Kernel::template kPowers<D> && kByPower<Real>) {
       const double t = base.options.temperature;
       if (t == 1) return Kernel::template run<Real, D, kSame>(call, begin, end);
@@ -49,9 +50,18 @@ void run_by_power(const Call& call, const DistillCall& base, int64_t begin, int6
   }
 }
 
+template <class Call>
+bool is_skewed(const Call&) {
+  return false;
+}
+inline bool is_skewed(const DistillRows& call) { return call.adjust && call.adjust->skew != 0; }
+
 template <class Kernel, class Real, class Call>
 void run_by_divergence(const Call& call, const DistillCall& base, int64_t begin, int64_t end) {
   const auto kind = base.options.soft_weight == 0 ? DivergenceKind::kNone : DivergenceKind(base.options.divergence);
+  if (kind != DivergenceKind::kNone && is_skewed(call)) {
+    return run_by_power<Kernel, Real, Skewed>(call, base, begin, end);
+  }
   switch (kind) {
     case DivergenceKind::kForwardKl:
       return run_by_power<Kernel, Real, ForwardKl>(call, base, begin, end);

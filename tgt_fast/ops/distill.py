@@ -304,10 +304,10 @@ def distillation_loss(
     unless the environment variable ``TGT_FAST_CHECK_RECORDS=1`` asks for a check, which waits for the device.
 
     **Biases, margins and the forms of the divergence** (from ``student_bias`` to ``correct_teacher``, and temperatures
-    a row) go with each other, but for the last three, of which one replaces the divergence. On a CPU the kernel runs on
-    adjusted logits, a few rows at a time. What goes no such way (``skew``, ``correct_teacher``, masked classes that are
-    standardised or decoupled, and all on a device) PyTorch makes in float64, likewise; ``torch.compile`` sees that
-    formula, of all rows. They are refused for a record, in ``vocab_group`` and with DTensors.
+    a row) go with each other, but for the last three, of which one replaces the divergence. On a CPU the kernel takes
+    them in its pass over the logits. What it does not take (``correct_teacher``, ``decoupled=(a, 0)``, and all on a
+    device) PyTorch makes in float64, a few rows at a time; ``torch.compile`` sees that formula, of all rows. They are
+    refused for a record, in ``vocab_group`` and with DTensors.
 
     **Classes in several processes.** With ``vocab_group`` the loss is that of all classes, the same bits in each
     process, and the gradients are those of a process's own: of one loss, also where all call ``backward``. The rows'

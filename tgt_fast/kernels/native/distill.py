@@ -38,14 +38,15 @@ def takes_shares(call: DistillCall) -> bool:
 
 
 def takes_adjustments(call: DistillCall) -> bool:
-    """True if a call's adjustments are among those that are made around the kernel, on a CPU."""
+    """True if a call's adjustments are among those that are made in the pass over the logits on a CPU."""
     return cuda.engine(call.student) is None and adjusted.serves(call)
 
 
 def forward(call: DistillCall, out: Outputs, *, plan: tuple[int, int, bool] = AUTO_PLAN) -> None:
     """Row losses, their reduction and the wanted gradients, in one pass over the logits."""
     if call.adjust is not None:
-        adjusted.forward(forward, call, out)
+        made = adjusted.packed(call)
+        run_forward("distill_adjusted_forward", made.call, out, plan, adjust=made.fields)
         return
     run_forward("distill_forward", call, out, plan)
 
@@ -53,7 +54,8 @@ def forward(call: DistillCall, out: Outputs, *, plan: tuple[int, int, bool] = AU
 def backward(call: DistillCall, row_state: Tensor, d_loss: Tensor, grads: Gradients) -> None:
     """The gradients from logits and saved row statistics, with the upstream gradient applied before rounding."""
     if call.adjust is not None:
-        adjusted.backward(forward, call, row_state, d_loss, grads)
+        made = adjusted.packed(call)
+        run_backward("distill_adjusted_backward", made.call, row_state, d_loss, grads, adjust=made.fields)
         return
     run_backward("distill_backward", call, row_state, d_loss, grads)
 
@@ -71,9 +73,15 @@ def sums(call: DistillCall, row_state: Tensor) -> bool:
 
 
 def run_forward(
-    kernel: str, call: DistillCall, out: Outputs, plan: tuple[int, int, bool], topk: tuple[Any, ...] | None = None
-) -> tuple[int, int]:
-    """(status, row) of a kernel. ``topk``: the fields of the teacher's top k, in the place of its logits."""
+    kernel: str, call: DistillCall, out: Outputs, plan: tuple[int, int, bool], topk: tuple[Any, ...] | None = None,
+    adjust: tuple[Any, ...] | None = None,
+) -> tuple[int, int]:  # fmt: skip
+    """(status, row) of a kernel.
+
+    Args:
+        topk: the fields of the teacher's top k, in the place of its logits.
+        adjust: those of a call's adjustments.
+    """
     options, student, teacher, _, _, given, *_ = call
     target, weight, row_loss = prepared(call, out)
     engine = cuda.engine(student)
@@ -98,6 +106,8 @@ def run_forward(
     name = "DistillCall"
     if topk is not None:
         name, values = "TopKCall", (*values, *topk, state)
+    elif adjust is not None:
+        name, values = "AdjustedCall", (*values, *adjust)
     if engine is not None:
         with engine.current(student) as stream:
             getattr(engine.core, f"cuda_{kernel}")(packer(engine.core, name)(*values), plan, stream)
@@ -111,9 +121,9 @@ def run_forward(
 
 def run_backward(
     kernel: str, call: DistillCall, row_state: Tensor, d_loss: Tensor, grads: Gradients,
-    topk: tuple[Any, ...] | None = None,
+    topk: tuple[Any, ...] | None = None, adjust: tuple[Any, ...] | None = None,
 ) -> None:  # fmt: skip
-    """Runs a kernel. ``topk``: as in :func:`run_forward`."""
+    """Runs a kernel. ``topk``, ``adjust``: as in :func:`run_forward`."""
     student, teacher = call.student, call.teacher
     target, d_loss = dense(call.target), upstream(d_loss, accumulate_dtype(student, teacher))
     state = pointer(row_state)
@@ -125,6 +135,8 @@ def run_backward(
     name = "DistillCall"
     if topk is not None:
         name, values = "TopKCall", (*values, *topk, state)
+    elif adjust is not None:
+        name, values = "AdjustedCall", (*values, *adjust)
     run(kernel, name, student, values)
 
 

@@ -1,0 +1,150 @@
+// A row pair as the distill kernels read it: its options, and its logits block by block, as they are stored or adjusted
+// on the way.
+#pragma once
+
+#include "adjust.h"
+#include "blocks.h"
+
+namespace tgt {
+inline namespace TGT_ISA {
+
+// Of a side whose logits are standardised: z = (x - mean) / (1e-7 + spread) is a temperature for the kernel, and a mean
+// that no probability sees.
+struct Standard {
+  double mean = 0;  // of the logits as the row's blocks give them
+  double bend = 0;  // by how much of its part along x - mean a gradient is less
+};
+
+// The options, with what each row would divide by again.
+struct RowOptions : DistillOptions {
+  double inverse_ts = 1, inverse_tt = 1;
+  double squared = 1;  // the soft term's factor, where it goes by probabilities
+  // Of a row with adjustments:
+  double of_label = 0, of_others = 0;  // of the parts of a decoupled divergence
+  double margin = 0;                   // what the label's logit is lowered by in the hard term
+  double skew = 0;
+  bool standardized = false;
+  Standard student, teacher;
+
+  explicit RowOptions(const DistillOptions& options) : DistillOptions(options) {
+    set_temperatures(options.temperature, options.teacher_temperature);
+    squared = options.temperature * options.temperature;
+  }
+
+  void set_temperatures(double of_student, double of_teacher) {
+    temperature = of_student;
+    teacher_temperature = of_teacher;
+    inverse_ts = 1 / of_student;
+    inverse_tt = 1 / of_teacher;
+  }
+
+  // Of one side beside itself.
+  RowOptions alone(bool of_teacher) const {
+    RowOptions side = *this;
+    const double own = of_teacher ? teacher_temperature : temperature;
+    side.set_temperatures(own, own);
+    side.student = side.teacher = of_teacher ? teacher : student;
+    return side;
+  }
+};
+
+// A number with the digits that Real has no room for.
+template <class Real>
+struct Halves {
+  Real high, low;
+
+  explicit Halves(double value) : high(Real(value)), low(Real(value - high)) {}
+  template <class V>
+  TGT_HD V below(V x) const {  // x - value
+    return (x - splat<V>(high)) - splat<V>(low);
+  }
+};
+
+// What is added to a side's logits and then taken away.
+struct Change {
+  const Matrix* bias = nullptr;
+  double shift = 0;
+};
+
+// A block with its changes, in `buffer`, where it may be already. `hidden`: a class that is not there, below 0: none.
+template <class Real>
+TGT_APART const Real* changed_block(const Real* from, const Change& change, int64_t hidden, int64_t at, int count,
+                                    Real* buffer) {
+  constexpr int kLanes = Lanes<Real>::kCount;
+  if (change.bias) {
+    alignas(64) Real of_classes[kBlock];
+    const Real* bias = read_block(change.bias->row(0), change.bias->type, at, count, of_classes);
+    int j = 0;
+    for (; j + kLanes <= count; j += kLanes) store(buffer + j, load(from + j) + load(bias + j));
+    for (; j < count; ++j) buffer[j] = from[j] + bias[j];
+    from = buffer;
+  }
+  if (change.shift != 0) {
+    const Halves<Real> shift(change.shift);
+    int j = 0;
+    for (; j + kLanes <= count; j += kLanes) store(buffer + j, shift.below(load(from + j)));
+    for (; j < count; ++j) buffer[j] = shift.below(from[j]);
+    from = buffer;
+  }
+  if (hidden >= at && hidden < at + count) {
+    if (from != buffer) memcpy(buffer, from, count * sizeof(Real));
+    buffer[hidden - at] = Real(-HUGE_VAL);
+    from = buffer;
+  }
+  return from;
+}
+
+template <class Real>
+struct Row {
+  const char* student;
+  const char* teacher;
+  DType student_type, teacher_type;
+  int64_t classes;
+  bool changed = false;  // by what follows
+  Change of_student = {}, of_teacher = {};
+  int64_t hidden = -1;  // the label, where a divergence is taken among the others
+
+  template <class Body>  // body(s, t, at, count)
+  TGT_HD void each_block(Body body) const {
+    alignas(64) Real s_buffer[kBlock];
+    alignas(64) Real t_buffer[kBlock];
+    for (int64_t at = 0; at < classes; at += kBlock) {
+      const int count = int(classes - at < kBlock ? classes - at : kBlock);
+      const Real* s = read_block(student, student_type, at, count, s_buffer);
+      const Real* t = read_block(teacher, teacher_type, at, count, t_buffer);
+      if (changed) {
+        s = changed_block(s, of_student, hidden, at, count, s_buffer);
+        t = changed_block(t, of_teacher, hidden, at, count, t_buffer);
+      }
+      body(s, t, at, count);
+    }
+  }
+
+  // A logit, also the hidden one.
+  double logit(bool teachers, int64_t at) const {
+    const Change& change = teachers ? of_teacher : of_student;
+    Real buffer, of_class;
+    Real value = *read_block(teachers ? teacher : student, teachers ? teacher_type : student_type, at, 1, &buffer);
+    if (change.bias) value += *read_block(change.bias->row(0), change.bias->type, at, 1, &of_class);
+    return change.shift != 0 ? Halves<Real>(change.shift).below(value) : value;
+  }
+
+  // One side beside itself, with all of its classes.
+  Row alone(bool teachers) const {
+    Row side = *this;
+    side.hidden = -1;
+    side.student = side.teacher = teachers ? teacher : student;
+    side.student_type = side.teacher_type = teachers ? teacher_type : student_type;
+    side.of_student = side.of_teacher = teachers ? of_teacher : of_student;
+    return side;
+  }
+};
+
+template <class Real>
+Row<double> in_double(const Row<Real>& row) {
+  return {row.student, row.teacher,    row.student_type, row.teacher_type, row.classes,
+          row.changed, row.of_student, row.of_teacher,   row.hidden};
+}
+
+}  // namespace TGT_ISA
+}  // namespace tgt
