@@ -111,7 +111,7 @@ class Once:
                     ended[report.nodeid] = f"{report.outcome} {report.when}" if report.skipped else report.outcome
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.saves and not hasattr(session.config, "workerinput"):
+        if self.ended and not hasattr(session.config, "workerinput"):
             self.save()
 
     def save(self) -> None:
@@ -139,8 +139,7 @@ def digest(path: Path, names: Iterable[str], more: Iterable[str] = ()) -> str:
     tests, parts = uses(path, *others)
     of_tests = _compiled().digest(HERE, tests, *_tools(), *sorted(names))
     of_others = _compiled().digest(ROOT, others, _kernels())
-    package = [file for part in sorted(parts) for file in _files(part)]
-    made: str = _compiled().digest(PACKAGE, package, of_tests, of_others)
+    made: str = _compiled().digest(ROOT, [], of_tests, of_others, *map(_of_part, sorted(parts)))
     return made
 
 
@@ -199,6 +198,13 @@ def _files(part: str) -> Iterator[Path]:
         yield PACKAGE / f"{part}.py"
     if (PACKAGE / part).is_dir():
         yield from (PACKAGE / part).rglob("*.py")
+
+
+@functools.cache
+def _of_part(part: str) -> str:
+    """A hash of a part of the package."""
+    made: str = _compiled().digest(PACKAGE, _files(part))
+    return made
 
 
 @functools.cache

@@ -76,7 +76,7 @@ def run(
     tree: Path, *, asked: str = "", named: str = "tests", outcomes: Sequence[str] = ("passed",), kept: int | None = None
 ) -> list[str]:
     """The names of the tests that a run ran. ``outcomes`` are their ends, by turns; ``kept``: not all were selected."""
-    for cached in (once._in_a_test, once._in_a_part, once._kernels, once._tools):
+    for cached in (once._in_a_test, once._in_a_part, once._of_part, once._kernels, once._tools):
         cached.cache_clear()
     plugin, items = once.Once(tree / "results"), collected(tree)
     config: Any = SimpleNamespace(option=SimpleNamespace(keyword=asked, markexpr=""), args=[named])
@@ -205,7 +205,8 @@ def test_what_else_a_test_names_runs_it_too(tree: Path) -> None:
     def changed(name: str) -> bool:
         before = made()
         (tree / name).write_text("changed = True\n")
-        once._in_a_test.cache_clear()
+        for cached in (once._in_a_test, once._of_part):
+            cached.cache_clear()
         return made() != before
 
     assert changed("tools/script.sh")
