@@ -79,6 +79,19 @@ def ran(
         return subprocess.CompletedProcess(command, int(answer), out.read_text(), err.read_text())
 
 
+def ran_file(
+    path: Path, *arguments: str, environment: Mapping[str, str] | None = None, timeout: float = 120.0
+) -> subprocess.CompletedProcess[str]:
+    """What ``python path arguments`` gives."""
+    source = f"""
+        import runpy, sys
+        sys.path.insert(0, {str(path.parent)!r})
+        sys.argv[0] = {str(path)!r}
+        runpy.run_path({str(path)!r}, run_name="__main__")
+    """
+    return ran(source, *arguments, environment=environment, timeout=timeout)
+
+
 def _waiting(environment: Mapping[str, str]) -> subprocess.Popen[str]:
     """The interpreter, begun when it is first needed; a group of processes, which ends as one."""
     global _server

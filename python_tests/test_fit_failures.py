@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from process_kit import Raised, in_processes, needs_processes
+from programs import ran
 from test_fit_parallel import trained
 
 from tgt_fast.errors import ProcessError
@@ -83,9 +82,9 @@ def test_under_torchrun(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), fails=FAILS))
     start = time.monotonic()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    launch = "import torch.distributed.run as run; run.main()"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
+    ended = ran(launch, "--standalone", "--nproc-per-node=2", str(script), environment=environment)
     assert ended.returncode != 0
     assert "fit: in process 1 of 2: ValueError: mine" in ended.stderr
     assert time.monotonic() - start < 90  # with the start, on a machine that does other things beside

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import synthesis_kills
+from programs import ran_file
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
@@ -18,10 +17,7 @@ def test_kills_at_random_leave_no_stray_file_and_no_wrong_bit(
     what: str, kills: int, child_environment: dict[str, str]
 ) -> None:
     script = Path(__file__).with_name("kills.py")
-    done = subprocess.run(
-        [sys.executable, str(script), what, "--kills", str(kills)],
-        env=child_environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    done = ran_file(script, what, "--kills", str(kills), environment=child_environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["kills"] == kills
 
