@@ -95,7 +95,9 @@ struct BlockTeam {
         store_remote(slots + rank * kMostPartial + 8 * i, thread, word);
       }
     }
-    cluster_arrive();
+    // The other warps publish nothing by themselves: what they did before the block's barrier is ordered by the first
+    // warp's arrival.
+    warp == 0 ? cluster_arrive() : cluster_arrive_relaxed();
     cluster_wait();
     value = T{};
     if (lane < ranks) memcpy(&value, slots + lane * kMostPartial, sizeof(T));
@@ -138,7 +140,13 @@ struct BlockTeam {
   }
 
  private:
-  // Merges what blocks hold, by their first warps.
+  // Merges what blocks hold, by their first warps. All arrivals that publish nothing are relaxed; this one is a release
+  // for two reasons. The stores into the other blocks are to be seen after the wait. And it is the only order between a
+  // block's reads of its row in global memory, by whichever warp (a label's logit is in any block's share), and the
+  // gradients that another block then writes over it. st.async would complete on a barrier in the memory of the block
+  // that is written to, and order the first alone; besides, those barriers would have to be made and published by a
+  // release in begin(), and a block could not leave before all that it is sent has come. A round of the cluster's
+  // barrier is what that costs; the copies of three blocks a multiprocessor go on meanwhile.
   template <class T, class Merge>
   TGT_DEVICE T exchange(T value, int stage, unsigned char* slots, Merge merge) const {
     if (stage == 0) cluster_wait();
