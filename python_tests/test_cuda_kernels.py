@@ -97,6 +97,31 @@ def test_rows_that_take_the_short_loops(kernels: Kernels, plan: Plan, divergence
     )
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0])
+def test_mixtures_of_near_and_of_far(kernels: Kernels, temperature: float) -> None:
+    """jsd in its short loops: rows that differ by their last bits, and rows whose peaks are elsewhere, so far away that
+    a probability over the other is no float."""
+    student = logits(4, 520, 0, dtype=torch.bfloat16)
+    teacher = student.clone()
+    teacher[0, ::3] *= 1 + 2**-7
+    student[1, 5] = teacher[1, 5] = 100
+    teacher[1, 6] = 99
+    student[2:, 5] += 200 * temperature
+    teacher[2:, 519] += 200 * temperature
+    target = torch.tensor([5, 6, 519, -1])
+    for hard in (0.0, 0.5):
+        check(
+            kernels,
+            PLANS["a warp"],
+            student,
+            teacher,
+            target,
+            divergence="jsd",
+            temperature=temperature,
+            hard_weight=hard,
+        )
+
+
 @plans
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("at", [0, 1, 602])

@@ -141,6 +141,14 @@ struct Measured {
   bool lean;     // so are its gradients to be
 };
 
+// The same with what a second sum over the row takes of it, by the warp that has found it.
+template <class Real>
+struct Halfway {
+  Measured found;
+  Constants<Real> row;
+  LeanRow of_lean;
+};
+
 TGT_DEVICE Measured measured_of(const Terms& terms, const Sums<double>& sums, const Extremes<double>& extremes,
                                 bool in_bits, bool lean) {
   const double hard = terms.same() ? sums.student : sums.hard;
@@ -237,16 +245,17 @@ TGT_DEVICE void end_row(const DeviceCall& d, const Team& team, const Source& sou
 // The sums of a divergence over normalised classes: jsd, tvd.
 template <class Real, class D, class Team, class Source>
 TGT_DEVICE Others<Real> normalised_sums(const DeviceCall& d, const Team& team, const Source& source,
-                                        const Constants<Real>& row, const Measured& found) {
+                                        const Halfway<Real>& halfway) {
   using Index = typename Source::Index;
   Others<Real> mine;
   if constexpr (D::kMixture && Source::template kLean<D>) {
-    if (found.in_bits && d.even) {
-      const LeanRow lean = lean_row(d, found, 0);
-      mine = lean_halves(source, team.thread, int(source.count), team.size, lean, row);
+    if (halfway.found.in_bits && d.even) {
+      const LeanRow lean = halfway.of_lean;
+      mine = lean_halves(source, team.thread, int(source.count), team.size, lean);
       return merge_lanes<kWarp / 2>(mine, AddOthers<Real>());
     }
   }
+  const Constants<Real> row = halfway.row;
   for (Index k = team.thread; k < Index(source.count); k += team.size) {
     Eight<Real> s, t;
     source.load(k, s, t);
@@ -266,15 +275,18 @@ TGT_DEVICE void finish_row(const DeviceCall& d, const Team& team, const Source& 
                            bool lean, Widen widen, Merge merge, Total total) {
   const Terms terms = terms_of<D>(d, head.flags & kHard);
   if constexpr (D::kProbabilities && !D::kShiftedSums) {
-    const auto& found = team.template tell<Measured>(of_warp, 1, widen, merge, [&](const auto& all) {
-      return measured_of(terms, total(all), extremes, in_bits, lean);
+    const auto& halfway = team.template tell<Halfway<Real>>(of_warp, 1, widen, merge, [&](const auto& all) {
+      Halfway<Real> made;
+      made.found = measured_of(terms, total(all), extremes, in_bits, lean);
+      made.row = constants_of<D, Real>(d, extremes.student, extremes.teacher);
+      settle(made.row, made.found.normalisers);
+      if constexpr (D::kMixture) made.of_lean = lean_row(d, made.found, 0);
+      return made;
     });
-    Constants<Real> row = constants_of<D, Real>(d, extremes.student, extremes.teacher);
-    settle(row, found.normalisers);
-    const Others<Real> mine = normalised_sums<Real, D>(d, team, source, row, found);
+    const Others<Real> mine = normalised_sums<Real, D>(d, team, source, halfway);
     const auto& ready = team.template tell<Ready<Real>>(
         mine, 2, WidenPair<Real>(), AddOthers<double>(), [&](const Others<double>& pair) {
-          return close<Real, D>(d, team, i, head, found, pair.student, pair.teacher, of_label);
+          return close<Real, D>(d, team, i, head, halfway.found, pair.student, pair.teacher, of_label);
         });
     end_row<Real, D>(d, team, source, i, head, ready);
   } else {

@@ -89,42 +89,33 @@ struct LeanRow {
   float ratio;  // log2 of the teacher's sum over the student's
 };
 
-// jsd at even weights: with r the smaller of p and q over the larger, log(larger / m) = -log((1 + r) / 2).
-struct Halves {
-  float ratio;    // log2(p / q)
-  float smaller;  // r
-  float p, q;
-};
-TGT_DEVICE Halves halves_of(float s, float t, const LeanRow& row, const Constants<float>& constants) {
-  const float a = (t - row.teacher_max) * row.binary_tt, b = (s - row.student_max) * row.binary_ts;
-  Halves h;
-  h.ratio = (a - b) - row.ratio;
-  h.smaller = exp2_fast(-absolute_of(h.ratio));
-  h.p = exp2_fast(a) * constants.inverse_teacher;
-  h.q = exp2_fast(b) * constants.inverse_student;
-  return h;
-}
-// -log2((1 + r) / 2) to float's precision: -2 / ln 2 atanh(f), f = (r - 1) / (r + 3) of -1/3 to 0.
+// jsd at even weights, by d = log2(p / q) alone: log2(p / m) = c + d / 2 and log2(q / m) = c - d / 2, where
+// c = -log2(cosh(d / 2 * ln 2)) = -|d| / 2 - log2((1 + r) / 2), r = 2^-|d|. An error that all p share, or all q, that
+// of the offsets, is in d too: such p and q are those of a distribution times nearly 1, which moves the loss by no more
+// than that, times itself.
+
+// -log2((1 + r) / 2) to float's precision: of v = 1 - r, from 0 to 1.
 TGT_DEVICE float log2_of_half(float r) {
-  const float f = (r - 1) * reciprocal_fast(r + 3);
-  return f * polynomial(f * f, -2.88539008f, -0.961796694f, -0.577078016f, -0.412198583f, -0.320598898f, -0.262308189f,
-                        -0.221952813f);
+  const float v = 1 - r;
+  return v * polynomial(v, 0.721347511f, 0.180334330f, 0.0601781718f, 0.0218956023f, 0.0121477786f, -0.00457399711f,
+                        0.0141599597f, -0.00954804197f, 0.00405864092f);
 }
 
 // Adds up jsd's sums in nats.
 template <class Row>
-TGT_DEVICE Others<float> lean_halves(const Row& source, int begin, int end, int step, const LeanRow& row,
-                                     const Constants<float>& constants) {
+TGT_DEVICE Others<float> lean_halves(const Row& source, int begin, int end, int step, const LeanRow& row) {
   Others<float> sums;
   for (int k = begin; k < end; k += step) {
     Eight<float> s, t;
     source.load(k, s, t);
     TGT_UNROLL
     for (int i = 0; i < kVector; ++i) {
-      const Halves h = halves_of(s.v[i], t.v[i], row, constants);
-      const float of_larger = log2_of_half(h.smaller);
-      sums.student = fused(h.p, of_larger + smaller_of(h.ratio, 0.0f), sums.student);
-      sums.teacher = fused(h.q, of_larger - larger(h.ratio, 0.0f), sums.teacher);
+      const float a = fused(t.v[i], row.binary_tt, -row.teacher_offset);
+      const float b = fused(s.v[i], row.binary_ts, -row.student_offset);
+      const float ratio = a - b, apart = absolute_of(ratio);
+      const float centre = fused(apart, -0.5f, log2_of_half(exp2_fast(-apart)));
+      sums.student = fused(exp2_fast(a), fused(ratio, 0.5f, centre), sums.student);
+      sums.teacher = fused(exp2_fast(b), fused(ratio, -0.5f, centre), sums.teacher);
     }
   }
   return {sums.student * float(kBit), sums.teacher * float(kBit)};
@@ -132,33 +123,32 @@ TGT_DEVICE Others<float> lean_halves(const Row& source, int begin, int end, int 
 
 // A class of an ordinary row. Of jsd: a and b are log2(p / m) and log2(q / m).
 template <class D>
-TGT_DEVICE Class<float> lean_class(float s, float t, const LeanRow& row, const Constants<float>& constants) {
+TGT_DEVICE Class<float> lean_class(float s, float t, const LeanRow& row) {
   Class<float> c;
-  if constexpr (D::kMixture) {
-    const Halves h = halves_of(s, t, row, constants);
-    const float of_larger = -log2_fast(fused(h.smaller, 0.5f, 0.5f));
-    c.a = of_larger + smaller_of(h.ratio, 0.0f);
-    c.b = of_larger - larger(h.ratio, 0.0f);
-    c.p = h.p;
-    c.q = h.q;
-    return c;
-  }
   c.a = fused(t, row.binary_tt, -row.teacher_offset);
   c.b = fused(s, row.binary_ts, -row.student_offset);
   c.p = exp2_fast(c.a);
   c.q = exp2_fast(c.b);
+  if constexpr (D::kMixture) {
+    const float ratio = smaller_of(c.a - c.b, 126.0f);  // beyond it q is flushed to 0
+    c.b = -log2_fast(fused(exp2_fast(ratio), 0.5f, 0.5f));
+    c.a = ratio + c.b;
+  }
   return c;
 }
 
 template <class D, int kPower>
 TGT_DEVICE float lean_student(const Class<float>& c, const LeanRow& row, const Constants<float>& constants,
                               const Factors<float>& f) {
-  float soft;
-  if constexpr (D::kMixture) {
-    soft = c.q * fused(c.b, f.student * 0.5f, -f.y * (f.student * 0.5f));
-  } else {
-    soft = d_student<D>(c, constants, f) * f.student;
+  if constexpr (D::kMixture) {  // both terms are q times something
+    const float half = f.student * 0.5f, same = kPower == 1 ? f.same : 0.0f;
+    const float of_q = fused(c.b, half, fused(-f.y, half, same));
+    if constexpr (kPower == 2) return c.q * fused(c.q, row.power_factor, of_q);
+    if constexpr (kPower == 3) return c.q * fused(c.q * c.q, row.power_factor, of_q);
+    if constexpr (kPower == 4) return c.q * fused(c.q * c.q, c.q * row.power_factor, of_q);
+    return c.q * of_q;
   }
+  const float soft = d_student<D>(c, constants, f) * f.student;
   if constexpr (kPower == 0) return soft;
   if constexpr (kPower == 1) return fused(c.q, f.same, soft);
   if constexpr (kPower > 1) return add_power<kPower>(soft, c.q, row.power_factor);
@@ -185,7 +175,7 @@ TGT_DEVICE void lean_gradients(const Source& source, char* d_student, char* d_te
     source.load(k, s, t);
     TGT_UNROLL
     for (int i = 0; i < kVector; ++i) {
-      const Class<float> c = lean_class<D>(s.v[i], t.v[i], row, constants);
+      const Class<float> c = lean_class<D>(s.v[i], t.v[i], row);
       of_student.v[i] = lean_student<D, kPower>(c, row, constants, f);
       if constexpr (kTeacher) of_teacher.v[i] = lean_teacher<D>(c, constants, f);
     }

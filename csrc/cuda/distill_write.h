@@ -77,7 +77,7 @@ TGT_DEVICE void write_lean_gradients(const DeviceCall& d, const Team& team, cons
       loop(No(), No());
     }
     if (target.label < 0) return;
-    const float of_class = lean_student<D, kPower>(lean_class<D>(s, t, row, constants), row, constants, f);
+    const float of_class = lean_student<D, kPower>(lean_class<D>(s, t, row), row, constants, f);
     store_one(target.d_student, DType::kBFloat16, target.label, of_class - f.label);
     others.student -= s == row.student_max ? 0 : f.label;
   });
