@@ -36,7 +36,7 @@ struct AddTopKRowSums {
 };
 
 // The hard term's exponential of a class of the tail, exp(s - tail_max), as the T-th power of the soft term's.
-enum class TailPower { kNone, kSame, kSquare, kFourth, kOther };
+enum class TailPower { kNone, kSame, kSquare, kCube, kFourth, kOther };
 template <TailPower kPower>
 struct OfPower {
   static constexpr TailPower kValue = kPower;
@@ -47,6 +47,7 @@ TGT_DEVICE void with_tail_power(bool hard, double temperature, Body body) {
   if (temperature == 1) return body(OfPower<TailPower::kSame>());
   if constexpr (sizeof(Real) == 4) {  // in double it is not for speed
     if (temperature == 2) return body(OfPower<TailPower::kSquare>());
+    if (temperature == 3) return body(OfPower<TailPower::kCube>());
     if (temperature == 4) return body(OfPower<TailPower::kFourth>());
   }
   body(OfPower<TailPower::kOther>());
@@ -65,6 +66,7 @@ struct TailScale {
   template <TailPower kPower>
   TGT_DEVICE Real hard(Real s, Real e) const {
     if constexpr (kPower == TailPower::kSquare) return e * e;
+    if constexpr (kPower == TailPower::kCube) return (e * e) * e;
     if constexpr (kPower == TailPower::kFourth) return (e * e) * (e * e);
     return exp_scaled(from_max(s), exponent_of<Real>(1));
   }
