@@ -90,6 +90,27 @@ __global__ void behind_a_barrier_of_its_cluster(float* x) {
   cluster_wait();
   if (block_in_grid() % cluster_size() == 0 && thread_in_block() == 0) x[block_in_grid()] = sum;
 }
+__global__ void behind_arrivals_that_publish_nothing(float* x) {
+  const float sum = x[0];
+  cluster_arrive_relaxed();
+  cluster_wait();
+  if (block_in_grid() % cluster_size() == 0 && thread_in_block() == 0) x[block_in_grid()] = sum;
+}
+TGT_DEVICE void first_warp_publishes() {
+  thread_in_block() < 32 ? cluster_arrive() : cluster_arrive_relaxed();
+  cluster_wait();
+}
+__global__ void behind_what_one_warp_publishes(float* x) {
+  const float sum = x[0];
+  first_warp_publishes();
+  if (block_in_grid() % cluster_size() == 0 && thread_in_block() == 0) x[block_in_grid()] = sum;
+}
+__global__ void behind_what_one_warp_publishes_for_its_block(float* x) {
+  const float sum = x[0];
+  block_barrier();
+  first_warp_publishes();
+  if (block_in_grid() % cluster_size() == 0 && thread_in_block() == 0) x[block_in_grid()] = sum;
+}
 __global__ void before_the_others_arrive(float* x) {
   const float sum = x[0];
   cluster_arrive();
@@ -116,6 +137,9 @@ void behind_a_shuffle(float*);
 void behind_a_barrier_of_its_warp(float*);
 void behind_a_barrier_of_its_block(float*);
 void behind_a_barrier_of_its_cluster(float*);
+void behind_arrivals_that_publish_nothing(float*);
+void behind_what_one_warp_publishes(float*);
+void behind_what_one_warp_publishes_for_its_block(float*);
 void before_the_others_arrive(float*);
 void neighbours_in_shared_memory(float*);
 }
@@ -136,6 +160,10 @@ int main() {
   show(behind_a_barrier_of_its_block, 2, 64, 2);
   show(behind_a_barrier_of_its_block, 2, 64, 1);
   show(behind_a_barrier_of_its_cluster, 2, 64, 2);
+  show(behind_arrivals_that_publish_nothing, 2, 64, 2);
+  show(behind_what_one_warp_publishes, 2, 64, 2);
+  show(behind_what_one_warp_publishes, 2, 32, 2);
+  show(behind_what_one_warp_publishes_for_its_block, 2, 64, 2);
   show(before_the_others_arrive, 2, 64, 2);
   show(neighbours_in_shared_memory, 1, 64, 1);
 }
@@ -153,5 +181,6 @@ def test_what_is_no_barrier_between_two_accesses_is_told(tmp_path: Path) -> None
     sources = ["main.cpp", "kernels.o", *(str(CSRC / "emulator" / name) for name in ("gpu.cpp", "races.cpp"))]
     subprocess.run([*compiler, *sources, "-o", "program"], cwd=tmp_path, check=True)
     found = subprocess.run([str(tmp_path / "program")], capture_output=True, text=True, check=True).stdout
-    # a shuffle; warp: of one, of two; block: of one, of two in a cluster, of two; cluster: behind, between; shared
-    assert found == "101011011"
+    # a shuffle; warp: of one, of two; block: of one, of two in a cluster, of two; cluster: behind, behind arrivals of which
+    # none publishes, one does, the only one does, one does behind the block's barrier; cluster: between; shared
+    assert found == "1010110" + "1100" + "11"

@@ -185,11 +185,12 @@ void let_others_run() {
   pause();
 }
 
-void cluster_arrive() {
+void cluster_arrive(bool publishes) {
   ClusterBarrier& barrier = *static_cast<ClusterBarrier*>(current->cluster);
   current->cluster_released = false;
   current->waits_for_cluster = false;
   ++current->place.arrivals;
+  if (publishes) arrives_and_publishes(current->place);
   ++barrier.arrived;
   barrier.members.push_back(current);
   release_cluster_if_complete(barrier);

@@ -37,7 +37,7 @@ extern const Place* here;
 
 void block_barrier();
 void warp_barrier();
-void cluster_arrive();
+void cluster_arrive(bool publishes);
 void cluster_wait();
 void let_others_run();
 // Gives every live lane of a warp the bytes of its partner.
@@ -142,8 +142,8 @@ inline void check_aligned(const void* p) {
 TGT_OF_THE_DEVICE int cluster_size() { return emulator::here->ranks; }
 TGT_OF_THE_DEVICE int cluster_rank() { return emulator::here->rank; }
 TGT_OF_THE_DEVICE int cluster_in_grid() { return static_cast<int>(emulator::here->block / emulator::here->ranks); }
-inline void cluster_arrive() { emulator::cluster_arrive(); }
-inline void cluster_arrive_relaxed() { emulator::cluster_arrive(); }
+inline void cluster_arrive() { emulator::cluster_arrive(true); }
+inline void cluster_arrive_relaxed() { emulator::cluster_arrive(false); }
 inline void cluster_wait() { emulator::cluster_wait(); }
 inline void store_remote(void* at, int rank, uint64_t value) {
   const emulator::Place& p = *emulator::here;

@@ -1,5 +1,6 @@
 #include "races.h"
 
+#include <algorithm>
 #include <unordered_map>
 #include <vector>
 
@@ -38,6 +39,23 @@ int64_t cluster_now = 0;
 int reported = 0;
 std::string reports;
 
+// An arrival of a block's threads at the barrier of its cluster: whose warps' publish what they did before, and how
+// many barriers of the block lay behind one of these, which publishes what any thread did before them.
+struct Published {
+  int block_barriers = 0;
+  std::vector<int> warps;
+};
+std::vector<std::vector<Published>> published;  // in this cluster, by block and by the arrival's number
+
+bool is_published(const Stamp& before, int arrival) {
+  if (before.rank >= static_cast<int>(published.size())) return false;
+  const std::vector<Published>& of_block = published[before.rank];
+  if (arrival >= static_cast<int>(of_block.size())) return false;
+  const Published& one = of_block[arrival];
+  return one.block_barriers > before.block_barriers ||
+         std::find(one.warps.begin(), one.warps.end(), before.warp) != one.warps.end();
+}
+
 bool same_warp(const Stamp& a, const Stamp& b) {
   return a.cluster == b.cluster && a.rank == b.rank && a.warp == b.warp;
 }
@@ -47,7 +65,9 @@ bool same_thread(const Stamp& a, const Stamp& b) { return same_warp(a, b) && a.t
 bool ordered(const Stamp& before, const Stamp& now, int waits) {
   if (before.cluster < 0 || same_thread(before, now)) return true;
   if (before.cluster != now.cluster) return false;
-  if (waits > before.arrivals) return true;
+  for (int arrival = before.arrivals + 1; arrival <= waits; ++arrival) {
+    if (is_published(before, arrival)) return true;
+  }
   if (before.rank != now.rank) return false;
   if (now.block_barriers > before.block_barriers) return true;
   return before.warp == now.warp && now.warp_barriers > before.warp_barriers;
@@ -114,7 +134,10 @@ void note(const void* address, int64_t bytes, bool writes) {
 
 }  // namespace
 
-void forget_accesses() { lines.clear(); }
+void forget_accesses() {
+  lines.clear();
+  published.clear();
+}
 void forget_accesses(const void* from, int64_t bytes) {
   if (lines.empty()) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(from), end = begin + static_cast<uintptr_t>(bytes);
@@ -126,7 +149,18 @@ void ignore_accesses(const void* from, int64_t bytes) {
 }
 void set_accessing(const Place* thread, int64_t cluster) {
   accessing = thread;
+  if (!thread) return;
+  if (cluster != cluster_now) published.clear();
   cluster_now = cluster;
+}
+void arrives_and_publishes(const Place& thread) {
+  if (published.size() < static_cast<size_t>(thread.ranks)) published.resize(thread.ranks);
+  std::vector<Published>& of_block = published[thread.rank];
+  if (of_block.size() <= static_cast<size_t>(thread.arrivals)) of_block.resize(thread.arrivals + 1);
+  Published& one = of_block[thread.arrivals];
+  one.block_barriers = std::max(one.block_barriers, thread.block_barriers);
+  const int warp = thread.thread / kWarp;
+  if (std::find(one.warps.begin(), one.warps.end(), warp) == one.warps.end()) one.warps.push_back(warp);
 }
 std::string take_races() {
   reported = 0;

@@ -13,6 +13,7 @@ void forget_accesses();                                    // when a grid starts
 void forget_accesses(const void* from, int64_t bytes);     // of whole lines of 64 bytes
 void ignore_accesses(const void* from, int64_t bytes);     // to the stacks of the threads
 void set_accessing(const Place* thread, int64_t cluster);  // who runs from here on; none: the host
+void arrives_and_publishes(const Place& thread);           // at its cluster's barrier
 std::string take_races();                                  // the first few since the last call, a line each
 
 }  // namespace tgt::emulator
