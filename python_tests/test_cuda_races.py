@@ -181,6 +181,6 @@ def test_what_is_no_barrier_between_two_accesses_is_told(tmp_path: Path) -> None
     sources = ["main.cpp", "kernels.o", *(str(CSRC / "emulator" / name) for name in ("gpu.cpp", "races.cpp"))]
     subprocess.run([*compiler, *sources, "-o", "program"], cwd=tmp_path, check=True)
     found = subprocess.run([str(tmp_path / "program")], capture_output=True, text=True, check=True).stdout
-    # a shuffle; warp: of one, of two; block: of one, of two in a cluster, of two; cluster: behind, behind arrivals of which
-    # none publishes, one does, the only one does, one does behind the block's barrier; cluster: between; shared
+    # a shuffle; warp: of one, of two; block: of one, of two in a cluster, of two; cluster: behind, behind arrivals that
+    # none publishes at, one warp, the only one, one behind the block's barrier; cluster: between; shared
     assert found == "1010110" + "1100" + "11"
