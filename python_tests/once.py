@@ -7,8 +7,8 @@ of the package the file and its helpers use, they themselves, the names of the t
 
 The fixtures "emulated" and "interpreted" and the parameter "backend" tell the kind of a test, or ``@pytest.mark.once``,
 which also names what else of the checkout it uses; ``@pytest.mark.always`` runs all the same. A change runs them, and
-so do TGT_FAST_FULL_GRID=1 and -k, -m or names of tests. TGT_FAST_SAVE_REPORTS=1 runs them and writes the lines of
-those of which every test has passed.
+so do TGT_FAST_FULL_GRID=1 and -k, -m or names of tests. TGT_FAST_SAVE_REPORTS=1 runs those alone that are not in the
+report, and writes the lines of those of which every test has passed.
 """
 
 from __future__ import annotations
@@ -92,14 +92,16 @@ class Once:
                 marker = item.get_closest_marker("once")
                 more[item.path, what] |= set() if marker is None else set(marker.args[1:])
         known, left_out = self.known(), []
+        if self.saves:
+            left_out = [item for item in items if kind(item) is None]
         for (path, what), group in groups.items():
             made_of = digest(path, [item.nodeid.partition("::")[2] for item in group], more[path, what])
-            if self.saves:
-                for item in group:
-                    item.user_properties.append((NAME, [path.name, what, made_of, len(group)]))
-            elif known.get((path.name, what), {}).get("made_of") == made_of:
+            if known.get((path.name, what), {}).get("made_of") == made_of:
                 group[0].add_marker(pytest.mark.skip(reason=words(path.name, what, len(group))))
                 left_out += group[1:]
+            elif self.saves:
+                for item in group:
+                    item.user_properties.append((NAME, [path.name, what, made_of, len(group)]))
         return left_out
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
