@@ -61,7 +61,8 @@ def build(cache: Path, races: bool = False) -> ModuleType:
     name = "_emulated_gpu_races" if races else "_emulated_gpu"
     sources = sorted([*CSRC.glob("cuda/*.cu"), *CSRC.glob("emulator/*.cpp"), CSRC / "bind" / "cuda.cpp"])
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
-    everything = sorted(path for folder in ("bind", "common", "cuda", "emulator") for path in (CSRC / folder).iterdir())
+    folders = (CSRC / name for name in ("bind", "common", "cuda", "emulator"))
+    everything = sorted([*(path for folder in folders for path in folder.iterdir()), CSRC / "cpu" / "adjust.h"])
     digest = hashlib.sha256(repr((COMPILER, FLAGS, pybind11.__version__, suffix)).encode())
     for path in everything:
         digest.update(path.read_bytes())

@@ -26,6 +26,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "mse": {"divergence": "mse"},
     "decoupled": {"decoupled": (1.0, 4.0)},
     "the others' part": {"decoupled": (0.0, 2.0)},
+    "the label's part": {"decoupled": (1.5, 0.0)},
+    "corrected": {"correct_teacher": 0.2},
     "skewed": {"skew": 0.05},
     "skewed back": {"skew": 0.4, "divergence": "reverse_kl"},
     "hard": {"soft_weight": 0.0},
@@ -96,7 +98,7 @@ def out_names() -> tuple[str, ...]:
     return ("student_entropy", "teacher_entropy", "kl", "agreement", "student_lse", "teacher_lse")
 
 
-@pytest.mark.parametrize("form", ["plain", "decoupled", "skewed"])
+@pytest.mark.parametrize("form", ["plain", "decoupled", "skewed", "corrected"])
 @pytest.mark.parametrize("standardize", [False, True], ids=["", "standardized"])
 def test_in_place_and_from_strided_rows(native: str, form: str, standardize: bool) -> None:
     """The same bits as of dense rows beside their gradient."""
@@ -120,13 +122,15 @@ def test_in_place_and_from_strided_rows(native: str, form: str, standardize: boo
         assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("form", ["plain", "decoupled", "skewed", "skewed back"])
+@pytest.mark.parametrize("form", ["plain", "decoupled", "the label's part", "skewed", "skewed back"])
 def test_differences_beyond_the_range(native: str, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """Such rows are taken in double, with the same adjustments."""
     s, t = torch.zeros(4, 40), toys.normal(4, 40, seed=1)
     s[0, 3], s[1, 3], t[1, 3], t[2, 5] = 3e37, -3e38, -2e38, 1e38
     options = {**FORMS[form], "student_bias": BIAS[:40], "label_margin": MARGIN[:40], "hard_weight": 1.0}
-    y = torch.tensor([8, 8, 8, 8] if form == "decoupled" else [3, 3, 3, 5])  # the truth of the others needs digits, too
+    y = torch.tensor(
+        [3, 3, 3, 5] if form in ("plain", "skewed", "skewed back") else [8, 8, 8, 8]
+    )  # the truth of the others needs digits, too
 
     def rows(backend: str, s: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         s, t = s.detach().requires_grad_(), t.detach().requires_grad_()

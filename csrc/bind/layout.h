@@ -38,7 +38,7 @@ TGT_FIELDS(Matrix, data, stride, type)
 TGT_FIELDS(DistillCall, options, rows, classes, student, teacher, target, soft_target, weight, divisor, divisor_at,
            workspace, loss, row_loss, d_student, d_teacher, row_state, stats, upstream, upstream_per_row, bad_row)
 TGT_FIELDS(Adjustments, student_bias, teacher_bias, label_margin, student_temperature, teacher_temperature, of_label,
-           of_others, skew, standardize)
+           of_others, skew, lead, standardize)
 TGT_FIELDS(AdjustedCall, base, adjust)
 TGT_FIELDS(ScaleCall, rows, classes, grad, factor, factor_per_row)
 TGT_FIELDS(TopK, ids, id_stride, entries, log_probs, tail_log_prob, form)

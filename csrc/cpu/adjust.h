@@ -12,9 +12,10 @@ struct Adjustments {
   const double* label_margin = nullptr;         // [classes]
   const double* student_temperature = nullptr;  // [rows], in the place of the options'; both sides' or none
   const double* teacher_temperature = nullptr;
-  double of_label = 0;   // weights of a decoupled divergence: of the label's part
-  double of_others = 0;  // and of the others'; 0: it is not decoupled
+  double of_label = 0;   // weights of a decoupled divergence: of the label's part (both 0: it is not decoupled)
+  double of_others = 0;  // and of the others'
   double skew = 0;       // the share of the other side that is mixed in; 0: it is not skewed
+  double lead = 0;       // by how much the label is to lead a corrected teacher; 0: it is not corrected
   bool standardize = false;
 };
 

@@ -105,7 +105,9 @@ TGT_APART void adjust_row(const DistillRows& call, int64_t i, int64_t label, boo
   options.skew = adjust.skew;
   if (label < 0) return;
   if (adjust.label_margin && options.hard_weight != 0) options.margin = adjust.label_margin[label];
-  if (adjust.of_others != 0 && soft) {
+  if (!soft) return;
+  options.lead = adjust.lead;
+  if (adjust.of_label != 0 || adjust.of_others != 0) {
     options.of_label = adjust.of_label;
     options.of_others = adjust.of_others;
     logits.hidden = label;

@@ -132,6 +132,26 @@ struct OwnPart {
   }
 };
 
+inline double not_negative(double loss) { return loss < 0 ? 0 : loss; }
+
+// The soft term of a row whose label is hidden, from that of the other classes, `rest`.
+template <class Real>
+TGT_APART double decoupled_loss(const Row<Real>& logits, const RowOptions& options, double rest, RowState& state,
+                                const Logarithms& logs) {
+  const bool infinite = int(state.flags) & kInfiniteSoft;
+  if (options.of_others == 0 || (state.teacher_sum == 0 && !infinite)) rest = state.x = 0;  // it has the label alone
+  double loss = options.of_others == 0 ? 0 : options.of_others * rest;
+  if (options.of_label > 0 && !infinite) {
+    const OwnPart own(logits, options, state, logs);
+    if (own.infinite) {
+      state.flags += kInfiniteSoft;
+      return HUGE_VAL;
+    }
+    loss += options.soft_weight * options.squared * options.of_label * not_negative(own.value);
+  }
+  return loss;
+}
+
 // Whether a side of a row whose label is hidden is no distribution.
 template <class Real>
 bool is_undefined(const Row<Real>& logits, const OnlineSums& others) {

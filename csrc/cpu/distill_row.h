@@ -6,7 +6,7 @@
 
 #include <type_traits>
 
-#include "by_label.h"
+#include "corrected.h"
 #include "isa.h"
 #include "skewed.h"
 
@@ -343,25 +343,6 @@ TGT_APART double soft_hard_loss(const Row<Real>& logits, const DistillCall& call
   return target.mass * log(state.hard_sum) - target.of_logits;
 }
 
-inline double not_negative(double loss) { return loss < 0 ? 0 : loss; }
-
-// The soft term of a row whose label is hidden, from that of the other classes, `rest`.
-template <class Real>
-TGT_APART double decoupled_loss(const Row<Real>& logits, const RowOptions& options, double rest, RowState& state,
-                                const Logarithms& logs) {
-  if (state.teacher_sum == 0 && !(int(state.flags) & kInfiniteSoft)) rest = state.x = 0;  // it has the label alone
-  double loss = options.of_others * rest;
-  if (options.of_label > 0 && !(int(state.flags) & kInfiniteSoft)) {
-    const OwnPart own(logits, options, state, logs);
-    if (own.infinite) {
-      state.flags += kInfiniteSoft;
-      return HUGE_VAL;
-    }
-    loss += options.soft_weight * options.squared * options.of_label * not_negative(own.value);
-  }
-  return loss;
-}
-
 template <class D>
 bool infinite(const Unusual& unusual) {
   return (D::kNeedsStudent && unusual.student_only) || (D::kNeedsTeacher && unusual.teacher_only);
@@ -403,7 +384,8 @@ double forward_row(const Row<Real>& logits, const RowOptions& options, int64_t l
   logs = logarithms_of<D>(sums.student, sums.teacher);
 
   double loss = 0;
-  if (infinite<D>(unusual)) {
+  const bool others_count = !apart || options.of_others != 0;
+  if (infinite<D>(unusual) && others_count) {
     state.flags += kInfiniteSoft;
     loss = HUGE_VAL;
   } else {
@@ -415,7 +397,12 @@ double forward_row(const Row<Real>& logits, const RowOptions& options, int64_t l
     const double squared = D::kProbabilities ? options.squared : 1;
     loss = options.soft_weight * squared * not_negative(D::value(state.x, state.y, options.beta));
   }
-  if (D::kSoft && apart) loss = decoupled_loss(logits, options, loss, state, logs);
+  if constexpr (std::is_same<D, ForwardKl>::value) {
+    if (apart) loss = decoupled_loss(logits, options, loss, state, logs);
+    if (options.lead != 0 && !(int(state.flags) & kInfiniteSoft)) {
+      loss = corrected_loss(logits, options, label, state, logs);
+    }
+  }
   if (power != kNoHard && (int(state.flags) & kHard)) {
     if (options.margin != 0 && !apart) state.hard_sum = others_of(logits, options, label, state);
     const double hard = soft                           ? soft_hard_loss(logits, *soft, i, state)

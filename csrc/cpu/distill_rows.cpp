@@ -110,7 +110,8 @@ void gradient_row(const DistillRows& call, const Row<Real>& logits, int64_t i, c
   Real x_teacher = x;
   const bool shared = hard && call.soft_target;
   int64_t label = hard && call.target ? call.target[i] : -1;
-  double less_label = hard_factor * (1 - options.label_smoothing), of_teachers_label = 0;
+  double less_label = hard_factor * (1 - options.label_smoothing), at_teachers_label = 0, at_top = 0;
+  int64_t top = -1;  // the teacher's first class
   const bool apart = logits.hidden >= 0, lowered = hard && !apart && options.margin != 0;
   if (hard && (apart || lowered)) {
     const HardPair pair(logits, options, label, state);
@@ -125,7 +126,7 @@ void gradient_row(const DistillRows& call, const Row<Real>& logits, int64_t i, c
       fill_row<Real>(call.d_teacher, i, call.classes, Real(0));
       return;
     }
-    if constexpr (D::kSoft) {
+    if constexpr (std::is_same<D, ForwardKl>::value) {
       const double rest = state.teacher_sum == 0 ? 0 : options.of_others;
       if (state.teacher_sum == 0) {
         row.teacher_max = row.log_teacher = row.inverse_teacher = 0;
@@ -135,11 +136,30 @@ void gradient_row(const DistillRows& call, const Row<Real>& logits, int64_t i, c
       row.inverse_student *= Real(rest + options.of_label * own.student_rest);
       row.inverse_teacher *= Real(rest);
       less_label -= soft * options.inverse_ts * options.of_label * own.student_own;
-      of_teacher.inverse_teacher *= Real(options.of_others);
-      x_teacher = Real(state.x - options.of_label / options.of_others * own.teacher_rest);
-      of_teachers_label = soft * options.inverse_tt * options.of_label * own.teacher_own;
+      if (options.of_others == 0) {
+        of_teacher.inverse_teacher *= Real(options.of_label * own.teacher_rest);
+        of_teacher.inverse_student = 0;
+      } else {
+        of_teacher.inverse_teacher *= Real(options.of_others);
+        x_teacher = Real(state.x - options.of_label / options.of_others * own.teacher_rest);
+      }
+      at_teachers_label = soft * options.inverse_tt * options.of_label * own.teacher_own;
     }
   }
+  if constexpr (std::is_same<D, ForwardKl>::value) {
+    if (options.lead != 0) {
+      label = call.target[i];
+      const Corrected corrected(logits, options, label, state, logs);
+      row.inverse_teacher *= Real(corrected.kept);
+      less_label += soft * options.inverse_ts * (1 - corrected.kept);
+      of_teacher.inverse_teacher *= Real(corrected.kept);
+      x_teacher = Real(state.x + corrected.shift);
+      at_teachers_label = soft * options.inverse_tt * corrected.at_label;
+      at_top = soft * options.inverse_tt * corrected.at_top;
+      if (call.d_teacher && at_top != 0) top = first_largest(logits.alone(true));
+    }
+  }
+  const bool changes_teacher = at_teachers_label != 0 || apart;
 
   const bool of_q = D::kProbabilities && peaked(state.student_sum), of_hard = hard && peaked(state.hard_sum);
   Peak<Real> student_peak, teacher_peak;
@@ -155,9 +175,14 @@ void gradient_row(const DistillRows& call, const Row<Real>& logits, int64_t i, c
       Real* values = write_block(to, call.d_teacher.type, at, buffer);
       teacher_peak.look_at(t, at, count);
       const auto sum =
-          teacher_block<Real, D>(s, t, count, of_teacher, x_teacher, y, Real(soft * options.inverse_tt), values);
-      if (apart && label >= at && label - at < count) {
-        values[label - at] = Real(of_teachers_label);
+          apart && options.of_others == 0  // p times a factor
+              ? teacher_block<Real, ReverseKl>(s, t, count, of_teacher, x, y, Real(options.inverse_tt * soft), values)
+              : teacher_block<Real, D>(s, t, count, of_teacher, x_teacher, y, Real(soft * options.inverse_tt), values);
+      const bool at_label = changes_teacher && label >= at && label - at < count,
+                 at_first = top >= at && top - at < count;
+      if (at_label) values[label - at] += Real(at_teachers_label);
+      if (at_first) values[top - at] += Real(at_top);
+      if (at_label || at_first) {
         teacher_peak.add_block(values, count);
       } else {
         teacher_peak.add(sum);

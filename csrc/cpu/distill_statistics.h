@@ -20,21 +20,6 @@ Row<Real> row_at(const DistillCall& call, int64_t i) {
   return row_pair<Real>(call, call.options.soft_weight == 0 ? call.student : call.teacher, i);
 }
 
-template <class Real>
-int64_t first_largest(const Row<Real>& side) {
-  Real best = Real(-HUGE_VAL);
-  int64_t found = 0;
-  side.each_block([&](const Real* values, const Real*, int64_t at, int count) {
-    for (int j = 0; j < count; ++j) {
-      if (values[j] > best) {
-        best = values[j];
-        found = at + j;
-      }
-    }
-  });
-  return found;
-}
-
 inline bool soft_of(const DistillCall& call) { return call.options.soft_weight != 0; }
 // The label of a row by the flags of its state; below 0: it has none.
 inline int64_t label_of(const DistillCall& call, int64_t i, int flags) {

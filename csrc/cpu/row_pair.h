@@ -23,6 +23,7 @@ struct RowOptions : DistillOptions {
   double of_label = 0, of_others = 0;  // of the parts of a decoupled divergence
   double margin = 0;                   // what the label's logit is lowered by in the hard term
   double skew = 0;
+  double lead = 0;  // of the label in a corrected teacher
   bool standardized = false;
   Standard student, teacher;
 
@@ -139,6 +140,21 @@ struct Row {
     return side;
   }
 };
+
+template <class Real>
+TGT_APART int64_t first_largest(const Row<Real>& side) {
+  Real best = Real(-HUGE_VAL);
+  int64_t found = 0;
+  side.each_block([&](const Real* values, const Real*, int64_t at, int count) {
+    for (int j = 0; j < count; ++j) {
+      if (values[j] > best) {
+        best = values[j];
+        found = at + j;
+      }
+    }
+  });
+  return found;
+}
 
 template <class Real>
 Row<double> in_double(const Row<Real>& row) {

@@ -27,7 +27,7 @@ STRUCTS: Final = {
     "weight:P divisor:d divisor_at:P workspace:P loss:P row_loss:P d_student:Matrix d_teacher:Matrix row_state:P "
     "stats:P upstream:P upstream_per_row:? bad_row:P",
     "Adjustments": "student_bias:Matrix teacher_bias:Matrix label_margin:P student_temperature:P teacher_temperature:P "
-    "of_label:d of_others:d skew:d standardize:?",
+    "of_label:d of_others:d skew:d lead:d standardize:?",
     "AdjustedCall": "base:DistillCall adjust:Adjustments",
     "ScaleCall": "rows:q classes:q grad:Matrix factor:P factor_per_row:?",
     "TopK": "ids:P id_stride:q entries:q log_probs:Matrix tail_log_prob:Matrix form:i",

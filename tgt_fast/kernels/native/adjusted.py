@@ -18,11 +18,11 @@ _LEAST_SHARE: Final = 1e-6  # of a decoupled divergence's second weight in the f
 def serves(call: DistillCall) -> bool:
     """True if a call's adjustments are among those that the kernel takes."""
     adjust = call.adjust
-    if adjust is None or not isinstance(call.teacher, Tensor) or adjust.correct_teacher is not None:
+    if adjust is None or not isinstance(call.teacher, Tensor):
         return False
     if adjust.decoupled is not None:
         own, rest = adjust.decoupled
-        return rest > 0 and rest >= _LEAST_SHARE * own
+        return own + rest > 0 and (rest == 0 or rest >= _LEAST_SHARE * own)
     return adjust.skew == 0 or adjust.skew >= _LEAST_SKEW
 
 
@@ -53,7 +53,7 @@ def packed(call: DistillCall) -> Packed:
     of_label, of_others = adjust.decoupled or (0.0, 0.0)
     fields = (
         *matrix(biases[0]), *matrix(biases[1]), pointer(margin), pointer(ours), pointer(theirs), of_label, of_others,
-        adjust.skew, adjust.standardize,
+        adjust.skew, adjust.correct_teacher or 0.0, adjust.standardize,
     )  # fmt: skip
     return Packed(call, fields, (*biases, margin, ours, theirs))
 
