@@ -144,6 +144,17 @@ def test_differences_beyond_the_range(native: str, monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(found.double(), true, rtol=2e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "form", [{"decoupled": (2.0, 0.0)}, {"decoupled": (1.0, 1.0)}, {"correct_teacher": 0.2}], ids=str
+)
+def test_a_loss_without_end_has_no_gradient(native: str, form: dict[str, Any]) -> None:
+    s, t = torch.tensor([[-INF, 1.0, 2.0]], requires_grad=True), torch.tensor([[1.0, 2.0, 4.0]], requires_grad=True)
+    loss: Any = tgt.distillation_loss(s, t, torch.tensor([0]), backend=native, **form)
+    assert loss.item() == INF
+    for grad in torch.autograd.grad(loss, (s, t)):
+        assert not grad.any()
+
+
 def test_a_skewed_divergence_of_near_sides(native: str) -> None:
     """Its value is of second order in their difference; that of rounding the normalisers is not in it."""
     t = toys.normal(4, 3000, seed=1).double() * 3

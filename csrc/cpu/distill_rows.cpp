@@ -175,7 +175,7 @@ void gradient_row(const DistillRows& call, const Row<Real>& logits, int64_t i, c
       Real* values = write_block(to, call.d_teacher.type, at, buffer);
       teacher_peak.look_at(t, at, count);
       const auto sum =
-          apart && options.of_others == 0  // p times a factor
+          D::kSoft && apart && options.of_others == 0  // p times a factor
               ? teacher_block<Real, ReverseKl>(s, t, count, of_teacher, x, y, Real(options.inverse_tt * soft), values)
               : teacher_block<Real, D>(s, t, count, of_teacher, x_teacher, y, Real(soft * options.inverse_tt), values);
       const bool at_label = changes_teacher && label >= at && label - at < count,
