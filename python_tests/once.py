@@ -130,7 +130,7 @@ class Once:
 def words(file: str, what: str, count: int) -> str:
     """Why a test skips, for all that it stands for."""
     return (
-        f"{what}: the {count} tests of this kind in {file} passed with exactly these sources ({NAME}.json); "
+        f"{what}: {count} of {file} have passed with exactly these sources ({NAME}.json); "
         f"{covering.FULL}=1 or the name of a test runs them"
     )
 
@@ -225,8 +225,8 @@ def _below(path: Path) -> list[Path]:
 @functools.cache
 def _tools() -> tuple[str, ...]:
     """What runs the tests, and whatever else was asked for."""
-    packages = ("torch", "triton", "numpy", "hypothesis", "pybind11")
-    versions = [f"{name} {_version(name)}" for name in packages]
+    versions = [f"{name} {_version(name)}" for name in ("torch", "triton")]
+    versions.append(f"numpy {'.'.join(_version('numpy').split('.')[:2])}")  # which computes in Triton's interpreter
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is not None:
         asked = subprocess.run([compiler, "-dumpversion"], capture_output=True, text=True, check=False)

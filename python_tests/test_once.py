@@ -166,7 +166,7 @@ def test_the_reason_says_that_they_passed_and_how_to_run_them(saved: Path) -> No
     assert once.Once(saved / "results").unneeded(config, items) == items[3:]
     reasons = [item.marks["skip"].kwargs["reason"] for item in items if "skip" in item.marks]
     assert len(reasons) == 2
-    assert "the 3 tests of this kind in test_kernel.py passed with exactly these sources" in reasons[0]
+    assert "triton: 3 of test_kernel.py have passed with exactly these sources" in reasons[0]
     assert all(f"{covering.FULL}=1" in reason for reason in reasons)
 
 
