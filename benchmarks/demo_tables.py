@@ -217,20 +217,25 @@ def methods(record: dict[str, Any]) -> str:
     for made in students.values():
         if made["group"] != group:
             group = made["group"]
-            rows.append([f"*{group}*", *[""] * 7])
+            rows.append([f"*{group}*", *[""] * 8])
         cost = made["step_milliseconds"] / plain["step_milliseconds"]
         gaps = [a - b for a, b in zip(made["accuracy"]["per_seed"], plain["accuracy"]["per_seed"], strict=True)]
         ahead = "" if made is plain else f"{fmean(gaps):+.1f} ± {stdev(gaps) / len(gaps) ** 0.5:.1f}"
         parts = (f"{made[part]:.1f}" for part in ("head", "middle", "tail"))
-        rows.append([made["label"], _spread(made["accuracy"]), ahead, *parts, f"{made['mean_kl']:.2f}", f"{cost:.1f}"])
+        number = made["number"]
+        chosen = "" if number is None else f"{number[0]} {number[1]:g}"
+        chosen = f"({chosen})" if chosen and not made["chosen"] else chosen
+        mean_kl = f"{made['mean_kl']:.2f}"
+        rows.append([made["label"], chosen, _spread(made["accuracy"]), ahead, *parts, mean_kl, f"{cost:.1f}"])
     caption = (
-        f"Test accuracy in percent (mean and standard deviation of {len(record['seeds'])} seeds), points ahead of "
-        "distillation (paired by seed, with the standard error of the mean), by class frequency, mean KL divergence "
-        "from the teacher, and processor time of a step with that of distillation as 1, evaluation and second stages "
-        f"included, measured on a shared machine. {record['steps']} steps; one teacher. `{record['command']}`; "
-        + _made_by(record)
+        "What a method leaves open (in brackets: as its paper or a round number has it; else chosen on the validation "
+        "split), test accuracy in percent (mean and standard deviation of "
+        f"{len(record['seeds'])} seeds), points ahead of distillation (paired by seed, with the standard error of the "
+        "mean), by class frequency, mean KL divergence from the teacher, and processor time of a step with that of "
+        "distillation as 1, evaluation and second stages included, measured on a shared machine. "
+        f"{record['steps']} steps; one teacher. `{record['command']}`; " + _made_by(record)
     )
-    return grid(["", "accuracy", "ahead", "head", "middle", "tail", "KL", "step"], rows) + "\n\n" + caption
+    return grid(["", "chosen", "accuracy", "ahead", "head", "middle", "tail", "KL", "step"], rows) + "\n\n" + caption
 
 
 def docstrings(record: dict[str, Any]) -> str:

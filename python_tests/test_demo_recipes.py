@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tgt_fast.demos.digits.tail_recipes import tail_options
 from tgt_fast.errors import ArgumentError
 from tgt_fast.teacher import Teacher
 
+ROOT = Path(__file__).parent.parent
 TINY = Settings(vae_steps=3, labeler_steps=3, steps=3, evaluations=1, vae_hidden=16, labeler_width=2, real=8)
 
 
@@ -38,6 +40,22 @@ def test_every_recipe_trains(name: str, teacher: Teacher) -> None:
     assert found.method == name
     assert math.isfinite(found.mean_kl)
     assert 0 <= found.accuracy <= 100
+
+
+def test_numbers_that_are_said_to_be_chosen_did_best_on_the_validation_split() -> None:
+    folder = ROOT / "benchmarks" / "results"
+    made, tried = (
+        json.loads((folder / f"{name}.json").read_text())["students"]
+        for name in ("methods-digits", "methods-digits-tuning")
+    )
+    assert list(made) == list(RECIPES)
+    for name, recipe in RECIPES.items():
+        number = recipe.number
+        assert made[name]["number"] == (None if number is None else [number.name, number.value]), name
+        if made[name]["chosen"]:
+            assert number is not None
+            means = [one["mean"] for one in tried[name]["accuracy"]]
+            assert number.value == tried[name]["best"] == number.tried[means.index(max(means))], name
 
 
 def test_tail_options_grow_towards_the_tail() -> None:

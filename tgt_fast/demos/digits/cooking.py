@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -40,17 +41,19 @@ def train_recipe(
     settings: Settings,
     seed: int,
     recipe: Recipe | None = None,
-    factor: float = 1.0,
+    number: float | None = None,
 ) -> StudentResult:
     """Train on ``images`` (``counts`` a class) by the recipe of that name, or another one, and measure on ``test``.
 
     Args:
-        factor: of the weight that a recipe gives its loss.
+        number: in the place of that which the recipe chose.
     """
     recipe = RECIPES[name] if recipe is None else recipe
     torch.manual_seed(seed)
     student = recipe.student()
-    kitchen = Kitchen(teacher, images, settings, seed, student, factor)
+    if number is None:
+        number = math.nan if recipe.number is None else recipe.number.value
+    kitchen = Kitchen(teacher, images, settings, seed, student, number)
     size = settings.real * (1 if recipe.synthetic else 2)
     loader: Any = Batches(images, size, settings.steps, seed)
     if recipe.draw is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,11 +28,20 @@ class Kitchen:
     settings: Settings
     seed: int
     student: nn.Module
-    factor: float = 1.0  # of a loss's weight, to choose it by
+    number: float = math.nan  # what the recipe leaves open
 
     @property
     def counts(self) -> Tensor:
         return long_tail.class_counts(self.images.y, CLASSES)
+
+
+@dataclass(frozen=True)
+class Number:
+    """What a recipe leaves open, its value, and those that ``benchmarks/methods_digits.py --tune`` compares."""
+
+    name: str
+    value: float
+    tried: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class Recipe:
     synthetic: bool = False  # half of the student's examples are made
     after: Callable[[nn.Module, Kitchen], nn.Module] | None = None  # what the trained student becomes
     rate: float | None = None  # of learning, where it is not the settings'
+    number: Number | None = None
 
 
 class WithHard:
@@ -60,9 +71,18 @@ class WithHard:
         return {"loss": found["loss"] + self.hard(student(x), y, step)}
 
 
-def loss_of(kitchen: Kitchen, hard_weight: float = 1.0, **options: Any) -> DistillationLoss:
-    return DistillationLoss(temperature=kitchen.settings.temperature, hard_weight=hard_weight, **options)
+def loss_of(
+    kitchen: Kitchen, hard_weight: float = 1.0, temperature: float | None = None, **options: Any
+) -> DistillationLoss:
+    if temperature is None:
+        temperature = kitchen.settings.temperature
+    return DistillationLoss(temperature=temperature, hard_weight=hard_weight, **options)
 
 
 def distillation(kitchen: Kitchen) -> Objective:
     return TGTObjective(kitchen.teacher, None, loss=loss_of(kitchen))
+
+
+def plain(kitchen: Kitchen) -> Objective:
+    """The same at a temperature of its own."""
+    return TGTObjective(kitchen.teacher, None, loss=loss_of(kitchen, temperature=kitchen.number))

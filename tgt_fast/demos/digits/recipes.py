@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Final
 
 from tgt_fast.demos.digits.loss_recipes import LOSS_RECIPES
-from tgt_fast.demos.digits.recipe import Recipe, distillation
+from tgt_fast.demos.digits.recipe import Number, Recipe, plain
 from tgt_fast.demos.digits.tail_recipes import TAIL_RECIPES
 
 RECIPES: Final[dict[str, Recipe]] = {
-    "plain": Recipe("distillation", "distillation", distillation),
+    "plain": Recipe("distillation", "distillation", plain, number=Number("temperature", 2.0, (1.0, 2.0, 4.0))),
     **LOSS_RECIPES,
     **TAIL_RECIPES,
 }

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from tgt_fast import long_tail
 from tgt_fast.demos.digits import models
 from tgt_fast.demos.digits.methods import Objective, sampler
-from tgt_fast.demos.digits.recipe import Kitchen, Recipe, WithHard, distillation, loss_of
+from tgt_fast.demos.digits.recipe import Kitchen, Number, Recipe, WithHard, distillation, loss_of
 from tgt_fast.train import TGTObjective
 
 TAIL_POWER: Final = 0.25  # of the inverse counts, by which tail-aware exploration draws its anchors
 TAIL_SIGMA: Final = 1.3  # of the rarest class, in units of the settings' sigma; between it and 1 for the others
 REWEIGHT_FROM: Final = 0.8  # of the steps: the last fifth is re-weighted
 STAGE_SHARE: Final = 0.2  # of the steps, that a second stage takes in addition
-STAGE_RATE: Final = 1e-2
 
 
 def explored(kitchen: Kitchen, hard_weight: float = 1.0, **options: Any) -> TGTObjective:
@@ -57,16 +56,16 @@ def _with_hard(hard: Callable[[Tensor, Kitchen], Callable[[Tensor, Tensor, int],
     return made
 
 
-def _of_loss(make: Callable[[Tensor], Any]) -> Callable[..., Any]:
+def _of_loss(make: Callable[[Tensor, float], Any]) -> Callable[..., Any]:
     def made(counts: Tensor, kitchen: Kitchen) -> Callable[[Tensor, Tensor, int], Tensor]:
-        loss = make(counts)
+        loss = make(counts, kitchen.number)
         return lambda logits, y, step: loss(logits, y)
 
     return made
 
 
 def _deferred(counts: Tensor, kitchen: Kitchen) -> Callable[[Tensor, Tensor, int], Tensor]:
-    loss = long_tail.LDAMLoss(counts)
+    loss = long_tail.LDAMLoss(counts, max_margin=kitchen.number)
     reweighting = long_tail.DeferredReweighting(counts, int(REWEIGHT_FROM * kitchen.settings.steps))
 
     def hard(cosines: Tensor, y: Tensor, step: int) -> Tensor:
@@ -95,7 +94,7 @@ def _post_hoc(student: nn.Module, kitchen: Kitchen) -> nn.Module:
     head = student.get_submodule("2")
     assert isinstance(head, nn.Linear)
     with torch.no_grad():
-        head.bias.copy_(head.bias - long_tail.log_priors(kitchen.counts).to(head.bias.dtype))
+        head.bias.copy_(head.bias - long_tail.log_priors(kitchen.counts, kitchen.number).to(head.bias.dtype))
     return student
 
 
@@ -104,7 +103,7 @@ def _normalized(student: nn.Module, kitchen: Kitchen) -> nn.Module:
     made.load_state_dict(student.state_dict())
     head = made[2]
     assert isinstance(head, nn.Linear)
-    made[2] = long_tail.tau_normalize(head)
+    made[2] = long_tail.tau_normalize(head, kitchen.number)
     return made
 
 
@@ -116,7 +115,7 @@ def _stage(kind: Callable[..., Any]) -> Callable[[nn.Module, Kitchen], nn.Module
         steps = max(1, int(STAGE_SHARE * settings.steps))
         size = 2 * settings.real
         rows = long_tail.ClassBalancedSampler(images.y, num_samples=steps * size, seed=kitchen.seed)
-        loss, optimizer = loss_of(kitchen), torch.optim.Adam(list(stage.trainable()), STAGE_RATE)
+        loss, optimizer = loss_of(kitchen), torch.optim.Adam(list(stage.trainable()), kitchen.number)
         stage.train()
         for some in torch.split(torch.tensor(list(rows)), size):
             x, y = images.x[some], images.y[some]
@@ -129,32 +128,67 @@ def _stage(kind: Callable[..., Any]) -> Callable[[nn.Module, Kitchen], nn.Module
 
 
 def _mixed(kitchen: Kitchen) -> Objective:
-    mix = long_tail.LatentMixUp(kitchen.teacher, seed=kitchen.seed)
+    mix = long_tail.LatentMixUp(kitchen.teacher, alpha=kitchen.number, seed=kitchen.seed)
     return TGTObjective(kitchen.teacher, mix, loss=loss_of(kitchen))
 
 
 _TAIL, _TGT = "long tail", "exploration"
+_STAGE_RATES: Final = (1e-3, 3e-3, 1e-2)
 TAIL_RECIPES: Final[dict[str, Recipe]] = {
-    "logit-adjustment": Recipe(_TAIL, "logit adjustment", _with_hard(_of_loss(long_tail.LogitAdjustmentLoss))),
-    "post-hoc-adjustment": Recipe(_TAIL, "logit adjustment, post hoc", distillation, after=_post_hoc),
-    "balanced-softmax": Recipe(_TAIL, "balanced softmax", _with_hard(_of_loss(long_tail.BalancedSoftmaxLoss))),
-    "ldam-drw": Recipe(_TAIL, "LDAM-DRW, cosine classifier", _with_hard(_deferred), student=_cosine_student),
+    "logit-adjustment": Recipe(
+        _TAIL,
+        "logit adjustment",
+        _with_hard(_of_loss(long_tail.LogitAdjustmentLoss)),
+        number=Number("tau", 1.0, (0.5, 1.0, 2.0)),
+    ),
+    "post-hoc-adjustment": Recipe(
+        _TAIL,
+        "logit adjustment, post hoc",
+        distillation,
+        after=_post_hoc,
+        number=Number("tau", 1.0, (0.5, 1.0, 2.0)),
+    ),
+    "balanced-softmax": Recipe(
+        _TAIL, "balanced softmax", _with_hard(_of_loss(lambda counts, _: long_tail.BalancedSoftmaxLoss(counts)))
+    ),
+    "ldam-drw": Recipe(
+        _TAIL,
+        "LDAM-DRW, cosine classifier",
+        _with_hard(_deferred),
+        student=_cosine_student,
+        number=Number("largest margin", 0.5, (0.05, 0.15, 0.5)),
+    ),
     "effective-number": Recipe(
         _TAIL,
         "effective-number weights",
         _with_hard(
             _of_loss(
-                lambda counts: long_tail.LogitAdjustmentLoss(
-                    counts, 0.0, class_weight=long_tail.effective_number_weights(counts)
+                lambda counts, beta: long_tail.LogitAdjustmentLoss(
+                    counts, 0.0, class_weight=long_tail.effective_number_weights(counts, beta)
                 )
             )
         ),
+        number=Number("beta", 0.9999, (0.9, 0.99, 0.9999)),
     ),
     "class-balanced": Recipe(_TAIL, "class-balanced sampling", distillation, draw=long_tail.ClassBalancedSampler),
     "square-root": Recipe(_TAIL, "square-root sampling", distillation, draw=long_tail.SquareRootSampler),
-    "crt": Recipe(_TAIL, "cRT", distillation, after=_stage(long_tail.ClassifierRetraining)),
-    "lws": Recipe(_TAIL, "LWS", distillation, after=_stage(long_tail.LearnableWeightScaling)),
-    "tau-norm": Recipe(_TAIL, "tau-normalisation", distillation, after=_normalized),
+    "crt": Recipe(
+        _TAIL,
+        "cRT",
+        distillation,
+        after=_stage(long_tail.ClassifierRetraining),
+        number=Number("its rate", 1e-2, _STAGE_RATES),
+    ),
+    "lws": Recipe(
+        _TAIL,
+        "LWS",
+        distillation,
+        after=_stage(long_tail.LearnableWeightScaling),
+        number=Number("its rate", 1e-2, _STAGE_RATES),
+    ),
+    "tau-norm": Recipe(
+        _TAIL, "tau-normalisation", distillation, after=_normalized, number=Number("tau", 1.0, (0.25, 0.5, 1.0))
+    ),
     "tgt-batch": Recipe(_TGT, "TGT, batch anchors", lambda k: explored(k, anchors="batch"), synthetic=True),
     "tgt-balanced": Recipe(_TGT, "TGT, balanced anchors", lambda k: explored(k, anchors="balanced"), synthetic=True),
     "tgt-tail": Recipe(_TGT, "TGT, tail-aware", tail_aware, synthetic=True),
@@ -165,5 +199,7 @@ TAIL_RECIPES: Final[dict[str, Recipe]] = {
         synthetic=True,
     ),
     "tgt-tail-adjusted": Recipe(_TGT, "TGT, tail-aware, logit adjustment", adjusted(tail_aware), synthetic=True),
-    "latent-mixup": Recipe(_TGT, "MixUp between latents", _mixed, synthetic=True),
+    "latent-mixup": Recipe(
+        _TGT, "MixUp between latents", _mixed, synthetic=True, number=Number("alpha", 1.0, (0.3, 1.0, 3.0))
+    ),
 }
