@@ -13,8 +13,8 @@ from emulated_gpu import tensors_on_an_emulated_gpu
 from numerics import assert_close, assert_matches_truth, magnitude, relative_error, truth
 from process_kit import Raised, all_made, in_processes, needs_processes
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from vocab_kit import CLASSES, OFFSETS, ROWS, Case, cases, evaluated, joined, part_of
+from waiting import NothingWaits
 
 import tgt_fast as tgt
 from tgt_fast.errors import ArgumentError
@@ -206,16 +206,6 @@ def beside_data_parallelism(rank: int) -> None:
     assert leaf.grad is not None
     # DDP takes the mean of the gradients of both groups.
     assert relative_error(leaf.grad / 2, part_of(whole.grad[rows], side, 2), 1e-2) < 2e-5
-
-
-class NothingWaits(TorchDispatchMode):
-    """Lets no op run for which the host would wait on a device, or send it a list of columns."""
-
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "index", "index_put", "_index_put_impl", "equal", "masked_select")
-
-    def __torch_dispatch__(self, op: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        assert op.overloadpacket._qualified_op_name.split("::")[1].rstrip("_") not in self.FORBIDDEN, op
-        return op(*arguments, **(keywords or {}))
 
 
 @pytest.mark.parametrize("divergence", ["symmetric", "tvd"])

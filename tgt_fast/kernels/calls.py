@@ -114,7 +114,7 @@ class Direct:
         """One pass over the logits."""
         out = outputs(call)
         if call.adjust is not None and not composed().serves(self.kernel, call):
-            composed().forward(call, out)
+            composed().forward(self.kernel, call, out)
         elif call.target is not None and is_soft(call.target):
             soft_target().forward(self.kernel, call, out)
         else:
@@ -126,7 +126,7 @@ class Direct:
         made = gradients(call)
         if call.want_d_student or call.want_d_teacher:
             if call.adjust is not None and not composed().serves(self.kernel, call):
-                composed().backward(call, row_state, d_loss, made)
+                composed().backward(self.kernel, call, row_state, d_loss, made)
             elif is_soft(call.target):
                 soft_target().backward(self.kernel, call, row_state, d_loss, made)
             else:

@@ -63,7 +63,8 @@ def soft_term(
     else:
         q, p = _side(student, options.temperature), _side(teacher, options.teacher_temperature)
         if adjust.decoupled is not None:
-            value = torch.where(labeled, _decoupled(q, p, index, *adjust.decoupled), _kl(p, q))
+            parts = _decoupled(student, teacher, index, options, *adjust.decoupled)
+            value = torch.where(labeled, parts, _kl(p, q))
         elif adjust.correct_teacher is not None:
             value = torch.where(labeled, _corrected(q, p, index, adjust.correct_teacher), _kl(p, q))
         else:
@@ -112,11 +113,13 @@ def _others(index: Tensor, classes: int) -> Tensor:
     return torch.arange(classes, device=index.device) != index[:, None]
 
 
-def _decoupled(student: _Side, teacher: _Side, index: Tensor, of_both: float, of_rest: float) -> Tensor:
+def _decoupled(
+    student: Tensor, teacher: Tensor, index: Tensor, options: DistillOptions, of_both: float, of_rest: float
+) -> Tensor:
     """a TCKD + b NCKD: KL of (label, all others), and KL among the others.  -> [N]"""
-    others = _others(index, student.log.shape[-1])
-    value = torch.zeros_like(student.lse)
-    (own_q, rest_q), (own_p, rest_p) = (_parted(side, others, index) for side in (student, teacher))
+    own_q, rest_q = _parted(student, options.temperature, index)
+    own_p, rest_p = _parted(teacher, options.teacher_temperature, index)
+    value = torch.zeros_like(own_q.lse)
     if of_both:
         value = value + of_both * _kl(own_p, own_q)
     if of_rest:
@@ -124,20 +127,20 @@ def _decoupled(student: _Side, teacher: _Side, index: Tensor, of_both: float, of
     return value
 
 
-def _parted(side: _Side, others: Tensor, index: Tensor) -> tuple[_Side, _Side]:
-    """A distribution of the label and all others together, and that of the others among themselves."""
-    exists = side.exists & others
-    peak = torch.where(exists, side.log, -math.inf).detach().amax(dim=-1, keepdim=True)
-    peak = torch.where(peak > -math.inf, peak, 0.0)
-    sums = torch.where(exists, torch.where(exists, side.log - peak, 0.0).exp(), 0.0).sum(dim=-1, keepdim=True)
-    some = exists.any(dim=-1, keepdim=True)
-    mass = torch.where(some, torch.where(some, sums, 1.0).log() + peak, 0.0)  # log of their probability
-    log = torch.where(exists, side.log - mass, 0.0)
-    rest = _Side(log, torch.where(exists, log.exp(), 0.0), exists, mass.squeeze(-1))
-    at_label = index[:, None]
-    pair = torch.cat([side.log.gather(-1, at_label), mass], dim=-1)
-    both = torch.cat([side.exists.gather(-1, at_label), some], dim=-1)
-    return _Side(pair, torch.where(both, pair.exp(), 0.0), both, side.lse), rest
+def _parted(logits: Tensor, temperature: float, index: Tensor) -> tuple[_Side, _Side]:
+    """A distribution of the label and all others together, and that of the others among themselves.
+
+    The others' is of their own logits: next to a label that is far ahead their probabilities leave nothing to divide.
+    """
+    others = (logits > -math.inf) & _others(index, logits.shape[-1])
+    some = others.any(dim=-1, keepdim=True)
+    top = logits.detach().amax(dim=-1, keepdim=True)
+    peak = torch.where(some, torch.where(others, logits.detach(), -math.inf).amax(dim=-1, keepdim=True), 0.0)
+    log, p, _, lse = _side(torch.where(some, torch.where(others, logits - peak, -math.inf), 0.0), temperature)
+    rest = _Side(torch.where(some, log, 0.0), torch.where(some, p, 0.0), others, lse)
+    together = torch.where(some, lse[:, None] + (peak - top) / temperature, -math.inf)
+    pair = torch.cat([(logits.gather(-1, index[:, None]) - top) / temperature, together], dim=-1)
+    return _side(pair, 1.0), rest
 
 
 def _corrected(student: _Side, teacher: _Side, index: Tensor, lead: float) -> Tensor:
@@ -145,19 +148,27 @@ def _corrected(student: _Side, teacher: _Side, index: Tensor, lead: float) -> Te
     at_label = index[:, None]
     of_label, top = teacher.p.gather(-1, at_label).squeeze(-1), teacher.p.detach().argmax(dim=-1)
     of_top = teacher.p.gather(-1, top[:, None]).squeeze(-1)
-    is_top = top == index
+    kept = kept_of_teacher(of_label, of_top, top == index, lead)
+    own, theirs = (side.log.gather(-1, at_label).squeeze(-1) for side in (teacher, student))
+    return kept * _kl(teacher, student) + beside_kept(kept, of_label, own, theirs)
+
+
+def kept_of_teacher(of_label: Tensor, of_top: Tensor, is_top: Tensor, lead: float) -> Tensor:
+    """1 - m, from the teacher's probabilities of the label and of its own first class.  -> [N]"""
     ahead = of_top - of_label
     short = torch.where(is_top, 1.0 - of_label, 1.0)
     sure = of_label + lead >= 1.0
     kept = torch.where(is_top, torch.where(sure, 0.0, 1.0 - lead / torch.where(sure, 1.0, short)), 0.0)
-    kept = torch.where(is_top, kept, (1.0 - lead) / (1.0 + ahead))  # 1 - m
+    return torch.where(is_top, kept, (1.0 - lead) / (1.0 + ahead))
+
+
+def beside_kept(kept: Tensor, of_label: Tensor, own: Tensor, theirs: Tensor) -> Tensor:
+    """What the label's class adds; ``own`` and ``theirs``: its log-probabilities, the teacher's and the student's."""
     some = kept > 0
     log_kept = torch.where(some, torch.where(some, kept, 1.0).log(), 0.0)
     both = of_label * kept + (1.0 - kept)
-    own = teacher.log.gather(-1, at_label).squeeze(-1)
     before = torch.where(some, kept * log_kept - kept * of_label * (log_kept + own), 0.0)
-    theirs = student.log.gather(-1, at_label).squeeze(-1)
-    return kept * _kl(teacher, student) + before + both * both.log() - (1.0 - kept) * theirs
+    return before + both * both.log() - (1.0 - kept) * theirs
 
 
 def _skewed(student: _Side, teacher: _Side, divergence: str, skew: float) -> Tensor:

@@ -112,7 +112,10 @@ def _counts(
         weight = sample_weight.detach().to(torch.float64)
         counted = counted & (weight != 0)
     if given is not None:
-        divisor = torch.as_tensor(given, dtype=torch.float64, device=student.device).detach()
+        if isinstance(given, Tensor):
+            divisor = given.detach().to(student.device, torch.float64)
+        else:  # written on a device, for which nothing waits
+            divisor = student.new_full((), given, dtype=torch.float64)
         counted = counted & (divisor != 0)
     else:
         divisor = torch.where(counted, weight, 0.0).sum()
