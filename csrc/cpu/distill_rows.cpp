@@ -81,10 +81,25 @@ TGT_APART V less_target(const Real* shares, int count, Real factor, Real* values
   return sum;
 }
 
+// What the gradients of a divergence are made of. What follows is compiled once for all of a type.
+template <class Real>
+struct GradientBlocks {
+  decltype(&student_block<Real, NoDivergence, kNoHard>) student;
+  decltype(&teacher_block<Real, NoDivergence>) teacher;
+  bool soft, probabilities, squares, forward_kl, hard;
+
+  template <class D, HardPower power>
+  static GradientBlocks of() {
+    return {student_block<Real, D, power>,     teacher_block<Real, D>, D::kSoft, D::kProbabilities, D::kSquares,
+            std::is_same<D, ForwardKl>::value, power != kNoHard};
+  }
+};
+
 // The gradients of a row from its logits and its state, for an upstream gradient of `upstream`.
-template <class Real, class D, HardPower power>
-void gradient_row(const DistillRows& call, const Row<Real>& logits, int64_t i, const RowState& state,
-                  const RowOptions& options, const Logarithms& logs, double upstream) {
+template <class Real>
+TGT_APART void gradient_row(const GradientBlocks<Real>& blocks, const DistillRows& call, const Row<Real>& logits,
+                            int64_t i, const RowState& state, const RowOptions& options, const Logarithms& logs,
+                            double upstream) {
   const int flags = int(state.flags);
   if (flags & (kDropped | kInvalid)) {
     const Real value = flags & kDropped ? Real(0) : Real(NAN);
@@ -92,16 +107,14 @@ void gradient_row(const DistillRows& call, const Row<Real>& logits, int64_t i, c
     fill_row<Real>(call.d_teacher, i, call.classes, value);
     return;
   }
-  if constexpr (D::kSoft) {
-    if (flags & kInfiniteSoft) {
-      gradient_row<Real, NoDivergence, power == kNoHard ? kNoHard : kOwn>(call, logits, i, state, options, logs,
-                                                                          upstream);
-      return;
-    }
+  if (blocks.soft && flags & kInfiniteSoft) {
+    const GradientBlocks<Real> hard_alone = blocks.hard ? GradientBlocks<Real>::template of<NoDivergence, kOwn>()
+                                                        : GradientBlocks<Real>::template of<NoDivergence, kNoHard>();
+    return gradient_row<Real>(hard_alone, call, logits, i, state, options, logs, upstream);
   }
-  const double squared = D::kProbabilities ? options.squared : 1;
+  const double squared = blocks.probabilities ? options.squared : 1;
   const double soft = upstream * state.coefficient * options.soft_weight * squared;
-  const bool hard = power != kNoHard && (flags & kHard) && !(flags & kInfiniteHard);
+  const bool hard = blocks.hard && (flags & kHard) && !(flags & kInfiniteHard);
   const double hard_factor = hard ? upstream * state.coefficient * options.hard_weight : 0;
   Real inverse_hard = hard ? Real(1 / state.hard_sum) : Real(0);
   const Real smoothed = hard && options.label_smoothing > 0 ? Real(options.label_smoothing / state.finite) : Real(0);
@@ -126,7 +139,7 @@ void gradient_row(const DistillRows& call, const Row<Real>& logits, int64_t i, c
       fill_row<Real>(call.d_teacher, i, call.classes, Real(0));
       return;
     }
-    if constexpr (std::is_same<D, ForwardKl>::value) {
+    if (blocks.forward_kl) {
       const double rest = state.teacher_sum == 0 ? 0 : options.of_others;
       if (state.teacher_sum == 0) {
         row.teacher_max = row.log_teacher = row.inverse_teacher = 0;
@@ -146,7 +159,7 @@ void gradient_row(const DistillRows& call, const Row<Real>& logits, int64_t i, c
       at_teachers_label = soft * options.inverse_tt * options.of_label * own.teacher_own;
     }
   }
-  if constexpr (std::is_same<D, ForwardKl>::value) {
+  if (blocks.forward_kl) {
     if (options.lead != 0) {
       label = call.target[i];
       const Corrected corrected(logits, options, label, state, logs);
@@ -161,10 +174,10 @@ void gradient_row(const DistillRows& call, const Row<Real>& logits, int64_t i, c
   }
   const bool changes_teacher = at_teachers_label != 0 || apart;
 
-  const bool of_q = D::kProbabilities && peaked(state.student_sum), of_hard = hard && peaked(state.hard_sum);
+  const bool of_q = blocks.probabilities && peaked(state.student_sum), of_hard = hard && peaked(state.hard_sum);
   Peak<Real> student_peak, teacher_peak;
-  if (!D::kSquares && (of_q || of_hard)) student_peak.look_for(state.student_max);
-  if (D::kProbabilities && call.d_teacher && peaked(state.teacher_sum) && state.teacher_max > -HUGE_VAL) {
+  if (!blocks.squares && (of_q || of_hard)) student_peak.look_for(state.student_max);
+  if (blocks.probabilities && call.d_teacher && peaked(state.teacher_sum) && state.teacher_max > -HUGE_VAL) {
     teacher_peak.look_for(state.teacher_max);
   }
 
@@ -175,9 +188,9 @@ void gradient_row(const DistillRows& call, const Row<Real>& logits, int64_t i, c
       Real* values = write_block(to, call.d_teacher.type, at, buffer);
       teacher_peak.look_at(t, at, count);
       const auto sum =
-          D::kSoft && apart && options.of_others == 0  // p times a factor
+          blocks.soft && apart && options.of_others == 0  // p times a factor
               ? teacher_block<Real, ReverseKl>(s, t, count, of_teacher, x, y, Real(options.inverse_tt * soft), values)
-              : teacher_block<Real, D>(s, t, count, of_teacher, x_teacher, y, Real(soft * options.inverse_tt), values);
+              : blocks.teacher(s, t, count, of_teacher, x_teacher, y, Real(soft * options.inverse_tt), values);
       const bool at_label = changes_teacher && label >= at && label - at < count,
                  at_first = top >= at && top - at < count;
       if (at_label) values[label - at] += Real(at_teachers_label);
@@ -197,12 +210,12 @@ void gradient_row(const DistillRows& call, const Row<Real>& logits, int64_t i, c
       const bool lowered_here = lowered && label >= at && label - at < count;
       Real alone = 0;  // the soft term of the lowered label, before it may be overwritten
       if (lowered_here) {
-        student_block<Real, D, power>(s + (label - at), t + (label - at), 1, row, x, y, Real(options.inverse_ts * soft),
-                                      Real(0), Real(0), Real(0), &alone);
+        blocks.student(s + (label - at), t + (label - at), 1, row, x, y, Real(options.inverse_ts * soft), Real(0),
+                       Real(0), Real(0), &alone);
       }
-      const auto sum = student_block<Real, D, power>(s, t, count, row, x, y, Real(soft * options.inverse_ts),
-                                                     Real(shared ? hard_factor * state.mass : hard_factor),
-                                                     inverse_hard, smoothed, values);
+      const auto sum =
+          blocks.student(s, t, count, row, x, y, Real(soft * options.inverse_ts),
+                         Real(shared ? hard_factor * state.mass : hard_factor), inverse_hard, smoothed, values);
       if (shared) {
         const Matrix& target = call.soft_target;
         const Real* of_classes = read_block(target.row(i), target.type, at, count, shares);
@@ -225,103 +238,6 @@ void gradient_row(const DistillRows& call, const Row<Real>& logits, int64_t i, c
   if (call.d_student) student_peak.correct(call.d_student, i);
 }
 
-// A row once more, in double.
-template <class D, HardPower power>
-TGT_APART double fp64_forward_row(const DistillRows& call, int64_t i, int64_t label, RowState& state) {
-  const OpenRow<double> row(call, i, int(state.flags));
-  RowState fp64{};
-  Unusual unusual;
-  Logarithms logs;
-  fp64.flags = kInDouble | (int(state.flags) & (kDropped | kHard));
-  fp64.coefficient = state.coefficient;
-  constexpr HardPower kPower = power == kNoHard ? kNoHard : kOwn;
-  const double loss = forward_row<double, D, kPower>(row.logits, row.options, label, fp64, unusual, logs,
-                                                     call.soft_target ? &call : nullptr, i);
-  state = fp64;
-  return loss;
-}
-template <class D, HardPower power>
-TGT_APART void fp64_gradient_row(const DistillRows& call, int64_t i, const RowState& state, double upstream) {
-  const OpenRow<double> row(call, i, int(state.flags));
-  constexpr HardPower kPower = power == kNoHard ? kNoHard : kOwn;
-  const Logarithms logs = logarithms_of<D>(state.student_sum, state.teacher_sum);
-  gradient_row<double, D, kPower>(call, row.logits, i, state, row.options, logs, upstream);
-}
-template <class Real, class D, HardPower power>
-TGT_APART void any_gradient_row(const DistillRows& call, const Row<Real>& logits, int64_t i, const RowState& state,
-                                const RowOptions& options, const Logarithms& logs, double upstream) {
-  if (sizeof(Real) == 4 && int(state.flags) & kInDouble) return fp64_gradient_row<D, power>(call, i, state, upstream);
-  gradient_row<Real, D, power>(call, logits, i, state, options, logs, upstream);
-}
-
-// The same where the soft term is of standardised logits: its gradient is made in `room`, two rows, and the hard term's
-// beside it. The teacher's first: the student's may be written over its logits.
-template <class Real, class D, HardPower power>
-void whole_gradient_row(const DistillRows& call, const Row<Real>& logits, int64_t i, const RowState& state,
-                        const RowOptions& options, const Logarithms& logs, double upstream, Real* room) {
-  const int flags = int(state.flags);
-  if (!options.standardized || flags & (kDropped | kInvalid | kInfiniteSoft)) {
-    return any_gradient_row<Real, D, power>(call, logits, i, state, options, logs, upstream);
-  }
-  DistillRows part = call;
-  const Matrix soft{room, 0, kTypeOf<Real>};
-  if (call.d_teacher) {
-    part.d_student = {};
-    part.d_teacher = soft;
-    any_gradient_row<Real, D, power>(part, logits, i, state, options, logs, upstream);
-    bend_row<Real>(logits.alone(true), options.teacher, room, nullptr, call.d_teacher, i);
-  }
-  if (call.d_student) {
-    Real* hard = power != kNoHard && flags & kHard ? room + call.classes : nullptr;
-    part.d_teacher = {};
-    if (hard) {
-      RowState hard_alone = state;
-      hard_alone.flags += kInfiniteSoft;
-      part.d_student = {hard, 0, kTypeOf<Real>};
-      any_gradient_row<Real, D, power>(part, logits, i, hard_alone, options, logs, upstream);
-    }
-    RowOptions soft_alone = options;
-    soft_alone.hard_weight = part.options.hard_weight = 0;
-    part.d_student = soft;
-    any_gradient_row<Real, D, power>(part, logits, i, state, soft_alone, logs, upstream);
-    bend_row<Real>(logits.alone(false), options.student, room, hard, call.d_student, i);
-  }
-}
-
-template <class Real, class D, HardPower power>
-void forward_rows(const DistillRows& call, int64_t begin, int64_t end) {
-  RowOptions options(call.options);
-  Scratch<Real> room(room_of(call));
-  for (int64_t i = begin; i < end; ++i) {
-    Row<Real> logits = row_at<Real>(call, i);
-    const RowHead head = open_row(call, i);
-    RowState state{};
-    state.flags = head.flags;
-    state.coefficient = head.coefficient;
-    double loss = 0;
-    Logarithms logs;
-    if (!head.dropped()) {
-      if (call.adjust) adjust_row(call, i, label_of(call, i, head.flags), soft_of(call), logits, options);
-      Unusual unusual;
-      loss = forward_row<Real, D, power>(logits, options, head.label, state, unusual, logs,
-                                         call.soft_target ? &call : nullptr, i);
-      if constexpr (sizeof(Real) == 4) {
-        if (unusual.far || beyond(state)) loss = fp64_forward_row<D, power>(call, i, head.label, state);
-      }
-      loss *= state.coefficient;
-    }
-    static_cast<Real*>(call.row_loss)[i] = Real(loss);
-    if (call.stats) {  // before the logits are overwritten in place
-      statistics_row<Real>(call, i, !head.dropped() && call.divisor != 0);
-    }
-    if (call.d_student || call.d_teacher) {
-      if (state.coefficient == 0) state.flags = kDropped;  // a divisor of 0
-      whole_gradient_row<Real, D, power>(call, logits, i, state, options, logs, 1, room.data());
-    }
-    if (call.row_state) call.row_state[i] = state;
-  }
-}
-
 // The sums of a divergence that needs the normalisers, into a state whose normalisers may be of more classes than
 // these.
 template <class Real, class D>
@@ -338,14 +254,138 @@ void sum_again(const DistillRows& call, int64_t i, RowState& state) {
   }
 }
 
-template <class Real, class D, HardPower power>
-void backward_rows(const DistillRows& call, int64_t begin, int64_t end) {
+template <class Real>
+using ForwardRow = decltype(&forward_row<Real, NoDivergence, kNoHard>);
+
+// What differs between the kernels of a type.
+template <class Real>
+struct RowKernels {
+  ForwardRow<Real> forward;
+  GradientBlocks<Real> blocks;
+  ForwardRow<double> forward_in_double;
+  GradientBlocks<double> blocks_in_double;
+  void (*sum_again)(const DistillRows&, int64_t i, RowState&);
+
+  template <class D, HardPower power>
+  static RowKernels of() {
+    constexpr HardPower kInDoublePower = power == kNoHard ? kNoHard : kOwn;
+    return {forward_row<Real, D, power>, GradientBlocks<Real>::template of<D, power>(),
+            forward_row<double, D, kInDoublePower>, GradientBlocks<double>::of<D, kInDoublePower>(),
+            tgt::sum_again<Real, D>};
+  }
+
+  Logarithms logarithms(const RowState& state) const {
+    if (!blocks.probabilities) return {};
+    return {log(state.student_sum), log(state.teacher_sum)};
+  }
+};
+
+// A row once more, in double.
+template <class Real>
+TGT_APART double fp64_forward_row(const RowKernels<Real>& kernels, const DistillRows& call, int64_t i, int64_t label,
+                                  RowState& state) {
+  const OpenRow<double> row(call, i, int(state.flags));
+  RowState fp64{};
+  Unusual unusual;
+  Logarithms logs;
+  fp64.flags = kInDouble | (int(state.flags) & (kDropped | kHard));
+  fp64.coefficient = state.coefficient;
+  const double loss = kernels.forward_in_double(row.logits, row.options, label, fp64, unusual, logs,
+                                                call.soft_target ? &call : nullptr, i);
+  state = fp64;
+  return loss;
+}
+template <class Real>
+TGT_APART void fp64_gradient_row(const RowKernels<Real>& kernels, const DistillRows& call, int64_t i,
+                                 const RowState& state, double upstream) {
+  const OpenRow<double> row(call, i, int(state.flags));
+  gradient_row(kernels.blocks_in_double, call, row.logits, i, state, row.options, kernels.logarithms(state), upstream);
+}
+template <class Real>
+void any_gradient_row(const RowKernels<Real>& kernels, const DistillRows& call, const Row<Real>& logits, int64_t i,
+                      const RowState& state, const RowOptions& options, const Logarithms& logs, double upstream) {
+  if (sizeof(Real) == 4 && int(state.flags) & kInDouble) {
+    return fp64_gradient_row(kernels, call, i, state, upstream);
+  }
+  gradient_row(kernels.blocks, call, logits, i, state, options, logs, upstream);
+}
+
+// The same where the soft term is of standardised logits: its gradient is made in `room`, two rows, and the hard term's
+// beside it. The teacher's first: the student's may be written over its logits.
+template <class Real>
+void whole_gradient_row(const RowKernels<Real>& kernels, const DistillRows& call, const Row<Real>& logits, int64_t i,
+                        const RowState& state, const RowOptions& options, const Logarithms& logs, double upstream,
+                        Real* room) {
+  const int flags = int(state.flags);
+  if (!options.standardized || flags & (kDropped | kInvalid | kInfiniteSoft)) {
+    return any_gradient_row(kernels, call, logits, i, state, options, logs, upstream);
+  }
+  DistillRows part = call;
+  const Matrix soft{room, 0, kTypeOf<Real>};
+  if (call.d_teacher) {
+    part.d_student = {};
+    part.d_teacher = soft;
+    any_gradient_row(kernels, part, logits, i, state, options, logs, upstream);
+    bend_row<Real>(logits.alone(true), options.teacher, room, nullptr, call.d_teacher, i);
+  }
+  if (call.d_student) {
+    Real* hard = kernels.blocks.hard && flags & kHard ? room + call.classes : nullptr;
+    part.d_teacher = {};
+    if (hard) {
+      RowState hard_alone = state;
+      hard_alone.flags += kInfiniteSoft;
+      part.d_student = {hard, 0, kTypeOf<Real>};
+      any_gradient_row(kernels, part, logits, i, hard_alone, options, logs, upstream);
+    }
+    RowOptions soft_alone = options;
+    soft_alone.hard_weight = part.options.hard_weight = 0;
+    part.d_student = soft;
+    any_gradient_row(kernels, part, logits, i, state, soft_alone, logs, upstream);
+    bend_row<Real>(logits.alone(false), options.student, room, hard, call.d_student, i);
+  }
+}
+
+template <class Real>
+TGT_APART void forward_rows(const RowKernels<Real>& kernels, const DistillRows& call, int64_t begin, int64_t end) {
+  RowOptions options(call.options);
+  Scratch<Real> room(room_of(call));
+  for (int64_t i = begin; i < end; ++i) {
+    Row<Real> logits = row_at<Real>(call, i);
+    const RowHead head = open_row(call, i);
+    RowState state{};
+    state.flags = head.flags;
+    state.coefficient = head.coefficient;
+    double loss = 0;
+    Logarithms logs;
+    if (!head.dropped()) {
+      if (call.adjust) adjust_row(call, i, label_of(call, i, head.flags), soft_of(call), logits, options);
+      Unusual unusual;
+      loss = kernels.forward(logits, options, head.label, state, unusual, logs, call.soft_target ? &call : nullptr, i);
+      if constexpr (sizeof(Real) == 4) {
+        if (unusual.far || beyond(state)) loss = fp64_forward_row(kernels, call, i, head.label, state);
+      }
+      loss *= state.coefficient;
+    }
+    static_cast<Real*>(call.row_loss)[i] = Real(loss);
+    if (call.stats) {  // before the logits are overwritten in place
+      statistics_row<Real>(call, i, !head.dropped() && call.divisor != 0);
+    }
+    if (call.d_student || call.d_teacher) {
+      if (state.coefficient == 0) state.flags = kDropped;  // a divisor of 0
+      whole_gradient_row(kernels, call, logits, i, state, options, logs, 1, room.data());
+    }
+    if (call.row_state) call.row_state[i] = state;
+  }
+}
+
+template <class Real>
+TGT_APART void backward_rows(const RowKernels<Real>& kernels, const DistillRows& call, int64_t begin, int64_t end) {
   const Real* upstream = static_cast<const Real*>(call.upstream);
   RowOptions options(call.options);
   Scratch<Real> room(room_of(call));
   for (int64_t i = begin; i < end; ++i) {
     if (!call.d_student && !call.d_teacher) {
-      sum_again<Real, D>(call, i, call.row_state[i]);
+      kernels.sum_again(call, i, call.row_state[i]);
       continue;
     }
     RowState state = call.row_state[i];
@@ -355,9 +395,9 @@ void backward_rows(const DistillRows& call, int64_t begin, int64_t end) {
     if (call.adjust && !(flags & kDropped)) {
       adjust_row(call, i, label_of(call, i, flags), soft_of(call), logits, options);
     }
-    const Logarithms logs = logarithms_of<D>(state.student_sum, state.teacher_sum);
-    whole_gradient_row<Real, D, power>(call, logits, i, state, options, logs, upstream[call.upstream_per_row ? i : 0],
-                                       room.data());
+    const Logarithms logs = kernels.logarithms(state);
+    whole_gradient_row(kernels, call, logits, i, state, options, logs, upstream[call.upstream_per_row ? i : 0],
+                       room.data());
   }
 }
 
@@ -371,13 +411,13 @@ struct Kernel {
 struct Forward : Kernel {
   template <class Real, class D, HardPower power>
   static void run(const DistillRows& call, int64_t begin, int64_t end) {
-    forward_rows<Real, D, power>(call, begin, end);
+    forward_rows(RowKernels<Real>::template of<D, power>(), call, begin, end);
   }
 };
 struct Backward : Kernel {
   template <class Real, class D, HardPower power>
   static void run(const DistillRows& call, int64_t begin, int64_t end) {
-    backward_rows<Real, D, power>(call, begin, end);
+    backward_rows(RowKernels<Real>::template of<D, power>(), call, begin, end);
   }
 };
 
