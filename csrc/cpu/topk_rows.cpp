@@ -62,7 +62,7 @@ TGT_HD V hard_of(V shifted, V e) {
 
 // Adds a block whose maximum the sums know. kFull: also what smoothed labels and a spread tail ask for.
 template <class Real, HardPower power, bool kFull>
-void sum_tail(const Real* s, int count, Real inverse_t, TailSums& sums) {
+TGT_APART void sum_tail(const Real* s, int count, Real inverse_t, TailSums& sums) {
   using V = typename Lanes<Real>::Vector;
   const Real max = sums.max == -HUGE_VAL ? Real(0) : Real(sums.max);
   constexpr Real kShrink = Real(1) / 1024;
@@ -101,61 +101,58 @@ TGT_APART void fill(const Matrix& matrix, int64_t i, int64_t classes, Real value
   }
 }
 
-// The gradient of a block as if all of it were tail.
-template <class Real, class D, HardPower power>
-void tail_gradient(const Real* s, int count, const TopKFactors<Real>& f, const Mixture<Real>& mixture, Real* to) {
+// Writes make(s, shifted, b, exp(b), at, lanes) of a block's vectors: shifted = s - tail_max, b = shifted / T.
+template <class Real, class Make>
+TGT_HD void write_each(const Real* s, int count, const TopKFactors<Real>& f, Real* to, Make make) {
   using V = typename Lanes<Real>::Vector;
-  if (power == kNoHard && !f.spread && f.soft == 0) {
+  each_of(s, count, [&](V sv, int at, int lanes) {
+    const V shifted = sv - f.tail_max;
+    const V b = bounded_below(shifted * f.inverse_t);
+    const V value = make(sv, shifted, b, exp_nonpositive(b), at, lanes);
+    if (lanes == Lanes<Real>::kCount) {
+      store(to + at, value);
+    } else {
+      store_part(to + at, value, lanes);
+    }
+  });
+}
+
+// The hard term's part of a class's gradient.
+template <HardPower power, class V, class Real>
+TGT_HD V hard_gradient(V sv, V shifted, V e, const TopKFactors<Real>& f) {
+  const V floor = sv < splat<V>(sizeof(Real) == 8 ? Real(-DBL_MAX) : Real(-FLT_MAX)) ? V{} : splat<V>(f.smoothed);
+  return hard_of<power, V, Real>(shifted, e) * f.hard - floor;
+}
+
+// The gradient of a block as if all of it were tail, which is one class to the soft term.
+template <class Real, HardPower power>
+TGT_APART void lumped_gradient(const Real* s, int count, const TopKFactors<Real>& f, Real* to) {
+  using V = typename Lanes<Real>::Vector;
+  if (power == kNoHard && f.soft == 0) {
     for (int j = 0; j < count; ++j) to[j] = 0;
     return;
   }
-  const auto write = [&](auto soft_of) {
-    each_of(s, count, [&](V sv, int at, int lanes) {
-      const V shifted = sv - f.tail_max;
-      const V b = bounded_below(shifted * f.inverse_t);
-      const V e = exp_nonpositive(b);
-      V grad = soft_of(sv, b, e);
-      if constexpr (power != kNoHard) {
-        const V floor = sv < splat<V>(sizeof(Real) == 8 ? Real(-DBL_MAX) : Real(-FLT_MAX)) ? V{} : splat<V>(f.smoothed);
-        grad += hard_of<power, V, Real>(shifted, e) * f.hard - floor;
-      }
-      if (lanes == Lanes<Real>::kCount) {
-        store(to + at, grad);
-      } else {
-        store_part(to + at, grad, lanes);
-      }
-    });
-  };
-  if (f.spread) {
-    write([&](V sv, V b, V e) { return spread_gradient<D>(sv, b, e, f, mixture); });
-  } else {
-    write([&](V, V, V e) { return e * f.soft; });
-  }
+  write_each(s, count, f, to, [&](V sv, V shifted, V, V e, int, int) {
+    const V grad = e * f.soft;
+    if constexpr (power == kNoHard) return grad;
+    return grad + hard_gradient<power>(sv, shifted, e, f);
+  });
 }
 
-// The gradient of a row from its logits, its top-k classes (with their logits) and its state.
-template <class Real, class D, HardPower power>
-void gradient_row(const TopKCall& call, int64_t i, TopKRow& topk, const TopKState& state, double upstream) {
-  const DistillCall& base = call.base;
-  const Matrix& grad = base.d_student;
-  const int flags = int(state.flags);
-  if (flags & (kDropped | kInvalid)) return fill<Real>(grad, i, base.classes, flags & kDropped ? Real(0) : Real(NAN));
-  const TailClass tail = tail_class(state, base.options, topk.tail_log_prob, InTurn());
-  const TopKFactors<Real> factors = topk_factors<D, Real>(state, tail, base.options, call.topk.form, upstream);
-  topk.make_gradient<D>(state, base.options, factors);
-  const Mixture<Real> mixture = mixture_of<Real>(base.options);
-  const int64_t label = factors.hard_factor != 0 ? base.target[i] : -1;
-  alignas(64) Real logits[kBlock];
-  alignas(64) Real buffer[kBlock];
-  for (int64_t at = 0; at < base.classes; at += kBlock) {
-    const int count = int(base.classes - at < kBlock ? base.classes - at : kBlock);
-    const Real* s = read_block(base.student.row(i), base.student.type, at, count, logits);
-    Real* to = write_block(grad.row(i), grad.type, at, buffer);
-    tail_gradient<Real, D, power>(s, count, factors, mixture, to);
-    topk.put_gradient(to, at);
-    if (label >= at && label < at + count) to[label - at] -= factors.label;
-    if (to == buffer) finish_block(to, grad.row(i), grad.type, at, count);
-  }
+// The same of a spread tail: the soft term's gradient, and the hard term's, which is added to it. `s` is not `to`.
+template <class Real, class D>
+TGT_APART void spread_gradients(const Real* s, int count, const TopKFactors<Real>& f, const Mixture<Real>& mixture,
+                                Real* to) {
+  using V = typename Lanes<Real>::Vector;
+  write_each(s, count, f, to, [&](V sv, V, V b, V e, int, int) { return spread_gradient<D>(sv, b, e, f, mixture); });
+}
+template <class Real, HardPower power>
+TGT_APART void add_hard_gradient(const Real* s, int count, const TopKFactors<Real>& f, Real* to) {
+  using V = typename Lanes<Real>::Vector;
+  write_each(s, count, f, to, [&](V sv, V shifted, V, V e, int at, int lanes) {
+    const V soft = lanes < Lanes<Real>::kCount ? load_part(to + at, lanes, Real(0)) : load(to + at);
+    return soft + hard_gradient<power>(sv, shifted, e, f);
+  });
 }
 
 // Adds the classes of a spread tail, one by one, to the sums x, y of jsd.
@@ -182,39 +179,12 @@ TGT_APART void add_spread(const TopKCall& call, int64_t i, const TailClass& tail
   });
 }
 
-// The unweighted loss of a row that counts; fills the state but for its coefficient.
-template <class Real, class D, HardPower power>
-double forward_row(const TopKCall& call, int64_t i, int64_t label, TopKRow& topk, TopKState& state) {
-  const DistillCall& base = call.base;
-  const DistillOptions& options = base.options;
+// From a row's sums to its unweighted loss and its state.
+template <class Real, class D>
+double close_row(const TopKCall& call, int64_t i, TopKRow& topk, TopKState& state, const TailSums& tail,
+                 const TopKSums& sums, double of_label) {
+  const DistillOptions& options = call.base.options;
   const TailForm form = call.topk.form;
-  bool valid = true;
-  if (!D::kSoft) {
-    topk.clear();
-  } else {
-    valid = topk.read(call, i);
-  }
-  const double of_label = int(state.flags) & kHard ? read_element(base.student.row(i), base.student.type, label) : 0;
-  const bool full = options.label_smoothing > 0 || form == TailForm::kUniform;
-  const double inverse_t = 1 / options.temperature;
-  TailSums tail;
-  each_tail_block<Real>(base.student, i, base.classes, topk, [&](const Real* s, int count) {
-    double most;
-    valid = valid && block_maximum(s, count, most);
-    if (!valid) return;
-    tail.raise(larger(most, tail.max), inverse_t);
-    full ? sum_tail<Real, power, true>(s, count, Real(inverse_t), tail)
-         : sum_tail<Real, power, false>(s, count, Real(inverse_t), tail);
-  });
-  const TopKSums sums = topk.sums(options);
-  const bool none = form == TailForm::kRenormalize && D::kSoft;
-  valid = valid && topk.numbers();
-  valid = valid && (sums.student_max > -HUGE_VAL || (!none && tail.max > -HUGE_VAL));
-  if (!valid) {
-    state.flags += kInvalid;
-    return NAN;
-  }
-  settle_topk(state, tail, sums, topk.tail_log_prob, options, form, InTurn());
   const TailClass rest = tail_class(state, options, topk.tail_log_prob, InTurn());
   if constexpr (D::kSoft) {
     if (!soft_is_infinite<D>(rest, form, sums.missing)) {
@@ -226,8 +196,113 @@ double forward_row(const TopKCall& call, int64_t i, int64_t label, TopKRow& topk
   return topk_row_loss<D>(state, rest, tail, sums, form, options, of_label);
 }
 
-template <class Real, class D, HardPower power>
-void forward_rows(const TopKCall& call, int64_t begin, int64_t end) {
+// The gradients of a row's top-k classes, and what makes those of the others.
+template <class Real, class D>
+TopKFactors<Real> factors_of(const TopKCall& call, TopKRow& topk, const TopKState& state, double upstream) {
+  const DistillOptions& options = call.base.options;
+  const TailClass tail = tail_class(state, options, topk.tail_log_prob, InTurn());
+  const TopKFactors<Real> factors = topk_factors<D, Real>(state, tail, options, call.topk.form, upstream);
+  topk.make_gradient<D>(state, options, factors);
+  return factors;
+}
+
+// What a row's kernels are for a divergence and a power. What drives them is compiled once a type.
+template <class Real>
+struct RowKernels {
+  bool soft;
+  void (*sum_tail)(const Real* s, int count, Real inverse_t, TailSums&);
+  void (*sum_full_tail)(const Real* s, int count, Real inverse_t, TailSums&);
+  double (*close)(const TopKCall&, int64_t i, TopKRow&, TopKState&, const TailSums&, const TopKSums&, double of_label);
+  TopKFactors<Real> (*factors)(const TopKCall&, TopKRow&, const TopKState&, double upstream);
+  void (*lumped)(const Real* s, int count, const TopKFactors<Real>&, Real* to);
+  void (*spread)(const Real* s, int count, const TopKFactors<Real>&, const Mixture<Real>&, Real* to);
+  void (*add_hard)(const Real* s, int count, const TopKFactors<Real>&, Real* to);  // null: there is no hard term
+
+  template <class D, HardPower power>
+  static RowKernels of() {
+    RowKernels made{D::kSoft,
+                    tgt::sum_tail<Real, power, false>,
+                    tgt::sum_tail<Real, power, true>,
+                    close_row<Real, D>,
+                    factors_of<Real, D>,
+                    lumped_gradient<Real, power>,
+                    nullptr,
+                    nullptr};
+    if constexpr (D::kSoft) made.spread = spread_gradients<Real, D>;
+    if constexpr (power != kNoHard) made.add_hard = add_hard_gradient<Real, power>;
+    return made;
+  }
+};
+
+// The gradient of a row from its logits, its top-k classes (with their logits) and its state.
+template <class Real>
+TGT_APART void gradient_row(const RowKernels<Real>& kernels, const TopKCall& call, int64_t i, TopKRow& topk,
+                            const TopKState& state, double upstream) {
+  const DistillCall& base = call.base;
+  const Matrix& grad = base.d_student;
+  const int flags = int(state.flags);
+  if (flags & (kDropped | kInvalid)) return fill<Real>(grad, i, base.classes, flags & kDropped ? Real(0) : Real(NAN));
+  const TopKFactors<Real> factors = kernels.factors(call, topk, state, upstream);
+  const Mixture<Real> mixture = mixture_of<Real>(base.options);
+  const int64_t label = factors.hard_factor != 0 ? base.target[i] : -1;
+  alignas(64) Real logits[kBlock];
+  alignas(64) Real buffer[kBlock];
+  for (int64_t at = 0; at < base.classes; at += kBlock) {
+    const int count = int(base.classes - at < kBlock ? base.classes - at : kBlock);
+    const Real* s = read_block(base.student.row(i), base.student.type, at, count, logits);
+    Real* to = write_block(grad.row(i), grad.type, at, buffer);
+    if (!factors.spread) {
+      kernels.lumped(s, count, factors, to);
+    } else {
+      if (s == to) s = static_cast<const Real*>(memcpy(logits, s, count * sizeof(Real)));
+      kernels.spread(s, count, factors, mixture, to);
+      if (kernels.add_hard) kernels.add_hard(s, count, factors, to);
+    }
+    topk.put_gradient(to, at);
+    if (label >= at && label < at + count) to[label - at] -= factors.label;
+    if (to == buffer) finish_block(to, grad.row(i), grad.type, at, count);
+  }
+}
+
+// The unweighted loss of a row that counts; fills the state but for its coefficient.
+template <class Real>
+TGT_APART double forward_row(const RowKernels<Real>& kernels, const TopKCall& call, int64_t i, int64_t label,
+                             TopKRow& topk, TopKState& state) {
+  const DistillCall& base = call.base;
+  const DistillOptions& options = base.options;
+  const TailForm form = call.topk.form;
+  bool valid = true;
+  if (!kernels.soft) {
+    topk.clear();
+  } else {
+    valid = topk.read(call, i);
+  }
+  const double of_label = int(state.flags) & kHard ? read_element(base.student.row(i), base.student.type, label) : 0;
+  const bool full = options.label_smoothing > 0 || form == TailForm::kUniform;
+  const auto sum_tail = full ? kernels.sum_full_tail : kernels.sum_tail;
+  const double inverse_t = 1 / options.temperature;
+  TailSums tail;
+  each_tail_block<Real>(base.student, i, base.classes, topk, [&](const Real* s, int count) {
+    double most;
+    valid = valid && block_maximum(s, count, most);
+    if (!valid) return;
+    tail.raise(larger(most, tail.max), inverse_t);
+    sum_tail(s, count, Real(inverse_t), tail);
+  });
+  const TopKSums sums = topk.sums(options);
+  const bool none = form == TailForm::kRenormalize && kernels.soft;
+  valid = valid && topk.numbers();
+  valid = valid && (sums.student_max > -HUGE_VAL || (!none && tail.max > -HUGE_VAL));
+  if (!valid) {
+    state.flags += kInvalid;
+    return NAN;
+  }
+  settle_topk(state, tail, sums, topk.tail_log_prob, options, form, InTurn());
+  return kernels.close(call, i, topk, state, tail, sums, of_label);
+}
+
+template <class Real>
+TGT_APART void forward_rows(const RowKernels<Real>& kernels, const TopKCall& call, int64_t begin, int64_t end) {
   const DistillCall& base = call.base;
   TopKRow topk(call);
   for (int64_t i = begin; i < end; ++i) {
@@ -236,31 +311,31 @@ void forward_rows(const TopKCall& call, int64_t begin, int64_t end) {
     state.flags = head.flags;
     state.coefficient = head.coefficient;
     double loss = 0;
-    if (!head.dropped()) loss = state.coefficient * forward_row<Real, D, power>(call, i, head.label, topk, state);
+    if (!head.dropped()) loss = state.coefficient * forward_row(kernels, call, i, head.label, topk, state);
     static_cast<Real*>(base.row_loss)[i] = Real(loss);
     if (base.d_student) {
       if (state.coefficient == 0) state.flags = kDropped;  // a divisor of 0
-      gradient_row<Real, D, power>(call, i, topk, state, 1);
+      gradient_row(kernels, call, i, topk, state, 1);
     }
     if (call.row_state) call.row_state[i] = state;
   }
 }
 
-template <class Real, class D, HardPower power>
-void backward_rows(const TopKCall& call, int64_t begin, int64_t end) {
+template <class Real>
+TGT_APART void backward_rows(const RowKernels<Real>& kernels, const TopKCall& call, int64_t begin, int64_t end) {
   const DistillCall& base = call.base;
   const Real* upstream = static_cast<const Real*>(base.upstream);
   TopKRow topk(call);
   for (int64_t i = begin; i < end; ++i) {
     TopKState state = call.row_state[i];
     if (state.coefficient == 0) state.flags = kDropped;
-    if (!D::kSoft || int(state.flags) & (kDropped | kInvalid)) {
+    if (!kernels.soft || int(state.flags) & (kDropped | kInvalid)) {
       topk.clear();
     } else {
       topk.read(call, i);
       topk.gather(base.student.row(i), base.student.type);
     }
-    gradient_row<Real, D, power>(call, i, topk, state, upstream[base.upstream_per_row ? i : 0]);
+    gradient_row(kernels, call, i, topk, state, upstream[base.upstream_per_row ? i : 0]);
   }
 }
 
@@ -274,13 +349,13 @@ struct Kernel {
 struct Forward : Kernel {
   template <class Real, class D, HardPower power>
   static void run(const TopKCall& call, int64_t begin, int64_t end) {
-    forward_rows<Real, D, power>(call, begin, end);
+    forward_rows(RowKernels<Real>::template of<D, power>(), call, begin, end);
   }
 };
 struct Backward : Kernel {
   template <class Real, class D, HardPower power>
   static void run(const TopKCall& call, int64_t begin, int64_t end) {
-    backward_rows<Real, D, power>(call, begin, end);
+    backward_rows(RowKernels<Real>::template of<D, power>(), call, begin, end);
   }
 };
 
