@@ -309,7 +309,7 @@ PEAK = """
             return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
     torch.set_num_threads(2)
-    rows, width, classes, k = 4096, 64, 32000, 64
+    rows, width, classes, k = 2048, 64, 32000, 64
     hidden = torch.randn(rows, width, requires_grad=True)
     weight = (torch.randn(classes, width) * 0.1).requires_grad_()
     ids = torch.rand(rows, 128).topk(k).indices * 250
@@ -328,7 +328,7 @@ PEAK = """
 
 
 def test_neither_sides_logits_are_ever_in_memory(native: str, child_environment: dict[str, str]) -> None:
-    """4096 x 32000: logits in float32 are 500 MiB a side. A chunk's are 64 MiB, the gradients 9 MiB."""
+    """2048 x 32000: logits in float32 are 250 MiB a side. A chunk's are 64 MiB, the gradients 9 MiB."""
     extra = child(PEAK, child_environment)
     assert 60 * MIB < extra < 110 * MIB
 
