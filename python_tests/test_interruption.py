@@ -104,12 +104,15 @@ def test_while_packages_are_imported(how: str, tmp_path: Path, child_environment
             env=child_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert process.stderr is not None
+        assert process.stdout is not None
         while line := process.stderr.readline():
             if line.split()[-1:] == [last]:
                 break
         assert line, f"{last} is not imported"
         process.send_signal(signal.SIGINT)
-        said, errors = process.communicate(timeout=60)
+        # Not by communicate(), which leaves out what was read ahead of the last line.
+        errors, said = process.stderr.read(), process.stdout.read()
+        process.wait(60)
         told = [line for line in errors.splitlines() if not line.startswith("import time:")]
         assert (process.returncode, told) == (130, ["tgt-fast: interrupted; no result was written"]), last
         assert said == ""
