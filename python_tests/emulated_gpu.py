@@ -62,7 +62,7 @@ def build(cache: Path, races: bool = False) -> ModuleType:
     sources = sorted([*CSRC.glob("cuda/*.cu"), *CSRC.glob("emulator/*.cpp"), CSRC / "bind" / "cuda.cpp"])
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
     folders = (CSRC / name for name in ("bind", "common", "cuda", "emulator"))
-    everything = sorted([*(path for folder in folders for path in folder.iterdir()), CSRC / "cpu" / "adjust.h"])
+    everything = sorted(path for folder in folders for path in folder.iterdir())
     digest = hashlib.sha256(repr((COMPILER, FLAGS, pybind11.__version__, suffix)).encode())
     for path in everything:
         digest.update(path.read_bytes())

@@ -6,10 +6,10 @@
 #include <string>
 #include <type_traits>
 
+#include "../common/adjust.h"
 #include "../common/listwise.h"
 #include "../common/tokens.h"
 #include "../common/topk.h"
-#include "../cpu/adjust.h"
 
 namespace tgt::bind {
 

@@ -6,20 +6,6 @@
 namespace tgt {
 inline namespace TGT_ISA {
 
-// Mean and standard deviation of the classes of a side that are there.
-struct Moments {
-  double count = 0, mean = 0, squares = 0;  // squares: of the differences from the mean
-
-  void add(double other_count, double other_mean, double other_squares) {
-    if (other_count == 0) return;
-    const double all = count + other_count, apart = other_mean - mean;
-    squares += other_squares + apart * apart * (count * other_count / all);
-    mean += apart * (other_count / all);
-    count = all;
-  }
-  double spread() const { return sqrt(squares / (count > 2 ? count - 1 : 1)); }
-};
-
 constexpr int kAtOnce = 4;  // sums that do not wait for each other
 
 template <class V>
@@ -67,14 +53,6 @@ TGT_APART Moments moments_of(const Row<Real>& side) {
   return all;
 }
 
-// 1e-7 + spread, which is as a temperature to the kernel.
-inline double standardise(const Moments& moments, Standard& side) {
-  const double spread = moments.spread(), scale = 1e-7 + spread;
-  side.mean = moments.mean;
-  side.bend = spread > 0 ? 1 / ((moments.count > 2 ? moments.count - 1 : 1) * spread * scale) : 0;
-  return scale;
-}
-
 // `label`: below 0 where the row has none, or where its terms are not asked for. `soft`: both sides are read.
 template <class Real>
 TGT_APART void adjust_row(const DistillRows& call, int64_t i, int64_t label, bool soft, Row<Real>& logits,
@@ -84,16 +62,9 @@ TGT_APART void adjust_row(const DistillRows& call, int64_t i, int64_t label, boo
   if (adjust.student_bias) logits.of_student.bias = &adjust.student_bias;
   if (const Matrix& bias = soft ? adjust.teacher_bias : adjust.student_bias) logits.of_teacher.bias = &bias;
   logits.changed = adjust.student_bias || adjust.teacher_bias;
-  double ts = options.temperature, tt = options.teacher_temperature;
-  if (adjust.student_temperature) {
-    ts = adjust.student_temperature[i];
-    tt = adjust.teacher_temperature[i];
-    options.squared = ts * ts;
-  }
+  options.adjust_row(adjust, i);
   if (adjust.standardize && soft) {
-    options.standardized = true;
-    ts *= standardise(moments_of(logits.alone(false)), options.student);
-    tt *= standardise(moments_of(logits.alone(true)), options.teacher);
+    options.standardise_row(moments_of(logits.alone(false)), moments_of(logits.alone(true)));
     if (DivergenceKind(options.divergence) == DivergenceKind::kMse) {  // the others see no mean
       logits.of_student.shift = options.student.mean;
       logits.of_teacher.shift = options.teacher.mean;
@@ -101,18 +72,9 @@ TGT_APART void adjust_row(const DistillRows& call, int64_t i, int64_t label, boo
       options.student.mean = options.teacher.mean = 0;
     }
   }
-  options.set_temperatures(ts, tt);
-  options.skew = adjust.skew;
-  if (label < 0) return;
-  if (adjust.label_margin && options.hard_weight != 0) options.margin = adjust.label_margin[label];
-  if (!soft) return;
-  options.lead = adjust.lead;
-  if (adjust.of_label != 0 || adjust.of_others != 0) {
-    options.of_label = adjust.of_label;
-    options.of_others = adjust.of_others;
-    logits.hidden = label;
-    logits.changed = true;
-  }
+  if (label < 0 || !options.adjust_label(adjust, label, soft)) return;
+  logits.hidden = label;
+  logits.changed = true;
 }
 
 // A side's gradient from that of what the kernel saw, which goes by a standardised side's spread alone, and from that

@@ -6,9 +6,9 @@
 
 #include <type_traits>
 
-#include "corrected.h"
+#include "../common/skewed.h"
+#include "by_label.h"
 #include "isa.h"
-#include "skewed.h"
 
 namespace tgt {
 inline namespace TGT_ISA {
@@ -398,9 +398,9 @@ double forward_row(const Row<Real>& logits, const RowOptions& options, int64_t l
     loss = options.soft_weight * squared * not_negative(D::value(state.x, state.y, options.beta));
   }
   if constexpr (std::is_same<D, ForwardKl>::value) {
-    if (apart) loss = decoupled_loss(logits, options, loss, state, logs);
+    if (apart) loss = decoupled_row(logits, options, loss, state, logs);
     if (options.lead != 0 && !(int(state.flags) & kInfiniteSoft)) {
-      loss = corrected_loss(logits, options, label, state, logs);
+      loss = corrected_loss(corrected_teacher(logits, options, label, state, logs), options, state);
     }
   }
   if (power != kNoHard && (int(state.flags) & kHard)) {

@@ -127,7 +127,7 @@ TGT_APART void gradient_row(const GradientBlocks<Real>& blocks, const DistillRow
   int64_t top = -1;  // the teacher's first class
   const bool apart = logits.hidden >= 0, lowered = hard && !apart && options.margin != 0;
   if (hard && (apart || lowered)) {
-    const HardPair pair(logits, options, label, state);
+    const HardPair pair = hard_pair(logits, options, label, state);
     inverse_hard = Real(exp(-pair.total));
     less_label = -hard_factor * pair.slope(options.label_smoothing, state.finite);
   }
@@ -145,7 +145,7 @@ TGT_APART void gradient_row(const GradientBlocks<Real>& blocks, const DistillRow
         row.teacher_max = row.log_teacher = row.inverse_teacher = 0;
         of_teacher = row;
       }
-      const OwnPart own(logits, options, state, logs);
+      const OwnPart own = own_part(logits, options, state, logs);
       row.inverse_student *= Real(rest + options.of_label * own.student_rest);
       row.inverse_teacher *= Real(rest);
       less_label -= soft * options.inverse_ts * options.of_label * own.student_own;
@@ -162,7 +162,7 @@ TGT_APART void gradient_row(const GradientBlocks<Real>& blocks, const DistillRow
   if (blocks.forward_kl) {
     if (options.lead != 0) {
       label = call.target[i];
-      const Corrected corrected(logits, options, label, state, logs);
+      const Corrected corrected = corrected_teacher(logits, options, label, state, logs);
       row.inverse_teacher *= Real(corrected.kept);
       less_label += soft * options.inverse_ts * (1 - corrected.kept);
       of_teacher.inverse_teacher *= Real(corrected.kept);

@@ -1,53 +1,12 @@
-// A row pair as the distill kernels read it: its options, and its logits block by block, as they are stored or adjusted
-// on the way.
+// A row pair as the distill kernels read it: its logits block by block, as they are stored or adjusted on the way.
 #pragma once
 
+#include "../common/row_options.h"
 #include "adjust.h"
 #include "blocks.h"
 
 namespace tgt {
 inline namespace TGT_ISA {
-
-// Of a side whose logits are standardised: z = (x - mean) / (1e-7 + spread) is a temperature for the kernel, and a mean
-// that no probability sees.
-struct Standard {
-  double mean = 0;  // of the logits as the row's blocks give them
-  double bend = 0;  // by how much of its part along x - mean a gradient is less
-};
-
-// The options, with what each row would divide by again.
-struct RowOptions : DistillOptions {
-  double inverse_ts = 1, inverse_tt = 1;
-  double squared = 1;  // the soft term's factor, where it goes by probabilities
-  // Of a row with adjustments:
-  double of_label = 0, of_others = 0;  // of the parts of a decoupled divergence
-  double margin = 0;                   // what the label's logit is lowered by in the hard term
-  double skew = 0;
-  double lead = 0;  // of the label in a corrected teacher
-  bool standardized = false;
-  Standard student, teacher;
-
-  explicit RowOptions(const DistillOptions& options) : DistillOptions(options) {
-    set_temperatures(options.temperature, options.teacher_temperature);
-    squared = options.temperature * options.temperature;
-  }
-
-  void set_temperatures(double of_student, double of_teacher) {
-    temperature = of_student;
-    teacher_temperature = of_teacher;
-    inverse_ts = 1 / of_student;
-    inverse_tt = 1 / of_teacher;
-  }
-
-  // Of one side beside itself.
-  RowOptions alone(bool of_teacher) const {
-    RowOptions side = *this;
-    const double own = of_teacher ? teacher_temperature : temperature;
-    side.set_temperatures(own, own);
-    side.student = side.teacher = of_teacher ? teacher : student;
-    return side;
-  }
-};
 
 // A number with the digits that Real has no room for.
 template <class Real>

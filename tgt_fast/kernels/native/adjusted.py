@@ -30,7 +30,7 @@ class Packed(NamedTuple):
     """What a call's adjustments are to the core."""
 
     call: DistillCall  # its temperatures are 0 where a row has its own
-    fields: tuple[Any, ...]  # of Adjustments (csrc/cpu/adjust.h)
+    fields: tuple[Any, ...]  # of Adjustments (csrc/common/adjust.h)
     kept: tuple[Tensor | None, ...]  # which these point into
 
 
@@ -45,7 +45,7 @@ def packed(call: DistillCall) -> Packed:
     if adjust.standardize and ours is None:
         rows = call.student.shape[0]
         ours, theirs = (
-            torch.full((rows,), of_all, dtype=torch.float64)
+            torch.full((rows,), of_all, dtype=torch.float64, device=call.student.device)
             for of_all in (options.temperature, options.teacher_temperature)
         )
     if ours is not None:

@@ -1,7 +1,7 @@
 // KL(p, l p + (1 - l) q), and its mirror KL(q, l q + (1 - l) p).
 #pragma once
 
-#include "../common/divergence.h"
+#include "divergence.h"
 
 namespace tgt {
 inline namespace TGT_ISA {

@@ -15,16 +15,15 @@ struct Corrected {
   // these at the label and at the teacher's first class.
   double shift = 0, at_label = 0, at_top = 0;
 
-  template <class Real>
-  Corrected(const Row<Real>& logits, const RowOptions& options, int64_t label, const RowState& state,
-            const Logarithms& logs) {
-    const double own = logits.logit(true, label), lead = options.lead;
-    const double log_p = (own - state.teacher_max) * options.inverse_tt - logs.teacher;
-    const double log_q = (logits.logit(false, label) - state.student_max) * options.inverse_ts - logs.student;
+  // `is_top`: the label is the teacher's first class.
+  TGT_HD Corrected(const LabelLogits& label, bool is_top, const RowOptions& options, const RowState& state,
+                   const Logarithms& logs) {
+    const double lead = options.lead;
+    const double log_p = (label.teacher - state.teacher_max) * options.inverse_tt - logs.teacher;
+    const double log_q = (label.student - state.student_max) * options.inverse_ts - logs.student;
     infinite = log_q == -HUGE_VAL;
     if (infinite) return;
     const double p = exp(log_p), ahead = exp(-logs.teacher) - p;
-    const bool is_top = own == state.teacher_max && first_largest(logits.alone(true)) == label;
     if (is_top) {
       kept = p + lead >= 1 ? 0 : 1 - lead / (1 - p);
     } else {
@@ -43,10 +42,7 @@ struct Corrected {
 };
 
 // The soft term of such a row.
-template <class Real>
-TGT_APART double corrected_loss(const Row<Real>& logits, const RowOptions& options, int64_t label, RowState& state,
-                                const Logarithms& logs) {
-  const Corrected corrected(logits, options, label, state, logs);
+TGT_HD double corrected_loss(const Corrected& corrected, const RowOptions& options, RowState& state) {
   if (corrected.infinite) {
     state.flags += kInfiniteSoft;
     return HUGE_VAL;
