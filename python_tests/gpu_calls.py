@@ -41,6 +41,8 @@ def native_calls() -> dict[str, Call]:
     made["native distill: gradients in backward"] = functools.partial(
         _weighted, dtypes=(torch.float16, torch.float64), backend="native"
     )
+    for inplace in (False, True):
+        made["native adjusted" + (", in place" if inplace else "")] = functools.partial(_adjusted, inplace=inplace)
     # a warp, a block, clusters of 2 and of 4 a sample
     for size in (5, 2000, 20_000, 40_000):
         made[f"native latent: {size}"] = functools.partial(_latents, size=size, backend="native")
@@ -123,6 +125,27 @@ def _weighted(device: torch.device, *, dtypes: tuple[torch.dtype, ...], backend:
                 leaf * 1, logits(3, 603, 1).to(device), sample_weight=weight, inplace=inplace, backend=backend
             )
             out += [loss.detach(), *torch.autograd.grad(3 * loss, leaf)]
+    return out
+
+
+def _adjusted(device: torch.device, *, inplace: bool) -> list[Tensor]:
+    """Every divergence, and of each kind of adjustment one; statistics; in place also gradients made in backward."""
+    out: list[Tensor] = []
+    forms: list[dict[str, Any]] = [{"divergence": divergence} for divergence in DIVERGENCES]
+    forms += [{"decoupled": (1.0, 2.0)}, {"correct_teacher": 0.2}, {"skew": 0.1}, {"soft_weight": 0.0}]
+    bias, margin, target = logits(603, 1, 5)[:, 0].to(device), logits(603, 1, 6)[:, 0].to(device), targets(3, 603, 2)
+    for standardize in (False, True):
+        for dtype in (torch.float32, torch.float16, torch.float64):
+            for form in forms if dtype == torch.float32 else forms[:1]:
+                leaf = logits(3, 603, 0, dtype=dtype)
+                leaf[2, 9] = 30.0  # a peak
+                leaf, teacher = (x.to(device).requires_grad_() for x in (leaf, logits(3, 603, 1)))
+                given: Any = leaf * 1
+                loss, stats = tgt.distillation_loss(
+                    given, teacher, target.to(device), student_bias=bias, label_margin=margin, hard_weight=1.0,
+                    standardize=standardize, inplace=inplace, return_stats=True, backend="native", **form,
+                )  # fmt: skip
+                out += [loss.detach(), *torch.autograd.grad(2 * loss, (leaf, teacher)), *stats]
     return out
 
 

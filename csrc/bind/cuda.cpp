@@ -54,6 +54,8 @@ std::string device_problem() {
 void add_cuda(py::module_& m) {
   define(m, "cuda_distill_forward", &Device<&cuda::distill_forward, PlanTuple, uintptr_t>::call);
   define(m, "cuda_distill_backward", &Device<&cuda::distill_backward, uintptr_t>::call);
+  define(m, "cuda_distill_adjusted_forward", &Device<&cuda::distill_adjusted_forward, PlanTuple, uintptr_t>::call);
+  define(m, "cuda_distill_adjusted_backward", &Device<&cuda::distill_adjusted_backward, uintptr_t>::call);
   define(m, "cuda_distill_scale", &Device<&cuda::distill_scale, uintptr_t>::call);
   define(m, "cuda_topk_forward", &Device<&cuda::topk_forward, PlanTuple, uintptr_t>::call);
   define(m, "cuda_topk_backward", &Device<&cuda::topk_backward, uintptr_t>::call);

@@ -1,7 +1,7 @@
 // The ops on a device, for the binding. Pointers are to its memory; work goes to the stream, and nothing waits for it.
 #pragma once
 
-#include "../common/distill.h"
+#include "../common/adjust.h"
 #include "../common/latent.h"
 #include "../common/tokens.h"
 #include "../common/topk.h"
@@ -31,6 +31,8 @@ struct Plan {
 
 Failure distill_forward(const DistillCall& call, Plan plan, cudaStream_t stream);
 Failure distill_backward(const DistillCall& call, cudaStream_t stream);
+Failure distill_adjusted_forward(const AdjustedCall& call, Plan plan, cudaStream_t stream);
+Failure distill_adjusted_backward(const AdjustedCall& call, cudaStream_t stream);
 Failure distill_scale(const ScaleCall& call, cudaStream_t stream);
 
 Failure topk_forward(const TopKCall& call, Plan plan, cudaStream_t stream);

@@ -6,6 +6,8 @@
 
 namespace tgt::cuda {
 
+struct AdjustedDeviceCall;
+
 // Defined in launch_*.h, instantiated for every divergence in distill_*.cu.
 template <class D>
 cudaError_t launch_distill_fwd(const DeviceCall& d, Path path, int cluster, bool bulk, int64_t shared_bytes,
@@ -14,6 +16,8 @@ template <class Real, class D>
 cudaError_t launch_distill_fwd_stream(const DeviceCall& d, cudaStream_t stream);
 template <class Real, class D>
 cudaError_t launch_distill_bwd(DeviceCall d, cudaStream_t stream);
+template <class Real, class D>
+cudaError_t launch_distill_adjusted(const AdjustedDeviceCall& a, cudaStream_t stream);
 
 // Calls body(D{}) with the divergence of the options.
 template <class Body>

@@ -67,13 +67,16 @@ template <class D>
 TGT_DEVICE double units_of(const DeviceCall& d) {
   return in_units<D>() ? d.unit : 1;
 }
-inline double unit_for(const DistillOptions& options, int64_t classes) {
-  const double ts = options.temperature, tt = options.teacher_temperature, least = ts < tt ? ts : tt;
+TGT_HD double unit_for(double least_temperature, int64_t classes) {
+  constexpr double kLargest = 1.3292279957849159e36;  // 2^120
   double unit = 16;
   while (unit < 16 * static_cast<double>(classes)) unit *= 2;
-  for (double t = least; t < 1; t *= 2) unit *= 2;
-  constexpr double kLargest = 1.3292279957849159e36;  // 2^120
-  return unit < kLargest ? unit : kLargest;
+  for (double t = least_temperature; t < 1 && unit < kLargest; t *= 2) unit *= 2;
+  return unit;
+}
+inline double unit_for(const DistillOptions& options, int64_t classes) {
+  const double ts = options.temperature, tt = options.teacher_temperature;
+  return unit_for(ts < tt ? ts : tt, classes);
 }
 
 TGT_DEVICE float shrunk(float s, float shrunk_max) { return fused(s, float(kShrink), -shrunk_max); }

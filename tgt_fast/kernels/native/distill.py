@@ -38,8 +38,8 @@ def takes_shares(call: DistillCall) -> bool:
 
 
 def takes_adjustments(call: DistillCall) -> bool:
-    """True if a call's adjustments are among those that are made in the pass over the logits on a CPU."""
-    return cuda.engine(call.student) is None and adjusted.serves(call)
+    """True if a call's adjustments are made in the kernel's passes over the logits."""
+    return adjusted.serves(call) and (takes_shares(call) or not is_soft(call.target))
 
 
 def forward(call: DistillCall, out: Outputs, *, plan: tuple[int, int, bool] = AUTO_PLAN) -> None:
