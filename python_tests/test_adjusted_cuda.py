@@ -60,16 +60,16 @@ def sides(classes: int, dtype: torch.dtype, unaligned: bool = False) -> tuple[Te
     # Unaligned rows begin between multiples of 16 bytes.
     s, t = ((toys.normal(ROWS, classes + 1, seed=seed) * 3).to(dtype)[:, int(unaligned) :] for seed in (0, 1))
     s, t = (x[:, :classes] for x in (s, t))
-    if classes > 4:
+    if classes > 8:
         s[1, classes // 2 :] = t[1, classes // 2 :] = -INF
         s[2, 1], s[3, 4] = -INF, math.nan
-        s[4, 2], t[4, 2] = 30.0, 40.0
+        s[4, 8], t[4, 8] = 30.0, 40.0  # the first of its eight
         t[5] = s[5]
     return s, t
 
 
 def targets(classes: int) -> Tensor:
-    target = torch.tensor([classes - 1, 0, 3, 1, 2, -1])
+    target = torch.tensor([classes - 1, 0, 3, 1, 8, -1])
     return target.clamp_max(classes - 1)
 
 
@@ -103,13 +103,14 @@ def computed(
 
 
 def compare(mine: dict[str, Tensor], true: dict[str, Tensor], dtype: torch.dtype) -> None:
-    bars = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 6e-3, torch.float16: 1.5e-3}
+    """Losses of logits up to 57 times a temperature; gradients of 16 bits are rounded twice, the second time scaled."""
+    bars = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 8e-3, torch.float16: 1.5e-3}
     assert mine.keys() == true.keys()
     for name, expected in true.items():
-        exact = dtype == torch.float64
-        bar = bars[dtype] if name != "loss" or exact else bars[torch.float32]
+        of_loss = name == "loss"
+        bar = 5.7e-5 if of_loss and dtype != torch.float64 else bars[dtype]
+        floor = 1e-2 * (TEMPERATURE**2 if of_loss else TEMPERATURE)
         for row in range(len(expected)):
-            floor = 1e-2 * (TEMPERATURE**2 if name == "loss" else TEMPERATURE)
             numerics.assert_close(f"{name}[{row}]", mine[name][row].double(), expected[row], bar=bar, floor=floor)
 
 
@@ -261,9 +262,63 @@ def test_no_rows(backend: str) -> None:
     assert s.grad.shape == (0, 12)
 
 
+@pytest.mark.parametrize("form", ["forward_kl", "both parts", "the label's", "the others'", "corrected"])
+@pytest.mark.parametrize("soft_weight", [0.5, 0.0])
+def test_labels_far_ahead_alone_and_missing(backend: str, form: str, soft_weight: float) -> None:
+    """A label far ahead leaves the others' distribution as it is, and a margin may set it far behind."""
+    s, t = sides(13, torch.float32)
+    s, t = s[:4].clone(), t[:4].clone()
+    s[:] = t[::2].repeat(2, 1) * 0.5
+    s[0, 12], t[0, 12] = 300.0, 200.0
+    s[1, 1:] = t[1, 1:] = -INF  # both have the label alone
+    s[1, 0] = -200.0
+    s[2, 3] = -INF  # the student lacks it
+    s[3, 1], t[3, 1] = 300.0, -INF
+    margin = torch.zeros(13)
+    margin[12], margin[1] = 350.0, 300.5
+    options = {**FORMS[form], "soft_weight": soft_weight, "hard_weight": 0.7, "temperature": TEMPERATURE}
+    options |= {"label_margin": margin, "reduction": "none", "target": targets(13)[:4]}
+    up = torch.linspace(0.5, 2.0, 4)
+    mine = computed(s, t, up, backend=backend, **options)
+    true = computed(s.double(), t.double(), up.double(), backend="reference", **options)
+    compare(mine, true, torch.float32)
+
+
+@pytest.mark.parametrize("form", ["forward_kl", "symmetric", "jsd", "both parts", "corrected", "skewed"])
+@pytest.mark.parametrize("hard_weight", [0.0, 0.7])
+@pytest.mark.parametrize("standardize", [False, True])
+def test_a_peak_has_what_the_others_leave(backend: str, form: str, hard_weight: float, standardize: bool) -> None:
+    """Wherever it is among eight classes, with its label or beside it: no digits of its gradient are lost."""
+    s, t = (toys.normal(8, 24, seed=seed) * (0.01 if standardize else 1.0) for seed in (1, 2))
+    at = torch.arange(8)
+    s[at, 8 + at] += 20.0
+    t[at, 8 + at] += 17.0
+    temperature = 0.25 if standardize else 1.0
+    options = {**FORMS[form], "hard_weight": hard_weight, "standardize": standardize, "temperature": temperature}
+    options |= {"target": torch.where(at % 2 == 0, 8 + at, at), "reduction": "none"}
+    mine = computed(s, t, torch.ones(8), backend=backend, **options)
+    true = computed(s.double(), t.double(), torch.ones(8, dtype=torch.float64), backend="reference", **options)
+    for name in ("d_student", "d_teacher"):
+        peaks, expected = mine[name][at, 8 + at].double(), true[name][at, 8 + at]
+        torch.testing.assert_close(peaks, expected, rtol=3e-5, atol=2e-9, msg=name)  # of numbers near 1, 6e-8 is lost
+
+
+@pytest.mark.parametrize("form", ["skewed", "skewed the other way"])
+def test_near_sides_are_told_apart(backend: str, form: str) -> None:
+    """The rounding of the normalisers, which all classes share, is not in a small skewed divergence."""
+    s = toys.normal(ROWS, 6001, seed=1)
+    t = s + toys.normal(ROWS, 6001, seed=2) * 1e-2
+    made, true = (
+        tgt.distillation_loss(*pair, standardize=True, reduction="none", backend=where, **FORMS[form])
+        for pair, where in (((s, t), backend), ((s.double(), t.double()), "reference"))
+    )
+    assert true.max() < 1e-4
+    torch.testing.assert_close(made.double(), true, rtol=0, atol=1.5e-7)
+
+
 def test_small_temperatures_of_rows_stay_in_range(backend: str) -> None:
     """Differences of logits over a temperature leave the range of float32, and what is made of them does not."""
-    s, t = toys.normal(3, 5, seed=1) * 1e12, toys.normal(3, 5, seed=2) * 1e12
+    s, t = toys.normal(3, 5, seed=1) * 1e18, toys.normal(3, 5, seed=2) * 1e18
     ours, theirs = torch.tensor([1e-28, 1e-3, 1.0]), torch.tensor([1e-28, 1e-3, 2.0])
     for form in ("both parts", "skewed", "symmetric"):
         made, true = (
@@ -273,4 +328,4 @@ def test_small_temperatures_of_rows_stay_in_range(backend: str) -> None:
             )
             for pair, where in (((s, t), backend), ((s.double(), t.double()), "reference"))
         )  # fmt: skip
-        torch.testing.assert_close(made.double(), true, rtol=1e-4, atol=1e-12)
+        torch.testing.assert_close(made.double(), true, rtol=1e-4, atol=1e-40)
