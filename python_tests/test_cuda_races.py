@@ -7,9 +7,11 @@ Compiling the kernels so takes a minute of a core: they run once for each state 
 
 from __future__ import annotations
 
+import math
 import subprocess
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import emulated_gpu
 import pytest
@@ -17,6 +19,8 @@ import torch
 from cuda_calls import PLANS, Kernels, Plan
 from gpu_calls import every_kernel_once
 from numerics import logits, targets
+
+import tgt_fast as tgt
 
 CSRC = emulated_gpu.CSRC
 
@@ -57,6 +61,30 @@ def test_a_gradient_in_place_overwrites_nothing_that_is_yet_to_be_read(
             divergence=divergence, inplace=True, wanted=(True, False),
         )  # fmt: skip
         assert watched.races() == ""
+
+
+@of_races
+@pytest.mark.parametrize("classes", [17, 603])
+def test_nor_does_one_of_an_adjusted_loss(watched: ModuleType, classes: int) -> None:
+    """A label is read before all passes, and a peak's gradient written after the last."""
+    rows = min(classes, 20)
+    teacher = logits(rows, classes, 1)
+    target = torch.arange(rows) if rows == classes else targets(rows, classes, 2)
+    target[2] = -100
+    forms: list[dict[str, Any]] = [{"decoupled": (1.0, 2.0)}, {"correct_teacher": 0.2}, {"skew": 0.1}]
+    for form in forms:
+        for standardize in (False, True):
+            leaf = logits(rows, classes, 0)
+            leaf[0, 1] = math.nan
+            leaf[1, 5] = 30.0
+            leaf.requires_grad_()
+            with emulated_gpu.tensors_on_an_emulated_gpu(watched):
+                loss: Any = tgt.distillation_loss(
+                    leaf * 1, teacher, target, hard_weight=1.0, label_margin=torch.ones(classes), inplace=True,
+                    standardize=standardize, return_stats=True, backend="native", **form,
+                )[0]  # fmt: skip
+                loss.backward()
+            assert watched.races() == ""
 
 
 # A warp and a block a row: the last thread writes what all have read.
