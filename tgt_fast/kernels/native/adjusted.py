@@ -1,4 +1,4 @@
-"""The adjustments of a loss as the compiled core's CPU kernel takes them, in its pass over the logits."""
+"""The adjustments of a loss as the compiled core's kernels take them, in their passes over the logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LEAST_SHARE: Final = 1e-6  # of a decoupled divergence's second weight in the f
 
 
 def serves(call: DistillCall) -> bool:
-    """True if a call's adjustments are among those that the kernel takes."""
+    """True if a call's adjustments are among those that the kernels take."""
     adjust = call.adjust
     if adjust is None or not isinstance(call.teacher, Tensor):
         return False
