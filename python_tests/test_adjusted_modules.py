@@ -44,6 +44,25 @@ def test_from_hidden_states(backend: str, number: int) -> None:
     assert "label_margin" not in module.state_dict()
 
 
+@pytest.mark.once("torch.compile")
+@pytest.mark.parametrize("number", range(len(LINEAR)))
+def test_from_hidden_states_when_compiled(native: str, number: int) -> None:
+    options: dict[str, Any] = {**LINEAR[number], "memory_budget": 900, "backend": native}
+    hidden, weight = toys.normal(ROWS, 5, seed=10).requires_grad_(), toys.normal(CLASSES, 5, seed=11).requires_grad_()
+    theirs, head = toys.normal(ROWS, 6, seed=12).requires_grad_(), toys.normal(CLASSES, 6, seed=13)
+
+    def step() -> Any:
+        return tgt.linear_distillation_loss(hidden, weight, theirs, head, TARGET, sample_weight=WEIGHT, **options)
+
+    eager, loss = step(), torch.compile(step, backend="aot_eager", fullgraph=True)()
+    up = torch.linspace(0.5, 2.0, eager.numel()).reshape(eager.shape)
+    for found, expected in zip(
+        (loss, *torch.autograd.grad(loss, (hidden, weight, theirs), up)),
+        (eager, *torch.autograd.grad(eager, (hidden, weight, theirs), up)), strict=True,
+    ):  # fmt: skip
+        assert torch.equal(found, expected)
+
+
 def test_the_module_and_its_soft_term() -> None:
     s, t = pair()
     module = tgt.DistillationLoss(**ALL, teacher_bias=OTHER_BIAS)

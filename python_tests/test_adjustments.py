@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import tgt_fast as tgt
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.kernels import composed
+from tgt_fast.kernels.reference import distill as reference_distill
 from tgt_fast.ops import distill as distill_op
 
 ROWS, CLASSES = 7, 33
@@ -333,23 +334,45 @@ def test_second_derivatives_of_the_reference() -> None:
         assert torch.autograd.gradgradcheck(loss, (s, t), fast_mode=True)
 
 
-def test_compiled_and_under_autocast() -> None:
+@pytest.mark.once("torch.compile")
+@pytest.mark.parametrize("form", [{"decoupled": (1.0, 2.0)}, {"skew": 0.2}, {"correct_teacher": 0.3}], ids=str)
+def test_compiled_and_under_autocast(native: str, monkeypatch: pytest.MonkeyPatch, form: dict[str, Any]) -> None:
+    """The kernel runs there, too: the formula is not asked, and float64 is not seen."""
     s, t = pair()
     s.requires_grad_()
-    options = {"decoupled": (1.0, 2.0), "student_bias": BIAS, "temperature": T_ROWS}
+    t.requires_grad_()
+    options = {
+        **form, "student_bias": BIAS, "label_margin": MARGIN, "temperature": T_ROWS, "standardize": True,
+        "hard_weight": 0.5, "backend": native,
+    }  # fmt: skip
     eager = tgt.distillation_loss(s, t, TARGET, **options)
-    (expected,) = torch.autograd.grad(eager, s)
+    expected = torch.autograd.grad(eager, (s, t))
+    monkeypatch.setattr(reference_distill, "distillation_loss", None)
 
-    @torch.compile(backend="eager", fullgraph=True)
+    @torch.compile(backend="aot_eager", fullgraph=True)
     def step(s: Tensor, t: Tensor) -> Tensor:
         return tgt.distillation_loss(s, t, TARGET, **options)
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = step(s, t)
         again = tgt.distillation_loss(s, t, TARGET, **options)
-    torch.testing.assert_close(loss, eager)
-    torch.testing.assert_close(again, eager)
-    torch.testing.assert_close(torch.autograd.grad(loss, s)[0], expected)
+    made = torch.autograd.grad(loss, (s, t))
+    for found, its in zip((loss, again, *made), (eager, eager, *expected), strict=True):
+        assert torch.equal(found, its)
+
+
+@pytest.mark.once("torch.compile")
+def test_late_numbers_keep_the_labels() -> None:
+    """A weight of 0 of the hard term, which a compiled program learns when it runs, leaves the labels to the others."""
+    s, t = pair()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(s: Tensor, t: Tensor, weight: Tensor) -> Tensor:
+        return tgt.distillation_loss(s, t, TARGET, hard_weight=weight, decoupled=(1.0, 3.0))
+
+    for weight in (0.0, 0.7):
+        plain = tgt.distillation_loss(s, t, TARGET, hard_weight=weight, decoupled=(1.0, 3.0))
+        torch.testing.assert_close(step(s, t, torch.tensor(weight)), plain)
 
 
 @pytest.mark.parametrize(

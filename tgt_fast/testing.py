@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tgt_fast.kernels import select
+from tgt_fast.kernels.adjust import Adjustments
 from tgt_fast.kernels.calls import DistillCall
 from tgt_fast.kernels.options import (
     DIFFERENTIABLE,
@@ -107,13 +108,13 @@ def _distill(make: _Maker, backend: str) -> Iterator[Sample]:
     def call(
         count: int, options: DistillOptions, *, grads: tuple[bool, ...] = (True, False), layout: str = "dense",
         dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32), weighted: bool = False,
-        divisor: Tensor | float | None = None,
+        divisor: Tensor | float | None = None, adjust: Adjustments | None = None,
     ) -> tuple[Any, ...]:  # fmt: skip
         student, teacher = (make.normal(count, classes, dtype=dtype, layout=layout) for dtype in dtypes)
         target = make.integers(classes, count) if options.hard_weight > 0 else None
         weight = make.uniform(count) if weighted else None
         student, teacher = (x.requires_grad_(g) for x, g in zip((student, teacher), grads, strict=True))
-        return distill.packed_call(DistillCall(options, student, teacher, target, weight, divisor))
+        return distill.packed_call(DistillCall(options, student, teacher, target, weight, divisor, adjust=adjust))
 
     plain, both = DistillOptions(), DistillOptions(hard_weight=0.5, label_smoothing=0.1)
     for count, grads, options in itertools.product(
@@ -135,9 +136,19 @@ def _distill(make: _Maker, backend: str) -> Iterator[Sample]:
         yield distill.distillation_loss, (*call(5, plain, divisor=divisor), False, backend), {}
     for wanted in itertools.product((False, True), repeat=2):
         yield from _passes(make, call(5, both, grads=(False, False)), backend, wanted)
+    for adjust in _adjustments(make, 5, classes):
+        yield distill.distillation_loss, (*call(5, both, grads=(True, True), adjust=adjust), True, backend), {}
+        yield from _passes(make, call(5, both, grads=(False, False), adjust=adjust), backend, (True, True))
     yield distill.distillation_loss, (*call(5, _late(both), grads=(True, True)), True, backend), {}
     for factor in (make.uniform(5), make.uniform(1).reshape(())):
         yield distill.distill_scale_, (make.normal(5, classes), factor, backend), {}
+
+
+def _adjustments(make: _Maker, count: int, classes: int) -> Iterator[Adjustments]:
+    biases = make.normal(classes), make.normal(classes), make.normal(classes)
+    yield Adjustments(True, (1.0, 2.0), 0.0, None, *biases, make.uniform(count) + 0.5, make.uniform(count) + 0.5)
+    yield Adjustments(skew=0.2)
+    yield Adjustments(correct_teacher=0.2, label_margin=biases[2])
 
 
 def _passes(make: _Maker, call: tuple[Any, ...], backend: str, wanted: tuple[bool, ...]) -> Iterator[Sample]:
@@ -232,9 +243,9 @@ def _linear(make: _Maker, backend: str, tails: tuple[str, ...]) -> Iterator[Samp
 
     def call(
         t: LinearTensors, heads: LinearOptions = padded, options: DistillOptions = both, stats: bool = False,
-        divisor: tuple[Tensor | None, float | None] = (None, None),
+        divisor: tuple[Tensor | None, float | None] = (None, None), adjust: Adjustments = Adjustments(),  # noqa: B008
     ) -> Sample:  # fmt: skip
-        args = (*t, *divisor, *heads, *options, stats, backend)
+        args = (*t, *divisor, *heads, *options, *adjust, stats, backend)
         return linear.linear_distillation_loss, args, {}
 
     some = [tuple(i in wanted for i in range(DIFFERENTIABLE)) for wanted in ((), (0,), (3,), (0, 1), (1, 2, 4, 5))]
@@ -272,11 +283,13 @@ def _linear(make: _Maker, backend: str, tails: tuple[str, ...]) -> Iterator[Samp
         yield call(queries, both_scaled, DistillOptions(hard_weight=1.0, reduction=reduction), stats=True)
     for divisor in ((make.uniform(1).reshape(()), None), (None, 7.0)):
         yield call(tensors(4), divisor=divisor)
+    for adjust in _adjustments(make, 4, student_classes - 1):  # of those that are shared
+        yield call(tensors(4), adjust=adjust._replace(student_bias=None, teacher_bias=None), stats=True)
     scales = torch.tensor([20.0, 10.0], dtype=torch.float64)
     yield call(tensors(4), LinearOptions(memory_budget=1, scales=scales), _late(both))
     for wanted in [*some, (True,) * DIFFERENTIABLE]:
         t = tensors(4, grads=(False,) * DIFFERENTIABLE)
-        options = (*padded, *both)
+        options = (*padded, *both, *Adjustments())
         yield linear.linear_distill_forward, (*t, None, None, *options, False, backend, *wanted), {}
         yield linear.linear_distill_backward, (*t, None, 5.0, *options, make.uniform(4), backend, *wanted), {}
 

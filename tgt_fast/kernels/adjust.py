@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -27,6 +27,15 @@ class Adjustments(NamedTuple):
         return self._replace(
             student_temperature=self.student_temperature[at], teacher_temperature=self.teacher_temperature[at]
         )
+
+    @classmethod
+    def of_arguments(cls, *fields: Any) -> Adjustments | None:
+        """From the arguments of a schema, where a pair is a list; None: nothing is asked for."""
+        made = cls(*fields)
+        if made.decoupled is not None:
+            own, others = made.decoupled
+            made = made._replace(decoupled=(own, others))
+        return None if made == cls() else made
 
     @property
     def by_label(self) -> bool:

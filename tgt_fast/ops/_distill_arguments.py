@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, DTypeError, ShapeError
 from tgt_fast.kernels import late
+from tgt_fast.kernels.adjust import Adjustments
 from tgt_fast.kernels.calls import DistillCall, is_soft
 from tgt_fast.kernels.late import is_on, shown
 from tgt_fast.kernels.options import DIVERGENCES, REDUCTIONS, TEMPERATURES, DistillOptions, TopK
@@ -318,12 +319,13 @@ def packed(options: DistillOptions) -> DistillOptions:
 
 def settled(
     op: str, options: DistillOptions, classes: int, target: Tensor | None, sample_weight: Tensor | None = None, *,
-    looked_at: bool = False,
+    looked_at: bool = False, adjust: Adjustments | None = None,
 ) -> tuple[DistillOptions, Tensor | None]:  # fmt: skip
     """The options with their numbers, where the op runs, and the target as they want it.
 
     Args:
         looked_at: whether the target's values have been checked before.
+        adjust: what may need the labels though the hard term's weight is 0.
 
     Raises:
         ArgumentError: a late number out of its range.
@@ -334,7 +336,7 @@ def settled(
     options = make_options(
         o.divergence, *late.unpacked(_numbers(o), o.numbers), o.ignore_index, o.unlabeled_index, o.reduction, op
     )
-    if target is not None and options.hard_weight == 0:
+    if target is not None and options.hard_weight == 0 and (adjust is None or not adjust.by_label):
         if looked_at:
             target, options = mask_of(target, options)
         else:

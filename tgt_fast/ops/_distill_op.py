@@ -20,9 +20,12 @@ from tgt_fast.ops.library import or_nothing
 # Of a call: a record's log-probabilities stand in the teacher's place. A divisor is a tensor or a number.
 CALL: Final = (
     "Tensor student, Tensor teacher, Tensor? target, Tensor? sample_weight, Tensor? topk_ids, Tensor? tail_log_prob, "
-    f"str? tail_mode, {library.DIVISOR}, {library.schema_of(DistillOptions)}"
+    f"str? tail_mode, {library.DIVISOR}, {library.schema_of(DistillOptions)}, "
+    f"{library.schema_of(Adjustments, 'adjust_')}"
 )
-_COUNT: Final = 9 + len(DistillOptions._fields)
+_OPTIONS: Final = 9  # where they begin
+_ADJUST: Final = _OPTIONS + len(DistillOptions._fields)
+_COUNT: Final = _ADJUST + len(Adjustments._fields)
 
 
 def dense_rows(logits: Tensor) -> Tensor:
@@ -149,7 +152,8 @@ def packed_call(call: DistillCall) -> tuple[Any, ...]:
         ids, teacher, *rest = teacher
         topk = (ids, *rest)
     return (
-        call.student, teacher, call.target, call.sample_weight, *topk, *library.split(call.divisor), *call.options
+        call.student, teacher, call.target, call.sample_weight, *topk, *library.split(call.divisor), *call.options,
+        *(Adjustments() if call.adjust is None else call.adjust),
     )  # fmt: skip
 
 
@@ -158,16 +162,18 @@ def unpacked(arguments: tuple[Any, ...]) -> tuple[DistillCall, tuple[Any, ...]]:
     student, teacher, target, weight, ids, tail, tail_mode, divisor, number = arguments[:9]
     if ids is not None:
         teacher = TopK(ids, teacher, tail, tail_mode)
-    options = DistillOptions(*arguments[9:_COUNT])
+    options = DistillOptions(*arguments[_OPTIONS:_ADJUST])
+    adjust = Adjustments.of_arguments(*arguments[_ADJUST:_COUNT])
     divisor = number if divisor is None else divisor
-    return DistillCall(options, student, teacher, target, weight, divisor), arguments[_COUNT:]
+    return DistillCall(options, student, teacher, target, weight, divisor, adjust=adjust), arguments[_COUNT:]
 
 
 def ready(call: DistillCall, backend: str, *, looked_at: bool = False) -> tuple[DistillCall, str]:
     """A call with all its numbers and dense rows, and the backend that runs it; ``looked_at``: backward's."""
     options, target = settled(
-        OP, call.options, call.student.shape[1], call.target, call.sample_weight, looked_at=looked_at
-    )
+        OP, call.options, call.student.shape[1], call.target, call.sample_weight, looked_at=looked_at,
+        adjust=call.adjust,
+    )  # fmt: skip
     student, teacher = dense_rows(call.student), call.teacher
     if isinstance(teacher, Tensor):
         teacher = dense_rows(teacher)
@@ -183,7 +189,7 @@ def form_of(teacher: Any) -> str:
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     call, (want_stats, backend, *wanted) = unpacked(arguments)
     call, chosen = ready(call._replace(want_stats=want_stats), backend)
-    check_values(call, chosen)
+    check_values(call, chosen if call.adjust is None else "reference")
     return returned(call, Direct(select.kernel(form_of(call.teacher), chosen)).forward(_wanting(call, wanted)))
 
 
@@ -244,7 +250,7 @@ def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _loss_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
     call, (want_stats, backend) = unpacked(arguments)
-    loss, stats = with_graph(Dispatched(backend), *call[:6], want_stats)
+    loss, stats = with_graph(Dispatched(backend), *call[:6], want_stats, adjust=call.adjust)
     return loss, or_nothing(stats, loss.detach())
 
 

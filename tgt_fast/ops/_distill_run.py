@@ -42,11 +42,7 @@ def run(
         if record is None:
             teacher = teacher.reshape(-1, classes)
         divisor = beside(divisor, student_logits)
-        if adjust is not None:  # a tracer sees what the formula is made of
-            return reference_distill.distillation_loss(
-                student, teacher, target, sample_weight, divisor, options, want_stats, adjust
-            )
-        call = DistillCall(packed(options), student, teacher, target, sample_weight, divisor)
+        call = DistillCall(packed(options), student, teacher, target, sample_weight, divisor, adjust=adjust)
         loss, rows = _distill_op.distillation_loss(*packed_call(call), want_stats, backend)
         return loss, DistillStats.from_rows(rows) if want_stats else stats
     student = dense_rows(student_logits)

@@ -25,7 +25,7 @@ _HEADS: Final = (1, 2, 4, 5)  # weights and biases: their gradients are sums ove
 _WANTED: Final = ", ".join(f"bool want_d_{name}" for name in LinearTensors._fields[:DIFFERENTIABLE])
 CALL: Final = (
     f"{library.schema_of(LinearTensors)}, {library.DIVISOR}, {library.schema_of(LinearOptions)}, "
-    f"{library.schema_of(DistillOptions)}"
+    f"{library.schema_of(DistillOptions)}, {library.schema_of(Adjustments, 'adjust_')}"
 )
 
 
@@ -147,13 +147,14 @@ def packed_heads(heads: LinearOptions) -> LinearOptions:
 
 
 def packed_call(
-    t: LinearTensors, divisor: float | Tensor | None, heads: LinearOptions, options: DistillOptions
-) -> tuple[Any, ...]:
+    t: LinearTensors, divisor: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
+    adjust: Adjustments | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
     """A call's inputs in the order of the schemas."""
-    return (*t, *library.split(divisor), *heads, *options)
+    return (*t, *library.split(divisor), *heads, *options, *(Adjustments() if adjust is None else adjust))
 
 
-_Inputs = tuple[LinearTensors, "float | Tensor | None", LinearOptions, DistillOptions]
+_Inputs = tuple[LinearTensors, "float | Tensor | None", LinearOptions, DistillOptions, "Adjustments | None"]
 
 
 def unpacked(arguments: tuple[Any, ...]) -> tuple[_Inputs, list[Any]]:
@@ -165,34 +166,38 @@ def unpacked(arguments: tuple[Any, ...]) -> tuple[_Inputs, list[Any]]:
 
     t, divisor, number = taken(LinearTensors), next(values), next(values)
     heads, options = taken(LinearOptions), taken(DistillOptions)
-    return (t, number if divisor is None else divisor, heads, options), list(values)
+    adjust = Adjustments.of_arguments(*taken(Adjustments))
+    return (t, number if divisor is None else divisor, heads, options, adjust), list(values)
 
 
 def settled_inputs(inputs: _Inputs, *, looked_at: bool = False) -> _Inputs:
     """With all numbers, where the op runs."""
-    t, divisor, heads, options = inputs
+    t, divisor, heads, options, adjust = inputs
     if heads.scales is not None:
         student, teacher = (
             _checks.number(OP, name, value, 0, LARGE, open_low=True)
             for name, value in zip(("student_scale", "teacher_scale"), heads.scales.tolist(), strict=True)
         )
         heads = heads._replace(student_scale=student, teacher_scale=teacher, scales=None)
-    options, target = settled(OP, options, t.student_weight.shape[0], t.target, t.sample_weight, looked_at=looked_at)
-    return t._replace(target=target), divisor, heads, options
+    options, target = settled(
+        OP, options, t.student_weight.shape[0], t.target, t.sample_weight, looked_at=looked_at, adjust=adjust
+    )
+    return t._replace(target=target), divisor, heads, options, adjust
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, (want_stats, backend, *wanted) = unpacked(arguments)
-    t, divisor, heads, options = settled_inputs(inputs)
+    t, divisor, heads, options, adjust = settled_inputs(inputs)
     check_values(t, heads, options)
     out = Direct(chosen(backend, t), t).forward(
-        t, divisor, heads, options, wanted=tuple(wanted) or (False,) * DIFFERENTIABLE, want_stats=want_stats
-    )
+        t, divisor, heads, options, wanted=tuple(wanted) or (False,) * DIFFERENTIABLE, want_stats=want_stats,
+        adjust=adjust,
+    )  # fmt: skip
     return (out.loss, or_nothing(out.stats, out.loss), *_filled(t, out.grads))
 
 
 def forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    (t, _, _, options), (want_stats, _, *wanted) = unpacked(arguments)
+    (t, _, _, options, _), (want_stats, _, *wanted) = unpacked(arguments)
     rows = t.student_hidden.shape[0]
     loss = t.student_hidden.new_empty(rows if options.reduction == "none" else (), dtype=result_dtype(t))
     return (
@@ -204,8 +209,10 @@ def forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, (d_loss, backend, *wanted) = unpacked(arguments)
-    t, divisor, heads, options = settled_inputs(inputs, looked_at=True)
-    grads = Direct(chosen(backend, t), t).backward(t, divisor, d_loss, heads, options, wanted=tuple(wanted))
+    t, divisor, heads, options, adjust = settled_inputs(inputs, looked_at=True)
+    grads = Direct(chosen(backend, t), t).backward(
+        t, divisor, d_loss, heads, options, wanted=tuple(wanted), adjust=adjust
+    )
     return _filled(t, grads)
 
 
@@ -237,8 +244,8 @@ def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _loss_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
-    (t, divisor, heads, options), (want_stats, backend) = unpacked(arguments)
-    call = Call(heads, options, _Dispatched(backend), want_stats)
+    (t, divisor, heads, options, adjust), (want_stats, backend) = unpacked(arguments)
+    call = Call(heads, options, _Dispatched(backend), want_stats, adjust)
     loss, stats = library.apply(Linear, divisor, call, *t)
     return loss, or_nothing(stats, loss.detach())
 
@@ -249,18 +256,20 @@ class _Dispatched:
     def __init__(self, backend: str) -> None:
         self.backend = backend
 
-    def forward(self, *inputs: Any, wanted: tuple[bool, ...], want_stats: bool) -> LinearForward:
-        loss, stats, *grads = library.dispatched(
-            linear_distill_forward, *packed_call(*inputs), want_stats, self.backend, *wanted
-        )
+    def forward(
+        self, t: LinearTensors, divisor: float | Tensor | None, heads: LinearOptions, options: DistillOptions, *,
+        wanted: tuple[bool, ...], want_stats: bool, adjust: Adjustments | None = None,
+    ) -> LinearForward:  # fmt: skip
+        inputs = packed_call(t, divisor, heads, options, adjust)
+        loss, stats, *grads = library.dispatched(linear_distill_forward, *inputs, want_stats, self.backend, *wanted)
         made = tuple(grad if w else None for grad, w in zip(grads, wanted, strict=True))
         return LinearForward(loss, made, stats if want_stats else None)
 
     def backward(
         self, t: LinearTensors, divisor: float | Tensor | None, d_loss: Tensor, heads: LinearOptions,
-        options: DistillOptions, *, wanted: tuple[bool, ...],
+        options: DistillOptions, *, wanted: tuple[bool, ...], adjust: Adjustments | None = None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        inputs = packed_call(t, divisor, heads, options)
+        inputs = packed_call(t, divisor, heads, options, adjust)
         grads = library.dispatched(linear_distill_backward, *inputs, d_loss, self.backend, *wanted)
         return tuple(grad if w else None for grad, w in zip(grads, wanted, strict=True))
 

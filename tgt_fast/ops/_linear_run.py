@@ -25,11 +25,11 @@ def run_reference(
 
 def run_dispatched(
     tensors: LinearTensors, divisor: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
-    want_stats: bool, backend: str,
+    want_stats: bool, backend: str, adjust: Adjustments | None = None,
 ) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
     """The dispatcher path to the driver."""
     divisor = beside(divisor, tensors.student_hidden)
-    inputs = packed_call(tensors, divisor, packed_heads(heads), packed(options))
+    inputs = packed_call(tensors, divisor, packed_heads(heads), packed(options), adjust)
     loss, rows = _linear_op.linear_distillation_loss(*inputs, want_stats, backend)
     return loss, DistillStats.from_rows(rows) if want_stats else None
 

@@ -8,7 +8,7 @@ dispatch and function modes. Both paths give the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Final, get_args, get_type_hints
+from typing import Any, Final, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -58,14 +58,14 @@ def split(value: float | Tensor | None, number: float | None = None) -> tuple[Te
     return (value, number) if isinstance(value, Tensor) else (None, value)
 
 
-def schema_of(fields: type) -> str:
-    """The fields of a NamedTuple as arguments of a schema, so that ``*call`` passes them."""
-    kinds = {str: "str", float: "float", int: "int", bool: "bool", Tensor: "Tensor"}
+def schema_of(fields: type, prefix: str = "") -> str:
+    """The fields of a NamedTuple as arguments of a schema, so that ``*call`` passes them; a tuple holds floats."""
+    kinds = {str: "str", float: "float", int: "int", bool: "bool", Tensor: "Tensor", tuple: "float[]"}
     arguments = []
     for name, hint in get_type_hints(fields).items():
-        options = get_args(hint) or (hint,)
+        options = [get_origin(option) or option for option in get_args(hint) or (hint,)]
         kind = kinds[next(option for option in options if option in kinds)]
-        arguments.append(f"{kind}{'?' if type(None) in options else ''} {name}")
+        arguments.append(f"{kind}{'?' if type(None) in options else ''} {prefix}{name}")
     return ", ".join(arguments)
 
 

@@ -373,8 +373,7 @@ def linear_distillation_loss(
             OP, count_group, normalizer, tensors.student_hidden, named, tensors.sample_weight, shared.classes, options
         )
     if backend != "reference" and seen_by_dispatcher(*tensors):
-        refuse(OP, adjust, "inside torch.compile; call it in what torch.compiler.disable leaves out")
-        loss, stats = run_dispatched(tensors, divisor, heads, options, return_stats, backend)
+        loss, stats = run_dispatched(tensors, divisor, heads, options, return_stats, backend, adjust)
     else:
         check_values(tensors, heads, options)
         entries = topk_of(tensors, heads)

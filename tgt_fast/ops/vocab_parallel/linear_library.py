@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tgt_fast.kernels import linear_chunks, select
+from tgt_fast.kernels.adjust import Adjustments
 from tgt_fast.kernels.calls import DistillCall
 from tgt_fast.kernels.options import DIFFERENTIABLE, DistillOptions, LinearForward, LinearOptions, LinearTensors
 from tgt_fast.ops import library
@@ -116,7 +117,7 @@ def _parted(arguments: tuple[Any, ...]) -> tuple[Any, bool, str, Shards]:
 
 def _loss(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs, want_stats, backend, shards = _parted(arguments)
-    t, divisor, heads, options = settled_inputs(inputs, looked_at=True)
+    t, divisor, heads, options, _ = settled_inputs(inputs, looked_at=True)
     out = Driver.of(backend, t, shards).forward(t, divisor, heads, options, want_stats=want_stats)
     return out.loss, or_nothing(out.stats, out.loss)
 
@@ -128,14 +129,14 @@ def _loss_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _loss_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
-    (t, divisor, heads, options), want_stats, backend, shards = _parted(arguments)
+    (t, divisor, heads, options, _), want_stats, backend, shards = _parted(arguments)
     steps = rows_library.Dispatched(backend)
     call = Call(heads, options, Driver((steps, steps), shards, steps), want_stats)
     loss, stats = library.apply(Linear, divisor, call, *t)
     return loss, or_nothing(stats, loss.detach())
 
 
-_INPUTS = len(LinearTensors._fields) + 2 + len(LinearOptions._fields) + len(DistillOptions._fields)
+_INPUTS = sum(len(kind._fields) for kind in (LinearTensors, LinearOptions, DistillOptions, Adjustments)) + 2
 vocab_linear_distillation_loss = library.define(
     f"vocab_linear_distillation_loss({CALL}, bool want_stats, str backend, {rows_library.SHARDS}) -> (Tensor, Tensor)",
     _loss,
