@@ -10,7 +10,6 @@ import torch
 import toys
 
 import tgt_fast as tgt
-from tgt_fast.errors import ArgumentError
 
 
 def test_by_hand() -> None:
@@ -53,12 +52,43 @@ def test_rows(dtype: torch.dtype) -> None:
     assert (stats.overlap <= stats.teacher_mass + 1e-6).sum() == 9
 
 
-def test_what_has_none() -> None:
-    record = tgt.topk_teacher(torch.zeros(2, 8), 3)
-    with pytest.raises(ArgumentError, match="return_stats=True needs the teacher's logits"):
-        tgt.linear_distillation_loss(
-            torch.zeros(2, 3), torch.zeros(8, 3), teacher_logits=record, temperature=1.0, return_stats=True
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_from_hidden_states(tail: str, backend: str) -> None:
+    """In chunks, of a smaller vocabulary than the record's, and inside a compiler: as from the logits."""
+    hidden, weight, t = (
+        toys.normal(rows, width, seed=seed) for seed, (rows, width) in enumerate([(7, 5), (9, 5), (7, 9)])
+    )
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    y = torch.tensor([1, -100, 3, -1, 0, 2, 4])
+    record = tgt.topk_teacher(t[:, :8] if tail == "renormalize" else t, 4, 2.0, tail=tail)
+    size: dict[str, Any] = {"vocab_size": 8} if tail == "renormalize" else {}
+    options: dict[str, Any] = {"temperature": 2.0, "hard_weight": 0.5, "return_stats": True, "backend": backend}
+    s = hidden @ weight.T
+    _, expected = tgt.distillation_loss(s[:, :8] if size else s, record, y, **options)
+
+    def step(**changed: Any) -> Any:
+        return tgt.linear_distillation_loss(
+            hidden, weight, None, None, y, teacher_logits=record, memory_budget=400, **{**size, **options, **changed}
         )
+
+    made, plain = step(), step(return_stats=False)
+    assert torch.equal(made[0], plain)
+    made[0].backward()
+    results = [made]
+    if backend == "native":
+        results.append(torch.compile(step, backend="aot_eager", fullgraph=True)())
+        module = tgt.LinearDistillationLoss(memory_budget=400, **size, **options)
+        results.append(module(hidden, weight, None, None, y, teacher_logits=record))
+    for _, stats in results:
+        assert isinstance(stats, tgt.RecordStats)
+        for found, its in zip(stats, expected, strict=True):
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, its)
+
+
+def test_what_has_none() -> None:
     empty = tgt.topk_teacher(torch.zeros(0, 8), 3)
     _, stats = tgt.distillation_loss(torch.zeros(0, 8), empty, return_stats=True)
     assert all(value.shape == (0,) for value in stats)

@@ -343,7 +343,8 @@ def test_an_op_under_vmap_or_forward_mode_is_an_error_not_a_crash() -> None:
 
 
 def test_functional_gradients_reach_through_the_op() -> None:
-    at = [argument.name for argument in torch.ops.tgt_fast.distillation_loss.default._schema.arguments].index("reduction")
+    arguments = torch.ops.tgt_fast.distillation_loss.default._schema.arguments
+    at = [argument.name for argument in arguments].index("reduction")
     op, args, _ = next(
         sample for sample in SAMPLES if _name(sample) == "distillation_loss" and sample[1][0].requires_grad
         and sample[1][0].numel() and sample[1][at] == "mean"

@@ -28,6 +28,7 @@ from tgt_fast.kernels.options import (
     TopK,
 )
 from tgt_fast.kernels.plain import PLAIN
+from tgt_fast.kernels.record_stats import record_stats
 from tgt_fast.kernels.vocabulary import Vocabulary
 
 CPU_BUDGET: Final = 64 << 20  # bytes
@@ -74,20 +75,23 @@ def forward(
         chunked.set_row_scale(coefficient if upstream is None else coefficient * upstream[:, 0], options)
     parts: list[Outputs] = []
     for chunk in chunked.chunks(widest):
-        made = kernel.forward(
-            DistillCall(
-                options, chunk.student, chunk.teacher, None if target is None else target[chunk.at],
-                None if weight is None else weight[chunk.at], divisor, *chunked.wanted_logits, want_stats=want_stats,
-                inplace=chunked.inplace, adjust=None if adjust is None else adjust.of_rows(chunk.at),
-            )
+        call = DistillCall(
+            options, chunk.student, chunk.teacher, None if target is None else target[chunk.at],
+            None if weight is None else weight[chunk.at], divisor, *chunked.wanted_logits, want_stats=want_stats,
+            inplace=chunked.inplace, adjust=None if adjust is None else adjust.of_rows(chunk.at),
         )  # fmt: skip
+        stats = None
+        if want_stats and isinstance(chunk.teacher, TopK):  # before the logits are overwritten in place
+            stats = record_stats(chunk.student, chunk.teacher, *call[3:6], options, chunked.dtype)
+            call = call._replace(want_stats=False)
+        made = kernel.forward(call)
         for grad in (made.d_student, made.d_teacher):
             if grad is not None and upstream is not None:
                 grad.mul_(upstream[chunk.at])
         chunked.accumulate_grad(chunk, made.d_student, made.d_teacher)
         if together is not None:
             together(chunked.hidden_grads(chunk.at))
-        parts.append(Outputs(made.loss, made.stats))
+        parts.append(Outputs(made.loss, made.stats if stats is None else stats))
     losses = [part.loss for part in parts]
     loss = torch.cat(losses) if options.reduction == "none" else torch.stack(losses).sum(dtype=torch.float64)
     stats = torch.cat([part.stats for part in parts if part.stats is not None], dim=1) if want_stats else None

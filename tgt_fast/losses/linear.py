@@ -12,6 +12,7 @@ from tgt_fast.losses.settings import Adjusted, setting
 from tgt_fast.ops._linear_arguments import OP, make_heads
 from tgt_fast.ops.counts import counting_group
 from tgt_fast.ops.linear import linear_distillation_loss
+from tgt_fast.ops.record_stats import RecordStats
 from tgt_fast.ops.topk import TeacherTopK
 
 # The fields of LinearOptions that are options; a record brings the others along.
@@ -137,7 +138,7 @@ class LinearDistillationLoss(Adjusted, nn.Module):
         teacher_logits: Tensor | TeacherTopK | None = None,  # [..., Ct]
         sample_weight: Tensor | None = None,  # [...]
         normalizer: float | Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, DistillStats]:
+    ) -> Tensor | tuple[Tensor, DistillStats | RecordStats]:
         """The soft term and, with a ``hard_weight``, the hard term; the target is needed exactly then."""
         return self._call(
             student_hidden, student_weight, teacher_hidden, teacher_weight, target, student_bias=student_bias,
@@ -157,7 +158,7 @@ class LinearDistillationLoss(Adjusted, nn.Module):
         teacher_logits: Tensor | TeacherTopK | None = None,  # [..., Ct]
         sample_weight: Tensor | None = None,  # [...]
         normalizer: float | Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, DistillStats]:
+    ) -> Tensor | tuple[Tensor, DistillStats | RecordStats]:
         """The same loss without the hard term: what a synthetic example, which has no label, is trained with."""
         return self._call(
             student_hidden, student_weight, teacher_hidden, teacher_weight, None, student_bias=student_bias,
@@ -165,10 +166,10 @@ class LinearDistillationLoss(Adjusted, nn.Module):
             normalizer=normalizer, **{**self._settings, **SOFT_ALONE},
         )  # fmt: skip
 
-    def _call(self, *tensors: Tensor | None, **keywords: Any) -> Tensor | tuple[Tensor, DistillStats]:
+    def _call(self, *tensors: Tensor | None, **keywords: Any) -> Tensor | tuple[Tensor, DistillStats | RecordStats]:
         if len(tensors) > 4 and tensors[4] is not None:
             keywords["label_margin"] = self.label_margin
-        made: Tensor | tuple[Tensor, DistillStats] = linear_distillation_loss(
+        made: Tensor | tuple[Tensor, DistillStats | RecordStats] = linear_distillation_loss(
             *tensors, vocab_map=self.vocab_map, vocab_mask=self.vocab_mask, return_stats=self.return_stats,  # type: ignore[arg-type, misc]
             count_group=self.count_group, vocab_group=self.vocab_group, vocab_offsets=self.vocab_offsets,
             backend=self.backend, **keywords,

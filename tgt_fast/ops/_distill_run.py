@@ -9,9 +9,10 @@ from torch import Tensor
 
 from tgt_fast.kernels import select
 from tgt_fast.kernels.adjust import Adjustments
-from tgt_fast.kernels.calls import Direct, DistillCall
+from tgt_fast.kernels.calls import Direct, DistillCall, accumulate_dtype
 from tgt_fast.kernels.late import beside
 from tgt_fast.kernels.options import DistillOptions, DistillStats, TopK
+from tgt_fast.kernels.record_stats import record_stats
 from tgt_fast.kernels.reference import distill as reference_distill
 from tgt_fast.kernels.reference import topk as reference_topk
 from tgt_fast.ops import _distill_op
@@ -19,7 +20,7 @@ from tgt_fast.ops._checks import check_entries
 from tgt_fast.ops._distill_arguments import OP, check_inplace, check_values, packed
 from tgt_fast.ops._distill_op import dense_rows, packed_call, tensors_of, with_graph
 from tgt_fast.ops.library import seen_by_dispatcher
-from tgt_fast.ops.record_stats import RecordStats, record_stats
+from tgt_fast.ops.record_stats import RecordStats
 from tgt_fast.ops.topk import TeacherTopK, warn_where_small
 
 
@@ -33,7 +34,12 @@ def run(
     classes = student_logits.shape[-1]
     stats: DistillStats | RecordStats | None = None
     if want_stats and record is not None:  # before the logits are overwritten in place
-        stats = record_stats(student_logits.reshape(-1, classes), teacher, target, sample_weight, divisor, options)
+        stats = RecordStats(
+            *record_stats(
+                student_logits.reshape(-1, classes), teacher, target, sample_weight, divisor, options,
+                accumulate_dtype(student_logits, teacher.log_probs),
+            )
+        )  # fmt: skip
         want_stats = False
     loss: Tensor
     if backend != "reference" and seen_by_dispatcher(student_logits, of_teacher, rest, target, sample_weight):

@@ -73,10 +73,8 @@ def check_teacher(
         raise ArgumentError(f"{OP}: teacher_logits are taken as they are, but {', '.join(extra)} is given too")
 
 
-def check_topk(topk: TeacherTopK, heads: LinearOptions, options: DistillOptions, want_stats: bool) -> None:
+def check_topk(topk: TeacherTopK, heads: LinearOptions, options: DistillOptions) -> None:
     """That a loss of these options can be taken of the record, whose rows are not looked at."""
-    if want_stats:
-        raise ArgumentError(f"{OP}: return_stats=True needs the teacher's logits, got a top-k record")
     check_options(OP, topk, options)
     if topk.tail != "renormalize" and heads.vocab_size is not None and topk.num_classes > heads.vocab_size:
         raise ArgumentError(

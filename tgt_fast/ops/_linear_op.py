@@ -202,7 +202,7 @@ def forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     loss = t.student_hidden.new_empty(rows if options.reduction == "none" else (), dtype=result_dtype(t))
     return (
         loss,
-        loss.new_empty((6, rows) if want_stats else 0),
+        loss.new_empty((6 if t.topk_ids is None else 3, rows) if want_stats else 0),
         *_empty_gradients(t, wanted or [False] * DIFFERENTIABLE),
     )
 

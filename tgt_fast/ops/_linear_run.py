@@ -12,32 +12,36 @@ from tgt_fast.ops import _linear_op
 from tgt_fast.ops._distill_arguments import packed
 from tgt_fast.ops._linear_op import Call, Direct, Linear, chosen, packed_call, packed_heads
 from tgt_fast.ops.library import graph_wanted, without_autocast
+from tgt_fast.ops.record_stats import RecordStats
+
+Stats = DistillStats | RecordStats
 
 
 def run_reference(
     tensors: LinearTensors, divisor: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
     want_stats: bool, backend: str, adjust: Adjustments | None = None,
-) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
+) -> tuple[Tensor, Stats | None]:  # fmt: skip
     """Plain PyTorch, which anything can differentiate and transform."""
     with without_autocast():
-        return reference_linear.linear_distillation_loss(tensors, divisor, heads, options, want_stats, adjust)
+        loss, stats = reference_linear.linear_distillation_loss(tensors, divisor, heads, options, want_stats, adjust)
+    return loss, RecordStats(*stats) if isinstance(stats, Tensor) else stats
 
 
 def run_dispatched(
     tensors: LinearTensors, divisor: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
     want_stats: bool, backend: str, adjust: Adjustments | None = None,
-) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
+) -> tuple[Tensor, Stats | None]:  # fmt: skip
     """The dispatcher path to the driver."""
     divisor = beside(divisor, tensors.student_hidden)
     inputs = packed_call(tensors, divisor, packed_heads(heads), packed(options), adjust)
     loss, rows = _linear_op.linear_distillation_loss(*inputs, want_stats, backend)
-    return loss, DistillStats.from_rows(rows) if want_stats else None
+    return loss, _stats(tensors, rows) if want_stats else None
 
 
 def run_in_chunks(
     tensors: LinearTensors, divisor: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
     want_stats: bool, backend: str, adjust: Adjustments | None = None,
-) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
+) -> tuple[Tensor, Stats | None]:  # fmt: skip
     """The eager path to the driver."""
     kernel = Direct(chosen(backend, tensors), tensors)
     if graph_wanted(*tensors[:DIFFERENTIABLE]):
@@ -45,4 +49,8 @@ def run_in_chunks(
     else:
         out = kernel.forward(tensors, divisor, heads, options, want_stats=want_stats, adjust=adjust)
         loss, rows = out.loss, out.stats
-    return loss, None if rows is None else DistillStats.from_rows(rows)
+    return loss, None if rows is None else _stats(tensors, rows)
+
+
+def _stats(tensors: LinearTensors, rows: Tensor) -> Stats:
+    return DistillStats.from_rows(rows) if tensors.topk_ids is None else RecordStats(*rows)

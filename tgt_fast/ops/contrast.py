@@ -212,6 +212,7 @@ def contrastive_distillation_loss(
     divisor = divisor_over(
         OP, count_group, normalizer, t.student_q, t.positives, t.sample_weight, t.student_d.shape[0], options
     )
+    stats: Any
     if backend != "reference" and seen_by_dispatcher(*tensors):
         loss, stats = run_dispatched(tensors, divisor, heads, options, return_stats, backend)
         return loss if stats is None else (loss, stats)

@@ -28,6 +28,7 @@ from tgt_fast.ops._linear_op import all_at_once
 from tgt_fast.ops._linear_run import run_dispatched, run_in_chunks, run_reference
 from tgt_fast.ops.counts import divisor_over
 from tgt_fast.ops.library import seen_by_dispatcher
+from tgt_fast.ops.record_stats import RecordStats
 from tgt_fast.ops.topk import TeacherTopK, check_where_asked, warn_where_small
 from tgt_fast.ops.vocab_parallel import linear as vocab_parallel
 from tgt_fast.ops.vocab_parallel.dtensor import is_dtensor
@@ -87,7 +88,7 @@ def linear_distillation_loss(
     *,
     student_bias: Tensor | None = ...,
     teacher_bias: Tensor | None = ...,
-    teacher_logits: Tensor | TeacherTopK | None = ...,
+    teacher_logits: Tensor | None = ...,
     student_scale: float = ...,
     student_softcap: float | None = ...,
     teacher_scale: float = ...,
@@ -160,7 +161,7 @@ def linear_distillation_loss(
     memory_budget: int | None = ...,
     return_stats: bool = ...,
     backend: str = ...,
-) -> Tensor | tuple[Tensor, DistillStats]: ...
+) -> Tensor | tuple[Tensor, DistillStats | RecordStats]: ...
 @one_thread_in_forks
 def linear_distillation_loss(
     student_hidden: Tensor,  # [..., Hs]
@@ -202,7 +203,7 @@ def linear_distillation_loss(
     memory_budget: int | None = None,
     return_stats: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, DistillStats]:
+) -> Tensor | tuple[Tensor, DistillStats | RecordStats]:
     r"""The distillation loss of two linear heads, whose logits are never all in memory.
 
     The same value and gradients as::
@@ -246,7 +247,7 @@ def linear_distillation_loss(
             device. One row at least. Beside it a head of another dtype than the arithmetic's is widened, whole where
             that takes no more than as many bytes again, else in blocks of 8 MiB. The result hardly depends on it: the
             sums over rows are rounded in another order.
-        return_stats: also return a :class:`DistillStats` from the same pass.
+        return_stats: also return a :class:`DistillStats` from the same pass, or of a record a :class:`RecordStats`.
         backend: whose row kernel runs on a chunk: ``"auto"``, ``"native"`` or ``"triton"``. ``"reference"`` is the
             formula above, in float64, with all logits in memory.
 
@@ -283,7 +284,7 @@ def linear_distillation_loss(
     or Replicate, hidden states sharded on rows or Replicate, on one mesh.
 
     **A top-k record of the teacher** as ``teacher_logits``: the loss that :func:`tgt_fast.distillation_loss` takes of
-    it, at the record's temperature, with its divergences and no statistics. ``vocab_size``, ``vocab_map`` and
+    it, at the record's temperature, with its divergences and statistics. ``vocab_size``, ``vocab_map`` and
     ``vocab_mask`` see the record's ``num_classes`` as the teacher's. An entry whose class is not shared is left out.
     How much of the tail lies on such classes a record does not say, so that with ``"bucket"`` and ``"uniform"`` all of
     its classes must be shared. With ``"renormalize"`` a row none of whose entries is shared gives NaN.
@@ -320,7 +321,7 @@ def linear_distillation_loss(
     teacher, ids, rest = teacher_hidden if teacher_logits is None else teacher_logits, None, None
     if topk is not None:
         refuse(OP, adjust, "with a top-k record of the teacher")
-        check_topk(topk, heads, options, return_stats)  # before its tensors are read
+        check_topk(topk, heads, options)  # before its tensors are read
         teacher, ids, rest = topk.log_probs.detach(), topk.ids, topk.rest()
     if is_dtensor(student_hidden) or is_dtensor(teacher):
         refuse(OP, adjust, "with DTensors")
@@ -386,7 +387,7 @@ def linear_distillation_loss(
         loss = loss.reshape(shape)
     if stats is None:
         return loss
-    return loss, DistillStats(*(value.reshape(shape) for value in stats))
+    return loss, type(stats)(*(value.reshape(shape) for value in stats))
 
 
 def _rows(matrix: Tensor) -> Tensor:

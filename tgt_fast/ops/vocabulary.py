@@ -71,16 +71,19 @@ def check_vocabulary(
     vocab_map: Tensor | None, vocab_mask: Tensor | None,
 ) -> int:  # fmt: skip
     """That both sides' classes can be brought together; how many they then are."""
-    counts = f"{names[0]} has {classes[0]} classes, {names[1]} {classes[1]}"
+
+    def counts() -> str:  # not before it is needed: to a tracer a size may have no digits
+        return f"{names[0]} has {classes[0]} classes, {names[1]} {classes[1]}"
+
     if min(classes) == 0:
-        raise ShapeError(f"{op}: {counts}; both need one at least")
+        raise ShapeError(f"{op}: {counts()}; both need one at least")
     if vocab_size is not None:
         if vocab_map is not None:
             raise ArgumentError(f"{op}: vocab_size={vocab_size} and vocab_map exclude each other; map the rest to -1")
         if not 1 <= _checks.integer(op, "vocab_size", vocab_size, 1, 2**62) <= min(classes):
-            raise ShapeError(f"{op}: {counts}; vocab_size={vocab_size} is more than both share")
+            raise ShapeError(f"{op}: {counts()}; vocab_size={vocab_size} is more than both share")
     elif vocab_map is None and classes[0] != classes[1]:
-        raise ShapeError(f"{op}: {counts}; {HOW_TO_MAP}")
+        raise ShapeError(f"{op}: {counts()}; {HOW_TO_MAP}")
     for name, tensor, wanted, side in (
         ("vocab_map", vocab_map, classes[1], names[1]),
         ("vocab_mask", vocab_mask, classes[0], names[0]),

@@ -11,6 +11,7 @@ from torch import Tensor
 from tgt_fast.kernels.adjust import Adjustments
 from tgt_fast.kernels.linear_call import result_dtype, row_weights, topk_of, vocabulary_of
 from tgt_fast.kernels.options import DistillOptions, DistillStats, LinearOptions, LinearTensors
+from tgt_fast.kernels.record_stats import record_stats
 from tgt_fast.kernels.reference import distill, topk
 
 
@@ -35,8 +36,11 @@ def logits(
 def linear_distillation_loss(
     tensors: LinearTensors, divisor: float | Tensor | None, heads: LinearOptions, options: DistillOptions,
     want_stats: bool = False, adjust: Adjustments | None = None,
-) -> tuple[Tensor, DistillStats | None]:  # fmt: skip
-    """The loss, 0-d or [N], in float32 (float64 if an input is), and the statistics of each row if wanted."""
+) -> tuple[Tensor, DistillStats | Tensor | None]:  # fmt: skip
+    """The loss, 0-d or [N], in float32 (float64 if an input is), and the statistics of each row if wanted.
+
+    Beside a record these are [3, N].
+    """
     t = tensors
     vocabulary = vocabulary_of(tensors, heads)
     target = vocabulary.without_missing(t.target, options.ignore_index)
@@ -51,7 +55,10 @@ def linear_distillation_loss(
         student = vocabulary.align_student(student)
         entries = vocabulary.align_topk(entries)
         loss = topk.distillation_loss(student, entries, target, t.sample_weight, divisor, options)
-        return loss.to(result_dtype(tensors)), None
+        if not want_stats:
+            return loss.to(result_dtype(tensors)), None
+        rest = (target, t.sample_weight, divisor, options)
+        return loss.to(result_dtype(tensors)), record_stats(student, entries, *rest, result_dtype(tensors))
     teacher = logits(teacher, t.teacher_weight, t.teacher_bias, heads.teacher_scale, heads.teacher_softcap)
     student, teacher = vocabulary.align(student, teacher)
     loss, stats = distill.distillation_loss(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tgt_fast.errors import ArgumentError, ShapeError
-from tgt_fast.kernels.options import DistillOptions, DistillStats
+from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.kernels.plain import PLAIN
 from tgt_fast.ops import _checks
 from tgt_fast.ops._distill_arguments import OP
@@ -106,7 +106,7 @@ def came_back(made: Any, layout: Layout, shape: torch.Size, options: DistillOpti
     back = functools.partial(_of_rows, layout=layout, shape=shape)
     loss, stats = made if return_stats else (made, None)
     loss = back(loss) if options.reduction == "none" else _sum(loss, layout)
-    return loss if stats is None else (loss, DistillStats(*map(back, stats)))
+    return loss if stats is None else (loss, type(stats)(*map(back, stats)))
 
 
 def local_rows(op: str, record: TeacherTopK, layout: Layout) -> TeacherTopK:

@@ -34,6 +34,10 @@ def linear_distillation_loss(
     heads: LinearOptions, options: DistillOptions, return_stats: bool, backend: str,
 ) -> Tensor | tuple[Tensor, DistillStats]:  # fmt: skip
     """The loss of all classes, from this process's slices of the heads; ``given`` as the caller gave it."""
+    if return_stats and topk is not None:
+        raise ArgumentError(
+            f"{OP}: return_stats=True needs the teacher's logits with classes in several processes, got a top-k record"
+        )
     if given.vocab_map is not None and topk is None:
         raise ArgumentError(
             f"{OP}: vocab_map is not taken with vocab_group: a class of the teacher may be in another process than the "
