@@ -342,7 +342,6 @@ def test_neither_sides_logits_are_ever_in_memory(native: str, child_environment:
         (r"temperature is 1, but the record was taken at 2", ArgumentError, {"temperature": 1.0}),
         (r"teacher_temperature is 3, but the record", ArgumentError, {"teacher_temperature": 3.0}),
         (r"divergence must be one of .* with a top-k record, got 'tvd'", ArgumentError, {"divergence": "tvd"}),
-        (r"return_stats=True needs the teacher's logits", ArgumentError, {"return_stats": True}),
         (r"teacher_softcap is given too", ArgumentError, {"teacher_softcap": 3.0}),
         (r"teacher_hidden is given too", ArgumentError, {"teacher_hidden": torch.zeros(4, 5)}),
         (r"student_weight has 9 classes, the record 11; pass vocab_size=", ShapeError, {"classes": 11}),

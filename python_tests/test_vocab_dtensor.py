@@ -15,6 +15,7 @@ from torch import Tensor
 from vocab_kit import Case, evaluated
 
 import tgt_fast as tgt
+from tgt_fast.errors import ArgumentError
 
 CASES = (
     Case("forward_kl", "smoothed", (2.0, 2.0), "masked", (torch.float32, torch.float32), "mean", True),
@@ -106,6 +107,22 @@ def records(mesh: Any, placements: list[Any]) -> None:
     close(out, loss.detach())
     for mine, theirs in zip(placed, leaves, strict=True):
         close(mine.grad, theirs.grad)
+
+    calls = [
+        lambda logits, _: tgt.distillation_loss(logits, record, target, return_stats=True, **options),
+        lambda _, sides: tgt.linear_distillation_loss(
+            *sides, teacher_logits=record, target=target, return_stats=True, **options
+        ),
+    ]
+    for call in calls:
+        if any(p == Shard(1) for p in placements):
+            with pytest.raises(ArgumentError, match="return_stats=True needs the teacher's logits with classes in sev"):
+                call(leaf, placed)
+        else:
+            (_, mine), (_, theirs) = call(leaf, placed), call(whole, leaves)
+            assert isinstance(mine, tgt.RecordStats)
+            for value, its in zip(mine, theirs, strict=True):
+                close(value, its)
 
     # Shares of the classes as targets lie as logits do.
     shares = torch.rand(student.shape, generator=generator)
