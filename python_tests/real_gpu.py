@@ -105,6 +105,7 @@ def tensors_moved_to(device: torch.device) -> Iterator[None]:
         (distill, "forward", mover.forward(distill.forward)),
         (distill, "backward", mover.backward(distill.backward)),
         (distill, "scale_", mover.in_place(distill.scale_)),
+        (distill, "takes_shares", lambda call: False),  # asked of tensors that are still on the host
         (topk, "forward", mover.forward(topk.forward)),
         (topk, "backward", mover.backward(topk.backward)),
         (topk, "scale_", mover.in_place(topk.scale_)),

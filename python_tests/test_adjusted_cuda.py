@@ -20,7 +20,7 @@ from tgt_fast.kernels.native import distill
 from tgt_fast.kernels.options import DistillOptions
 from tgt_fast.kernels.reference import distill as reference
 
-pytestmark = pytest.mark.parametrize(
+of_kernels = pytest.mark.parametrize(
     "backend", ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
 )
 
@@ -114,6 +114,7 @@ def compare(mine: dict[str, Tensor], true: dict[str, Tensor], dtype: torch.dtype
             numerics.assert_close(f"{name}[{row}]", mine[name][row].double(), expected[row], bar=bar, floor=floor)
 
 
+@of_kernels
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("classes", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -154,6 +155,7 @@ def direct(form: str, classes: int, dtype: torch.dtype, standardize: bool, **mor
     return DistillCall(options, s, t, target, WEIGHT, **wanted, **more, adjust=adjust)
 
 
+@of_kernels
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("standardize", [False, True])
@@ -178,6 +180,7 @@ def test_the_gradients_again_from_the_rows_weights(
         numerics.assert_close(name, third.double(), first.double() * up[:, None].double(), bar=bar, floor=1e-2)
 
 
+@of_kernels
 @pytest.mark.parametrize("form", ["forward_kl", "jsd", "mse", "both parts", "corrected", "skewed"])
 @pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("soft_weight", [1.0, 0.0])
@@ -198,6 +201,7 @@ def test_statistics_are_of_what_the_soft_term_sees(
         torch.testing.assert_close(mine.double(), its.double(), rtol=1e-4, atol=1e-5, equal_nan=True, msg=name)
 
 
+@of_kernels
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("given", [None, 3.5, 0.0])
 def test_reductions_and_rows_that_do_not_count(backend: str, reduction: str, given: float | None) -> None:
@@ -230,6 +234,7 @@ def test_reductions_and_rows_that_do_not_count(backend: str, reduction: str, giv
         assert its.any() == (given != 0.0 or reduction == "sum")
 
 
+@of_kernels
 def test_equal_sides_have_no_gradient(backend: str) -> None:
     """Nor a loss, in bits, where the two are compared in the same way."""
     s, _ = sides(2053, torch.float32)
@@ -242,6 +247,7 @@ def test_equal_sides_have_no_gradient(backend: str) -> None:
             assert found[:2].abs().max() <= 1e-7, (form, name)
 
 
+@of_kernels
 def test_the_same_bits_again_and_no_waiting(backend: str) -> None:
     call = direct("both parts", 2053, torch.float32, True, want_stats=True)
     with NothingWaits():
@@ -253,6 +259,7 @@ def test_the_same_bits_again_and_no_waiting(backend: str) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
+@of_kernels
 def test_no_rows(backend: str) -> None:
     s, t = torch.empty(0, 12).requires_grad_(), torch.empty(0, 12)
     loss: Any = tgt.distillation_loss(s, t, standardize=True, skew=0.1, backend=backend)
@@ -262,6 +269,7 @@ def test_no_rows(backend: str) -> None:
     assert s.grad.shape == (0, 12)
 
 
+@of_kernels
 @pytest.mark.parametrize("form", ["forward_kl", "both parts", "the label's", "the others'", "corrected"])
 @pytest.mark.parametrize("soft_weight", [0.5, 0.0])
 def test_labels_far_ahead_alone_and_missing(backend: str, form: str, soft_weight: float) -> None:
@@ -284,6 +292,7 @@ def test_labels_far_ahead_alone_and_missing(backend: str, form: str, soft_weight
     compare(mine, true, torch.float32)
 
 
+@of_kernels
 @pytest.mark.parametrize("form", ["forward_kl", "symmetric", "jsd", "both parts", "corrected", "skewed"])
 @pytest.mark.parametrize("hard_weight", [0.0, 0.7])
 @pytest.mark.parametrize("standardize", [False, True])
@@ -303,6 +312,7 @@ def test_a_peak_has_what_the_others_leave(backend: str, form: str, hard_weight: 
         torch.testing.assert_close(peaks, expected, rtol=3e-5, atol=2e-9, msg=name)  # of numbers near 1, 6e-8 is lost
 
 
+@of_kernels
 @pytest.mark.parametrize("form", ["skewed", "skewed the other way"])
 def test_near_sides_are_told_apart(backend: str, form: str) -> None:
     """The rounding of the normalisers, which all classes share, is not in a small skewed divergence."""
@@ -316,6 +326,7 @@ def test_near_sides_are_told_apart(backend: str, form: str) -> None:
     torch.testing.assert_close(made.double(), true, rtol=0, atol=1.5e-7)
 
 
+@of_kernels
 def test_small_temperatures_of_rows_stay_in_range(backend: str) -> None:
     """Differences of logits over a temperature leave the range of float32, and what is made of them does not."""
     s, t = toys.normal(3, 5, seed=1) * 1e18, toys.normal(3, 5, seed=2) * 1e18
