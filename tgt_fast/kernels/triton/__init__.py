@@ -37,6 +37,8 @@ class Kernels(NamedTuple):
     latent: ModuleType
     tokens: ModuleType
     listwise: ModuleType
+    adjusted: ModuleType
+    adjusted_statistics: ModuleType
     interpreted: bool
 
 
@@ -51,7 +53,10 @@ def load() -> Kernels | str:
         return "Triton is not installed; pip install triton"
     try:
         language = importlib.import_module("triton.language")
-        names = ("distill_kernels", "distill_finish", "latent_kernels", "tokens_kernels", "listwise_kernels")
+        names = (
+            "distill_kernels", "distill_finish", "latent_kernels", "tokens_kernels", "listwise_kernels",
+            "adjusted_kernels", "adjusted_statistics",
+        )  # fmt: skip
         modules = [importlib.import_module(f"tgt_fast.kernels.triton.{name}") for name in names]
     except Exception as error:  # a Triton that is broken, too old or built for another machine
         return f"Triton does not load ({type(error).__name__}: {error})"
@@ -63,8 +68,7 @@ def load() -> Kernels | str:
         reason = interpreter_trouble(*(importlib.metadata.version(name) for name in ("triton", "numpy")))
         if reason is not None:
             return reason
-    distill, finish, latent, tokens, listwise = modules
-    return Kernels(distill, finish, latent, tokens, listwise, interpreted)
+    return Kernels(*modules, interpreted)
 
 
 def interpreter_trouble(triton: str, numpy: str) -> str | None:

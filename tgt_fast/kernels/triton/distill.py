@@ -19,10 +19,9 @@ from tgt_fast.kernels.calls import (
     upstream,
 )
 from tgt_fast.kernels.options import DistillOptions
-from tgt_fast.kernels.triton import Kernels, kernels, launch, planning_device, running_on, two_floats
+from tgt_fast.kernels.triton import Kernels, adjusted, kernels, launch, planning_device, running_on, two_floats
+from tgt_fast.kernels.triton.distill_calls import divisor_of, grain_of, reduce, sides_of, stride_of
 from tgt_fast.kernels.triton.tuning import Plan, elementwise_plan, plan_of, streaming_of
-
-_REDUCE_BLOCK = 2048
 
 
 class _Numbers:
@@ -62,16 +61,6 @@ def unit_of(options: DistillOptions, classes: int) -> float:
     return _numbers(options, False).unit(classes)
 
 
-def _stride(matrix: Tensor | None) -> int:
-    return 0 if matrix is None else matrix.stride(0)
-
-
-def grain_of(*counts: int) -> int:
-    """What classes and strides are counted by, for a kernel to know by what they divide: 8 elements, 16 bytes of half
-    precision, are read at once."""
-    return 1 if any(count % 8 for count in counts) else 8
-
-
 def _programs(rows: int, classes: int, plan: Plan) -> tuple[int, int]:
     """(programs, tiles a row) of a kernel with a tile a program."""
     tiles = -(-classes // plan.block)
@@ -83,15 +72,18 @@ def _columns(row_state: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if row_state is None else row_state.view(dtype)
 
 
-def _sides(call: DistillCall) -> tuple[Tensor, Tensor]:
-    assert isinstance(call.teacher, Tensor)
-    return call.student.detach(), call.teacher.detach()
+def takes_adjustments(call: DistillCall) -> bool:
+    """True if a call's adjustments are among those that have a kernel."""
+    return adjusted.serves(call)
 
 
 def forward(call: DistillCall, out: Outputs, *, plan: Plan | None = None) -> None:
     """Row losses, their reduction and the wanted gradients."""
+    if call.adjust is not None:
+        adjusted.forward(call, out, plan=plan)
+        return
     loaded = kernels()
-    options, (student, teacher) = call.options, _sides(call)
+    options, (student, teacher) = call.options, sides_of(call)
     rows, classes = student.shape
     is_fp64 = out.loss.dtype == torch.float64
     if rows == 0:
@@ -103,7 +95,7 @@ def forward(call: DistillCall, out: Outputs, *, plan: Plan | None = None) -> Non
     numbers = _numbers(options, target is not None)
     plan = plan or plan_of(rows, classes, is_fp64, planning_device(student))
     with running_on(student):
-        divisor_at, divisor = _divisor(loaded, student, target, weight, call.divisor, options)
+        divisor_at, divisor = divisor_of(loaded, student, target, weight, call.divisor, options)
         if out.stats is not None:  # before the logits are overwritten in place
             _statistics(
                 loaded, student, teacher, target, weight, divisor_at, divisor, out.stats, numbers, options, is_fp64,
@@ -115,7 +107,7 @@ def forward(call: DistillCall, out: Outputs, *, plan: Plan | None = None) -> Non
         if plan.kernel == "stream":
             kernel = module.distill_fwd_stream_kernel
             constants["STAGES"], registers = streaming_of(numbers.divergence)
-        sizes = (classes, *map(_stride, (student, partner, out.d_student, out.d_teacher)))
+        sizes = (classes, *map(stride_of, (student, partner, out.d_student, out.d_teacher)))
         grain = grain_of(*sizes)
         launch(
             kernel, -(-rows // plan.rows), student, partner, target, weight, divisor_at, row_loss, out.d_student,
@@ -125,35 +117,7 @@ def forward(call: DistillCall, out: Outputs, *, plan: Plan | None = None) -> Non
             ROWS=plan.rows, BLOCK=plan.block, warps=plan.warps, registers=registers,
         )  # fmt: skip
         if options.reduction != "none":
-            launch(
-                module.distill_reduce_kernel, 1, row_loss, divisor_at, *two_floats(divisor), out.loss, rows,
-                BLOCK=_REDUCE_BLOCK, warps=8,
-            )  # fmt: skip
-
-
-def _divisor(
-    loaded: Kernels, student: Tensor, target: Tensor | None, sample_weight: Tensor | None,
-    given: float | Tensor | None, options: DistillOptions,
-) -> tuple[Tensor | None, float]:  # fmt: skip
-    """The divisor of the mean: a float64 number on the device, else the number beside it."""
-    if options.reduction != "mean":
-        return None, 1.0
-    if isinstance(given, Tensor):
-        return given.detach().to(torch.float64), 1.0
-    if given is not None:
-        divisor = float(given)
-        if divisor == 0 or 1e-30 <= divisor <= 1e30:
-            return None, divisor
-        return student.new_full((), divisor, dtype=torch.float64), 1.0  # two float32 could not hold it
-    rows, classes = student.shape
-    if target is None and sample_weight is None:
-        return None, float(rows)
-    counted = student.new_empty((), dtype=torch.float64)
-    launch(
-        loaded.distill.distill_count_kernel, 1, target, sample_weight, counted, rows, classes, options.ignore_index,
-        options.unlabeled_index, BLOCK=_REDUCE_BLOCK, warps=8,
-    )  # fmt: skip
-    return counted, 1.0
+            reduce(loaded, row_loss, divisor_at, divisor, out.loss)
 
 
 def _statistics(
@@ -176,8 +140,11 @@ def backward(
     call: DistillCall, row_state: Tensor, d_loss: Tensor, grads: Gradients, *, plan: Plan | None = None
 ) -> None:
     """The gradients from logits and saved row statistics, with the upstream gradient applied before rounding."""
+    if call.adjust is not None:
+        adjusted.backward(call, row_state, d_loss, grads, plan=plan)
+        return
     loaded = kernels()
-    student, teacher = _sides(call)
+    student, teacher = sides_of(call)
     rows, classes = student.shape
     if rows == 0:
         return
@@ -187,7 +154,7 @@ def backward(
     numbers = _numbers(call.options, target is not None)
     partner = teacher if numbers.divergence != "none" else None
     tile = elementwise_plan(plan or plan_of(rows, classes, is_fp64, planning_device(student)))
-    sizes = (classes, *map(_stride, (student, partner, *grads)))
+    sizes = (classes, *map(stride_of, (student, partner, *grads)))
     grain = grain_of(*sizes)
     with running_on(student):
         launch(

@@ -34,6 +34,7 @@ from tgt_fast.kernels.triton.distill_row import (
     shifted_terms,
     shrunk,
 )
+from tgt_fast.kernels.triton.distill_statistics import write_statistics
 from tgt_fast.kernels.triton.numbers import INFINITY, as_real, real
 
 
@@ -392,30 +393,11 @@ def distill_stats_kernel(
         qb_sums += q * b
         pa_sums += p * a
         kl_sums += p * (a - b)
-    student_sum = tl.sum(q_sums, 1, keep_dims=True)
-    teacher_sum = tl.sum(p_sums, 1, keep_dims=True)
-    log_student = tl.log(student_sum)
-    log_teacher = tl.log(teacher_sum)
-    kl = tl.sum(kl_sums, 1, keep_dims=True) / teacher_sum * unit - tl.log(teacher_sum / student_sum)
-    student_entropy = log_student - tl.sum(qb_sums, 1, keep_dims=True) / student_sum * unit
-    teacher_entropy = log_teacher - tl.sum(pa_sums, 1, keep_dims=True) / teacher_sum * unit
     problem = tl.max(problems, 1, keep_dims=True)
     bad_student = (tl.max(not_finite_s, 1, keep_dims=True) > 0) | (s_max == -INFINITY)
     bad_teacher = (tl.max(not_finite_t, 1, keep_dims=True) > 0) | (t_max == -INFINITY)
-    kl = tl.where(problem == 1, INFINITY, tl.where(kl < 0, 0.0, kl))
-    agreement = as_real(((s_best == t_best) & ~bad_student & ~bad_teacher).to(tl.int32), IS_FP64)
-    no_student = tl.where(bad_student, float("nan"), 0.0)
-    no_teacher = tl.where(bad_teacher, float("nan"), 0.0)
-    zero = one * 0.0
-    at = stats + row
-    tl.store(at, tl.where(active, tl.where(student_entropy < 0, 0.0, student_entropy) + no_student, zero), mask=live)
-    at += rows
-    tl.store(at, tl.where(active, tl.where(teacher_entropy < 0, 0.0, teacher_entropy) + no_teacher, zero), mask=live)
-    at += rows
-    tl.store(at, tl.where(active, kl + no_student + no_teacher, zero), mask=live)
-    at += rows
-    tl.store(at, tl.where(active, agreement, zero), mask=live)
-    at += rows
-    tl.store(at, tl.where(active, s_peak * inverse_ts + log_student + no_student, zero), mask=live)
-    at += rows
-    tl.store(at, tl.where(active, t_peak * inverse_tt + log_teacher + no_teacher, zero), mask=live)
+    write_statistics(
+        stats, rows, row, live, active, tl.sum(q_sums, 1, keep_dims=True), tl.sum(p_sums, 1, keep_dims=True),
+        tl.sum(qb_sums, 1, keep_dims=True), tl.sum(pa_sums, 1, keep_dims=True), tl.sum(kl_sums, 1, keep_dims=True),
+        unit, s_peak * inverse_ts, t_peak * inverse_tt, s_best == t_best, problem, bad_student, bad_teacher,
+    )  # fmt: skip

@@ -93,6 +93,17 @@ def interpreted_plan(rows: int, classes: int) -> Plan:
     return Plan("rows", max(1, min(power_of_two(rows), (1 << 18) // block)), block, 1)
 
 
+def adjusted_plan(rows: int, classes: int, is_fp64: bool, device: torch.device | None) -> Plan:
+    """The cut of adjusted rows, which are always taken tile by tile: several short rows a program. Not yet timed."""
+    block = power_of_two(classes)
+    if device is None:
+        block = min(block, 16384)
+        return Plan("stream", max(1, min(power_of_two(rows), (1 << 18) // block)), block, 1)
+    tile = 512 if is_fp64 or block <= 128 else 1024
+    block = min(block, tile)
+    return Plan("stream", max(1, min(32, tile // block)), block, 4)
+
+
 def elementwise_plan(plan: Plan) -> Plan:
     """The same rows and threads for a kernel in which no element waits for another: tiles of 4096 classes at most."""
     if plan.block <= 4096:
