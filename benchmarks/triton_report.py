@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import compiled
+import torch
 
 import tgt_fast
 from tgt_fast.kernels.options import DIVERGENCES
@@ -36,6 +37,8 @@ from tgt_fast.kernels.triton.tuning import (
     LISTWISE_WARPS,
     SOFT_REGISTERS,
     SoftPlan,
+    adjusted_plan,
+    adjusted_registers,
     elementwise_plan,
     latent_plan,
     shipped_plan,
@@ -51,8 +54,9 @@ FULL = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 CLASSES = (10, 4096, 128256)  # a row of every kind of plan
 POINTERS = {"target": "i64", "weight": "fp64", "divisor_at": "fp64", "ids": "i64", "seed_at": "i64", "step_at": "i64"}
+POINTERS |= dict.fromkeys(("margin", "student_temperature", "teacher_temperature"), "fp64")
 INTEGERS = re.compile(
-    r"rows|classes|tiles|samples|size|replica|positions|splits|width|op_step|seed_(low|high)|\w+_index|\w*stride"
+    r"rows|classes|digits|tiles|samples|size|replica|positions|splits|width|op_step|seed_(low|high)|\w+_index|\w*stride"
 )
 ALIGNED = re.compile(r"classes|size|width|\w*stride")
 
@@ -126,6 +130,59 @@ def _distill(architecture: str, classes: int, divergence: str, kind: str, is_fp6
     )
 
 
+# (form, divergence): one of each way that the adjusted kernel has through a row
+ADJUSTED = (
+    ("plain", "forward_kl"), ("plain", "reverse_kl"), ("plain", "symmetric"), ("plain", "jsd"), ("plain", "tvd"),
+    ("plain", "cross_entropy"), ("plain", "mse"), ("plain", "none"), ("decoupled", "forward_kl"),
+    ("corrected", "forward_kl"), ("skewed", "jsd"), ("mirrored", "jsd"),
+)  # fmt: skip
+
+
+def adjusted_jobs(architecture: str) -> Iterator[Job]:
+    """The least and the most that the adjusted kernel does, for every form and divergence."""
+    for classes in CLASSES:
+        for number, (form, divergence) in enumerate(ADJUSTED):
+            for kind in ("bf16", "fp32", "fp64"):
+                is_fp64 = kind == "fp64"
+                if (is_fp64 and number % 4) or (kind == "fp32" and classes == 4096):
+                    continue
+                for whole in (False, True):
+                    yield from _adjusted(architecture, classes, form, divergence, kind, whole)
+
+
+def _adjusted(
+    architecture: str, classes: int, form: str, divergence: str, kind: str, whole: bool
+) -> Iterator[Job]:  # fmt: skip
+    is_fp64 = kind == "fp64"
+    real, plan = "fp64" if is_fp64 else "fp32", adjusted_plan(128, classes, is_fp64, torch.device("cuda"))
+    cut = {"IS_FP64": is_fp64, "GRAIN": grain_of(classes), "ROWS": plan.rows, "BLOCK": plan.block}
+    pointers = dict.fromkeys(("student", "teacher", "d_student", "d_teacher"), kind)
+    pointers |= {"student_bias": real, "teacher_bias": real, "row_loss": real, "row_state": "fp64"}
+    constants: dict[str, Any] = {
+        "DIVERGENCE": divergence, "FORM": form, "STANDARDIZED": whole and divergence != "none",
+        "HARD": whole or divergence == "none", "SMOOTHED": whole, **cut,
+    }  # fmt: skip
+    if divergence == "none":
+        constants["teacher"] = None
+    if not whole:
+        constants |= dict.fromkeys(("margin", "student_temperature", "teacher_temperature", "d_teacher"))
+        if form not in ("decoupled", "corrected") and divergence != "none":
+            constants["target"] = None
+        constants["weight"] = constants["divisor_at"] = None
+    label = f"{form if form != 'plain' else divergence} {kind} {classes}" + (", all options" if whole else "")
+    yield Job(
+        "adjusted_kernels", "distill_adjusted_kernel", architecture, label, pointers, constants, plan.warps,
+        not is_fp64, adjusted_registers(divergence, is_fp64),
+    )  # fmt: skip
+    if form == "plain" and divergence == "forward_kl":
+        constants = {"STANDARDIZED": whole, **cut}
+        yield Job(
+            "adjusted_statistics", "distill_adjusted_stats_kernel", architecture, label, pointers | {"stats": real},
+            constants, plan.warps, not is_fp64,
+            adjusted_registers(divergence, is_fp64),
+        )  # fmt: skip
+
+
 def small_jobs(architecture: str) -> Iterator[Job]:
     """The kernels round the rows."""
     tile = elementwise_plan(shipped_plan(128256, False))
@@ -142,8 +199,6 @@ def small_jobs(architecture: str) -> Iterator[Job]:
 
 def latent_jobs(architecture: str) -> Iterator[Job]:
     """Every phase of perturb and ascend, with and without what can be left out."""
-    import torch
-
     device = torch.device("cuda")  # only tells the GPU's table from the interpreter's
     names = ("z", "out", "grad", "anchor", "scale", "sigma_at", "step_at_", "radius_at")
     pointers = {**dict.fromkeys(names, "fp32"), **dict.fromkeys(("before", "after", "squares", "distances"), "fp64")}
@@ -187,8 +242,6 @@ def soft_cut(plan: SoftPlan) -> dict[str, int]:
 
 def soft_jobs(architecture: str) -> Iterator[Job]:
     """The soft embedding, forward and both gradients, with and without noise, by the type of the table."""
-    import torch
-
     device = torch.device("cuda")  # only tells the GPU's table from the interpreter's
     precision = "tf32x3" if architecture.startswith("sm_") else "ieee"
     state = dict.fromkeys(("sums", "largest", "total", "highest", "centre", "mean", "share"), "fp32") | {
@@ -323,7 +376,7 @@ def main() -> int:
     jobs = [
         job
         for architecture in args.arch or (FULL if args.full else DEFAULT)
-        for source in (distill_jobs, small_jobs, latent_jobs, soft_jobs, listwise_jobs)
+        for source in (distill_jobs, adjusted_jobs, small_jobs, latent_jobs, soft_jobs, listwise_jobs)
         for job in source(architecture)
     ]
     with ProcessPoolExecutor(args.jobs) as pool:

@@ -28,8 +28,21 @@ from tgt_fast.kernels.options import DIVERGENCES, DistillOptions
 from tgt_fast.kernels.triton import distill
 from tgt_fast.kernels.triton.tuning import Plan, shipped_plan
 
-MODULES: Final = ("distill_kernels", "distill_finish", "latent_kernels", "tokens_kernels", "listwise_kernels")
+MODULES: Final = (
+    "distill_kernels", "distill_finish", "latent_kernels", "tokens_kernels", "listwise_kernels", "adjusted_kernels",
+    "adjusted_statistics",
+)  # fmt: skip
 LABELS: Final = {"no labels": (0.0, 0.0), "labels": (0.7, 0.0), "smoothed": (0.7, 0.1)}
+
+ADJUSTED: Final[dict[str, dict[str, Any]]] = {
+    "biased": {"divergence": "jsd", "hard_weight": 0.0, "teacher": False},
+    "decoupled": {"decoupled": (1.0, 2.0), "standardize": True, "label_smoothing": 0.1},
+    "corrected": {"correct_teacher": 0.2, "temperature": 2.0},
+    "skewed": {"skew": 0.1, "standardize": True},
+    "skewed back": {"skew": 0.1, "divergence": "reverse_kl", "teacher": False, "hard_weight": 0.0},
+    "mse": {"divergence": "mse", "standardize": True},
+    "hard": {"soft_weight": 0.0},
+}
 
 ACCESS: Final = re.compile(r"(?:ld|st)\.global\S*|cp\.async\S*global.*, (?:0x)?\w+,")
 
@@ -63,6 +76,12 @@ def main_forms() -> dict[str, Form]:
         made[f"distill: {reduction}"] = functools.partial(
             _reduced if reduction == "mean" else _as_triton_code(_reduced), reduction
         )
+    for form, options in ADJUSTED.items():
+        for classes in (10, 5000):
+            whole = form == "decoupled" and classes == 5000
+            made[f"adjusted: {form}, {classes} classes"] = functools.partial(
+                _adjusted if whole else _as_triton_code(_adjusted), classes, **options
+            )
     for size in (64, 20_001):
         made[f"latent: {size}"] = functools.partial(_latents, size)
     for dtype, gumbel, hard in (
@@ -143,6 +162,22 @@ def _reduced(reduction: str) -> None:
     torch.autograd.grad(loss, student, torch.ones_like(loss))
     if reduction == "mean":
         tgt.distillation_loss(student, teacher, normalizer=torch.ones(()), backend="triton")
+
+
+def _adjusted(classes: int, *, teacher: bool = True, **options: Any) -> None:
+    """An adjusted loss with its statistics, and its gradients: at once, and again from its state."""
+    student, other = torch.zeros(2, 6, classes)
+    ones = torch.ones(classes)
+    given: dict[str, Any] = {"temperature": torch.ones(6), "hard_weight": 0.5, **options}
+    if given["hard_weight"]:
+        given["label_margin"] = ones
+    loss, _ = tgt.distillation_loss(
+        student.requires_grad_(), other.requires_grad_(teacher), torch.zeros(6, dtype=torch.int64), student_bias=ones,
+        teacher_bias=ones, return_stats=True, backend="triton", **given,
+    )  # fmt: skip
+    sides = (student, other) if teacher else (student,)
+    for _ in range(2):
+        torch.autograd.grad(loss, sides, torch.ones_like(loss), retain_graph=True)
 
 
 def _latents(size: int) -> None:

@@ -77,7 +77,7 @@ def soft_term(
 
 def _standardized(logits: Tensor) -> Tensor:
     """(x - mean) / (1e-7 + standard deviation), over the classes that exist, of which -inf says that they do not."""
-    exists = logits > -math.inf
+    exists = logits != -math.inf  # NaN stays, for the row to be seen as what it is
     count = exists.sum(dim=-1, keepdim=True)
     mean = torch.where(exists, logits, 0.0).sum(dim=-1, keepdim=True) / count.clamp_min(1)
     difference = torch.where(exists, logits - torch.where(exists, mean, 0.0), 0.0)

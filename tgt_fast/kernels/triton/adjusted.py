@@ -12,7 +12,7 @@ from tgt_fast.kernels.calls import DistillCall, Gradients, Outputs, accumulate_d
 from tgt_fast.kernels.options import ROW_COEFFICIENT, ROW_STATE
 from tgt_fast.kernels.triton import kernels, launch, planning_device, running_on, two_floats
 from tgt_fast.kernels.triton.distill_calls import divisor_of, grain_of, reduce, sides_of, stride_of
-from tgt_fast.kernels.triton.tuning import Plan, adjusted_plan
+from tgt_fast.kernels.triton.tuning import Plan, adjusted_plan, adjusted_registers
 
 _LEAST_SKEW: Final = 1e-20  # what is below leaves the range of float32 in what the kernel makes of it
 
@@ -71,11 +71,10 @@ class _Call:
             *self.numbers, *two_floats(divisor), DIVERGENCE=self.divergence, FORM=self.form,
             STANDARDIZED=self.standardize and self.soft, HARD=self.hard, SMOOTHED=self.smoothed, IS_FP64=self.is_fp64,
             GRAIN=grain, ROWS=self.plan.rows, BLOCK=self.plan.block, warps=self.plan.warps,
+            registers=adjusted_registers(self.divergence, self.is_fp64),
         )  # fmt: skip
 
-    def statistics(
-        self, weight: Tensor | None, divisor_at: Tensor | None, divisor: float, stats: Tensor
-    ) -> None:  # fmt: skip
+    def statistics(self, weight: Tensor | None, divisor_at: Tensor | None, divisor: float, stats: Tensor) -> None:
         sizes = (self.classes, self.student.stride(0), self.teacher.stride(0))
         grain = grain_of(*sizes)
         launch(
@@ -83,7 +82,7 @@ class _Call:
             self.teacher, *self.biases, *self.temperatures, self.target, weight, divisor_at, stats, self.rows,
             *(size // grain for size in sizes), *self.counts, *self.tempers, *two_floats(divisor),
             STANDARDIZED=self.standardize, IS_FP64=self.is_fp64, GRAIN=grain, ROWS=self.plan.rows,
-            BLOCK=self.plan.block, warps=self.plan.warps,
+            BLOCK=self.plan.block, warps=self.plan.warps, registers=adjusted_registers(self.divergence, self.is_fp64),
         )  # fmt: skip
 
 

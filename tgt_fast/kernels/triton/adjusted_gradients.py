@@ -52,7 +52,8 @@ def soft_gradients(
                 a, b, p, q = classes_of(
                     s_seen, t_seen, s_peak, t_peak, inverse_ts, inverse_tt, unit, DIVERGENCE, IS_FP64
                 )  # fmt: skip
-                of_teacher = (p * inverse_t) * (((a - b) - x) * slope + offset)
+                p = p * inverse_t
+                of_teacher = (p * ((a - b) - x)) * slope + p * offset
     if FORM == "decoupled" or FORM == "corrected":
         of_student += tl.where(col == label, student_label, 0.0)
         of_teacher += tl.where(col == label, teacher_label, 0.0)

@@ -14,15 +14,13 @@ import triton.language as tl
 
 from tgt_fast.kernels.triton.adjusted_gradients import soft_gradients, write_side
 from tgt_fast.kernels.triton.adjusted_row import (
-    corrected_part,
     hard_part,
+    label_part,
     measured_side,
     off_peak,
-    own_part,
     row_unit,
     seen_tiles,
     side_label,
-    side_pair,
     side_tile,
     skewed_terms,
     standard_of,
@@ -61,7 +59,7 @@ def distill_adjusted_kernel(
     SMOOTHED: tl.constexpr, IS_FP64: tl.constexpr, GRAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """first, second: of "decoupled" the weights of the label's part and of the others'; of "corrected" the lead; of
-    "skewed" and of "mirrored", which goes by the student, the skew; else jsd's beta. digits: of 16 times the classes."""
+    "skewed" and of "mirrored", its mirror image, the skew; else jsd's beta. digits: of 16 times the classes."""
     LABELS: tl.constexpr = target is not None
     SOFT: tl.constexpr = DIVERGENCE != "none"
     BY_LABEL: tl.constexpr = FORM == "decoupled" or FORM == "corrected"
@@ -203,13 +201,13 @@ def distill_adjusted_kernel(
     inverse_s = 1.0 / tl.where(student_sum == 0, 1.0, student_sum)
     inverse_t = 1.0 / tl.where(teacher_sum == 0, 1.0, teacher_sum)
     if PAIRED:
+        of_q = as_real(inverse_s, IS_FP64)
+        of_p = as_real(inverse_t, IS_FP64)
         for start in tl.range(0, classes, BLOCK):
             col = start + lane
             s = side_tile(student, student_bias, row, live, student_stride, col, classes, IS_FP64)
             t = side_tile(teacher, teacher_bias, row, live, teacher_stride, col, classes, IS_FP64)
             a, b, p, q = classes_of(s, t, s_peak, t_peak, inverse_ts, inverse_tt, unit, DIVERGENCE, IS_FP64)
-            of_q = as_real(inverse_s, IS_FP64)
-            of_p = as_real(inverse_t, IS_FP64)
             if FORM == "skewed":
                 x_terms, y_terms = skewed_terms(p * of_p, (a - b) - log_ratio, mix)
             elif FORM == "mirrored":
@@ -263,30 +261,18 @@ def distill_adjusted_kernel(
         kl = x * wide - log_sums
         kl = tl.where((teacher_sum == 0) | (kl < 0), 0.0, kl)
         labeled = (label >= 0) & ~infinite
-        own_q, rest_q = side_pair(s_label, s_most, s_inverse, student_sum)
-        own_p, rest_p = side_pair(t_label, t_most, t_inverse, teacher_sum)
-        if FORM == "decoupled":
-            value, of_student, of_teacher, of_rest = own_part(own_q, rest_q, own_p, rest_p, lacking)
-            value = first * tl.where(value < 0, 0.0, value) + second * kl
-            of_others = tl.where(teacher_sum == 0, 0.0, second)
-            inverse_q *= tl.where(labeled, of_others - first * of_student, 1.0)
-            inverse_p *= tl.where(labeled, of_others, 1.0)
-            slope *= tl.where(labeled, of_others, 1.0)
-            offset = tl.where(labeled, soft_t * (first * of_rest), 0.0)
-            student_label = tl.where(labeled, soft_s * (first * of_student), 0.0)
-            teacher_label = tl.where(labeled, soft_t * (first * of_teacher), 0.0)
-        else:
-            log_p = (t_label.to(tl.float64) - t_peak.to(tl.float64)) * t_inverse - tl.log(teacher_sum)
-            log_q = (s_label.to(tl.float64) - s_peak.to(tl.float64)) * s_inverse - tl.log(student_sum)
-            is_top = (t_label == t_most) & (t_first == label)
-            value, kept, at_label, at_top = corrected_part(kl, log_p, log_q, -tl.log(teacher_sum), is_top, first)
-            inverse_p *= tl.where(labeled, kept, 1.0)
-            slope *= tl.where(labeled, kept, 1.0)
-            offset = tl.where(labeled, -soft_t * (at_label + at_top), 0.0)
-            student_label = tl.where(labeled, soft_s * (kept - 1.0), 0.0)
-            teacher_label = tl.where(labeled, soft_t * at_label, 0.0)
-            teacher_top = tl.where(labeled, soft_t * at_top, 0.0)
-            top = t_first
+        value, of_q, of_p, of_t, at_others, at_student, at_teacher, at_top = label_part(
+            kl, s_label, t_label, s_most, t_most, t_first == label, s_inverse, t_inverse, student_sum, teacher_sum,
+            first, second, lacking, FORM,
+        )  # fmt: skip
+        inverse_q *= tl.where(labeled, of_q, 1.0)
+        inverse_p *= tl.where(labeled, of_p, 1.0)
+        slope *= tl.where(labeled, of_t, 1.0)
+        offset = tl.where(labeled, soft_t * at_others, 0.0)
+        student_label = tl.where(labeled, soft_s * at_student, 0.0)
+        teacher_label = tl.where(labeled, soft_t * at_teacher, 0.0)
+        teacher_top = tl.where(labeled, soft_t * at_top, 0.0)
+        top = t_first
         value = tl.where(labeled, value, kl)
         loss = (((tl.where(value < 0, 0.0, value) * soft) * soft_weight) * ts) * ts
     elif SKEWED:

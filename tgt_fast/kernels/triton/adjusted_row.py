@@ -1,14 +1,14 @@
-"""Rows of an adjusted soft-label loss in Triton: their logits, what is measured of a side, and what is beside a label.
+"""Rows of an adjusted soft-label loss in Triton: their logits, what is measured of a side, what a label is apart from.
 
-The semantics are those of ``csrc/cpu/adjust_row.h``, ``by_label.h``, ``corrected.h`` and ``skewed.h``. Tiles are those of
-:mod:`tgt_fast.kernels.triton.distill_row`, and so are their numbers; the numbers of a row, [R, 1], are float64 until a
-tile takes them, for they are few and made of differences.
+The semantics are those of ``csrc/cpu/adjust_row.h``, ``by_label.h``, ``corrected.h`` and ``skewed.h``. Tiles are those
+of :mod:`tgt_fast.kernels.triton.distill_row`, and so are their numbers; the numbers of a row, [R, 1], are float64 until
+a tile takes them, for they are few and made of differences.
 """
 
 import triton
 import triton.language as tl
 
-from tgt_fast.kernels.triton.distill_row import SHRINK, label_logit, load_tile, shrunk
+from tgt_fast.kernels.triton.distill_row import label_logit, load_tile, shrunk
 from tgt_fast.kernels.triton.numbers import INFINITY, as_real
 
 BESIDE_SPREAD = tl.constexpr(1e-7)  # a standard deviation
@@ -122,7 +122,7 @@ def seen_tiles(
 
 @triton.jit
 def off_peak(x, peak, rate):
-    """What a tile's logits are below their largest, tempered; 0 where there is none. ``rate``: 1 / temperature / SHRINK"""
+    """What logits are below the largest, tempered; 0 where there is none. rate: 1 / temperature / SHRINK"""
     return tl.where(x == -INFINITY, 0.0, shrunk(x, peak) * rate)
 
 
@@ -183,8 +183,34 @@ def corrected_part(kl, log_p, log_q, log_top, is_top, lead):
 
 
 @triton.jit
+def label_part(
+    kl, s_label, t_label, s_most, t_most, is_first, s_inverse, t_inverse, student_sum, teacher_sum, first, second,
+    lacking, FORM: tl.constexpr,
+):  # fmt: skip
+    """The value of a form that goes by the label, from the KL of what the sums are of, and how its gradients differ.
+
+    -> value; factors: of q and p in the student's gradient, of p (log p / q - mean) in the teacher's; what p has there
+    beside that; and what is added at the label to the student's gradient, to the teacher's, and at its first class
+    """
+    if FORM == "decoupled":
+        own_q, rest_q = side_pair(s_label, s_most, s_inverse, student_sum)
+        own_p, rest_p = side_pair(t_label, t_most, t_inverse, teacher_sum)
+        value, of_student, of_teacher, of_rest = own_part(own_q, rest_q, own_p, rest_p, lacking)
+        value = first * tl.where(value < 0, 0.0, value) + second * kl
+        others = tl.where(teacher_sum == 0, 0.0, second)
+        of_student *= first
+        return value, others - of_student, others, others, first * of_rest, of_student, first * of_teacher, value * 0.0
+    else:
+        log_p = (t_label.to(tl.float64) - t_most.to(tl.float64)) * t_inverse - tl.log(teacher_sum)
+        log_q = (s_label.to(tl.float64) - s_most.to(tl.float64)) * s_inverse - tl.log(student_sum)
+        is_top = is_first & (t_label == t_most)
+        value, kept, at_label, at_top = corrected_part(kl, log_p, log_q, -tl.log(teacher_sum), is_top, first)
+        return value, value * 0.0 + 1.0, kept, kept, -(at_label + at_top), kept - 1.0, at_label, at_top
+
+
+@triton.jit
 def over_larger(d, skew):
-    """(skew own + (1 - skew) other) / the larger of the two, and the smaller / the larger, from d = log(own / other)."""
+    """(skew own + (1 - skew) other) / the larger, and the smaller / the larger, from d = log(own / other)."""
     smaller = tl.exp(-tl.abs(d))
     of_smaller = tl.where(d < 0, skew, 1 - skew)
     of_larger = tl.where(d < 0, 1 - skew, skew)

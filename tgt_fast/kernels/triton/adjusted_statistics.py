@@ -1,4 +1,4 @@
-"""The statistics of rows whose logits are adjusted, in Triton: of what the soft term sees, before it goes by the label."""
+"""The statistics of adjusted rows in Triton: of what the soft term sees, before it goes by the label."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""What the launchers of the soft-label loss's kernels in Triton share: sizes, the divisor of the mean, the reduction."""
+"""What the launchers of the soft-label loss's Triton kernels share: sizes, the divisor of the mean, the reduction."""
 
 from __future__ import annotations
 

@@ -94,14 +94,22 @@ def interpreted_plan(rows: int, classes: int) -> Plan:
 
 
 def adjusted_plan(rows: int, classes: int, is_fp64: bool, device: torch.device | None) -> Plan:
-    """The cut of adjusted rows, which are always taken tile by tile: several short rows a program. Not yet timed."""
+    """The cut of adjusted rows, which are always taken tile by tile: of short ones several a program. Not yet timed.
+
+    There is much to know of a row, so that no thread's registers would hold two of them.
+    """
     block = power_of_two(classes)
     if device is None:
         block = min(block, 16384)
         return Plan("stream", max(1, min(power_of_two(rows), (1 << 18) // block)), block, 1)
-    tile = 512 if is_fp64 or block <= 128 else 1024
-    block = min(block, tile)
-    return Plan("stream", max(1, min(32, tile // block)), block, 4)
+    block = min(block, 512 if is_fp64 else 1024)
+    return Plan("stream", max(1, 128 // block), block, 4)
+
+
+def adjusted_registers(divergence: str, is_fp64: bool) -> int:
+    """What a thread of them may have: three programs then fit a multiprocessor, see streaming_of. symmetric, which has
+    all of forward_kl's sums and of reverse_kl's, spills with it."""
+    return 255 if is_fp64 else 192 if divergence == "symmetric" else 168
 
 
 def elementwise_plan(plan: Plan) -> Plan:
