@@ -68,7 +68,8 @@ def load() -> Kernels | str:
         reason = interpreter_trouble(*(importlib.metadata.version(name) for name in ("triton", "numpy")))
         if reason is not None:
             return reason
-    return Kernels(*modules, interpreted)
+    distill, finish, latent, tokens, listwise, adjusted, statistics = modules
+    return Kernels(distill, finish, latent, tokens, listwise, adjusted, statistics, interpreted)
 
 
 def interpreter_trouble(triton: str, numpy: str) -> str | None:
