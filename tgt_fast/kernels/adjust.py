@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor
+
+LEAST_SKEW: Final = 1e-20  # what is below leaves the range of float32 in what a kernel makes of it
 
 
 class Adjustments(NamedTuple):

@@ -305,9 +305,10 @@ def distillation_loss(
 
     **Biases, margins and the forms of the divergence** (from ``student_bias`` to ``correct_teacher``, and temperatures
     a row) go with each other, but for the last three, of which one replaces the divergence. On a CPU the kernel takes
-    them in its pass over the logits. On a device it runs on logits that PyTorch adjusts, a few rows at a time, and
-    nothing waits; ``skew`` alone PyTorch makes in float64 there. They
-    are refused for a record, in ``vocab_group`` and with DTensors.
+    them in its pass over the logits. With CUDA and with Triton they have a kernel of their own, three to six passes
+    over a row (not yet run on a GPU), but for shares of the classes as target, where the plain kernel runs on logits
+    that PyTorch adjusts, a few rows at a time; nothing waits. They are refused for a record, in ``vocab_group`` and
+    with DTensors.
 
     **Classes in several processes.** With ``vocab_group`` the loss is that of all classes, the same bits in each
     process, and the gradients are those of a process's own: of one loss, also where all call ``backward``. The rows'

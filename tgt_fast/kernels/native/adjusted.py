@@ -7,12 +7,12 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from tgt_fast.kernels.adjust import LEAST_SKEW
 from tgt_fast.kernels.calls import DistillCall, accumulate_dtype
 from tgt_fast.kernels.native.abi import matrix, pointer
 
-# What is below leaves the range of float32 in what the kernel makes of it.
-_LEAST_SKEW: Final = 1e-20
-_LEAST_SHARE: Final = 1e-6  # of a decoupled divergence's second weight in the first
+# Of a decoupled divergence's second weight in the first: what is below leaves the range of float32.
+_LEAST_SHARE: Final = 1e-6
 
 
 def serves(call: DistillCall) -> bool:
@@ -23,7 +23,7 @@ def serves(call: DistillCall) -> bool:
     if adjust.decoupled is not None:
         own, rest = adjust.decoupled
         return own + rest > 0 and (rest == 0 or rest >= _LEAST_SHARE * own)
-    return adjust.skew == 0 or adjust.skew >= _LEAST_SKEW
+    return adjust.skew == 0 or adjust.skew >= LEAST_SKEW
 
 
 class Packed(NamedTuple):

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tgt_fast.kernels.adjust import Adjustments
+from tgt_fast.kernels.adjust import LEAST_SKEW, Adjustments
 from tgt_fast.kernels.calls import DistillCall, Gradients, Outputs, accumulate_dtype, dense, is_soft, prepared
 from tgt_fast.kernels.options import ROW_COEFFICIENT, ROW_STATE
 from tgt_fast.kernels.triton import kernels, launch, planning_device, running_on, two_floats
 from tgt_fast.kernels.triton.distill_calls import divisor_of, grain_of, reduce, sides_of, stride_of
 from tgt_fast.kernels.triton.tuning import Plan, adjusted_plan, adjusted_registers
-
-_LEAST_SKEW: Final = 1e-20  # what is below leaves the range of float32 in what the kernel makes of it
 
 
 def serves(call: DistillCall) -> bool:
@@ -22,7 +20,7 @@ def serves(call: DistillCall) -> bool:
     adjust = call.adjust
     if adjust is None or not isinstance(call.teacher, Tensor) or is_soft(call.target):
         return False
-    return adjust.skew == 0 or adjust.skew >= _LEAST_SKEW
+    return adjust.skew == 0 or adjust.skew >= LEAST_SKEW
 
 
 class _Call:
