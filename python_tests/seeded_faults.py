@@ -184,6 +184,8 @@ class Copy:
         while time.monotonic() < until:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child, signal.SIGKILL)  # what a test of a fault has started may have no end
                 return os.waitstatus_to_exitcode(status)
             time.sleep(0.1)
         os.killpg(child, signal.SIGKILL)
