@@ -42,7 +42,9 @@ def native_calls() -> dict[str, Call]:
         _weighted, dtypes=(torch.float16, torch.float64), backend="native"
     )
     for inplace in (False, True):
-        made["native adjusted" + (", in place" if inplace else "")] = functools.partial(_adjusted, inplace=inplace)
+        made["native adjusted" + (", in place" if inplace else "")] = functools.partial(
+            _adjusted, inplace=inplace, backend="native"
+        )
     # a warp, a block, clusters of 2 and of 4 a sample
     for size in (5, 2000, 20_000, 40_000):
         made[f"native latent: {size}"] = functools.partial(_latents, size=size, backend="native")
@@ -67,6 +69,10 @@ def triton_calls() -> dict[str, Call]:
         _weighted, dtypes=(torch.float16, torch.float64), backend="triton"
     )
     made["triton distill: a factor a row"] = _factors
+    for inplace in (False, True):
+        made["triton adjusted" + (", in place" if inplace else "")] = functools.partial(
+            _adjusted, inplace=inplace, backend="triton"
+        )
     for size in (7, 4096, 20_001):  # within a tile, and in phases
         made[f"triton latent: {size}"] = functools.partial(_latents, size=size, backend="triton")
     for hard in (False, True):
@@ -128,7 +134,7 @@ def _weighted(device: torch.device, *, dtypes: tuple[torch.dtype, ...], backend:
     return out
 
 
-def _adjusted(device: torch.device, *, inplace: bool) -> list[Tensor]:
+def _adjusted(device: torch.device, *, inplace: bool, backend: str) -> list[Tensor]:
     """Every divergence, and of each kind of adjustment one; statistics; in place also gradients made in backward."""
     out: list[Tensor] = []
     forms: list[dict[str, Any]] = [{"divergence": divergence} for divergence in DIVERGENCES]
@@ -143,7 +149,7 @@ def _adjusted(device: torch.device, *, inplace: bool) -> list[Tensor]:
                 given: Any = leaf * 1
                 loss, stats = tgt.distillation_loss(
                     given, teacher, target.to(device), student_bias=bias, label_margin=margin, hard_weight=1.0,
-                    standardize=standardize, inplace=inplace, return_stats=True, backend="native", **form,
+                    standardize=standardize, inplace=inplace, return_stats=True, backend=backend, **form,
                 )  # fmt: skip
                 out += [loss.detach(), *torch.autograd.grad(2 * loss, (leaf, teacher)), *stats]
     return out

@@ -11,7 +11,9 @@ from emulated_gpu import tensors_on_an_emulated_gpu
 from gpu_calls import calls, native_calls, triton_calls
 
 CPU = torch.device("cpu")
-MODULES = ("distill_kernels", "distill_finish", "latent_kernels", "tokens_kernels")
+MODULES = (
+    "distill_kernels", "distill_finish", "latent_kernels", "tokens_kernels", "adjusted_kernels", "adjusted_statistics",
+)  # fmt: skip
 
 
 @pytest.mark.once("emulated")

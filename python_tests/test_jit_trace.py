@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import tgt_fast as tgt
 from tgt_fast.errors import BackendError
+from tgt_fast.kernels.adjust import Adjustments
 
 A, B = torch.arange(12.0).view(3, 4).sin(), torch.arange(12.0).view(3, 4).cos()
 RECORD = tgt.topk_teacher(B, 2)
@@ -69,7 +70,7 @@ def test_the_registered_ops_are_recorded_rightly() -> None:
 
     def loss(a: Tensor, b: Tensor) -> Tensor:
         options = ("forward_kl", 0.5, 1.0, 1.0, 1.0, 0.0, 0.0, -100, -1, "mean", None)
-        return torch.ops.tgt_fast.distillation_loss(a, b, *7 * [None], *options, False, "auto")[0]
+        return torch.ops.tgt_fast.distillation_loss(a, b, *7 * [None], *options, *Adjustments(), False, "auto")[0]
 
     recorded = torch.jit.trace(loss, (A, B))
     others = torch.randn(6, 9), torch.randn(6, 9)

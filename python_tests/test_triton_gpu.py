@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import Result, assert_matches_truth, evaluate, logits, targets, truth
+from numerics import Result, assert_close, assert_matches_truth, evaluate, logits, targets, truth
 from strategies import DTYPES, lay_out
 from test_tokens_soft import assert_like_truth, values
 from test_tokens_soft import evaluate as embedded
@@ -66,6 +66,31 @@ def test_on_a_gpu_the_loss_agrees_with_the_truth(
     assert torch.equal(one.loss, two.loss)
     assert torch.equal(one.d_student, two.d_student)  # type: ignore[arg-type]
     assert torch.equal(one.d_teacher, two.d_teacher)  # type: ignore[arg-type]
+
+
+@sizes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", [{}, {"decoupled": (1.0, 2.0)}, {"correct_teacher": 0.2}, {"skew": 0.1}], ids=str)
+def test_on_a_gpu_adjusted_rows_agree_with_the_formula(
+    compiled: str, form: dict[str, Any], dtype: torch.dtype, classes: int
+) -> None:
+    student, teacher = logits(9, classes, 0, dtype=dtype), logits(9, classes, 1, dtype=dtype)
+    of_classes = logits(3, classes, 3).unbind(0)
+    options: dict[str, Any] = {"standardize": True, "hard_weight": 0.5, "temperature": 2.0, "reduction": "none", **form}
+    names = ("student_bias", "teacher_bias", "label_margin")
+
+    def made(device: str, backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.to(device, dtype).requires_grad_() for x in (student, teacher)]
+        given = {name: x.to(device) for name, x in zip(names, of_classes, strict=True)}
+        loss = tgt.distillation_loss(*leaves, targets(9, classes, 2).to(device), backend=backend, **given, **options)
+        return (loss.detach().cpu(), *(grad.cpu() for grad in torch.autograd.grad(loss.sum(), leaves)))
+
+    bar = {torch.float32: 5e-5, torch.float64: 1e-9, torch.bfloat16: 8e-3}[dtype]
+    expected = made("cpu", "reference", torch.float64)
+    for name, mine, true in zip(
+        ("loss", "d_student", "d_teacher"), made(compiled, "triton", dtype), expected, strict=True
+    ):
+        assert_close(name, mine, true, bar=bar, floor=1e-2)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

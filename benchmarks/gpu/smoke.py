@@ -16,10 +16,12 @@ LIMIT = 15.0  # seconds a call; Triton's compiler takes most of them
 # what the names of those tests hold).
 TESTS = (
     ("native distill", ("test_distill", "test_cuda_kernels.py", "test_cuda.py", "test_linear", "test_one_class")),
+    ("native adjusted", ("test_adjust",)),
     ("native latent", ("test_latent", "latents", "ascend", "noise")),
     ("native topk", ("test_topk", "test_linear_topk")),
     ("native tokens", ("test_tokens.py",)),
     ("triton distill", ("gpu_the_loss", "gpu_a_reduction", "gpu_a_gradient", "gpu_rows", "to_the_31_logits[")),
+    ("triton adjusted", ("gpu_adjusted",)),
     ("triton latent", ("test_on_a_gpu_latents", "gpu_more_than_two_to_the_31_latents")),
     ("triton soft", ("soft_embedding",)),
 )
