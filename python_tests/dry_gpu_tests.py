@@ -28,7 +28,7 @@ import torch
 from dry_gpu import no_machine_code, tensors_on_a_dry_gpu
 
 COMPARISONS = {
-    test_triton_gpu: ("assert_matches_truth", "truth", "assert_like_truth", "embedded_truth"),
+    test_triton_gpu: ("assert_matches_truth", "assert_close", "truth", "assert_like_truth", "embedded_truth"),
     test_tokens_soft: ("assert_like_truth", "truth"),
 }
 Test = Callable[..., None]
